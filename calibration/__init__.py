@@ -1,0 +1,1 @@
+"""Calibration text that ships with nvquant, and specs of Hub data sets."""

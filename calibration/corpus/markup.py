@@ -1,0 +1,286 @@
+"""Turning HTML, Markdown and TeX documentation into plain Markdown."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+_BLOCKS = frozenset(
+    "p div section article main ul ol li dl dt dd table tr blockquote h1 h2 h3 h4 h5 h6 hr pre figure header".split()
+)
+_IGNORED = frozenset("script style nav footer button form svg head aside select".split())
+_IGNORED_CLASSES = frozenset(
+    (
+        "headerlink toctree-wrapper toctree contents local navheader navfooter toc topic menu sphinxsidebar related "
+        "linenos viewcode-link nosearch fancy_toc sr-only nav mainmenu versionmodified docinfo clearer sphx-glr-thumb "
+        "admonition-deprecated prev-next-area refnamediv sidebar-wrapper index-xref changeset-link buttons line-numbers"
+    ).split()
+)
+_VOID = frozenset("img br hr input meta link col area base embed source track wbr".split())
+_MARKS = {"code": "`", "tt": "`", "kbd": "`", "samp": "`", "em": "*", "i": "*", "cite": "*", "strong": "**", "b": "**"}
+
+_LANGUAGES = {"python3": "python", "python": "python", "pycon3": "python", "pycon": "python", "default": "python"}
+_LANGUAGES |= {"console": "console", "shell": "shell", "bash": "bash", "sql": "sql", "c": "c", "c++": "cpp"}
+_LANGUAGES |= {"html": "html", "html+django": "html", "json": "json", "haskell": "haskell", "llvm": "llvm"}
+
+
+class _Markdown(HTMLParser):
+    """Collects Markdown blocks from the part of a page below the first tag that ``is_root`` accepts."""
+
+    def __init__(self, root: tuple[str, str, str] | None) -> None:
+        super().__init__(convert_charrefs=True)
+        self.blocks: list[str] = []
+        self._root = root
+        self._stack: list[tuple[str, bool, bool]] = []  # tag, opens the root, is ignored
+        self._inside = root is None
+        self._ignored = 0
+        self._inline: list[str] = []
+        self._lists: list[tuple[str, int]] = []
+        self._bullet = ""
+        self._fence: str | None = None
+        self._language = ""
+        self._math = False
+        self._marks = 0
+        self._quote = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        classes = set(values.get("class", "").split())
+        if tag in _VOID:
+            self._void(tag, values, classes)
+            return
+        ignored = tag in _IGNORED or bool(classes & _IGNORED_CLASSES)
+        opens = not self._inside and self._is_root(tag, values)
+        self._close_implied(tag)
+        self._stack.append((tag, opens, ignored))
+        self._ignored += ignored
+        self._inside = self._inside or opens
+        if self._inside and not self._ignored:
+            self._start(tag, classes)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not any(open_tag == tag for open_tag, _, _ in self._stack):
+            return
+        while self._stack:
+            open_tag, opens, ignored = self._stack.pop()
+            if self._inside and not self._ignored:
+                self._end(open_tag)
+            self._ignored -= ignored
+            if opens:
+                self._inside = False
+            if open_tag == tag:
+                break
+
+    def handle_data(self, data: str) -> None:
+        if self._inside and not self._ignored:
+            self._inline.append(data if self._fence is not None else re.sub(r"\s+", " ", data))
+
+    def close(self) -> None:
+        super().close()
+        self._flush()
+
+    def _is_root(self, tag: str, values: dict[str, str]) -> bool:
+        assert self._root is not None
+        root_tag, name, value = self._root
+        return tag == root_tag and (not name or value in values.get(name, "").split())
+
+    def _close_implied(self, tag: str) -> None:
+        # HTML lets </p> and </li> be left out; both end at the next block of their kind.
+        if self._stack and (self._stack[-1][0], tag in _BLOCKS) == ("p", True):
+            self.handle_endtag("p")
+        if tag in {"li", "dt", "dd", "tr", "td", "th"} and self._stack and self._stack[-1][0] == tag:
+            self.handle_endtag(tag)
+
+    def _void(self, tag: str, values: dict[str, str], classes: set[str]) -> None:
+        if not self._inside or self._ignored:
+            return
+        if tag == "br":
+            self._inline.append("\n")
+        elif tag == "img" and "math" in classes:
+            sign = "$$" if self._math else "$"
+            self._inline.append(sign + " ".join(values.get("alt", "").split()) + sign)
+        elif tag == "hr":
+            self._flush()
+
+    def _start(self, tag: str, classes: set[str]) -> None:
+        if self._fence is not None:
+            return
+        if tag in _BLOCKS:
+            self._flush()
+        if tag == "div":
+            self._note_language(classes)
+        if tag in {"ul", "ol"}:
+            self._lists.append((tag, 0))
+        elif tag == "li" and self._lists:
+            kind, count = self._lists[-1]
+            self._lists[-1] = (kind, count + 1)
+            self._bullet = "- " if kind == "ul" else f"{count + 1}. "
+        elif tag == "pre":
+            self._fence = self._language
+        elif tag == "blockquote":
+            self._quote += 1
+        elif tag == "div" and "math" in classes:
+            self._math = True
+        elif tag in {"td", "th"}:
+            self._inline.append(" | " if "".join(self._inline).strip() else "")
+        elif tag in _MARKS:
+            self._marks += 1
+            self._inline.append(_MARKS[tag] if self._marks == 1 else "")
+
+    def _end(self, tag: str) -> None:
+        if self._fence is not None and tag != "pre":
+            return
+        if tag == "pre":
+            code = "".join(self._inline).strip("\n")
+            self._inline = []
+            self._add(f"```{self._fence}\n{code}\n```" if code.strip() else "")
+            self._fence = None
+        elif tag in {"h1", "h2", "h3", "h4", "h5", "h6"}:
+            self._inline.insert(0, "#" * int(tag[1]) + " ")
+            self._flush()
+        elif tag in _MARKS:
+            self._marks = max(self._marks - 1, 0)
+            self._inline.append(_MARKS[tag] if self._marks == 0 else "")
+        elif tag == "dt":
+            self._end_term()
+        elif tag in _BLOCKS:
+            self._flush()
+        if tag in {"ul", "ol"} and self._lists:
+            self._lists.pop()
+            self._bullet = ""
+        elif tag == "blockquote":
+            self._quote -= 1
+        elif tag == "div":
+            self._math = False
+
+    def _end_term(self) -> None:
+        # The signature of a function arrives as marked-up pieces of one line of code.
+        if "(" in "".join(self._inline):
+            signature = re.sub(r"[*`]{1,2}(?=[\w.(=\[])|(?<=[\w.)\],=])[*`]{1,2}", "", "".join(self._inline))
+            self._inline = [f"`{signature.strip()}`"]
+        self._flush()
+
+    def _note_language(self, classes: set[str]) -> None:
+        for name in classes:
+            if name.startswith("highlight-"):
+                language = name.removeprefix("highlight-")
+                self._language = _LANGUAGES.get(language, "")
+
+    def _flush(self) -> None:
+        text = "".join(self._inline)
+        self._inline = []
+        text = "\n".join(" ".join(line.split()) for line in text.split("\n")).strip()
+        for mark in ("**", "*", "`"):
+            text = text.replace(f" {mark}{mark} ", " ")
+        if text.strip("#*` |"):
+            self._add(text)
+
+    def _add(self, block: str) -> None:
+        if not block:
+            return
+        depth = max(len(self._lists) - 1, 0)
+        indent = "  " * depth
+        if self._bullet:
+            lead, self._bullet = self._bullet, ""
+            rest = indent + " " * len(lead)
+        else:
+            lead = "" if not self._lists else "  "
+            rest = indent + lead
+        quote = "> " * self._quote
+        lines = block.split("\n")
+        text = [quote + indent + lead + lines[0], *(quote + rest + line if line else quote for line in lines[1:])]
+        self.blocks.append("\n".join(text))
+
+
+def markdown_of(page: str, root: tuple[str, str, str] | None = ("div", "role", "main")) -> str:
+    """Return the part of an HTML page below ``root`` (tag, attribute, value) as Markdown.
+
+    Tables become lines with "|", definition terms their own paragraphs, links and images their text; formulas that
+    Sphinx wrote as ``\\(..\\)``, ``\\[..\\]`` or images get ``$`` and ``$$``.
+    """
+    parser = _Markdown(root)
+    parser.feed(page)
+    parser.close()
+    text = ""
+    previous_item = False
+    for block in parser.blocks:
+        item = bool(re.match(r"\s*(- |\d+\. )", block))
+        text += ("\n" if item and previous_item else "\n\n") + block
+        previous_item = item
+    return _dollar_math(text).strip("\n")
+
+
+def _dollar_math(text: str) -> str:
+    text = re.sub(r"\\\((.+?)\\\)", r"$\1$", text, flags=re.DOTALL)
+    return re.sub(r"\\\[(.+?)\\\]", lambda found: "$$" + found[1].strip() + "$$", text, flags=re.DOTALL)
+
+
+_INCLUDE = re.compile(r"\{[!{]\s*#?\w*\s*([^!}\s]+?)(?::\w+)?\s*[!}]\}")
+_BLOCK_OF_INCLUDES = re.compile(r"(?m)^([ \t]*)```[^\n]*\n(?:[ \t]*\{[!{][^\n]*\n)+[ \t]*```[ \t]*$")
+
+
+def plain_markdown(name: str, files: dict[str, str], include_root: str = "") -> str:
+    """Return the Markdown file ``files[name]`` without HTML, link targets and the marks of its site generator.
+
+    A code block made of include directives is filled from ``files`` when the target's path ends in something below
+    ``include_root``, and dropped otherwise. Admonitions become a bold title and plain paragraphs.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        lines = found[0].split("\n")
+        code = []
+        for target in _INCLUDE.findall(found[0]):
+            path = include_root + target.rpartition(include_root)[2] if include_root else ""
+            if path not in files:
+                return ""
+            code.append(files[path].strip("\n"))
+        language = lines[0].strip().removeprefix("```").split(" ")[0]
+        return f"```{language.lower()}\n" + "\n".join(code) + "\n```" if code else ""
+
+    text = _BLOCK_OF_INCLUDES.sub(fill, files[name])
+    pieces = re.split(r"(?ms)(^[ \t]*(?:> ?)?```.*?^[ \t]*(?:> ?)?```[ \t]*$)", _dedent_admonitions(text))
+    return "".join(_strip_inline(piece) if number % 2 == 0 else _plain_fence(piece) for number, piece in enumerate(pieces))
+
+
+def _plain_fence(fence: str) -> str:
+    head, _, rest = fence.partition("\n")
+    language = re.sub(r"(```\w*).*", r"\1", head.replace("Python", "python").replace("JSON", "json"))
+    language = re.sub(r"```(compile_fail|edition\d*|hl_lines|ignore|text|should_panic|no_run).*", "```", language)
+    rest = re.sub(r"</?(?:span|font|b|u|i)\b[^>]*>", "", rest)
+    return language + "\n" + re.sub(r"(?m)^# .*\n|^#$\n", "", rest) if "rust" in head else language + "\n" + rest
+
+
+def _strip_inline(text: str) -> str:
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"(?m)^\[[^\]]+\]:\s*\S+.*$", "", text)
+    text = re.sub(r"(?m)^(!{3}|\?{3}|/{3}).*$|^\{[{!%#].*$", "", text)
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
+    text = re.sub(r"\[([^\]\[]+)\]\([^)\s]*(?:\s+\"[^\"]*\")?\)(\{[^}]*\})?", r"\1", text)
+    text = re.sub(r"\[([^\]\[]+)\]\[[^\]]*\]", r"\1", text)
+    text = re.sub(r"\{\s*[#.:][^}\n]*\}", "", text)
+    codes = re.split(r"(`[^`\n]+`)", text)
+    return "".join(re.sub(r"</?[a-zA-Z][^<>]*>", "", part) if n % 2 == 0 else part for n, part in enumerate(codes))
+
+
+def _dedent_admonitions(text: str) -> str:
+    lines: list[str] = []
+    inside = False
+    for line in text.split("\n"):
+        found = re.match(r"(?:!!!|\?\?\?\+?|===)\s*(\w*)\s*(?:\"([^\"]*)\")?", line)
+        if found:
+            inside = True
+            title = found[2] if found[2] is not None else found[1].capitalize()
+            lines += [f"**{title}**", ""] if title else []
+        elif inside and (line.startswith("    ") or not line.strip()):
+            lines.append(line[4:])
+        else:
+            inside = False
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def plain_tex(text: str) -> str:
+    """Return LaTeX prose without comments, labels and index entries."""
+    text = re.sub(r"(?m)^%.*\n|(?<!\\)%.*$", "", text)
+    text = re.sub(r"\\(?:label|index|cite)(?:\[[^\]]*\])?\{[^}]*\}", "", text)
+    return re.sub(r"\\href\{[^}]*\}\{([^}]*)\}", r"\1", text)

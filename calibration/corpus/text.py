@@ -1,0 +1,97 @@
+"""Cleaning text and cutting it into documents."""
+
+from __future__ import annotations
+
+import random
+import re
+import unicodedata
+from collections.abc import Iterable
+
+MIN_BYTES = 1_000
+MAX_BYTES = 30_000
+# Two thirds of the documents are longer than 2048 tokens of a small vocabulary, so a loader need not pack them.
+TARGET_BYTES = (5_000, 8_000, 9_000, 10_000, 12_000, 12_000, 16_000, 24_000)
+
+_REPLACED = {
+    "\r\n": "\n",
+    "\r": "\n",
+    "\u2028": "\n",
+    "\u2029": "\n\n",
+    "\u00a0": " ",
+    "\u202f": " ",
+    "\t": "\t",
+}
+_DROPPED = re.compile("[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b\u2060\ufeff\ufffc]")
+_FENCE = re.compile(r"^\s*(```|~~~)")
+
+
+def clean(text: str) -> str:
+    """Return ``text`` in NFC with plain newlines, without control characters, trailing blanks or triple blank lines."""
+    for old, new in _REPLACED.items():
+        text = text.replace(old, new)
+    text = unicodedata.normalize("NFC", _DROPPED.sub("", text))
+    text = "\n".join(line.rstrip() for line in text.split("\n"))
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
+
+
+def unwrap(text: str) -> str:
+    """Join the lines of hard-wrapped prose paragraphs; verse, lists and headings keep their lines."""
+    paragraphs = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        lines = paragraph.split("\n")
+        wrapped = len(lines) > 1 and all(45 <= len(line) <= 90 for line in lines[:-1])
+        paragraphs.append(" ".join(line.strip() for line in lines) if wrapped else paragraph)
+    return "\n\n".join(paragraphs)
+
+
+def paragraphs_of(text: str) -> list[str]:
+    """Split at blank lines outside fenced code."""
+    paragraphs: list[str] = []
+    lines: list[str] = []
+    fenced = False
+    for line in text.split("\n"):
+        if _FENCE.match(line):
+            fenced = not fenced
+        if line.strip() or fenced:
+            lines.append(line)
+        elif lines:
+            paragraphs.append("\n".join(lines))
+            lines = []
+    if lines:
+        paragraphs.append("\n".join(lines))
+    return paragraphs
+
+
+def code_blocks_of(text: str) -> list[str]:
+    """Split source code at blank lines that are followed by an unindented line."""
+    return [block for block in re.split(r"\n\n+(?=[^\s)}\]])", text) if block.strip()]
+
+
+def documents_of(blocks: Iterable[str], rng: random.Random) -> list[str]:
+    """Join blocks into documents of about ``TARGET_BYTES`` each; a remainder under ``MIN_BYTES`` is dropped."""
+    documents: list[str] = []
+    current: list[str] = []
+    size = 0
+    target = rng.choice(TARGET_BYTES)
+    for block in blocks:
+        block_bytes = len(block.encode()) + 2
+        if block_bytes > MAX_BYTES - MIN_BYTES:
+            continue
+        if current and (size >= target or size + block_bytes > MAX_BYTES):
+            documents.append("\n\n".join(current))
+            current, size, target = [], 0, rng.choice(TARGET_BYTES)
+        current.append(block)
+        size += block_bytes
+    if current and size >= MIN_BYTES:
+        documents.append("\n\n".join(current))
+    return documents
+
+
+def unwrap_loosely(text: str, full_line: int = 62) -> str:
+    """Join hard-wrapped lines where paragraphs are not separated: a line shorter than ``full_line`` ends one."""
+    paragraphs = [""]
+    for line in text.split("\n"):
+        paragraphs[-1] += (" " if paragraphs[-1] else "") + line.strip()
+        if len(line) < full_line:
+            paragraphs.append("")
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)

@@ -1,0 +1,1 @@
+"""Calibration: samples, the layer-by-layer walk of the source model, statistics of inputs."""

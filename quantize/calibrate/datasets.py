@@ -1,0 +1,166 @@
+"""Data sets on the Hub: which files they have, and one file after the other as they are needed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from ..errors import InputError
+from .rows import TABLE_SUFFIXES, TEXT_SUFFIX, data_suffix
+
+logger = logging.getLogger("nvquant.calibrate.datasets")
+
+# Files that describe a data set and are no part of it.
+DESCRIPTIONS = ("readme", "dataset_infos", "dataset_dict", "licen", "state.json", "croissant")
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set pinned to a commit.
+
+    Attributes:
+        repo: `org/name`.
+        commit: 40 hexadecimal digits.
+        files: the chosen files in the order in which they are read.
+        endpoint: address of the Hub, None for the usual one.
+        cache: folder of the Hub's cache, None for the usual one.
+    """
+
+    repo: str
+    commit: str
+    files: tuple[str, ...]
+    endpoint: str | None = None
+    cache: Path | None = None
+
+    def download(self, file: str) -> Path:
+        """Path of `file` in the local cache, downloaded if it is not there yet.
+
+        Raises:
+            InputError: the Hub refuses it or cannot be reached.
+        """
+        from huggingface_hub import hf_hub_download
+
+        with _hub_errors(self.repo, self.commit):
+            path = hf_hub_download(
+                self.repo, file, repo_type="dataset", revision=self.commit, endpoint=self.endpoint, cache_dir=self.cache
+            )
+        return Path(path)
+
+
+def find_dataset(
+    repo: str,
+    revision: str | None = None,
+    patterns: tuple[str, ...] = (),
+    *,
+    endpoint: str | None = None,
+    cache: Path | None = None,
+) -> HubDataset:
+    """Resolve a revision to its commit and choose the files to read; no data is downloaded.
+
+    Without the Hub (HF_HUB_OFFLINE, no network) the files of the local cache are all there is.
+
+    Args:
+        repo: `org/name`.
+        revision: commit, branch or tag; None for the default branch.
+        patterns: globs of the files to read, `*` matching `/` too; without any, the training files of one kind.
+        endpoint, cache: see HubDataset.
+
+    Raises:
+        InputError: no such data set or revision, no access, no readable file, Hub unreachable and nothing cached.
+    """
+    commit, names = _listing(repo, revision, endpoint, cache)
+    readable = sorted(name for name in names if data_suffix(name) and not _describes(name))
+    chosen = _matching(readable, patterns) if patterns else _training_files(readable)
+    if not chosen:
+        wanted = ", ".join(patterns) or "*.parquet, *.jsonl, *.json, *.csv or *.txt"
+        seen = ", ".join(sorted(names)[:5]) or "none"
+        raise InputError(f"Hub data set {repo} has no file {wanted} (it has {seen}): name its files in a YAML spec.")
+    logger.info("Hub data set %s at %s: %d files, the first is %s", repo, commit, len(chosen), chosen[0])
+    return HubDataset(repo, commit, tuple(chosen), endpoint, cache)
+
+
+def _listing(repo: str, revision: str | None, endpoint: str | None, cache: Path | None) -> tuple[str, list[str]]:
+    """Commit and file names, from the Hub or, without it, from the cache."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi(endpoint=endpoint)
+    with _hub_errors(repo, revision):
+        try:
+            commit = api.dataset_info(repo, revision=revision).sha
+            return str(commit), api.list_repo_files(repo, repo_type="dataset", revision=commit)
+        except HfHubHTTPError:
+            raise
+        except (httpx.HTTPError, OfflineModeIsEnabled):
+            cached = _cached(repo, revision, cache)
+            if cached is None:
+                raise
+    logger.warning("The Hub cannot be reached; taking data set %s from the local cache", repo)
+    return cached.name, [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
+
+
+def _cached(repo: str, revision: str | None, cache: Path | None) -> Path | None:
+    """Folder of the cached snapshot, whose name is its commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repo, repo_type="dataset", revision=revision, cache_dir=cache, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    return Path(folder)
+
+
+def _describes(name: str) -> bool:
+    return PurePosixPath(name).name.lower().startswith(DESCRIPTIONS)
+
+
+def _matching(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _training_files(names: list[str]) -> list[str]:
+    """The files of the first kind present, those with `train` in their name if there are any."""
+    for suffix in (*TABLE_SUFFIXES, TEXT_SUFFIX):
+        of_kind = [name for name in names if data_suffix(name) == suffix]
+        if of_kind:
+            return [name for name in of_kind if "train" in name.lower()] or of_kind
+    return []
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Say in one sentence what the Hub said in many."""
+    import httpx
+    from huggingface_hub import errors
+
+    where = f"{repo}@{revision}" if revision else repo
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"Hub data set {repo} is gated: accept its terms on its page and run `hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"Hub data set {repo} does not exist or is private: check the name, or run `hf auth login`."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(
+            f"Hub data set {repo} has no revision {revision}: give a commit, branch or tag of it."
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no status"
+        raise InputError(
+            f"The Hub refused data set {where} (HTTP {status}): try again, or give a local file."
+        ) from error
+    except (httpx.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        raise InputError(
+            f"The Hub cannot be reached for data set {where}, and the cache lacks it: check the network, "
+            "or calibrate with the shipped set `offline` or a local file."
+        ) from error

@@ -1,0 +1,180 @@
+"""Rows of a data file in an order drawn from the seed.
+
+Tables are `.parquet`, `.jsonl`, `.json` and `.csv`; texts are `.txt`. All but Parquet may be packed, as `.jsonl.xz` or
+`.csv.gz`.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
+
+from ..errors import EnvironmentLack, InputError
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+Row = dict[str, Any]
+TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+TEXT_SUFFIX = ".txt"
+PACKED_SUFFIXES = (".xz", ".gz")
+
+
+def data_suffix(name: str) -> str:
+    """What a file holds by its name: `.jsonl` for `a.jsonl` and `a.jsonl.xz`, empty for a name that says nothing."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
+    if suffixes and suffixes[-1] in PACKED_SUFFIXES:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in (*TABLE_SUFFIXES, TEXT_SUFFIX) else ""
+
+
+def seeded_order(count: int, seed: int) -> list[int]:
+    """A permutation of range(count) that depends on nothing but the seed: the order of sha256("seed:index")."""
+    return sorted(range(count), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
+
+
+def read_rows(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, Row]]:
+    """Rows of a table file with their numbers, counted from 1; lazily, so that a caller who stops early reads little.
+
+    Args:
+        source: a file, or a packaged resource.
+        seed: the order's seed; None keeps the order of the file. Parquet is shuffled by row groups, then within each.
+
+    Raises:
+        InputError: missing, empty or damaged file.
+        EnvironmentLack: Parquet without pyarrow.
+    """
+    if not source.is_file():
+        raise InputError(f"{source} is not a file: name an existing file with --calibration.")
+    reader = {".parquet": _parquet, ".jsonl": _json_lines, ".json": _json, ".csv": _csv}[data_suffix(source.name)]
+    is_empty = True
+    try:
+        for number, row in reader(source, seed):
+            is_empty = False
+            yield number, row
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile, csv.Error) as error:
+        raise InputError(f"{source.name} cannot be read ({error}): check the file.") from error
+    if is_empty:
+        raise InputError(f"{source.name} has no rows: give a file with text, messages or token ids.")
+
+
+def read_text(source: Path | Traversable) -> str:
+    """The whole of a text file, UTF-8 with or without a byte-order mark.
+
+    Raises:
+        InputError: missing, empty or not UTF-8.
+    """
+    if not source.is_file():
+        raise InputError(f"{source} is not a file: name an existing file with --calibration.")
+    try:
+        with _bytes_of(source) as stream:
+            text = stream.read().decode("utf-8-sig")
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"{source.name} cannot be read ({error}): give a UTF-8 text.") from error
+    if not text.strip():
+        raise InputError(f"{source.name} is empty: give a file with some text.")
+    return text
+
+
+def _bytes_of(source: Path | Traversable) -> IO[bytes]:
+    """A seekable stream; packed files are unpacked into memory, since seeking in them means reading again."""
+    suffix = PurePosixPath(source.name).suffix.lower()
+    if suffix not in PACKED_SUFFIXES:
+        return source.open("rb")
+    with source.open("rb") as packed:
+        data = packed.read()
+    return io.BytesIO(lzma.decompress(data) if suffix == ".xz" else gzip.decompress(data))
+
+
+def _order(count: int, seed: int | None) -> list[int]:
+    return list(range(count)) if seed is None else seeded_order(count, seed)
+
+
+def _json_lines(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, Row]]:
+    """Only the lines that are asked for are parsed; a first pass notes where each begins."""
+    with _bytes_of(source) as stream:
+        if seed is None:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield number, _parsed(line, f"{source.name}, line {number}")
+            return
+        starts: list[tuple[int, int]] = []
+        position = 0
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                starts.append((number, position))
+            position += len(line)
+        for index in _order(len(starts), seed):
+            number, start = starts[index]
+            stream.seek(start)
+            yield number, _parsed(stream.readline(), f"{source.name}, line {number}")
+
+
+def _json(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, Row]]:
+    """A JSON array of objects, or JSON lines under another name, as some data sets have it."""
+    with _bytes_of(source) as stream:
+        begins_array = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        if begins_array:
+            stream.seek(0)
+            rows = _parsed(stream.read(), source.name, list)
+    if not begins_array:
+        yield from _json_lines(source, seed)
+        return
+    for index in _order(len(rows), seed):
+        if not isinstance(rows[index], dict):
+            raise InputError(f"{source.name}, row {index + 1} is not a JSON object: write one object a row.")
+        yield index + 1, rows[index]
+
+
+def _parsed(data: bytes, where: str, kind: type = dict) -> Any:
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where} is not valid JSON ({error.msg}, column {error.colno}): write one object a line."
+        ) from error
+    if not isinstance(value, kind):
+        raise InputError(f"{where} is not a JSON object: write one object a line.")
+    return value
+
+
+def _csv(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, Row]]:
+    with io.TextIOWrapper(_bytes_of(source), encoding="utf-8-sig", newline="") as stream:
+        limit = csv.field_size_limit(sys.maxsize)  # the default of 128 kB is less than a document
+        try:
+            rows = list(csv.DictReader(stream))
+        finally:
+            csv.field_size_limit(limit)
+    for index in _order(len(rows), seed):
+        yield index + 1, {str(key): value for key, value in rows[index].items() if key is not None}
+
+
+def _parquet(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, Row]]:
+    """One row group in memory at a time: files of data sets hold gigabytes."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise EnvironmentLack(
+            f"{source.name} is a Parquet file, which needs pyarrow: pip install 'nvquant[data]'."
+        ) from error
+    with source.open("rb") as stream:
+        try:
+            table = pyarrow.parquet.ParquetFile(stream)
+            sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+            for group in _order(len(sizes), seed):
+                rows, first = table.read_row_group(group), sum(sizes[:group]) + 1
+                for index in _order(sizes[group], seed):
+                    yield first + index, rows.slice(index, 1).to_pylist()[0]
+        except pyarrow.ArrowInvalid as error:
+            raise InputError(
+                f"{source.name} is not a whole Parquet file ({error}): download or write it again."
+            ) from error

@@ -1,0 +1,96 @@
+"""The model's own tokenizer, held to two rules: no raw text becomes a special token, and nothing is added unasked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+Message = Mapping[str, Any]
+
+# Templates that write today's date get this one, or two days would give two calibration sets.
+TODAY = date(2026, 1, 1)
+
+
+class ChatTemplateError(Exception):
+    """The chat template raised on a conversation: a role it does not know, turns that do not alternate."""
+
+
+class ModelTokenizer:
+    """The tokenizer of a model folder.
+
+    Attributes:
+        bos_id: the token that begins every sequence, None for models that have none.
+        has_chat_template: whether the model is one for chats.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Load the tokenizer of `folder`; nothing is downloaded and no code of the model is run.
+
+        Raises:
+            InputError: no tokenizer there that transformers can load.
+        """
+        self._tokenizer = _load(folder)
+        self.bos_id: int | None = self._tokenizer.bos_token_id
+        self.has_chat_template = bool(self._tokenizer.chat_template)
+        added = self._tokenizer.added_tokens_decoder.items()
+        special = {token.content: index for index, token in added if token.special}
+        # An unknown character is part of a text, and some tokenizers have a token for it that counts as special.
+        self._never_in_text = frozenset(special.values()) - {self._tokenizer.unk_token_id} | {self.bos_id}
+        longest_first = sorted(filter(None, special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def harmless(self, text: str) -> str:
+        """`text` with a space put into every special token's name, so that `<bos>` becomes the letters `< bos>`."""
+        return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}" if len(match[0]) > 1 else " ", text)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of raw text: none of them special, no BOS in front."""
+        return [index for index in self.encode_rendered(self.harmless(text)) if index not in self._never_in_text]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a rendered chat, whose special tokens are meant; none is added, since the template wrote BOS."""
+        # `verbose` is about lengths beyond model_max_length: every sequence is cut later on.
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool = False, **switches: bool) -> str:
+        """A conversation in the model's chat template, as text.
+
+        Args:
+            messages: turns, each with `role` and `content`.
+            generation_prompt: end with the opening of the assistant's answer.
+            switches: the template's own variables, such as `enable_thinking`.
+
+        Raises:
+            ChatTemplateError: the template cannot render these turns.
+        """
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=generation_prompt,
+                    strftime_now=TODAY.strftime,
+                    **switches,
+                )
+            )
+        except Exception as error:  # a template is a program and may raise anything
+            raise ChatTemplateError(str(error) or type(error).__name__) from error
+
+
+def _load(folder: Path) -> Any:
+    """The tokenizer object of transformers, which is imported only now: it takes seconds."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, ImportError, KeyError and bare Exception are all in use there
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"{folder} has no tokenizer that transformers can load ({reason}): put the model's tokenizer files there, "
+            "or give token ids with --calibration, which need none."
+        ) from error

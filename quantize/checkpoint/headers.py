@@ -1,0 +1,143 @@
+"""Safetensors headers, read without reading a weight.
+
+A header is untrusted input: every way in which it can lie is refused with a sentence of its own.
+Source: the safetensors format, README of huggingface/safetensors, section "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+HEADER_LIMIT_BYTES = 100_000_000
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in its file.
+
+    Attributes:
+        dtype: the format's name, as "BF16".
+        begin, end: absolute byte offsets in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of one shard; tensors are in the order of their data."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    data_start: int
+    file_bytes: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        InputError: the file is missing or unreadable, or its header contradicts itself or the file's size.
+    """
+    try:
+        with path.open("rb") as file:
+            file_bytes = file.seek(0, 2)
+            file.seek(0)
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            _check_length(path, length, file_bytes)
+            blob = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}): download the shard again.") from error
+    return parse_header(path, blob, file_bytes)
+
+
+def parse_header(path: Path, blob: bytes, file_bytes: int) -> Header:
+    """Check the JSON part of a header against the file's size; see `read_header`."""
+    try:
+        entries = json.loads(blob, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"has a header that is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise _damaged(path, "has a header that is not a JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "has a __metadata__ that is not a map of strings")
+    start = 8 + len(blob)
+    tensors = sorted(
+        (_tensor_info(path, name, entry, start) for name, entry in entries.items()), key=lambda t: (t.begin, t.end)
+    )
+    position = start
+    for tensor in tensors:
+        if tensor.begin != position:
+            raise _damaged(
+                path,
+                f"has a header whose tensor {tensor.name} "
+                f"{'overlaps another' if tensor.begin < position else 'leaves a hole'}",
+            )
+        position = tensor.end
+    if position != file_bytes:
+        raise InputError(
+            f"{path.name} ends at byte {file_bytes:,} but its header promises {position:,}: download the shard again."
+        )
+    return Header(path, {tensor.name: tensor for tensor in tensors}, metadata, start, file_bytes)
+
+
+def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise _damaged(path, f"has a header whose entry {name!r} lacks dtype, shape or data_offsets") from error
+    if dtype not in DTYPE_BYTES:
+        raise InputError(
+            f"{path.name}: tensor {name} has the dtype {dtype!r}, which is not known here; sources are BF16, "
+            f"F16 or F32."
+        )
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise _damaged(path, f"has a header whose entry {name!r} has a shape or an offset that is not a natural number")
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise _damaged(
+            path,
+            f"has a header whose tensor {name} has offsets that do not fit its shape {list(shape)} and dtype {dtype}",
+        )
+    return TensorInfo(name, dtype, shape, start + begin, start + end)
+
+
+def _check_length(path: Path, length: int, file_bytes: int) -> None:
+    if length < 2 or length > HEADER_LIMIT_BYTES:
+        raise _damaged(path, "is not a safetensors file: its header length is out of range")
+    if 8 + length > file_bytes:
+        raise InputError(f"{path.name} ends at byte {file_bytes:,}, inside its own header: download the shard again.")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path.name} {what}: download the shard again.")

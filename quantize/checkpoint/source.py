@@ -1,0 +1,229 @@
+"""A checkpoint folder opened for reading: its config, its index, the headers of its shards. Weights are read by
+byte range, never mapped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from .headers import Header, TensorInfo, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+READ_CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    Attributes:
+        config: the JSON of config.json as it stands.
+        shards: header of each shard, by file name, in the order of the names.
+        files: file name of each tensor.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    shards: Mapping[str, Header]
+    files: Mapping[str, str] = field(repr=False)
+
+    def info(self, name: str) -> TensorInfo:
+        """Where the tensor lies in its shard; KeyError where there is none."""
+        return self.shards[self.files[name]].tensors[name]
+
+    def path(self, name: str) -> Path:
+        """The shard that holds the tensor."""
+        return self.folder / self.files[name]
+
+    def infos(self) -> dict[str, TensorInfo]:
+        """All tensors by name, in the order of shards and data."""
+        return {name: info for header in self.shards.values() for name, info in header.tensors.items()}
+
+    def read_into(self, name: str, buffer: memoryview, begin: int = 0) -> None:
+        """Fill `buffer` with the tensor's bytes from its byte `begin` on.
+
+        Raises:
+            InputError: the shard vanished, shrank or cannot be read.
+        """
+        info = self.info(name)
+        read_range(self.path(name), info.begin + begin, buffer)
+
+    def read(self, name: str, device: str = "cpu") -> torch.Tensor:
+        """The tensor in its stored dtype and shape.
+
+        Raises:
+            InputError: the shard vanished, shrank or cannot be read.
+        """
+        return self.read_rows(name, None, device)
+
+    def read_rows(self, name: str, rows: list[int] | None, device: str = "cpu") -> torch.Tensor:
+        """Only some rows (along the first axis), in the given order; all of them for None."""
+        import torch
+
+        info = self.info(name)
+        shape = info.shape if rows is None else (len(rows), *info.shape[1:])
+        tensor = torch.empty(shape, dtype=torch_dtype(info.dtype), pin_memory=device.startswith("cuda"))
+        flat = tensor_bytes(tensor)
+        if rows is None:
+            self.read_into(name, flat)
+        else:
+            row_bytes = info.nbytes // info.shape[0]
+            for at, row in enumerate(rows):
+                self.read_into(name, flat[at * row_bytes : (at + 1) * row_bytes], row * row_bytes)
+        return tensor.to(device, non_blocking=False)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a folder with config.json and safetensors shards; reads headers only.
+
+    Raises:
+        InputError: anything missing, damaged or contradictory, each in one sentence.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give the path of a model folder (with config.json) or a Hub id.")
+    config = read_json(folder / "config.json", "every Hugging Face model folder has one")
+    index_path = folder / INDEX_NAME
+    if index_path.exists():
+        files = _read_index(index_path)
+    elif (folder / SINGLE_NAME).exists():
+        files = dict.fromkeys(read_header(folder / SINGLE_NAME).tensors, SINGLE_NAME)
+    else:
+        raise InputError(_no_weights(folder))
+    shards = {}
+    for name in sorted(set(files.values())):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: shard {name} is missing although the index names it: download it again.")
+        shards[name] = read_header(folder / name)
+    _check_index(folder, files, shards)
+    return Checkpoint(folder, config, shards, files)
+
+
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: the file is missing or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing: {hint}.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}): download it again.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object: download it again.")
+    return value
+
+
+def read_range(path: Path, begin: int, buffer: memoryview) -> None:
+    """Fill `buffer` from the file's byte `begin` on, with pread: what is read does not count as the process's memory
+    twice.
+
+    Raises:
+        InputError: the file vanished, shrank or cannot be read.
+    """
+    done = 0
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            while done < len(buffer):
+                got = os.preadv(descriptor, [buffer[done : done + READ_CHUNK_BYTES]], begin + done)
+                if not got:
+                    raise InputError(f"{path} ended early, at byte {begin + done:,}: the file changed during the run.")
+                done += got
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): restore the file and run the command again."
+        ) from error
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, without a copy where it is contiguous; writing to them writes to the tensor."""
+    import torch
+
+    if not tensor.numel():
+        return memoryview(b"")
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name."""
+    import torch
+
+    table = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "BF16": torch.bfloat16,
+        "F16": torch.float16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.float8_e8m0fnu,
+        "U16": torch.uint16,
+        "U32": torch.uint32,
+        "U64": torch.uint64,
+    }
+    return table[name]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path, "it lists the shards").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path} has no weight_map: download it again.")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
+            raise InputError(
+                f"{path}: tensor {tensor} is said to lie in {name!r}, outside of the folder: the index is not "
+                f"trustworthy."
+            )
+        if not name.endswith(".safetensors"):
+            raise InputError(
+                f"{path}: tensor {tensor} lies in {name}, which is not a safetensors file: convert the model to "
+                f"safetensors first."
+            )
+    return weight_map
+
+
+def _check_index(folder: Path, files: Mapping[str, str], shards: Mapping[str, Header]) -> None:
+    for tensor, name in files.items():
+        if tensor not in shards[name].tensors:
+            raise InputError(
+                f"{folder}: the index says that {name} holds {tensor}, but it does not: download the shard again."
+            )
+    for name, header in shards.items():
+        for tensor in header.tensors:
+            if tensor not in files:
+                raise InputError(
+                    f"{folder}: {name} holds {tensor}, which the index does not list: download the index again."
+                )
+            if files[tensor] != name:
+                raise InputError(
+                    f"{folder}: {tensor} lies in {name} and in {files[tensor]}: download the shards and the "
+                    f"index again."
+                )
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder} holds only pickle weights ({pickles[0]}), which can run code when loaded: convert the "
+            f"model to safetensors first."
+        )
+    return f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}: download the model's weights."

@@ -1,0 +1,124 @@
+"""Writing shards whose layout is known beforehand, under a temporary name, made durable before they get their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckFailed, InputError
+from .headers import DTYPE_BYTES
+
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Name, dtype and shape of a tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        size = DTYPE_BYTES[self.dtype]
+        for n in self.shape:
+            size *= n
+        return size
+
+
+def order_entries(entries: Iterable[TensorEntry]) -> tuple[TensorEntry, ...]:
+    """The order of data in a shard: wide dtypes first, so that every tensor is aligned, then by name."""
+    return tuple(sorted(entries, key=lambda entry: (-DTYPE_BYTES[entry.dtype], entry.name)))
+
+
+def build_header(entries: Sequence[TensorEntry]) -> bytes:
+    """The header of a shard that holds `entries` in this order, its 8 bytes of length included."""
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for entry in entries:
+        table[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [position, position + entry.nbytes],
+        }
+        position += entry.nbytes
+    blob = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    blob += b" " * (-len(blob) % ALIGNMENT)
+    return struct.pack("<Q", len(blob)) + blob
+
+
+def write_shard(
+    path: Path, entries: Sequence[TensorEntry], contents: Callable[[TensorEntry], Iterable[memoryview]]
+) -> str:
+    """Write a shard; it appears under its name only when it is whole and on the disk.
+
+    Args:
+        path: its final name.
+        entries: what it holds, in the order of the data.
+        contents: gives the bytes of an entry, in pieces.
+    Returns:
+        sha256 of the file, hexadecimal.
+    Raises:
+        CheckFailed: an entry's pieces do not add up to its size.
+        InputError: the disk is full or cannot be written to.
+    """
+    digest = hashlib.sha256()
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            _write(file.fileno(), memoryview(build_header(entries)), digest)
+            for entry in entries:
+                size = 0
+                for piece in contents(entry):
+                    size += len(piece)
+                    _write(file.fileno(), piece, digest)
+                if size != entry.nbytes:
+                    raise CheckFailed(
+                        f"{path.name}: {entry.name} came with {size:,} bytes where the plan has {entry.nbytes:,}."
+                    )
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): free space or choose another folder with -o."
+        ) from error
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON, indented by two, keys in the order given, with a final newline, durable before it gets its name."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small file, durable before it gets its name."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(descriptor: int, piece: memoryview, digest: hashlib._Hash) -> None:
+    digest.update(piece)
+    while len(piece):
+        piece = piece[os.write(descriptor, piece) :]

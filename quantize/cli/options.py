@@ -1,0 +1,102 @@
+"""Options that several commands share, and the opening of what they name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..errors import InputError
+from ..format.layouts import FORMAT_NAMES, LAYOUTS
+from ..plan.plan import Plan, compute_plan
+from ..recipe.load import load_recipe
+from ..recipe.schema import Recipe
+
+F = TypeVar("F", bound=Callable[..., Any])
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def recipe_option(function: F) -> F:
+    """`--recipe`."""
+    return click.option(
+        "--recipe",
+        "recipe_name",
+        default="nvfp4",
+        show_default=True,
+        help="A shipped recipe or a YAML file of your own.",
+    )(function)
+
+
+def format_option(function: F) -> F:
+    """`--format`."""
+    return click.option(
+        "--format",
+        "format_name",
+        type=click.Choice(FORMAT_NAMES),
+        default=FORMAT_NAMES[0],
+        show_default=True,
+        help="Layout on disk.",
+    )(function)
+
+
+def json_option(function: F) -> F:
+    """`--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(function)
+
+
+def debug_option(function: F) -> F:
+    """`--debug`, so that it may also stand behind the command; `main` looks for it."""
+    return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(function)
+
+
+def calibration_options(function: F) -> F:
+    """`--samples`, `--sequence-length`, `--batch-size`: the sizes on which memory depends."""
+    for option in (
+        click.option(
+            "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences computed at once."
+        ),
+        click.option(
+            "--sequence-length",
+            type=click.IntRange(min=2),
+            help="Tokens in a calibration sequence; the recipe's by default.",
+        ),
+        click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences; the recipe's by default."),
+    ):
+        function = option(function)
+    return function
+
+
+def open_model(model: str) -> Checkpoint:
+    """The source checkpoint that MODEL names.
+
+    Raises:
+        InputError: it is not a model folder.
+    """
+    folder = Path(model)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
+        raise InputError(
+            f"{model} is not a folder here: download it first (`hf download {model.partition('@')[0]} "
+            f"--local-dir DIR`) and give DIR."
+        )
+    return open_checkpoint(folder)
+
+
+def make_plan(model: str, recipe_name: str, format_name: str) -> tuple[Plan, Recipe]:
+    """Open MODEL, load the recipe, compute the plan."""
+    recipe = load_recipe(recipe_name)
+    source = open_model(model)
+    return compute_plan(source, recipe, LAYOUTS[format_name], model.rstrip("/")), recipe
+
+
+def parse_bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """A size such as `8GB` or `6GiB` in bytes."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b)?", value.strip().lower())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a size; write 8GB or 6GiB.", ctx, parameter)
+    return int(float(match[1]) * _UNITS[match[2] or ""])

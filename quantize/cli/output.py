@@ -1,0 +1,67 @@
+"""What commands say: results on stdout, words about them on stderr, progress that suits the stream."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+PLAIN_INTERVAL_SECONDS = 10.0
+
+
+def emit_json(document: Mapping[str, Any]) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    click.echo(text, err=True)
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as GB (10^9), to meaningful digits."""
+    return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; plain where stdout is no terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="left" if at == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table)
+
+
+def progress_reporter() -> Callable[[int, int, str], None]:
+    """A function (done, total, phase) that keeps the user informed: a live line on a terminal, a plain line now
+    and then elsewhere."""
+    started = time.monotonic()
+    last = [0.0]
+    is_terminal = sys.stderr.isatty()
+
+    def report(done: int, total: int, phase: str) -> None:
+        now = time.monotonic()
+        remaining = (now - started) * (total - done) / done if done else 0.0
+        line = (
+            f"{phase}: layer {done}/{total}, {now - started:.0f} s, about {remaining:.0f} s left"
+            if phase == "layers"
+            else phase
+        )
+        if is_terminal:
+            click.echo(f"\r\x1b[K{line}", err=True, nl=False)
+            if done == total:
+                click.echo("\r\x1b[K", err=True, nl=False)
+        elif now - last[0] >= PLAIN_INTERVAL_SECONDS or done == total == 0:
+            last[0] = now
+            click.echo(line, err=True)
+
+    return report

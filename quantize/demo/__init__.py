@@ -1,0 +1,1 @@
+"""The embedded default: a real model from a package, through the whole chain."""

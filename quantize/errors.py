@@ -1,0 +1,53 @@
+"""Errors that a user can act on. Each carries the exit code of the command that it ends.
+
+A message is one sentence (two at most) that names the file, tensor or option and the way out; nothing else is printed
+without `--debug`.
+"""
+
+from __future__ import annotations
+
+
+class NvquantError(Exception):
+    """Base of all errors whose message is meant for the user."""
+
+    exit_code = 1
+
+
+class CheckFailed(NvquantError):
+    """Something that was proved or asserted did not hold."""
+
+    exit_code = 1
+
+
+class InputError(NvquantError):
+    """The input or the request is wrong; nothing was written."""
+
+    exit_code = 2
+
+
+class EnvironmentLack(NvquantError):
+    """The environment lacks something: a package, a version, a device."""
+
+    exit_code = 3
+
+
+class ShapeError(InputError):
+    """A matrix whose number of columns does not divide into blocks of 16."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        super().__init__(
+            f"{name} has shape {list(shape)}, whose last axis is not a multiple of 16: leave it out of the "
+            f"recipe's quantize list."
+        )
+        self.name, self.shape = name, shape
+
+
+class NonFiniteError(InputError):
+    """A NaN or an infinity in a weight; carries the first position."""
+
+    def __init__(self, name: str, row: int, column: int) -> None:
+        super().__init__(
+            f"{name} holds a NaN or an infinity at row {row}, column {column}: the source model is damaged, "
+            f"download it again."
+        )
+        self.name, self.row, self.column = name, row, column

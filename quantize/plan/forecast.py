@@ -1,0 +1,166 @@
+"""What a conversion needs and what its result needs: memory of the run, and the GPUs that can serve the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..recipe.roles import text_config
+from .plan import Plan
+
+SERVED_TOKENS = 8192
+SERVING_OVERHEAD_BYTES = 1_500_000_000
+BF16_BYTES = 2
+
+# Total memory as nvidia-smi reports it, in MiB.
+GPUS_MIB = {
+    "RTX 5060 Ti 16 GB": 16311,
+    "RTX 4090": 24564,
+    "RTX 5090": 32607,
+    "L40S": 46068,
+    "A100 80 GB": 81920,
+    "H100 80 GB": 81559,
+    "RTX PRO 6000": 97887,
+    "GB10 (DGX Spark)": 122572,
+    "H200": 143771,
+    "B200": 183359,
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """A line of the census: tensors of one role."""
+
+    name: str
+    scheme: str
+    tensors: int
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a GPU can serve the output with a context of 8192 tokens."""
+
+    gpu: str
+    memory_bytes: int
+    fits: bool
+
+
+def census(plan: Plan) -> list[Group]:
+    """Tensors and bytes by role and scheme, before and after, in the order of the model."""
+    infos = plan.source.infos()
+    sizes = {entry.name: entry.nbytes for shard in plan.shards for entry in shard.entries}
+    tensors: dict[tuple[str, str], int] = {}
+    bytes_out: dict[tuple[str, str], int] = {}
+    bytes_in: dict[tuple[str, str], int] = {}
+    counted: set[str] = set()
+    for name, origin in plan.origins.items():
+        module = origin.source.removesuffix(".weight")
+        scheme = plan.matrices[module].scheme if origin.part else infos[origin.source].dtype
+        key = (plan.selection.roles[origin.source].value, scheme)
+        tensors[key] = tensors.get(key, 0) + 1
+        bytes_out[key] = bytes_out.get(key, 0) + sizes[name]
+        if origin.source not in counted:
+            counted.add(origin.source)
+            bytes_in[key] = bytes_in.get(key, 0) + infos[origin.source].nbytes
+    return [
+        Group(role, scheme, count, bytes_in[role, scheme], bytes_out[role, scheme])
+        for (role, scheme), count in tensors.items()
+    ]
+
+
+def kv_cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
+    """Bytes of a BF16 KV cache for one sequence.
+
+    Args:
+        config: config.json; reads heads and head sizes per layer, in Google's form (global_head_dim) and transformers'
+            (per_layer_config).
+        tokens: length of the sequence; sliding layers hold no more than their window.
+    """
+    text = text_config(config)
+    layers = int(text.get("num_hidden_layers") or 0)
+    kinds = text.get("layer_types") or ["full_attention"] * layers
+    window = int(text.get("sliding_window") or tokens)
+    total = 0
+    for at, kind in enumerate(kinds):
+        heads, size = _kv_heads(text, at, kind)
+        total += 2 * BF16_BYTES * heads * size * (min(tokens, window) if kind == "sliding_attention" else tokens)
+    return total
+
+
+def _kv_heads(text: Mapping[str, Any], layer: int, kind: str) -> tuple[int, int]:
+    """Number and size of a layer's KV heads."""
+    attention_heads = int(text.get("num_attention_heads") or 1)
+    heads = text.get("num_key_value_heads") or attention_heads
+    size = text.get("head_dim") or int(text.get("hidden_size") or 0) // attention_heads
+    if kind == "full_attention":
+        heads = text.get("num_global_key_value_heads") or heads
+        size = text.get("global_head_dim") or size
+    own = (text.get("per_layer_config") or {}).get(f"{layer:02d}") or {}
+    return int(own.get("num_key_value_heads") or heads), int(own.get("head_dim") or size)
+
+
+def serving_bytes(plan: Plan) -> int:
+    """Memory to serve the output: weights, BF16 KV cache for 8192 tokens, 1.5 GB."""
+    return plan.tensor_bytes + kv_cache_bytes(plan.source.config, SERVED_TOKENS) + SERVING_OVERHEAD_BYTES
+
+
+def fits(plan: Plan) -> list[Fit]:
+    """Which GPUs can serve the output."""
+    needed = serving_bytes(plan)
+    return [Fit(gpu, mib << 20, needed <= mib << 20) for gpu, mib in GPUS_MIB.items()]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of the conversion in bytes, an upper estimate: host (resident, process tree) and GPU (0 where
+    none is needed)."""
+
+    host_bytes: int
+    gpu_bytes: int
+
+
+def forecast_memory(plan: Plan, samples: int, sequence_length: int, batch_size: int, gpu: bool) -> Memory:
+    """Memory that the conversion will need.
+
+    Args:
+        samples, sequence_length, batch_size: of the calibration.
+        gpu: whether a GPU computes.
+    """
+    infos = plan.source.infos()
+    layer_bytes = max(
+        (sum(infos[name].nbytes for name in plan.layer_tensors(layer)) for layer in plan.layers), default=0
+    )
+    out_bytes = max((shard.tensor_bytes for shard in plan.shards if shard.layer is not None), default=0)
+    matrix_bytes = max((matrix.source_bytes for matrix in plan.matrices.values()), default=0)
+    interpreter = 900_000_000 if plan.recipe.needs_calibration else 450_000_000
+    if not plan.recipe.needs_calibration:
+        return Memory(interpreter + 4 * matrix_bytes, 0)
+    text = text_config(plan.source.config)
+    hidden, inner = int(text.get("hidden_size") or 0), int(text.get("intermediate_size") or 0)
+    element = 2 if gpu else 4
+    hidden_states = samples * sequence_length * hidden * element
+    working = batch_size * sequence_length * (12 * hidden + 6 * inner) * element
+    if gpu:
+        return Memory(
+            2_000_000_000 + 2 * layer_bytes + 2 * out_bytes,
+            2 * layer_bytes + out_bytes + hidden_states + working + 600_000_000,
+        )
+    return Memory(interpreter + 3 * layer_bytes + 2 * out_bytes + hidden_states + working, 0)
+
+
+def as_json(plan: Plan, memory: Memory) -> dict[str, Any]:
+    """The document of `plan --json`."""
+    return {
+        "model": plan.model,
+        "recipe": plan.recipe.name,
+        "format": plan.layout.name,
+        "tensors": plan.tensors,
+        "tensor_bytes": plan.tensor_bytes,
+        "quantized": len(plan.matrices),
+        "groups": [asdict(group) for group in census(plan)],
+        "memory": asdict(memory),
+        "fits": [asdict(fit) for fit in fits(plan)],
+    }

@@ -1,0 +1,230 @@
+"""Compute the plan of a conversion. `convert` executes it and asserts it; nothing else decides what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ..checkpoint.headers import TensorInfo
+from ..checkpoint.source import Checkpoint
+from ..checkpoint.writer import TensorEntry, build_header, order_entries
+from ..errors import InputError
+from ..format.constants import BLOCK
+from ..format.layouts import Layout
+from ..recipe.groups import FusedGroup
+from ..recipe.match import Selection, select
+from ..recipe.roles import decoder_prefix, layer_index
+from ..recipe.schema import Recipe, Scheme
+
+SHARD_LIMIT_BYTES = 5_000_000_000
+Part = Literal["packed", "scales", "weight_global", "input_global"]
+
+
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """A matrix to be quantized.
+
+    Attributes:
+        module: its module's name; the source tensor is `module + ".weight"`.
+        group: name of its fused group.
+    """
+
+    module: str
+    scheme: Scheme
+    group: str
+    rows: int
+    cols: int
+    source_bytes: int
+
+    @property
+    def source(self) -> str:
+        """Name of the source tensor."""
+        return f"{self.module}.weight"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an output tensor comes from: a copied source tensor, or one part of a quantized matrix."""
+
+    source: str
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """An output shard.
+
+    Attributes:
+        layer: number of the decoder layer that it holds; None for the rest of the model.
+        entries: its tensors in the order of the data.
+    """
+
+    file: str
+    layer: int | None
+    entries: tuple[TensorEntry, ...]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file, header included."""
+        return len(build_header(self.entries)) + self.tensor_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion reads and writes.
+
+    Attributes:
+        model: what reports call the source.
+        matrices: the matrices to quantize by module name, in the model's order.
+        groups: their fused groups.
+        origins: where each output tensor comes from.
+        shards: the output files, in the order of their names.
+        prefix: what precedes a layer's number in the source's names.
+    """
+
+    model: str
+    source: Checkpoint
+    recipe: Recipe
+    layout: Layout
+    selection: Selection
+    matrices: Mapping[str, PlannedMatrix]
+    groups: tuple[FusedGroup, ...]
+    origins: Mapping[str, Origin]
+    shards: tuple[PlannedShard, ...]
+    prefix: str
+
+    @property
+    def tensors(self) -> int:
+        """Number of output tensors."""
+        return len(self.origins)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(shard.tensor_bytes for shard in self.shards)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all output shards, headers included."""
+        return sum(shard.file_bytes for shard in self.shards)
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the decoder's layers, ascending."""
+        return [shard.layer for shard in self.shards if shard.layer is not None]
+
+    def layer_tensors(self, layer: int) -> list[str]:
+        """Source names of one decoder layer's tensors."""
+        return [name for name in self.source.files if layer_index(name, self.prefix) == layer]
+
+
+def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str) -> Plan:
+    """Plan the conversion of a checkpoint; no weight byte is read.
+
+    Raises:
+        InputError: the source is quantized already, or the recipe does not fit it (see `recipe.match.select`).
+    """
+    refuse_quantized(source, model)
+    infos = source.infos()
+    shapes = {name: info.shape for name, info in infos.items()}
+    selection = select(recipe, infos, model, source.config)
+    prefix = decoder_prefix(shapes)
+    if prefix is None:
+        raise InputError(
+            f"{model} has no decoder layers (no tensor named …layers.N.…): nvquant converts decoder models."
+        )
+    if layout.name == "modelopt" and len(set(selection.schemes.values())) > 1:
+        raise InputError(
+            f"recipe {recipe.name} mixes schemes, which the modelopt layout cannot say: use --format "
+            f"compressed-tensors."
+        )
+    matrices = _matrices(selection, infos)
+    origins, entries = _outputs(infos, matrices, layout)
+    shards = _shards(entries, origins, prefix)
+    return Plan(model, source, recipe, layout, selection, matrices, selection.groups, origins, shards, prefix)
+
+
+def refuse_quantized(source: Checkpoint, model: str) -> None:
+    """Raise InputError where a checkpoint is quantized already."""
+    found = source.config.get("quantization_config")
+    if found is None and not (source.folder / "hf_quant_config.json").exists():
+        return
+    method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else "modelopt"
+    raise InputError(f"{model} is quantized already (quant_method {method}): convert from the original BF16 model.")
+
+
+def _matrices(selection: Selection, infos: Mapping[str, TensorInfo]) -> dict[str, PlannedMatrix]:
+    group_of = {module: group.name for group in selection.groups for module in group.members}
+    result = {}
+    for module, scheme in selection.schemes.items():
+        info = infos[f"{module}.weight"]
+        result[module] = PlannedMatrix(module, scheme, group_of[module], info.shape[0], info.shape[1], info.nbytes)
+    return result
+
+
+def matrix_entries(matrix: PlannedMatrix, layout: Layout) -> dict[Part, TensorEntry]:
+    """The output tensors of a matrix in a layout, by part; weight-only matrices have no input global scale."""
+    name = f"{matrix.module}."
+    entries: dict[Part, TensorEntry] = {
+        "packed": TensorEntry(name + layout.packed, "U8", (matrix.rows, matrix.cols // 2)),
+        "scales": TensorEntry(name + layout.scales, "F8_E4M3", (matrix.rows, matrix.cols // BLOCK)),
+        "weight_global": TensorEntry(name + layout.weight_global, "F32", layout.scalar_shape),
+    }
+    if matrix.scheme == "nvfp4":
+        entries["input_global"] = TensorEntry(name + layout.input_global, "F32", layout.scalar_shape)
+    return entries
+
+
+def _outputs(
+    infos: Mapping[str, TensorInfo], matrices: Mapping[str, PlannedMatrix], layout: Layout
+) -> tuple[dict[str, Origin], dict[str, TensorEntry]]:
+    by_source = {matrix.source: matrix for matrix in matrices.values()}
+    origins: dict[str, Origin] = {}
+    entries: dict[str, TensorEntry] = {}
+    for name, info in infos.items():
+        if name in by_source:
+            for part, entry in matrix_entries(by_source[name], layout).items():
+                origins[entry.name], entries[entry.name] = Origin(name, part), entry
+        else:
+            origins[name], entries[name] = Origin(name), TensorEntry(name, info.dtype, info.shape)
+    if len(entries) != len(infos) + sum(len(matrix_entries(matrix, layout)) - 1 for matrix in matrices.values()):
+        raise InputError(
+            "the source stores tensors under names that the output needs for scales: it looks quantized already."
+        )
+    return origins, entries
+
+
+def _shards(entries: Mapping[str, TensorEntry], origins: Mapping[str, Origin], prefix: str) -> tuple[PlannedShard, ...]:
+    """One shard a decoder layer, then the rest in shards of at most 5 GB (a larger tensor has one of its own)."""
+    layers: dict[int, list[TensorEntry]] = {}
+    rest: list[TensorEntry] = []
+    for entry in entries.values():
+        number = layer_index(origins[entry.name].source, prefix)
+        (rest if number is None else layers.setdefault(number, [])).append(entry)
+    parts: list[tuple[int | None, tuple[TensorEntry, ...]]] = [
+        (number, order_entries(layers[number])) for number in sorted(layers)
+    ]
+    parts += [(None, order_entries(chunk)) for chunk in _chunks(rest)]
+    total = len(parts)
+    return tuple(
+        PlannedShard(f"model-{at:05d}-of-{total:05d}.safetensors", number, tensors)
+        for at, (number, tensors) in enumerate(parts, 1)
+    )
+
+
+def _chunks(entries: Iterable[TensorEntry]) -> list[list[TensorEntry]]:
+    chunks: list[list[TensorEntry]] = []
+    size = 0
+    for entry in entries:
+        if not chunks or size + entry.nbytes > SHARD_LIMIT_BYTES:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(entry)
+        size += entry.nbytes
+    return chunks

@@ -1,0 +1,22 @@
+"""Round to nearest: every block scale is amax / 6, every code the nearest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..format.blocks import BlockQuantized, quantize_blocks
+
+
+@dataclass(frozen=True)
+class RTN:
+    """Round to nearest; what llm-compressor's minmax observer and modelopt's max calibration do."""
+
+    name: str = "rtn"
+    headroom: float = 1.0
+    uses_mean_square: bool = False
+
+    def quantize(self, weight: Tensor, scale: Tensor, mean_square: Tensor | None = None) -> BlockQuantized:
+        """See `Quantizer.quantize`; `mean_square` is not used."""
+        return quantize_blocks(weight, scale)

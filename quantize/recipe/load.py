@@ -1,0 +1,98 @@
+"""Reading recipes: the shipped ones by name, a user's own by path. Errors name the file, the line and the key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from ..errors import InputError
+from .schema import Recipe
+
+_PACKAGE = "nvquant.recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with nvquant, sorted."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in resources.files(_PACKAGE).iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by its name, or a user's own by the path of its file.
+
+    Raises:
+        InputError: no such recipe, or a file that does not fit the schema; names file, line and key.
+    """
+    if name in shipped_recipes():
+        return parse_recipe(
+            resources.files(_PACKAGE).joinpath(f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml"
+        )
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        try:
+            return parse_recipe(path.read_text(encoding="utf-8"), name)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"recipe file {name} cannot be read ({error}): give the path of a YAML file.") from error
+    raise InputError(
+        f"recipe '{name}' does not exist; available: {', '.join(shipped_recipes())}. A file of your own is "
+        f"given as ./my.yaml."
+    )
+
+
+def parse_recipe(text: str, file: str) -> Recipe:
+    """Check the text of a recipe.
+
+    Args:
+        text: YAML.
+        file: what errors call it.
+    Raises:
+        InputError: not YAML or not a recipe; names file, line and key.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise InputError(f"{file}:{line}: not YAML ({getattr(error, 'problem', error)}).") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{file}:1: a recipe is a map with the keys name and quantize.")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(
+            f"{file}:{_line_of(root, first['loc'])}: key '{key}': {_in_words(message, first['type'], first['loc'])}."
+        ) from error
+
+
+def _in_words(message: str, kind: str, location: Sequence[int | str]) -> str:
+    if kind == "extra_forbidden":
+        return f"'{location[-1]}' is not a key of a recipe; see `nvquant recipes show nvfp4` for all of them"
+    if kind == "missing":
+        return "is required"
+    return message[0].lower() + message[1:]
+
+
+def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int:
+    """The line (from 1) of the deepest node on the way to `location`."""
+    line = 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((key, value) for key, value in node.value if key.value == part), None)
+            if pair is None:
+                return node.start_mark.line + 1 if line == 1 else line
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line

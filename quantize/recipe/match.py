@@ -1,0 +1,154 @@
+"""Which matrices of a model a recipe quantizes. Everything that could go wrong is an error here, before any work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint.headers import TensorInfo
+from ..errors import InputError, ShapeError
+from ..format.constants import BLOCK
+from .groups import FusedGroup, fused_groups, fused_name
+from .roles import QUANTIZABLE, Role, describe, module_of, role_of, unused_tensors
+from .schema import SELECTORS, Recipe, Scheme
+
+SOURCE_DTYPES = ("BF16", "F16", "F32")
+_SELECTED_ROLE = {"mlp": Role.MLP, "attention": Role.ATTENTION}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a recipe does to a model.
+
+    Attributes:
+        schemes: scheme of each quantized module, in the model's order.
+        groups: the fused groups of these modules.
+        roles: role of every tensor.
+        unused: tensors that no layer of the model reads (k and v of layers that share another layer's); they are
+            copied.
+    """
+
+    schemes: Mapping[str, Scheme]
+    groups: tuple[FusedGroup, ...]
+    roles: Mapping[str, Role]
+    unused: frozenset[str]
+
+
+def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config: Mapping[str, Any]) -> Selection:
+    """Match a recipe with the tensors of a checkpoint.
+
+    Args:
+        tensors: all tensors of the source, by name, in the model's order.
+        model: what errors call it.
+        config: the model's config.json.
+    Raises:
+        InputError: a pattern matches nothing, or something that must not be quantized, or only a part of a fused
+            group; two entries overlap;
+            a mixture of experts that the recipe does not mention.
+        ShapeError: a matrix whose columns are not a multiple of 16.
+    """
+    roles = {name: role_of(name, info.shape) for name, info in tensors.items()}
+    unused = unused_tensors(config, tensors)
+    roles.update(dict.fromkeys(unused, Role.OTHER))
+    schemes: dict[str, Scheme] = {}
+    for entry in recipe.quantize:
+        for pattern in entry.modules:
+            for module in _matches(pattern, tensors, roles, unused, recipe, model):
+                if module in schemes:
+                    raise InputError(
+                        f"recipe {recipe.name}: '{pattern}' matches {module}, which an earlier entry quantizes "
+                        f"already: make them disjoint."
+                    )
+                schemes[module] = entry.scheme
+    ordered = {
+        module_of(name): schemes[module_of(name)]
+        for name in tensors
+        if module_of(name) in schemes and name.endswith(".weight")
+    }
+    _check_matrices(ordered, tensors)
+    _check_experts(recipe, roles, model)
+    groups = fused_groups(ordered)
+    _check_groups(recipe, groups, ordered, roles)
+    return Selection(ordered, groups, roles, unused)
+
+
+def _matches(
+    pattern: str,
+    tensors: Mapping[str, TensorInfo],
+    roles: Mapping[str, Role],
+    unused: frozenset[str],
+    recipe: Recipe,
+    model: str,
+) -> list[str]:
+    modules = {module_of(name): name for name in tensors if name.endswith(".weight") or roles[name] is Role.EXPERT}
+    if pattern in SELECTORS:
+        found = [module for module, name in modules.items() if roles[name] is _SELECTED_ROLE[pattern]]
+    elif pattern.startswith("re:"):
+        expression = re.compile(pattern.removeprefix("re:"))
+        found = [
+            module for module, name in modules.items() if expression.match(module) and len(tensors[name].shape) > 1
+        ]
+    else:
+        found = [module for module in modules if module == pattern]
+    found = [module for module in found if modules[module] not in unused]
+    if not found:
+        hint = describe(
+            sorted({re.sub(r"\d+", "N", module) for module, name in modules.items() if roles[name] in QUANTIZABLE}), 4
+        )
+        raise InputError(
+            f"recipe {recipe.name}: pattern '{pattern}' matches no matrix of {model}; its text matrices are "
+            f"{hint or 'none'}."
+        )
+    protected = [module for module in found if roles[modules[module]] not in QUANTIZABLE]
+    if protected:
+        what = roles[modules[protected[0]]].value
+        raise InputError(
+            f"recipe {recipe.name}: pattern '{pattern}' touches {describe(protected)} ({what}), which stays "
+            f"unquantized because vLLM serves it so: "
+            "anchor the pattern on the text decoder's layers, or use the selectors mlp and attention."
+        )
+    return found
+
+
+def _check_matrices(schemes: Mapping[str, Scheme], tensors: Mapping[str, TensorInfo]) -> None:
+    for module in schemes:
+        info = tensors[f"{module}.weight"]
+        if len(info.shape) != 2 or info.shape[1] % BLOCK:
+            raise ShapeError(info.name, info.shape)
+        if info.dtype not in SOURCE_DTYPES:
+            raise InputError(
+                f"{info.name} is stored as {info.dtype}; sources are BF16, F16 or F32: convert from the original model."
+            )
+
+
+def _check_experts(recipe: Recipe, roles: Mapping[str, Role], model: str) -> None:
+    experts = [name for name, role in roles.items() if role is Role.EXPERT]
+    if experts and recipe.experts == "refuse":
+        raise InputError(
+            f"{model} is a mixture of experts ({describe(experts, 1)}), whose experts nvquant does not quantize yet: "
+            f"use a recipe of your own with `experts: bf16` to leave them in BF16."
+        )
+
+
+def _check_groups(
+    recipe: Recipe, groups: tuple[FusedGroup, ...], schemes: Mapping[str, Scheme], roles: Mapping[str, Role]
+) -> None:
+    siblings: dict[str, list[str]] = {}
+    for name, role in roles.items():
+        if role in QUANTIZABLE:
+            siblings.setdefault(fused_name(module_of(name)), []).append(module_of(name))
+    for group in groups:
+        missing = [module for module in siblings[group.name] if module not in schemes]
+        if missing:
+            raise InputError(
+                f"recipe {recipe.name}: {describe(group.members)} would be quantized but not "
+                f"{describe(missing)}, which vLLM fuses with it: "
+                "quantize all of them or none."
+            )
+        if len({schemes[module] for module in group.members}) > 1:
+            raise InputError(
+                f"recipe {recipe.name}: {describe(group.members)} have different schemes, but vLLM fuses them: "
+                f"give them one."
+            )

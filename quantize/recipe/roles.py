@@ -1,0 +1,131 @@
+"""What a tensor is for, read from its name and shape.
+
+Roles protect: a tower, a projector, a router, an embedding or a head is never quantized, whatever a recipe's pattern
+says, because stock vLLM
+builds these layers unquantized and has no parameter for their packed tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+
+class Role(Enum):
+    """The part that a tensor plays; the value is what reports call it."""
+
+    MLP = "text MLP"
+    ATTENTION = "text attention"
+    LINEAR = "other text linear"
+    EXPERT = "experts"
+    ROUTER = "router"
+    PER_LAYER_INPUT = "per-layer input"
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    TOWER = "vision and audio"
+    PROJECTOR = "projector"
+    OTHER = "other text"
+
+
+QUANTIZABLE = frozenset({Role.MLP, Role.ATTENTION, Role.LINEAR})
+
+_LAYER = re.compile(r"^(?P<prefix>(?:.+\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
+TOWER = re.compile(r"vision|visual|audio|image|speech|video|^vit$")
+PROJECTOR = re.compile(r"^embed_(vision|audio)$|projector|^connector$|^aligner$|^merger$")
+_EMBEDDINGS = frozenset({"wte", "wpe", "word_embeddings", "embeddings"})
+_HEADS = frozenset({"lm_head", "embed_out", "score"})
+
+
+def module_of(tensor: str) -> str:
+    """The module that owns a weight: the tensor's name without `.weight`."""
+    return tensor.removesuffix(".weight")
+
+
+def role_of(tensor: str, shape: tuple[int, ...]) -> Role:
+    """The role of a tensor of a checkpoint, by its name there and its shape."""
+    parts = module_of(tensor).split(".")
+    outside = _role_outside_of_layers(parts)
+    if outside is not None:
+        return outside
+    match = _LAYER.match(tensor)
+    if match is None:
+        return Role.OTHER
+    inside = module_of(match["rest"]).split(".")
+    if any(part.startswith("per_layer") or "_per_layer_" in part for part in inside):
+        return Role.PER_LAYER_INPUT
+    if "router" in inside or inside[-1] in ("gate", "shared_expert_gate"):
+        return Role.ROUTER
+    if "experts" in inside:
+        return Role.EXPERT
+    if len(shape) != 2 or not tensor.endswith(".weight"):
+        return Role.OTHER
+    if any(part in ("self_attn", "attention", "attn") for part in inside[:-1]):
+        return Role.ATTENTION
+    if any(part in ("mlp", "feed_forward", "ffn", "shared_expert", "shared_experts") for part in inside[:-1]):
+        return Role.MLP
+    return Role.LINEAR
+
+
+def _role_outside_of_layers(parts: list[str]) -> Role | None:
+    """Role of what is protected wherever it stands; None for the rest."""
+    if any(PROJECTOR.search(part) for part in parts):
+        return Role.PROJECTOR
+    if any(TOWER.search(part) for part in parts):
+        return Role.TOWER
+    if parts[-1] in _HEADS:
+        return Role.HEAD
+    if parts[-1] in _EMBEDDINGS or parts[-1].startswith("embed_tokens"):
+        return Role.EMBEDDING
+    if parts[-1].startswith("per_layer"):
+        return Role.PER_LAYER_INPUT
+    return None
+
+
+def decoder_prefix(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What precedes a layer's number in the names of the text decoder's tensors, as `model.layers`; None without
+    a decoder."""
+    counts = Counter(
+        match["prefix"]
+        for tensor, shape in shapes.items()
+        if (match := _LAYER.match(tensor)) and role_of(tensor, shape) not in (Role.TOWER, Role.PROJECTOR)
+    )
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def layer_index(tensor: str, prefix: str | None) -> int | None:
+    """The number of the decoder layer that owns a tensor; None outside of the layers."""
+    if prefix is None or not tensor.startswith(prefix + "."):
+        return None
+    number = tensor[len(prefix) + 1 :].split(".", 1)[0]
+    return int(number) if number.isdigit() else None
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of config.json that describes the text decoder."""
+    for key in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(key), Mapping):
+            nested: Mapping[str, Any] = config[key]
+            return nested
+    return config
+
+
+def unused_tensors(config: Mapping[str, Any], tensors: Iterable[str]) -> frozenset[str]:
+    """Keys and values of layers that use another layer's: stored in some checkpoints (Gemma 4 E2B, E4B), read by
+    no layer."""
+    text = text_config(config)
+    first_shared = int(text.get("num_hidden_layers") or 0) - int(text.get("num_kv_shared_layers") or 0)
+    expression = re.compile(r".+\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.weight$")
+    matches = (expression.match(name) for name in tensors if _role_outside_of_layers(name.split(".")) is None)
+    return frozenset(
+        match[0] for match in matches if match and text.get("num_kv_shared_layers") and int(match[1]) >= first_shared
+    )
+
+
+def describe(tensors: Iterable[str], limit: int = 3) -> str:
+    """A few names for a sentence: `a, b, c and 7 more`."""
+    names = list(tensors)
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

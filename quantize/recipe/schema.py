@@ -1,0 +1,107 @@
+"""The schema of a recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+Scheme = Literal["nvfp4", "nvfp4-a16"]
+SELECTORS = ("mlp", "attention")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class QuantizeEntry(_Strict):
+    """Some matrices and what becomes of them.
+
+    Attributes:
+        modules: `mlp` or `attention` (the text decoder's, by role), a module's exact name, or `re:` and a regular
+            expression that is matched from
+            the start of the module's name.
+        scheme: `nvfp4` (weights and inputs in 4 bits) or `nvfp4-a16` (weights only).
+    """
+
+    modules: tuple[str, ...] = Field(min_length=1)
+    scheme: Scheme
+
+    @field_validator("modules")
+    @classmethod
+    def _patterns_compile(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
+        for module in modules:
+            try:
+                re.compile(module.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(f"{module!r} is not a regular expression ({error})") from error
+        return modules
+
+
+class Activations(_Strict):
+    """How input global scales follow from what calibration saw.
+
+    Attributes:
+        headroom: `auto` (the largest power of two that keeps the first percentile of block amaxes in E4M3's normal
+            range, at least 4), or a
+            power of two of one's own.
+    """
+
+    headroom: Literal["auto"] | float = "auto"
+
+    @field_validator("headroom")
+    @classmethod
+    def _power_of_two(cls, headroom: str | float) -> str | float:
+        if isinstance(headroom, float) and (headroom < 1 or headroom.hex().split("p")[0] != "0x1.0000000000000"):
+            raise ValueError("must be 'auto' or a power of two, at least 1")
+        return headroom
+
+
+class KvCache(_Strict):
+    """What the served model's KV cache holds: `bf16`, or `fp8` with unit scales."""
+
+    dtype: Literal["bf16", "fp8"] = "bf16"
+
+
+class Calibration(_Strict):
+    """The calibration that the recipe was made for; options of the command line win.
+
+    Attributes:
+        set: a shipped set, a Hub data set or a file.
+        samples, sequence_length: how many sequences, of how many tokens.
+    """
+
+    set: str = "offline"
+    samples: int = Field(default=128, ge=1)
+    sequence_length: int = Field(default=2048, ge=2)
+
+
+def _none_is_default(value: object) -> object:
+    return {} if value is None else value
+
+
+class Recipe(_Strict):
+    """A recipe.
+
+    Attributes:
+        name: what `--recipe` calls it and reports say.
+        description: one sentence for `nvquant recipes`.
+        quantize: which matrices, and how; entries must not overlap.
+        quantizer: `mse` or `rtn`.
+        experts: what to do with a mixture of experts: refuse the model, or leave the experts in BF16.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str = ""
+    quantize: tuple[QuantizeEntry, ...] = Field(min_length=1)
+    quantizer: str = "mse"
+    experts: Literal["refuse", "bf16"] = "refuse"
+    activations: Annotated[Activations, BeforeValidator(_none_is_default)] = Activations()
+    kv_cache: Annotated[KvCache, BeforeValidator(_none_is_default)] = KvCache()
+    calibration: Annotated[Calibration, BeforeValidator(_none_is_default)] = Calibration()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any matrix's inputs are quantized."""
+        return any(entry.scheme == "nvfp4" for entry in self.quantize)

@@ -1,0 +1,151 @@
+"""vLLM's own rules for which layers of a checkpoint are quantized, so that config and tensors can be held against each
+other without vLLM.
+
+A layer here is what vLLM builds: fused (qkv_proj, gate_up_proj) where the model fuses. vLLM renames modules of
+multimodal models before it
+matches, and maps exact entries along but not regular expressions; which name applies depends on the model class that
+serves. So a verdict is asked
+for under every name that a layer may have, and must be the same under all.
+Source: vLLM 0.32.0 and 0.33.0, vllm/model_executor/layers/quantization/compressed_tensors/utils.py
+(`should_ignore_layer`,
+`find_matched_target`), .../modelopt.py (`is_layer_excluded`), .../utils/quant_utils.py (`is_layer_skipped`); behaviour
+rewritten here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from .groups import FUSED_MEMBERS
+
+UNQUANTIZED = "unquantized"
+REFUSED = "refused"
+
+# The multimodal class puts the decoder under language_model.model, the text-only class under model.
+_RENAMES = (
+    (
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_tower", "vision_tower"),
+        ("model.embed_vision", "embed_vision"),
+        ("model.audio_tower.", "audio_tower."),
+        ("model.embed_audio.", "embed_audio."),
+        ("lm_head", "language_model.lm_head"),
+    ),
+    (("model.language_model.", "model."),),
+)
+
+
+def serving_names(module: str) -> list[str]:
+    """The names under which vLLM may build a module, its own first."""
+    names = [module]
+    for rename in _RENAMES:
+        for old, new in rename:
+            if module.startswith(old):
+                names.append(new + module[len(old) :])
+                break
+    return names
+
+
+def _same_under_all_names(module: str, verdict: Callable[[str, int], str]) -> str:
+    verdicts = {verdict(name, at) for at, name in enumerate(serving_names(module))}
+    return verdicts.pop() if len(verdicts) == 1 else REFUSED
+
+
+def compressed_tensors_verdict(module: str, config: Mapping[str, object]) -> str:
+    """The config group that vLLM gives a layer.
+
+    Args:
+        module: the layer by its name in the checkpoint, fused where vLLM fuses.
+        config: `quantization_config` of the checkpoint.
+    Returns:
+        the name of a config group, "unquantized", or "refused" (vLLM raises: members of a fused layer differ; or the
+        verdict depends on the
+        name under which the model is built).
+    """
+    ignore = _entries(config.get("ignore"))
+    groups = config.get("config_groups")
+    targets = [
+        (target, name)
+        for name, group in (groups.items() if isinstance(groups, Mapping) else ())
+        for target in _entries(group.get("targets"))
+    ]
+
+    def verdict(name: str, at: int) -> str:
+        ignored = _shards_agree(name, lambda shard: any(_equal_or_regex(shard, entry, at) for entry in ignore))
+        if ignored is None:
+            return REFUSED
+        return UNQUANTIZED if ignored else _matched_target(name, targets, at)
+
+    return _same_under_all_names(module, verdict)
+
+
+def modelopt_verdict(module: str, config: Mapping[str, object]) -> str:
+    """The algorithm that vLLM gives a layer, "unquantized" or "refused"; arguments as in
+    `compressed_tensors_verdict`."""
+    exclude = _entries(config.get("ignore") or config.get("exclude_modules"))
+    algorithm = str(config.get("quant_algo"))
+
+    def verdict(name: str, at: int) -> str:
+        entries = [mapped for entry in exclude for mapped in _split_wildcard(_rename(entry, at))]
+        skipped = _shards_agree(name, lambda shard: shard in entries)
+        if skipped is None:
+            return REFUSED
+        if skipped or any(entry in name or fnmatchcase(name, entry) for entry in entries):
+            return UNQUANTIZED
+        return UNQUANTIZED if "vision_tower" in name or "vision_model" in name else algorithm
+
+    return _same_under_all_names(module, verdict)
+
+
+def _entries(value: object) -> list[str]:
+    return [str(entry) for entry in value] if isinstance(value, Sequence) and not isinstance(value, str) else []
+
+
+def _rename(entry: str, at: int) -> str:
+    """An exact entry as vLLM renames it, for the naming number `at` of `serving_names`."""
+    if at == 0 or entry.startswith("re:") or "." not in entry:
+        return entry
+    return next((new + entry[len(old) :] for old, new in _RENAMES[at - 1] if entry.startswith(old)), entry)
+
+
+def _equal_or_regex(name: str, entry: str, at: int) -> bool:
+    if entry.startswith("re:"):
+        return re.match(entry[3:], name) is not None
+    return name == _rename(entry, at)
+
+
+def _shards(name: str) -> list[str]:
+    """Names of the members of a fused layer; empty where a layer stands alone."""
+    parent, _, leaf = name.rpartition(".")
+    return [f"{parent}.{member}" for member in FUSED_MEMBERS.get(leaf, ())]
+
+
+def _shards_agree(name: str, matches: Callable[[str], bool]) -> bool | None:
+    """Whether a layer is matched, by its fused name or by all of its members; None where only some members are."""
+    if matches(name):
+        return True
+    found = [matches(shard) for shard in _shards(name)]
+    if any(found) and not all(found):
+        return None
+    return bool(found) and all(found)
+
+
+def _matched_target(name: str, targets: list[tuple[str, str]], at: int) -> str:
+    def first(candidate: str) -> str | None:
+        return next((group for target, group in targets if _equal_or_regex(candidate, target, at)), None)
+
+    found = first(name)
+    if found is None:
+        members = [first(shard) for shard in _shards(name)]
+        found = members[0] if members and None not in members else None
+    # Last, vLLM looks for the target in the class name of the layer: `Linear` is part of all of them.
+    return found or next((group for target, group in targets if target == "Linear"), UNQUANTIZED)
+
+
+def _split_wildcard(entry: str) -> list[str]:
+    """`X*` stands for `X` and `X.*` in vLLM's reading of modelopt's wildcards."""
+    if len(entry) >= 2 and entry.endswith("*") and entry[-2] != ".":
+        return [entry[:-1], entry[:-1] + ".*"]
+    return [entry]

@@ -1,0 +1,1 @@
+"""Proof of a checkpoint: its structure and bytes, against its source and against the rules of the server."""

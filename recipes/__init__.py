@@ -1,0 +1,1 @@
+"""Recipes that ship with nvquant, one YAML file each."""

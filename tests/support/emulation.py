@@ -1,0 +1,108 @@
+"""What a server of an NVFP4 checkpoint computes, in float32 and from the checkpoint's files alone.
+
+This is the judge of converted checkpoints, so it shares no code with the package under test: tensors are read with
+safetensors, the architecture comes from transformers, and the arithmetic below is written out from the number formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+E2M1_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+BLOCK_COLUMNS = 16
+
+
+def load_emulation(checkpoint: Path) -> PreTrainedModel:
+    """Build the checkpoint's model in float32: decoded weights, inputs of quantized layers rounded where it says so.
+
+    Both layouts are told apart by their tensor names; a quantized layer without an input scale is weight-only.
+    Raises AssertionError when the stored tensors are not exactly those of the architecture.
+    """
+    config = AutoConfig.from_pretrained(checkpoint)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state, input_scales = decode_tensors(read_tensors(checkpoint))
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    absent = set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    assert not absent, f"{checkpoint} lacks {absent}"
+    assert not unexpected, f"{checkpoint} holds tensors that the architecture lacks: {unexpected}"
+    model.tie_weights()
+    for name, scale in input_scales.items():
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, scale=scale: (quantize_dequantize(args[0], scale), *args[1:])
+        )
+    return model.eval()
+
+
+@torch.no_grad()
+def token_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> list[float]:
+    """Natural-log likelihood of each id but the first, given all ids before it."""
+    tokens = torch.tensor(ids)
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
+    return logits.log_softmax(dim=-1).gather(1, tokens[1:, None])[:, 0].tolist()
+
+
+def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of every shard in the folder, in its stored dtype."""
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(checkpoint.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    return tensors
+
+
+def decode_tensors(stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the float32 state dict of a checkpoint, and the input scale (448 * 6 / amax) of each W4A4 layer by name."""
+    state: dict[str, Tensor] = {}
+    input_scales: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        layer, _, kind = key.rpartition(".")
+        if kind == "weight_packed":  # compressed-tensors: scales are divisors
+            state[f"{layer}.weight"] = decode(
+                tensor, stored[f"{layer}.weight_scale"].float() / stored[f"{layer}.weight_global_scale"]
+            )
+        elif kind == "weight" and f"{layer}.weight_scale_2" in stored:  # modelopt: scales are multipliers
+            state[key] = decode(tensor, stored[f"{layer}.weight_scale"].float() * stored[f"{layer}.weight_scale_2"])
+        elif kind == "input_global_scale":
+            input_scales[layer] = tensor
+        elif kind == "input_scale":
+            input_scales[layer] = 1 / tensor
+        elif kind not in ("weight_scale", "weight_global_scale", "weight_scale_2"):
+            state[key] = tensor.float()
+    return state, input_scales
+
+
+def decode(packed: Tensor, block_scales: Tensor) -> Tensor:
+    """Values [rows, columns] of E2M1 codes uint8 [rows, columns / 2], even column in the low nibble.
+
+    block_scales is float32 [rows, columns / 16], the global scale already in it.
+    """
+    codes = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+    blocks = E2M1_VALUES[codes.long()].unflatten(-1, (-1, BLOCK_COLUMNS))
+    return (blocks * block_scales[..., None]).flatten(-2)
+
+
+def quantize_dequantize(x: Tensor, global_scale: Tensor) -> Tensor:
+    """Round x, float32 [..., columns], to NVFP4 values: one E4M3 scale for each 16 columns, then E2M1."""
+    blocks = x.unflatten(-1, (-1, BLOCK_COLUMNS))
+    amax = blocks.abs().amax(dim=-1, keepdim=True)
+    scales = (global_scale * (amax / 6)).clamp(max=448).to(torch.float8_e4m3fn).float() / global_scale
+    # A block whose scale is rounded to 0 has no other value than 0; any divisor does.
+    scaled = blocks / torch.where(scales == 0, torch.inf, scales)
+    return (round_to_e2m1(scaled) * scales).flatten(-2)
+
+
+def round_to_e2m1(x: Tensor) -> Tensor:
+    """Round to the nearest E2M1 value, ties to the even code, and clip at 6."""
+    magnitude = x.abs()
+    # The distance between neighbours doubles at 2 and at 4, so an even multiple of it is an even code.
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return ((magnitude / step).round() * step).clamp(max=6).copysign(x)
