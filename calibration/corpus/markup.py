@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from html.parser import HTMLParser
 
@@ -27,12 +28,12 @@ _LANGUAGES |= {"html": "html", "html+django": "html", "json": "json", "haskell":
 class _Markdown(HTMLParser):
     """Collects Markdown blocks from the part of a page below the first tag that ``is_root`` accepts."""
 
-    def __init__(self, root: tuple[str, str, str] | None) -> None:
+    def __init__(self, root: tuple[str, str, str]) -> None:
         super().__init__(convert_charrefs=True)
         self.blocks: list[str] = []
         self._root = root
         self._stack: list[tuple[str, bool, bool]] = []  # tag, opens the root, is ignored
-        self._inside = root is None
+        self._inside = False
         self._ignored = 0
         self._inline: list[str] = []
         self._lists: list[tuple[str, int]] = []
@@ -41,7 +42,6 @@ class _Markdown(HTMLParser):
         self._language = ""
         self._math = False
         self._marks = 0
-        self._quote = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value or "" for name, value in attrs}
@@ -80,7 +80,6 @@ class _Markdown(HTMLParser):
         self._flush()
 
     def _is_root(self, tag: str, values: dict[str, str]) -> bool:
-        assert self._root is not None
         root_tag, name, value = self._root
         return tag == root_tag and (not name or value in values.get(name, "").split())
 
@@ -117,15 +116,15 @@ class _Markdown(HTMLParser):
             self._bullet = "- " if kind == "ul" else f"{count + 1}. "
         elif tag == "pre":
             self._fence = self._language
-        elif tag == "blockquote":
-            self._quote += 1
         elif tag == "div" and "math" in classes:
             self._math = True
         elif tag in {"td", "th"}:
             self._inline.append(" | " if "".join(self._inline).strip() else "")
         elif tag in _MARKS:
             self._marks += 1
-            self._inline.append(_MARKS[tag] if self._marks == 1 else "")
+            self._inline.append(_MARKS[tag] if self._marks == 1 and not self._in("dt") else "")
+        elif "classifier" in classes:
+            self._inline.append(" : ")
 
     def _end(self, tag: str) -> None:
         if self._fence is not None and tag != "pre":
@@ -140,7 +139,7 @@ class _Markdown(HTMLParser):
             self._flush()
         elif tag in _MARKS:
             self._marks = max(self._marks - 1, 0)
-            self._inline.append(_MARKS[tag] if self._marks == 0 else "")
+            self._inline.append(_MARKS[tag] if self._marks == 0 and not self._in("dt") else "")
         elif tag == "dt":
             self._end_term()
         elif tag in _BLOCKS:
@@ -148,16 +147,16 @@ class _Markdown(HTMLParser):
         if tag in {"ul", "ol"} and self._lists:
             self._lists.pop()
             self._bullet = ""
-        elif tag == "blockquote":
-            self._quote -= 1
         elif tag == "div":
             self._math = False
 
+    def _in(self, tag: str) -> bool:
+        return any(open_tag == tag for open_tag, _, _ in self._stack)
+
     def _end_term(self) -> None:
-        # The signature of a function arrives as marked-up pieces of one line of code.
-        if "(" in "".join(self._inline):
-            signature = re.sub(r"[*`]{1,2}(?=[\w.(=\[])|(?<=[\w.)\],=])[*`]{1,2}", "", "".join(self._inline))
-            self._inline = [f"`{signature.strip()}`"]
+        term = " ".join("".join(self._inline).split())
+        mark = "`" if "(" in term or " : " in term else "**"
+        self._inline = [f"{mark}{term}{mark}" if term and not set("`$") & set(term) else term]
         self._flush()
 
     def _note_language(self, classes: set[str]) -> None:
@@ -186,14 +185,15 @@ class _Markdown(HTMLParser):
         else:
             lead = "" if not self._lists else "  "
             rest = indent + lead
-        quote = "> " * self._quote
         lines = block.split("\n")
-        text = [quote + indent + lead + lines[0], *(quote + rest + line if line else quote for line in lines[1:])]
+        text = [indent + lead + lines[0], *(rest + line if line else "" for line in lines[1:])]
         self.blocks.append("\n".join(text))
 
 
-def markdown_of(page: str, root: tuple[str, str, str] | None = ("div", "role", "main")) -> str:
+def markdown_of(page: str, root: tuple[str, str, str] = ("div", "role", "main")) -> str:
     """Return the part of an HTML page below ``root`` (tag, attribute, value) as Markdown.
+
+    Block quotes stay plain paragraphs, since most generators indent with them.
 
     Tables become lines with "|", definition terms their own paragraphs, links and images their text; formulas that
     Sphinx wrote as ``\\(..\\)``, ``\\[..\\]`` or images get ``$`` and ``$$``.
@@ -215,31 +215,38 @@ def _dollar_math(text: str) -> str:
     return re.sub(r"\\\[(.+?)\\\]", lambda found: "$$" + found[1].strip() + "$$", text, flags=re.DOTALL)
 
 
-_INCLUDE = re.compile(r"\{[!{]\s*#?\w*\s*([^!}\s]+?)(?::\w+)?\s*[!}]\}")
+_INCLUDE = re.compile(r"\{[!{]\s*(?:#\w+\s+)?([^!}\s:]+)(?::(\w+))?\s*[!}]\}")
 _BLOCK_OF_INCLUDES = re.compile(r"(?m)^([ \t]*)```[^\n]*\n(?:[ \t]*\{[!{][^\n]*\n)+[ \t]*```[ \t]*$")
 
 
-def plain_markdown(name: str, files: dict[str, str], include_root: str = "") -> str:
-    """Return the Markdown file ``files[name]`` without HTML, link targets and the marks of its site generator.
+def plain_markdown(text: str, included: dict[str, str], include_root: str = "") -> str:
+    """Return Markdown without HTML, link targets and the marks of its site generator.
 
-    A code block made of include directives is filled from ``files`` when the target's path ends in something below
-    ``include_root``, and dropped otherwise. Admonitions become a bold title and plain paragraphs.
+    A code block made of include directives is filled from ``included`` (by path from ``include_root`` on) and dropped
+    when that file is not there. Admonitions become a bold title and plain paragraphs.
     """
 
     def fill(found: re.Match[str]) -> str:
-        lines = found[0].split("\n")
-        code = []
-        for target in _INCLUDE.findall(found[0]):
-            path = include_root + target.rpartition(include_root)[2] if include_root else ""
-            if path not in files:
+        codes = []
+        for target, anchor in _INCLUDE.findall(found[0]):
+            code = included.get(include_root + target.split(include_root)[-1]) if include_root else None
+            if code is None:
                 return ""
-            code.append(files[path].strip("\n"))
-        language = lines[0].strip().removeprefix("```").split(" ")[0]
-        return f"```{language.lower()}\n" + "\n".join(code) + "\n```" if code else ""
+            codes.append(_anchored(code, anchor))
+        language = re.match(r"\s*```(\w*)", found[0])
+        assert language is not None
+        return f"```{language[1].lower()}\n" + "\n".join(codes) + "\n```" if codes else ""
 
-    text = _BLOCK_OF_INCLUDES.sub(fill, files[name])
-    pieces = re.split(r"(?ms)(^[ \t]*(?:> ?)?```.*?^[ \t]*(?:> ?)?```[ \t]*$)", _dedent_admonitions(text))
-    return "".join(_strip_inline(piece) if number % 2 == 0 else _plain_fence(piece) for number, piece in enumerate(pieces))
+    text = _dedent_admonitions(_BLOCK_OF_INCLUDES.sub(fill, text))
+    pieces = re.split(r"(?ms)(^[ \t]*(?:> ?)?```.*?^[ \t]*(?:> ?)?```[ \t]*$)", text)
+    return "".join(_plain_fence(piece) if n % 2 else _strip_inline(piece) for n, piece in enumerate(pieces))
+
+
+def _anchored(code: str, anchor: str) -> str:
+    found = (
+        re.search(rf"ANCHOR: {anchor}\n(.*?)[^\n]*ANCHOR_END: {anchor}\b", code, flags=re.DOTALL) if anchor else None
+    )
+    return re.sub(r"(?m)^.*ANCHOR(_END)?:.*\n?", "", found[1] if found else code).strip("\n")
 
 
 def _plain_fence(fence: str) -> str:
@@ -247,13 +254,17 @@ def _plain_fence(fence: str) -> str:
     language = re.sub(r"(```\w*).*", r"\1", head.replace("Python", "python").replace("JSON", "json"))
     language = re.sub(r"```(compile_fail|edition\d*|hl_lines|ignore|text|should_panic|no_run).*", "```", language)
     rest = re.sub(r"</?(?:span|font|b|u|i)\b[^>]*>", "", rest)
-    return language + "\n" + re.sub(r"(?m)^# .*\n|^#$\n", "", rest) if "rust" in head else language + "\n" + rest
+    if "rust" in head:  # lines that the Rust books hide
+        rest = re.sub(r"(?m)^# .*\n|^#\n", "", rest)
+    return f"{language}\n{rest}"
 
 
 def _strip_inline(text: str) -> str:
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r"(?m)^\[[^\]]+\]:\s*\S+.*$", "", text)
-    text = re.sub(r"(?m)^(!{3}|\?{3}|/{3}).*$|^\{[{!%#].*$", "", text)
+    for label in set(re.findall(r"(?m)^\[([^\]]+)\]:", text)):
+        text = text.replace(f"[{label}]: ", "[link]: ").replace(f"[{label}]", label)
+    text = re.sub(r"(?m)^\[[^\]]+\]:\s*\S+.*$", "", html.unescape(text))
+    text = re.sub(r"(?m)^(!{3}|\?{3}|/{3}).*$|^.*\{[{!%].*$", "", text)
     text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
     text = re.sub(r"\[([^\]\[]+)\]\([^)\s]*(?:\s+\"[^\"]*\")?\)(\{[^}]*\})?", r"\1", text)
     text = re.sub(r"\[([^\]\[]+)\]\[[^\]]*\]", r"\1", text)

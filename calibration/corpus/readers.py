@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 
 from .markup import markdown_of, plain_markdown, plain_tex
 from .rdata import string_vectors
-from .text import clean, code_blocks_of, documents_of, paragraphs_of, unwrap, unwrap_loosely
+from .text import clean, code_blocks_of, documents_of, has_markup, paragraphs_of, unwrap, unwrap_loosely
 
 Messages = list[dict[str, str]]
 Document = str | Messages
@@ -37,6 +37,11 @@ _BOILERPLATE = re.compile(
     r"|in the public domain, and|license available|Licensed to PSF|WITHOUT WARRANTIES OR CONDITIONS",
     re.IGNORECASE,
 )
+# Paragraphs that nobody needs for calibration, above all in the older dictionaries.
+_CRUDE = re.compile(
+    r"\b(fuck|shit|cunt|nigg|faggot|bitch|asshole|penis|rape|negro|afro-|mongolian|chinam[ae]n|heathen|savage|jew(s|ess)?\b)",
+    re.IGNORECASE,
+)
 _LEADING_COMMENT = re.compile(r"\A\s*(?:/\*.*?\*/|(?:[ \t]*(?://|#(?!!)|--|;)[^\n]*\n)+)\s*", re.DOTALL)
 _NOTICE = re.compile(r"copyright|licen[sc]e|SPDX|-\*-|^#!/|vim:", re.IGNORECASE)
 MAX_DOCUMENTS_OF_A_FILE = 2
@@ -44,6 +49,7 @@ MAX_DOCUMENTS_OF_A_FILE = 2
 
 def _prose_unit(name: str, text: str, rng: random.Random) -> Unit:
     blocks = [block for block in paragraphs_of(clean(text)) if not _BOILERPLATE.search(block)]
+    blocks = [block for block in blocks if not _CRUDE.search(block) and not has_markup(block) and len(block) > 3]
     return Unit(name, list(documents_of(blocks, rng)))
 
 
@@ -51,12 +57,18 @@ def _nonempty(units: list[Unit]) -> list[Unit]:
     return [unit for unit in units if unit.documents]
 
 
-def pages(root: tuple[str, str, str] = ("div", "role", "main"), encoding: str = "utf-8") -> Reader:
-    """HTML pages, each a unit; ``root`` names the tag, attribute and value around the content."""
+def pages(
+    root: tuple[str, str, str] = ("div", "role", "main"), encoding: str = "utf-8", without: str = r"\Z\A"
+) -> Reader:
+    """HTML pages, each a unit; ``root`` names the tag, attribute and value around the content.
+
+    Pages whose path matches ``without`` are left out.
+    """
 
     def read(files: dict[str, bytes], rng: random.Random) -> list[Unit]:
         texts = {name: markdown_of(data.decode(encoding, "replace"), root) for name, data in files.items()}
-        return _nonempty([_prose_unit(name, text, rng) for name, text in texts.items() if "\ufffd" not in text])
+        chosen = [name for name, text in texts.items() if "\ufffd" not in text and not re.search(without, name)]
+        return _nonempty([_prose_unit(name, texts[name], rng) for name in chosen])
 
     return read
 
@@ -66,7 +78,10 @@ def markdown_files(include_root: str = "") -> Reader:
 
     def read(files: dict[str, bytes], rng: random.Random) -> list[Unit]:
         sources = {name: data.decode() for name, data in files.items()}
-        texts = {name: plain_markdown(name, sources, include_root) for name in sources if name.endswith(".md")}
+        included = {include_root + name.split(include_root)[-1]: text for name, text in sources.items() if include_root}
+        texts = {
+            name: plain_markdown(text, included, include_root) for name, text in sources.items() if name.endswith(".md")
+        }
         return _nonempty([_prose_unit(name, text, rng) for name, text in texts.items()])
 
     return read
@@ -89,27 +104,32 @@ def novels(files: dict[str, bytes], rng: random.Random) -> list[Unit]:
 
 
 def work(
-    chapter: str | None = None, *, lines: str = "wrapped", begin: str | None = None, end: str | None = None
+    chapter: str | None = None,
+    *,
+    lines: str = "wrapped",
+    begin: str = r"\A",
+    end: str = r"\Z",
+    replace: tuple[str, str] = (r"\A", ""),
 ) -> Reader:
     """One plain text, or the text that a PHP class holds in ``$baseText``, by chapters.
 
     ``chapter`` is a pattern of the heading lines; without one, every 20 kB are a unit. ``lines`` says what a line is:
-    "wrapped" (paragraphs end at blank lines), "loose" (at short lines) or "paragraphs" (every line is one).
+    "wrapped" (paragraphs end at blank lines), "loose" (at short lines) or "paragraphs" (every line is one). The text
+    runs from ``begin`` to ``end``; ``replace`` is a pattern and what takes its place.
     """
 
     def read(files: dict[str, bytes], rng: random.Random) -> list[Unit]:
         (data,) = files.values()
         text = data.decode().replace("\r\n", "\n")
         text = text.partition("$baseText = <<<'EOT'\n")[2].partition("\nEOT;")[0] or text
-        text = text[re.search(begin, text).start() :] if begin else text  # type: ignore[union-attr]
-        text = text[: re.search(end, text).start()] if end else text  # type: ignore[union-attr]
-        text = {"wrapped": unwrap, "loose": unwrap_loosely, "paragraphs": lambda x: x.replace("\n", "\n\n")}[lines](
-            clean(text)
-        )
-        if chapter:
-            parts = re.split(f"(?m)^(?={chapter})", text)
+        found_begin, found_end = re.search(begin, text), re.search(end, text)
+        assert found_begin and found_end, "the text does not have the bounds its source gives"
+        text = clean(re.sub(*replace, text[found_begin.start() : found_end.start()]))
+        if lines == "paragraphs":
+            text = text.replace("\n", "\n\n")
         else:
-            parts = sections_of(paragraphs_of(text))
+            text = unwrap_loosely(text) if lines == "loose" else unwrap(text)
+        parts = re.split(f"(?m)^(?={chapter})", text) if chapter else sections_of(paragraphs_of(text))
         return _nonempty([_prose_unit(f"{number:03d}", part, rng) for number, part in enumerate(parts)])
 
     return read
@@ -128,15 +148,17 @@ def sections_of(paragraphs: list[str], section_bytes: int = 20_000) -> list[str]
     return ["\n\n".join(section) for section in sections]
 
 
-def source_files(cut: str | None = None) -> Reader:
-    """Source code, each file a unit of at most two documents, without notices; text after ``cut`` is left out."""
+def source_files(holder: str = "", cut: str | None = None) -> Reader:
+    """Source code, each file a unit of at most two documents, without notices.
+
+    With ``holder``, files that state a copyright of somebody else are left out. Text after ``cut`` is left out.
+    """
 
     def read(files: dict[str, bytes], rng: random.Random) -> list[Unit]:
         units = []
         for name, data in files.items():
-            try:
-                text = data.decode()
-            except UnicodeDecodeError:
+            text = data.decode(errors="replace")
+            if "\ufffd" in text or (holder and _states_other(holder, text)):
                 continue
             text = re.split(cut, text)[0] if cut else text
             blocks = [block for block in code_blocks_of(without_notice(text)) if not _BOILERPLATE.search(block)]
@@ -146,6 +168,11 @@ def source_files(cut: str | None = None) -> Reader:
         return _nonempty(units)
 
     return read
+
+
+def _states_other(holder: str, text: str) -> bool:
+    notices = re.findall(r"(?i)copyright\b.*?\d{4}.*|\(c\)\s*\d{4}.*|written by.*|©.*", text)
+    return any(not re.search(holder, notice) for notice in notices)
 
 
 def without_notice(text: str) -> str:
@@ -173,9 +200,11 @@ def theorems(files: dict[str, bytes], rng: random.Random) -> list[Unit]:
     found = re.findall(r"\$\(((?:(?!\$\)).)*?)\$\)\s+(\S+) \$([ap]) (.*?) \$\.", text, flags=re.DOTALL)
     entries = []
     for comment, label, kind, statement in found:
-        comment = re.sub(r"\s*\((?:Contributed|Revised|Proof shortened|Proof modification|New usage)[^)]*\)", "", comment)
+        comment = re.sub(
+            r"\s*\((?:Contributed|Revised|Proof shortened|Proof modification|New usage)[^)]*\)", "", comment
+        )
         comment = re.sub(r"`` ?`?", "`", re.sub(r"~ (\S+)", r"\1", " ".join(comment.split())))
-        if len(comment) < 60 or "OLD" in label or "Obsolete" in comment:
+        if len(comment) < 60 or "OLD" in label or re.search(r"Obsolete|<HTML>|&\w+;", comment):
             continue
         title = "Theorem" if kind == "p" else "Axiom or definition"
         entries.append(f"{title} `{label}`. {comment}\n\n    {' '.join(statement.split())}")

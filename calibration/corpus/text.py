@@ -21,8 +21,8 @@ _REPLACED = {
     "\u202f": " ",
     "\t": "\t",
 }
-_DROPPED = re.compile("[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b\u2060\ufeff\ufffc]")
-_FENCE = re.compile(r"^\s*(```|~~~)")
+_DROPPED = re.compile("[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b\u2060\ufeff\ufffc\ue000-\uf8ff]")
+_FENCE = re.compile(r"^\s*(?:[-*>] +|\d+\. +)?(?:```|~~~)")
 
 
 def clean(text: str) -> str:
@@ -42,6 +42,17 @@ def unwrap(text: str) -> str:
         wrapped = len(lines) > 1 and all(45 <= len(line) <= 90 for line in lines[:-1])
         paragraphs.append(" ".join(line.strip() for line in lines) if wrapped else paragraph)
     return "\n\n".join(paragraphs)
+
+
+_TAG = re.compile(
+    r"</?(?:a|abbr|b|br|code|div|em|font|h[1-6]|i|img|kbd|li|ol|p|pre|span|strong|sub|sup|table|td|tr|ul)\b[^<>]*>"
+)
+
+
+def has_markup(text: str) -> bool:
+    """Say whether HTML tags are left outside code, that is outside fences, indented lines and backticks."""
+    prose = re.sub(r"(?ms)^[ >]*```.*?^[ >]*```|`[^`\n]+`|^(?: {4}|\t).*$|^>>>.*$", "", text)
+    return bool(_TAG.search(prose))
 
 
 def paragraphs_of(text: str) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError
@@ -26,6 +27,7 @@ class HubDataset:
         repo: `org/name`.
         commit: 40 hexadecimal digits.
         files: the chosen files in the order in which they are read.
+        revision: the name under which the commit was found, None for the default branch.
         endpoint: address of the Hub, None for the usual one.
         cache: folder of the Hub's cache, None for the usual one.
     """
@@ -33,6 +35,7 @@ class HubDataset:
     repo: str
     commit: str
     files: tuple[str, ...]
+    revision: str | None = None
     endpoint: str | None = None
     cache: Path | None = None
 
@@ -44,11 +47,13 @@ class HubDataset:
         """
         from huggingface_hub import hf_hub_download
 
-        with _hub_errors(self.repo, self.commit):
-            path = hf_hub_download(
-                self.repo, file, repo_type="dataset", revision=self.commit, endpoint=self.endpoint, cache_dir=self.cache
-            )
-        return Path(path)
+        fetch = partial(
+            hf_hub_download, self.repo, file, repo_type="dataset", endpoint=self.endpoint, cache_dir=self.cache
+        )
+        with _hub_errors(self.repo, self.revision):
+            # By the name first: only so does the cache learn which commit the name means, for times without the Hub.
+            path = Path(fetch(revision=self.revision))
+            return path if self.commit in path.parts else Path(fetch(revision=self.commit))
 
 
 def find_dataset(
@@ -80,7 +85,7 @@ def find_dataset(
         seen = ", ".join(sorted(names)[:5]) or "none"
         raise InputError(f"Hub data set {repo} has no file {wanted} (it has {seen}): name its files in a YAML spec.")
     logger.info("Hub data set %s at %s: %d files, the first is %s", repo, commit, len(chosen), chosen[0])
-    return HubDataset(repo, commit, tuple(chosen), endpoint, cache)
+    return HubDataset(repo, commit, tuple(chosen), revision, endpoint, cache)
 
 
 def _listing(repo: str, revision: str | None, endpoint: str | None, cache: Path | None) -> tuple[str, list[str]]:

@@ -43,19 +43,33 @@ class TensorPool:
     """One copy of equal tensors: masks and rotary tables are the same for all sequences of a length."""
 
     def __init__(self) -> None:
-        self._by_shape: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._known: dict[tuple[torch.Size, torch.dtype, float], list[Tensor]] = {}
 
-    def share(self, value: Any) -> Any:
-        """`value` with every tensor in it (also inside of tuples and lists) replaced by an equal one seen before."""
+    def share(self, calls: Sequence[LayerCall]) -> list[LayerCall]:
+        """The calls of a batch with every tensor in them replaced by an equal one of an earlier layer or batch."""
+        met: dict[int, Tensor] = {}  # by identity: a model hands the same objects to all layers of a kind
+        return [
+            LayerCall(self._share(call.args, met), {key: self._share(value, met) for key, value in call.kwargs.items()})
+            for call in calls
+        ]
+
+    def _share(self, value: Any, met: dict[int, Tensor]) -> Any:
         if isinstance(value, Tensor):
-            known = self._by_shape.setdefault((value.shape, value.dtype), [])
-            for tensor in known:
-                if tensor is value or torch.equal(tensor, value):
-                    return tensor
-            known.append(value)
-            return value
+            if id(value) not in met:
+                met[id(value)] = self._equal_one(value)
+            return met[id(value)]
         if type(value) in (tuple, list):
-            return type(value)(self.share(item) for item in value)
+            return type(value)(self._share(item, met) for item in value)
+        return value
+
+    def _equal_one(self, value: Tensor) -> Tensor:
+        # The sum tells apart what each batch has of its own (per-layer inputs), so that few tensors are compared whole.
+        numbers = torch.view_as_real(value) if value.is_complex() else value
+        known = self._known.setdefault((value.shape, value.dtype, float(numbers.sum(dtype=torch.float64))), [])
+        for tensor in known:
+            if torch.equal(tensor, value):
+                return tensor
+        known.append(value)
         return value
 
 
@@ -88,6 +102,7 @@ class _Log:
         self.hidden: Tensor | None = None
         self.calls: list[LayerCall] = []
         self.is_chain = True
+        self.error: Exception | None = None
 
     def note(self, hidden: Tensor, call: LayerCall) -> None:
         if self.hidden is None:
@@ -97,11 +112,12 @@ class _Log:
 
 
 @torch.no_grad()
-def record_batches(skeleton: Skeleton, batches: Sequence[Tensor]) -> list[RecordedBatch]:
+def record_batches(skeleton: Skeleton, batches: Sequence[Tensor], hidden_device: torch.device) -> list[RecordedBatch]:
     """Record the layer calls of every batch.
 
     Args:
         batches: int64 [sequences, tokens] each, without padding. `load_outer` has been called with all of their ids.
+        hidden_device: where hidden states wait for the walk.
     Raises:
         InputError: the model computes between its layers, so that one layer's output is not the next one's input.
     """
@@ -118,12 +134,8 @@ def record_batches(skeleton: Skeleton, batches: Sequence[Tensor]) -> list[Record
             raise InputError(
                 f"{name} computes between its decoder layers, which the layer-by-layer walk cannot follow: use "
                 f"a weight-only recipe."
-            )
-        calls = [
-            LayerCall(pool.share(call.args), {key: pool.share(value) for key, value in call.kwargs.items()})
-            for call in log.calls
-        ]
-        recorded.append(RecordedBatch(log.hidden, calls))
+            ) from log.error
+        recorded.append(RecordedBatch(log.hidden.to(hidden_device), pool.share(log.calls)))
     return recorded
 
 
@@ -134,10 +146,10 @@ def _run(skeleton: Skeleton, batch: Tensor, as_tuple: bool) -> _Log:
         for at, layer in enumerate(layers):
             skeleton.layers[at] = _Recorder(layer, log)
         skeleton.model(input_ids=batch.to(skeleton.device), use_cache=False)
-    except (TypeError, IndexError, AttributeError):
-        if log.as_tuple or not log.calls:
+    except (TypeError, IndexError, AttributeError) as error:
+        if not log.calls:
             raise
-        log.is_chain = False  # the loop took our tensor apart: it expects a tuple
+        log.is_chain, log.error = False, error  # the loop takes the layers' output to be something else
     finally:
         for at, layer in enumerate(layers):
             skeleton.layers[at] = layer

@@ -1,15 +1,13 @@
 """The source model without its weights: built on the meta device from its config, filled one decoder layer at a time.
 
 Names: a tensor's name in the checkpoint and in the model's state dict differ at most in what precedes the decoder
-(`model.language_model.`,
-`model.`, nothing); inside of the decoder they are equal, or the model is refused.
+(`model.language_model.`, `model.`, nothing); inside of the decoder they are equal, or the model is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.source import Checkpoint
 from ..errors import EnvironmentLack, InputError
+from .quiet import quiet_transformers
 
 log = logging.getLogger("nvquant.calibrate")
 
@@ -59,14 +58,13 @@ def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype:
         prefix: what precedes a layer's number in the checkpoint's names (`recipe.roles.decoder_prefix`).
         dtype: in which the model computes; rotary tables stay float32.
     Raises:
-        EnvironmentLack: the installed transformers does not know the architecture.
+        EnvironmentLack: the installed transformers does not know the architecture, or cannot build it from the config.
         InputError: the model's code or names are not as the walk needs them.
     """
     from accelerate import init_empty_weights
 
-    model_class, config = _model_class(source)
-    with _quiet(), init_empty_weights(include_buffers=False):
-        full = model_class._from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    with quiet_transformers(), init_empty_weights(include_buffers=False):
+        full = _build(source, dtype)
     full.eval().requires_grad_(False)
     decoder = full.get_decoder()
     layers = getattr(decoder, "layers", None)
@@ -77,7 +75,7 @@ def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype:
         )
     root = prefix.removesuffix("layers")
     skeleton = Skeleton(source, full.base_model, decoder, layers, root, prefix, device, dtype)
-    _check_names(skeleton)
+    _check_tensors(skeleton)
     return skeleton
 
 
@@ -87,21 +85,19 @@ def load_outer(skeleton: Skeleton, token_ids: Tensor) -> None:
 
     Args:
         token_ids: int64, any shape: every id that calibration will embed.
+    Raises:
+        InputError: an id beyond the embedding's rows.
     """
-    from accelerate.utils import set_module_tensor_to_device
-
-    embeddings = {name: module for name, module in _outer_modules(skeleton) if isinstance(module, nn.Embedding)}
+    # Exactly this class: learned positions are a subclass of nn.Embedding in some models, and not asked for token ids.
+    by_token = type(skeleton.decoder.get_input_embeddings())
+    embeddings = {name: module for name, module in _outer_modules(skeleton) if type(module) is by_token}
     for name, embedding in embeddings.items():
         _load_embedding_rows(skeleton, f"{skeleton.root}{name}.weight", embedding, token_ids)
     for name in _outer_state(skeleton):
-        if name.rpartition(".")[0] in embeddings:
-            continue
-        value = skeleton.source.read(skeleton.root + name)
-        set_module_tensor_to_device(skeleton.decoder, name, skeleton.device, value=value, dtype=skeleton.dtype)
+        if name.rpartition(".")[0] not in embeddings:
+            _set(skeleton, skeleton.decoder, name, skeleton.source.read(skeleton.root + name))
     for _, module in _outer_modules(skeleton):
-        for key, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[key] = buffer.to(skeleton.device)  # rotary tables: float32, whatever the model's dtype
+        _move_tables(module, skeleton.device)
 
 
 @contextlib.contextmanager
@@ -115,26 +111,41 @@ def loaded_layer(skeleton: Skeleton, layer: int, tensors: Mapping[str, Tensor]) 
 
     module = skeleton.layers[layer]
     names = skeleton.layer_tensors(layer)
-    for name, stored in names.items():
-        set_module_tensor_to_device(module, name, skeleton.device, value=tensors[stored], dtype=skeleton.dtype)
-    for part in module.modules():
-        for key, buffer in part._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                part._buffers[key] = buffer.to(skeleton.device)
     try:
+        for name, stored in names.items():
+            _set(skeleton, module, name, tensors[stored])
+        for part in module.modules():
+            _move_tables(part, skeleton.device)
         yield module
     finally:
         for name in names:
             set_module_tensor_to_device(module, name, "meta")
 
 
-def _model_class(source: Checkpoint) -> tuple[Any, Any]:
+def _set(skeleton: Skeleton, module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or a stored buffer its value, in the skeleton's dtype and on its device."""
+    from accelerate.utils import set_module_tensor_to_device
+
+    # Without clear_cache=False, accelerate hands the allocator's free GPU memory back after every tensor.
+    set_module_tensor_to_device(module, name, skeleton.device, value=value, dtype=skeleton.dtype, clear_cache=False)
+
+
+def _move_tables(module: nn.Module, device: torch.device) -> None:
+    """Move a module's own buffers that no checkpoint stores, such as rotary tables: float32, whatever the model's
+    dtype."""
+    for key, buffer in module._buffers.items():
+        if buffer is not None and not buffer.is_meta:
+            module._buffers[key] = buffer.to(device)
+
+
+def _build(source: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model of the class that config.json names, from its config alone."""
     import transformers
 
-    architecture = (source.config.get("architectures") or ["none"])[0]
-    model_class = getattr(transformers, architecture, None)
+    architecture = str((source.config.get("architectures") or ["none"])[0])
+    model_class: Any = getattr(transformers, architecture, None)
     wrote = source.config.get("transformers_version", "another version")
-    if model_class is None:
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise EnvironmentLack(
             f"{source.folder}: transformers {transformers.__version__} does not know the architecture {architecture} "
             f"(the model was made with {wrote}): install a transformers that does, or use a weight-only recipe."
@@ -143,63 +154,75 @@ def _model_class(source: Checkpoint) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(
             Path(source.folder), local_files_only=True, trust_remote_code=False
         )
-    except (ValueError, KeyError, TypeError) as error:
+        return model_class._from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    except Exception as error:  # each model's code raises what it likes on a config that it does not understand
+        reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(" .:")
         raise EnvironmentLack(
-            f"{source.folder}: transformers {transformers.__version__} cannot read config.json, made with "
-            f"{wrote} ({error})."
+            f"{source.folder}: transformers {transformers.__version__} cannot build {architecture} from config.json, "
+            f"made with {wrote} ({type(error).__name__}: {reason}): install the transformers that wrote it, or use a "
+            f"weight-only recipe."
         ) from error
-    return model_class, config
 
 
 def _outer_modules(skeleton: Skeleton) -> Iterator[tuple[str, nn.Module]]:
     for name, module in skeleton.decoder.named_modules():
-        if name != "layers" and not name.startswith("layers."):
+        if _is_outer(name):
             yield name, module
 
 
 def _outer_state(skeleton: Skeleton) -> list[str]:
-    return [name for name in skeleton.decoder.state_dict() if not name.startswith("layers.")]
+    return [name for name in skeleton.decoder.state_dict() if _is_outer(name)]
 
 
-def _check_names(skeleton: Skeleton) -> None:
-    wanted = [skeleton.root + name for name in _outer_state(skeleton)]
-    for layer in range(len(skeleton.layers)):
-        wanted += skeleton.layer_tensors(layer).values()
-    missing = [name for name in wanted if name not in skeleton.source.files]
+def _is_outer(name: str) -> bool:
+    return name != "layers" and not name.startswith("layers.")
+
+
+def _check_tensors(skeleton: Skeleton) -> None:
+    source = skeleton.source
+    wanted = {skeleton.root + name: value for name, value in skeleton.decoder.state_dict().items() if _is_outer(name)}
+    for number, layer in enumerate(skeleton.layers):
+        wanted |= {f"{skeleton.layer_prefix}.{number}.{name}": value for name, value in layer.state_dict().items()}
+    missing = [name for name in wanted if name not in source.files]
     if missing:
         raise InputError(
-            f"{skeleton.source.folder} lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors that "
+            f"{source.folder} lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors that "
             f"{type(skeleton.decoder).__name__} needs): "
             "the checkpoint is incomplete, or stores the model in a form that nvquant cannot walk."
         )
+    for name, value in wanted.items():
+        if source.info(name).shape != value.shape:
+            raise InputError(
+                f"{source.folder}: {name} has shape {list(source.info(name).shape)}, but config.json describes "
+                f"{list(value.shape)}: config and weights must be of the same model."
+            )
 
 
 def _load_embedding_rows(skeleton: Skeleton, name: str, embedding: nn.Embedding, token_ids: Tensor) -> None:
     """Give an embedding only the rows it will be asked for, and let it look ids up among them."""
-    ids = torch.unique(token_ids)
     rows = skeleton.source.info(name).shape[0]
-    if int(ids[-1]) >= rows:
+    largest = int(token_ids.max())
+    if largest >= rows:
         raise InputError(
-            f"calibration holds the token id {int(ids[-1])}, but {name} has {rows} rows: the ids belong to "
-            f"another tokenizer."
+            f"calibration holds the token id {largest}, but {name} has {rows} rows: the ids belong to another "
+            f"tokenizer."
         )
+    ids = torch.unique(torch.cat([token_ids.flatten(), _padding_id(skeleton, rows)]))
     table = skeleton.source.read_rows(name, ids.tolist()).to(skeleton.device, skeleton.dtype)
     embedding.weight = nn.Parameter(table, requires_grad=False)
     embedding.padding_idx = None  # F.embedding checks it against the number of rows; it has no effect on values
     known = ids.to(skeleton.device)
-    embedding.register_forward_pre_hook(lambda _module, args: (torch.searchsorted(known, args[0]), *args[1:]))
+
+    def look_up(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        rows = torch.searchsorted(known, args[0]).clamp_(max=len(known) - 1)
+        if not torch.equal(known[rows], args[0]):
+            raise InputError(f"{name} is asked for ids that calibration does not hold: use a weight-only recipe.")
+        return rows, *args[1:]
+
+    embedding.register_forward_pre_hook(look_up)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' advice for people who load models by hand off the user's screen."""
-    from transformers.utils import logging as library
-
-    before = library.get_verbosity()
-    library.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        library.set_verbosity(before)
+def _padding_id(skeleton: Skeleton, rows: int) -> Tensor:
+    """The padding id, int64 [1], or nothing, int64 [0]: multimodal models embed it where a medium would stand."""
+    padding = getattr(skeleton.decoder.config, "pad_token_id", None)
+    return torch.tensor([padding] if isinstance(padding, int) and 0 <= padding < rows else [], dtype=torch.int64)

@@ -34,9 +34,7 @@ class Walk:
         self._hidden_device = hidden_device
         batches = make_batches(samples, batch_size)
         load_outer(skeleton, torch.cat([batch.flatten() for batch in batches]))
-        self._batches: list[RecordedBatch] = record_batches(skeleton, batches)
-        for batch in self._batches:
-            batch.hidden = batch.hidden.to(hidden_device)
+        self._batches: list[RecordedBatch] = record_batches(skeleton, batches, hidden_device)
         shared = text_config(skeleton.source.config).get("num_kv_shared_layers")
         self._layers_share_state = bool(shared)
 

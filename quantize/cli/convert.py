@@ -100,16 +100,14 @@ def command(
             seed=seed,
         )
         say(f"calibration {loaded.name}: {len(loaded.samples)} samples, {loaded.tokens:,} tokens, {loaded.framing}")
+    from ..convert.pipeline import ConvertOptions
+
+    options = ConvertOptions(target, chosen, device, batch_size, memory_budget, progress_reporter())
     if engine == "llmcompressor":
-        from ..convert.second_opinion import convert_with_llmcompressor
-
-        result = convert_with_llmcompressor(plan, target, chosen, loaded).as_json()
+        from ..convert.second_opinion import convert_with_llmcompressor as run
     else:
-        from ..convert.pipeline import ConvertOptions
         from ..convert.pipeline import convert as run
-
-        options = ConvertOptions(target, chosen, device, batch_size, memory_budget, progress_reporter())
-        result = run(plan, options, loaded).as_json()
+    result = run(plan, options, loaded).as_json()
     _report(plan, result, as_json)
 
 

@@ -2,41 +2,76 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from ..errors import CheckFailed
+from ..format.layouts import Layout
 from ..plan.plan import Plan
 from ..recipe.coverage import Coverage, coverage_of
 from ..recipe.groups import fused_name
+from ..recipe.match import Selection
 from ..recipe.roles import Role, module_of
 from ..recipe.vllm_rules import UNQUANTIZED, compressed_tensors_verdict, modelopt_verdict
 
 PACKED_FORMAT = "nvfp4-pack-quantized"
 MODELOPT_PRODUCER = {"name": "modelopt", "version": "0.47.0"}  # whose layout it is; readers look at the name
 _ALGORITHM = {"nvfp4": "NVFP4", "nvfp4-a16": "W4A16_NVFP4"}
-_CT_PRESET = {"nvfp4": "NVFP4", "nvfp4-a16": "NVFP4A16"}
+PRESETS = {"nvfp4": "NVFP4", "nvfp4-a16": "NVFP4A16"}
 
 
-def output_configs(plan: Plan) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class QuantizedModel:
+    """What a quantization config describes: a plan's output, or a checkpoint that is quantized already.
+
+    Attributes:
+        selection: what is quantized, and the role of every tensor of the unquantized model.
+        shapes: of all tensors of the unquantized model, by name.
+        config: its config.json, without `quantization_config`.
+        kv_cache: what the served model's KV cache holds.
+    """
+
+    layout: Layout
+    selection: Selection
+    shapes: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any]
+    kv_cache: Literal["bf16", "fp8"]
+
+
+def described(subject: Plan | QuantizedModel) -> QuantizedModel:
+    """What the config of a plan's output describes; a described model is returned as it is."""
+    if isinstance(subject, QuantizedModel):
+        return subject
+    shapes = {name: info.shape for name, info in subject.source.infos().items()}
+    return QuantizedModel(
+        subject.layout, subject.selection, shapes, subject.source.config, subject.recipe.kv_cache.dtype
+    )
+
+
+def output_configs(subject: Plan | QuantizedModel) -> dict[str, dict[str, Any]]:
     """The JSON files that describe the output: config.json, and hf_quant_config.json for the modelopt layout.
 
     config.json is the source's JSON, key by key, plus `quantization_config`.
     Raises:
         CheckFailed: vLLM's rules would give some layer another treatment than the plan does.
     """
-    quantization = quantization_config(plan)
-    files = {"config.json": {**plan.source.config, "quantization_config": quantization}}
-    if plan.layout.name == "modelopt":
+    model = described(subject)
+    quantization = quantization_config(model)
+    files = {"config.json": {**model.config, "quantization_config": quantization}}
+    if model.layout.name == "modelopt":
         files["hf_quant_config.json"] = _hf_quant_config(quantization)
     return files
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
+def quantization_config(subject: Plan | QuantizedModel) -> dict[str, Any]:
     """The value of `quantization_config`; see `output_configs`."""
-    coverage = coverage_of(plan.selection, {name: info.shape for name, info in plan.source.infos().items()})
-    config = _modelopt(plan, coverage) if plan.layout.name == "modelopt" else _compressed_tensors(plan, coverage)
-    for layer, expected, found in disagreements(plan, config):
+    model = described(subject)
+    coverage = coverage_in_order(model)
+    build = _modelopt if model.layout.name == "modelopt" else _compressed_tensors
+    config = build(coverage, model.kv_cache)
+    for layer, expected, found in disagreements(model, config):
         raise CheckFailed(
             f"the config would make vLLM treat {layer} as {found} where the plan has {expected}: please report "
             f"this model's names."
@@ -44,12 +79,30 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     return config
 
 
-def disagreements(plan: Plan, config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def coverage_in_order(subject: Plan | QuantizedModel) -> Coverage:
+    """The patterns of a model, from its names in their natural order: the same for the same model in other shards."""
+    model = described(subject)
+    shapes = {name: model.shapes[name] for name in sorted(model.shapes, key=_natural)}
+    schemes = {
+        module_of(name): model.selection.schemes[module_of(name)]
+        for name in shapes
+        if name.endswith(".weight") and module_of(name) in model.selection.schemes
+    }
+    return coverage_of(replace(model.selection, schemes=schemes), shapes)
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Sorts `layers.2` before `layers.10`."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
+
+
+def disagreements(subject: Plan | QuantizedModel, config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Layers that vLLM would treat otherwise than the plan: (layer, what the plan has, what vLLM's rules say)."""
+    model = described(subject)
     verdict = modelopt_verdict if config.get("quant_method") == "modelopt" else compressed_tensors_verdict
-    schemes = {fused_name(module): scheme for module, scheme in plan.selection.schemes.items()}
+    schemes = {fused_name(module): scheme for module, scheme in model.selection.schemes.items()}
     result = []
-    for layer in served_linears(plan):
+    for layer in served_linears(model):
         found = verdict(layer, config)
         expected = _expected(schemes.get(layer), config)
         if found != expected:
@@ -57,16 +110,16 @@ def disagreements(plan: Plan, config: Mapping[str, Any]) -> list[tuple[str, str,
     return result
 
 
-def served_linears(plan: Plan) -> list[str]:
+def served_linears(subject: Plan | QuantizedModel) -> list[str]:
     """Every linear layer that a server builds, by its fused name, in the model's order; without embeddings."""
-    skipped = (Role.EMBEDDING,)
+    model = described(subject)
     names = [
         fused_name(module_of(name))
-        for name, info in plan.source.infos().items()
-        if len(info.shape) == 2
+        for name, shape in model.shapes.items()
+        if len(shape) == 2
         and name.endswith(".weight")
-        and plan.selection.roles[name] not in skipped
-        and name not in plan.selection.unused
+        and model.selection.roles[name] is not Role.EMBEDDING
+        and name not in model.selection.unused
     ]
     return list(dict.fromkeys([*names, "lm_head"]))
 
@@ -77,12 +130,11 @@ def _expected(scheme: str | None, config: Mapping[str, Any]) -> str:
     if config.get("quant_method") == "modelopt":
         return _ALGORITHM[scheme]
     weight_only = scheme == "nvfp4-a16"
-    return next(
-        name for name, group in config["config_groups"].items() if (group["input_activations"] is None) == weight_only
-    )
+    groups: Mapping[str, Mapping[str, Any]] = config["config_groups"]
+    return next(name for name, group in groups.items() if (group["input_activations"] is None) == weight_only)
 
 
-def _compressed_tensors(plan: Plan, coverage: Coverage) -> dict[str, Any]:
+def _compressed_tensors(coverage: Coverage, kv_cache: str) -> dict[str, Any]:
     """Built with compressed-tensors' own classes, so that what vLLM validates is what its library wrote."""
     import compressed_tensors
     from compressed_tensors.quantization import (
@@ -94,17 +146,17 @@ def _compressed_tensors(plan: Plan, coverage: Coverage) -> dict[str, Any]:
 
     groups = {}
     for at, (scheme, patterns) in enumerate(coverage.targets.items()):
-        groups[f"group_{at}"] = preset_name_to_scheme(_CT_PRESET[scheme], [pattern.regex() for pattern in patterns])
+        groups[f"group_{at}"] = preset_name_to_scheme(PRESETS[scheme], [pattern.regex() for pattern in patterns])
         groups[f"group_{at}"].format = PACKED_FORMAT
-    kv_cache = None
-    if plan.recipe.kv_cache.dtype == "fp8":
-        kv_cache = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
+    kv_cache_scheme = None
+    if kv_cache == "fp8":
+        kv_cache_scheme = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
     config = QuantizationConfig(
         config_groups=groups,
         ignore=coverage.ignore_regexes(),
         format=PACKED_FORMAT,
         quantization_status=QuantizationStatus.COMPRESSED,
-        kv_cache_scheme=kv_cache,
+        kv_cache_scheme=kv_cache_scheme,
     )
     written = config.model_dump(mode="json")
     written.update(
@@ -116,7 +168,7 @@ def _compressed_tensors(plan: Plan, coverage: Coverage) -> dict[str, Any]:
     return dict(sorted(written.items()))
 
 
-def _modelopt(plan: Plan, coverage: Coverage) -> dict[str, Any]:
+def _modelopt(coverage: Coverage, kv_cache: str) -> dict[str, Any]:
     (scheme,) = coverage.targets
     numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
     group: dict[str, Any] = {"input_activations": dict(numbers)} if scheme == "nvfp4" else {}
@@ -128,7 +180,7 @@ def _modelopt(plan: Plan, coverage: Coverage) -> dict[str, Any]:
         "producer": MODELOPT_PRODUCER,
         "quant_method": "modelopt",
     }
-    if plan.recipe.kv_cache.dtype == "fp8":
+    if kv_cache == "fp8":
         config["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     return config
 

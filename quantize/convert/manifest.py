@@ -27,7 +27,7 @@ def run_identity(
     identity: dict[str, Any] = {
         "nvquant": __version__,
         "source": source_identity(plan.source),
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe": plan.recipe.model_dump(mode="json", exclude={"calibration"}),  # that of this run stands below
         "format": plan.layout.name,
         "quantizer": quantizer,
         "run": {

@@ -74,12 +74,12 @@ def quantize_group(
 
 def stored_scalar(amax: float, layout: Layout) -> Tensor:
     """The float32 global scale that a layout stores for an amax: 2688 / amax or amax / 2688, each from the amax
-    itself; 1.0 for an amax of zero."""
+    itself; 1.0 for an amax of zero, and where the divisor would overflow."""
     value = torch.tensor(amax, dtype=torch.float32)
     divisor = global_scale(value)
     if layout.divisor:
         return divisor.reshape(layout.scalar_shape)
-    is_usable = bool(torch.isfinite(1.0 / value))
+    is_usable = bool(torch.isfinite(SCALE_RANGE * (1.0 / value)))
     return (value / SCALE_RANGE if is_usable else torch.ones(())).reshape(layout.scalar_shape)
 
 

@@ -17,8 +17,9 @@ SLACK_BYTES = 64 << 20  # side files, index, manifest
 
 
 def partial_folder(output: Path) -> Path:
-    """Where the output grows, on the same file system."""
-    return output.with_name(output.name + PARTIAL_SUFFIX)
+    """Where the output grows, on the same file system: beside the folder itself, if `output` is a link to it."""
+    folder = output.resolve()
+    return folder.with_name(folder.name + PARTIAL_SUFFIX)
 
 
 def check_output(output: Path, needed_bytes: int, source: Path) -> None:
@@ -27,8 +28,8 @@ def check_output(output: Path, needed_bytes: int, source: Path) -> None:
     Raises:
         InputError: it exists and is not nvquant's, or would overwrite the source, or there is not enough disk.
     """
-    if output.resolve() == source.resolve():
-        raise InputError(f"-o {output} is the source itself: choose another folder.")
+    if source.resolve().is_relative_to(output.resolve()):
+        raise InputError(f"-o {output} is the source itself, or holds it: choose another folder.")
     if output.exists():
         if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST_NAME).exists()):
             raise InputError(
@@ -37,7 +38,7 @@ def check_output(output: Path, needed_bytes: int, source: Path) -> None:
     partial = partial_folder(output)
     if partial.exists() and (not partial.is_dir() or not _is_ours(partial)):
         raise InputError(f"{partial} exists and was not made by nvquant: remove it, or choose another folder with -o.")
-    parent = _existing_parent(output)
+    parent = _existing_parent(partial)
     freed = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
     free = shutil.disk_usage(parent).free + freed
     if free < needed_bytes + SLACK_BYTES:
@@ -62,20 +63,22 @@ def start_partial(output: Path, identity: Mapping[str, Any]) -> Path:
 
 def publish(partial: Path, output: Path) -> None:
     """Give the whole output its final name; an earlier output of nvquant's is replaced."""
+    folder = output.resolve()
     (partial / RUN_NAME).unlink()
     sync_folder(partial)
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
-    sync_folder(output.parent)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    sync_folder(folder.parent)
 
 
 def _is_ours(partial: Path) -> bool:
-    return (partial / RUN_NAME).exists() or not any(partial.iterdir())
+    # A run that ends while it publishes leaves a whole folder, with a manifest, under the partial name.
+    return any((partial / name).exists() for name in (RUN_NAME, MANIFEST_NAME)) or not any(partial.iterdir())
 
 
 def _existing_parent(path: Path) -> Path:
-    parent = path.absolute().parent
+    parent = path.parent
     while not parent.exists():
         parent = parent.parent
     return parent

@@ -21,7 +21,7 @@ from ..calibrate.walk import Walk
 from ..checkpoint.sidefiles import side_files
 from ..checkpoint.source import INDEX_NAME, open_checkpoint, read_range, tensor_bytes
 from ..checkpoint.writer import TensorEntry, write_bytes, write_json, write_shard
-from ..errors import CheckFailed, NvquantError
+from ..errors import CheckFailed, InputError, NvquantError
 from ..plan.plan import Plan, PlannedShard
 from ..quantizers import get_quantizer
 from ..quantizers.base import Quantizer
@@ -157,7 +157,7 @@ def _start_walk(plan: Plan, options: ConvertOptions, calibration: CalibrationSet
     device = torch.device(options.device)
     skeleton = build_skeleton(plan.source, plan.prefix, device, dtype)
     if len(skeleton.layers) != len(plan.layers):
-        raise CheckFailed(
+        raise InputError(
             f"{plan.model}: config.json describes {len(skeleton.layers)} decoder layers, but the shards hold "
             f"{len(plan.layers)}: download the model again."
         )

@@ -86,7 +86,9 @@ def quantize_blocks(weight: Tensor, scale: Tensor, choose: ChooseScales | None =
     if not weight.is_meta:
         scale = scale.to(weight.device)
         for begin, end in _strips(rows, cols, weight.device.type):
-            blocks = weight[begin:end].reshape(-1, BLOCK).t().to(torch.float32, memory_format=torch.contiguous_format)
+            turned = weight[begin:end].reshape(-1, BLOCK).t()
+            # A copy even of float32, which `to` would hand back as it is: the division below is in place.
+            blocks = torch.empty(turned.shape, dtype=torch.float32, device=weight.device).copy_(turned)
             if choose is None:
                 chosen = block_scale_bytes(blocks.abs().amax(0), scale)
             else:

@@ -51,6 +51,11 @@ def decode_e4m3(codes: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn).to(torch.float32)
 
 
+def sixth(block_amax: Tensor) -> Tensor:
+    """amax / 6 by a true division: for a plain Python number CUDA would multiply by the rounded reciprocal instead."""
+    return block_amax / torch.full((), E2M1_MAX, dtype=torch.float32, device=block_amax.device)
+
+
 def block_scale_bytes(block_amax: Tensor, scale: Tensor) -> Tensor:
     """Round-to-nearest block scales: the E4M3 bytes of clamp(global scale * (amax / 6)).
 
@@ -61,6 +66,6 @@ def block_scale_bytes(block_amax: Tensor, scale: Tensor) -> Tensor:
         uint8 E4M3 bytes, the same shape: clamped to [2^-9, 448] for non-zero blocks (so that no block is lost to
         underflow), 0x20 for zero blocks.
     """
-    wanted = (block_amax / E2M1_MAX).mul_(scale).clamp_(E4M3_MIN, E4M3_MAX)
+    wanted = sixth(block_amax).mul_(scale).clamp_(E4M3_MIN, E4M3_MAX)
     codes = encode_e4m3(wanted)
     return codes.masked_fill_(block_amax == 0, ZERO_BLOCK_BYTE)

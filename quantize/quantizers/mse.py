@@ -19,7 +19,8 @@ from torch import Tensor
 from ..format.blocks import BlockQuantized, quantize_blocks
 from ..format.constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN
 from ..format.e2m1 import rounding_magic
-from ..format.scales import block_scale_bytes, decode_e4m3
+from ..format.kernels import has_kernel, quantize_on_gpu
+from ..format.scales import block_scale_bytes, decode_e4m3, sixth
 
 LOWEST, HIGHEST = 0.85, 1.8
 # From the byte of the nearest scale; at most 8 E4M3 values lie in an octave and log2(1.8 / 0.85) is 1.08.
@@ -39,6 +40,9 @@ class MSE:
         """See `Quantizer.quantize`."""
         importance = block_importance(weight.shape[1], mean_square).to(weight.device)
         scale = scale.to(weight.device)
+        if has_kernel(weight):
+            weights = importance if mean_square is not None else None
+            return quantize_on_gpu(weight, scale, weights, (LOWEST, HIGHEST, OFFSETS[0], OFFSETS[-1]))
         return quantize_blocks(weight, scale, lambda blocks, _: sweep_scales(blocks, scale, importance))
 
 
@@ -72,7 +76,7 @@ def sweep_scales(blocks: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
     magnitude = blocks.abs()
     amax = magnitude.amax(0)
     nearest = block_scale_bytes(amax, scale)
-    wanted = (amax / E2M1_MAX).mul_(scale)
+    wanted = sixth(amax).mul_(scale)
     lowest = (wanted * LOWEST).clamp_(min=E4M3_MIN)
     highest = (wanted * HIGHEST).clamp_(max=E4M3_MAX)
     best_error = torch.full_like(amax, torch.inf)

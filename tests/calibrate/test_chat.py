@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import datetime
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,8 @@ from nvquant.calibrate.chat import (
 from nvquant.calibrate.text import Document, Turn
 from nvquant.calibrate.tokenizer import ChatTemplateError, ModelTokenizer
 from support.tiny_tokenizer import FAMILIES, special_ids, write_tiny_tokenizer
+
+Decode = Callable[[str, list[int]], str]
 
 # Strict like Gemma 2's: no system role, user and assistant by turns, nothing else.
 STRICT_TEMPLATE = """\
@@ -40,6 +42,13 @@ PROMPT_ONLY_TEMPLATE = """\
         {{- '<think>\\n\\n</think>\\n\\n' }}
     {%- endif %}
 {%- endif %}
+"""
+# Ends the whole, not each answer, and knows no generation prompt: no prompt is how the whole begins.
+ENDING_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '[' + message['role'] + ']' + message['content'] + (eos_token if loop.last else '') }}
+{%- endfor %}
 """
 DATED_TEMPLATE = "{{ bos_token }}Today is {{ strftime_now('%d %B %Y') }}.{{ messages[0]['content'] }}"
 
@@ -65,6 +74,7 @@ def tokenizers(folder: Path) -> dict[str, ModelTokenizer]:
     for name, family, template in (
         ("strict", "gemma4", STRICT_TEMPLATE),
         ("prompt-only", "qwen", PROMPT_ONLY_TEMPLATE),
+        ("ending", "llama", ENDING_TEMPLATE),
         ("dated", "llama", DATED_TEMPLATE),
     ):
         path = write_tiny_tokenizer(folder / name, family)
@@ -74,7 +84,7 @@ def tokenizers(folder: Path) -> dict[str, ModelTokenizer]:
 
 
 @pytest.fixture(scope="module")
-def decode(folder: Path) -> object:
+def decode(folder: Path) -> Decode:
     from transformers import AutoTokenizer
 
     return lambda family, ids: AutoTokenizer.from_pretrained(folder / family).decode(ids)
@@ -87,6 +97,7 @@ def test_the_thinking_switch_is_found_by_its_effect(tokenizers: dict[str, ModelT
         "qwen": None,
         "smollm2": None,
         "strict": None,
+        "ending": None,
         "gemma4": "enable_thinking",
         "prompt-only": "enable_thinking",
     }
@@ -115,7 +126,7 @@ def test_an_answer_begins_where_the_generation_prompt_ends(tokenizers: dict[str,
     assert quick.endswith("assistant\n<think>\n\n</think>\n\nSecond. <|im_end|>\n")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen", "smollm2", "strict"])
+@pytest.mark.parametrize("family", ["llama", "qwen", "smollm2", "strict", "ending"])
 def test_templates_that_write_every_answer_alike_render_a_dialogue_as_it_is(
     family: str, tokenizers: dict[str, ModelTokenizer]
 ) -> None:
@@ -130,6 +141,15 @@ def test_bos_comes_once_and_first(family: str, tokenizers: dict[str, ModelTokeni
     (ids,) = chat_samples(tokenizer, [dialogue("One?", "Two.")], samples=1, sequence_length=99).samples
     assert ids[0] == tokenizer.bos_id != ids[1]
     assert ids == tokenizer.encode_rendered(render_answered(tokenizer, dialogue("One?", "Two.").turns))
+
+
+@pytest.mark.parametrize("written", ["", "{{ bos_token }}{{ bos_token }}"])
+def test_a_template_that_forgets_or_doubles_bos_is_put_right(written: str, folder: Path) -> None:
+    path = write_tiny_tokenizer(folder / f"bos{len(written)}", "llama")
+    (path / "chat_template.jinja").write_text(written + "{{ messages[0]['content'] }}")
+    tokenizer = ModelTokenizer(path)
+    (ids,) = chat_samples(tokenizer, [dialogue("One?", "Two.")], samples=1, sequence_length=99).samples
+    assert ids == [tokenizer.bos_id, *tokenizer.encode_text("One?")]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +168,7 @@ def test_with_bos(ids: list[int], bos: int | None, expected: list[int]) -> None:
 
 
 def test_short_documents_of_one_kind_become_turns_of_one_chat(
-    tokenizers: dict[str, ModelTokenizer], decode: object
+    tokenizers: dict[str, ModelTokenizer], decode: Decode
 ) -> None:
     documents = [dialogue("Apples?", "Red."), Document("code", "import this"), dialogue("Pears?", "Green.")]
     chats = chat_samples(tokenizers["qwen"], documents, samples=9, sequence_length=500)
@@ -160,12 +180,14 @@ def test_short_documents_of_one_kind_become_turns_of_one_chat(
     ]
 
 
-def test_a_full_chat_is_cut_and_the_next_begins_anew(tokenizers: dict[str, ModelTokenizer]) -> None:
+def test_a_full_chat_is_cut_and_the_next_begins_anew(tokenizers: dict[str, ModelTokenizer], decode: Decode) -> None:
     documents = [dialogue(f"Why {index}?", "Because of it. " * 9) for index in range(12)]
     made = chat_samples(tokenizers["llama"], documents, samples=3, sequence_length=90).samples
     bos = tokenizers["llama"].bos_id
     assert [len(ids) for ids in made] == [90, 90, 90]
     assert [ids.count(bos) for ids in made] == [1, 1, 1]
+    questions = [set(re.findall(r"Why (\d+)", decode("llama", ids))) for ids in made]
+    assert all(questions) and questions[0].isdisjoint(questions[1] | questions[2])
 
 
 def test_documents_are_read_only_as_far_as_needed(tokenizers: dict[str, ModelTokenizer]) -> None:
@@ -177,7 +199,7 @@ def test_documents_are_read_only_as_far_as_needed(tokenizers: dict[str, ModelTok
 
 
 def test_a_system_turn_unknown_to_the_template_moves_into_the_first_question(
-    tokenizers: dict[str, ModelTokenizer], decode: object
+    tokenizers: dict[str, ModelTokenizer], decode: Decode
 ) -> None:
     document = Document("dialogue", turns=(turn("system", "Be brief."), turn("user", "Why?"), turn("assistant", "So.")))
     chats = chat_samples(tokenizers["strict"], [document], samples=1, sequence_length=99)
@@ -208,7 +230,6 @@ def test_a_chat_of_nothing_is_no_sample(tokenizers: dict[str, ModelTokenizer]) -
 def test_template_dates_do_not_depend_on_the_day(tokenizers: dict[str, ModelTokenizer]) -> None:
     text = tokenizers["dated"].render(PROBE)
     assert f"Today is {tokenizer_module.TODAY.strftime('%d %B %Y')}." in text
-    assert datetime.date.today() != tokenizer_module.TODAY
 
 
 def test_a_template_that_fails_is_reported_as_such(folder: Path) -> None:

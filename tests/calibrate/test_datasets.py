@@ -99,6 +99,13 @@ def test_without_the_hub_the_cache_serves(tmp_path: Path) -> None:
     assert found.download("train-0.jsonl").read_bytes() == lines(CHATS)
 
 
+def test_a_name_that_moves_on_does_not_change_the_data(hub: HubServer, tmp_path: Path) -> None:
+    old = hub.add("dataset", "org/name", {"a.jsonl": b"old"})
+    found = find(hub, tmp_path)
+    assert found.commit == old != hub.add("dataset", "org/name", {"a.jsonl": b"new"})
+    assert found.download("a.jsonl").read_bytes() == b"old"
+
+
 def test_without_hub_and_cache_the_way_out_is_named(tmp_path: Path) -> None:
     with HubServer() as hub:
         pass
@@ -128,7 +135,8 @@ def test_a_hub_data_set_by_its_name_alone_in_a_fresh_process(hub: HubServer, tmp
     model = write_tiny_tokenizer(tmp_path / "model", "gemma4")
     spec = tmp_path / "mine.yaml"
     spec.write_text(
-        "{name: mixture, description: d, licence: l, parts: [{hub: org/chats, revision: v1, files: 'data/*', weight: 2}]}"
+        "{name: mixture, description: d, licence: l, "
+        "parts: [{hub: org/chats, revision: v1, files: 'data/*', weight: 2}]}"
     )
     code = (
         "import json, sys; from pathlib import Path; from nvquant.calibrate.samples import load_calibration as load\n"

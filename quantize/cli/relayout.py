@@ -1,0 +1,46 @@
+"""`nvquant relayout`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..format.layouts import FORMAT_NAMES, LAYOUTS
+from .options import debug_option, json_option, open_model
+from .output import emit_json, gigabytes, say
+
+EXAMPLES = """
+\b
+Examples:
+  nvquant relayout ./gemma-4-31b-nvfp4 --format modelopt -o ./gemma-4-31b-nvfp4-modelopt
+  nvquant relayout ./from-modelopt --format compressed-tensors -o ./for-vllm
+"""
+
+
+@click.command("relayout", epilog=EXAMPLES)
+@click.argument("checkpoint")
+@click.option("--format", "format_name", type=click.Choice(FORMAT_NAMES), required=True, help="Layout of the output.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@json_option
+@debug_option
+def command(checkpoint: str, format_name: str, output: Path, as_json: bool) -> None:
+    """Rewrite the NVFP4 checkpoint CHECKPOINT, nvquant's or another tool's, in the other layout. Nothing is quantized
+    again: codes and block scales keep their bytes."""
+    from ..convert.relayout import relayout
+
+    result = relayout(open_model(checkpoint), LAYOUTS[format_name], output)
+    if result.unequal_groups:
+        say(
+            f"{result.unequal_groups} fused groups do not share their global scales: vLLM takes the largest stored "
+            f"value of each, so their weights are off, and differently in each layout."
+        )
+    if as_json:
+        emit_json(result.as_json())
+        return
+    how = "made from the recorded amaxes" if result.scalars == "exact" else "inverted, right to an ulp"
+    click.echo(
+        f"{result.output}: {result.tensors} tensors, {gigabytes(result.tensor_bytes)}, {result.quantized} matrices in "
+        f"the {result.format} layout in {result.seconds:.1f} s; global scales {how}."
+    )
+    say(f"Next: nvquant verify {result.output}")

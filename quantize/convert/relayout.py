@@ -1,0 +1,389 @@
+"""Relayout: rewrite an NVFP4 checkpoint in the other on-disk layout, tensor by tensor. Nothing is quantized again.
+
+Packed codes and block scales keep their bytes, names change, global scales are inverted. Where nvquant's manifest
+records the amax behind a global scale, the other layout's is made from that amax, so that the result equals a direct
+conversion into that layout; elsewhere it is one float32 reciprocal, right to an ulp.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.sidefiles import side_files
+from ..checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, read_json, read_range, tensor_bytes
+from ..checkpoint.writer import TensorEntry, order_entries, write_bytes, write_json, write_shard
+from ..errors import CheckFailed, InputError
+from ..format.layouts import LAYOUTS, Layout
+from ..plan.plan import Part, PlannedMatrix, PlannedShard, matrix_entries
+from ..quantizers import get_quantizer
+from ..recipe.groups import FusedGroup, fused_groups, fused_name
+from ..recipe.match import Selection
+from ..recipe.roles import QUANTIZABLE, Role, describe, role_of, unused_tensors
+from .config import QuantizedModel, output_configs
+from .manifest import MANIFEST_NAME, source_identity
+from .matrices import stored_scalar
+from .output import check_output, publish, start_partial
+
+COPY_CHUNK_BYTES = 16 << 20
+HF_QUANT_CONFIG = "hf_quant_config.json"
+_PARTS: tuple[Part, ...] = ("packed", "scales", "weight_global", "input_global")
+# What marks a tensor as some other kind of quantization's.
+_FOREIGN_DTYPES = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+_FOREIGN_LEAF = re.compile(
+    r"(weight|input|output)_(scale|scale_2|scale_inv|global_scale|packed|zero_point|g_idx|shape)|pre_quant_scale"
+)
+# Scales of an FP8 KV cache: values are equal in both layouts, names are not.
+_KV_SCALE = {
+    "compressed-tensors": (re.compile(r"(.+\.self_attn)\.([kv])_proj\.\2_scale"), r"\1.\2_scale"),
+    "modelopt": (re.compile(r"(.+\.self_attn)\.([kv])_scale"), r"\1.\2_proj.\2_scale"),
+}
+
+
+@dataclass(frozen=True)
+class RelayoutResult:
+    """What a relayout did; the document of `relayout --json`.
+
+    Attributes:
+        scalars: whether global scales were made from the recorded amaxes (`exact`) or by a `reciprocal`.
+        unequal_groups: fused groups whose members do not share their global scales; vLLM takes the largest stored
+            value, which changes the others' weights, in the one layout up and in the other down.
+    """
+
+    output: str
+    format: str
+    tensors: int
+    tensor_bytes: int
+    quantized: int
+    scalars: Literal["exact", "reciprocal"]
+    unequal_groups: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The document of `relayout --json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A tensor on its way: its entry in the output, its name in the source, and its new value if it has one."""
+
+    entry: TensorEntry
+    source: str
+    value: Tensor | None = None
+
+
+def relayout(source: Checkpoint, target: Layout, output: Path) -> RelayoutResult:
+    """Write `source` in the layout `target`; the output appears under its final name only when it is whole.
+
+    Raises:
+        InputError: the checkpoint is not quantized, not (only) in NVFP4, in that layout already, or contradicts its
+            manifest; the output cannot be.
+        CheckFailed: vLLM's rules would read the new config otherwise than the tensors are.
+    """
+    started = time.monotonic()
+    layout = stored_layout(source)
+    if layout is target:
+        raise InputError(f"{source.folder} is in the {target.name} layout already: there is nothing to do.")
+    matrices = stored_matrices(source, layout)
+    manifest = _read_manifest(source, layout)
+    amaxes = recorded_amaxes(manifest) if manifest else {}
+    scalars = {
+        name: _inverted(source, name, target, layout, amaxes.get(name.rpartition(".")[0], {}).get(part))
+        for matrix in matrices.values()
+        for part, name in _scalar_names(matrix, layout).items()
+    }
+    configs = output_configs(_described(source, matrices, target))
+    shards = _shards(source, matrices, layout, target, scalars)
+    planned = [PlannedShard(file, None, tuple(move.entry for move in moves)) for file, moves in shards.items()]
+    check_output(output, sum(shard.file_bytes for shard in planned), source.folder)
+    partial = start_partial(output, {"relayout": target.name, "source": source_identity(source)})
+    try:
+        hashes = {file: _write_shard(source, partial / file, moves) for file, moves in shards.items()}
+        _write_other_files(source, partial, planned, configs)
+        if manifest:
+            write_json(partial / MANIFEST_NAME, {**manifest, "format": target.name, "files": hashes})
+        _check_written(partial, planned)
+        publish(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return RelayoutResult(
+        output=str(output),
+        format=target.name,
+        tensors=sum(len(shard.entries) for shard in planned),
+        tensor_bytes=sum(shard.tensor_bytes for shard in planned),
+        quantized=len(matrices),
+        scalars="exact" if set(matrices) <= set(amaxes) else "reciprocal",
+        unequal_groups=len(unequal_groups(source, matrices, layout)),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def stored_layout(source: Checkpoint) -> Layout:
+    """The layout of a checkpoint, from the names of its tensors.
+
+    Raises:
+        InputError: it is not quantized, or not in NVFP4, or in both layouts at once.
+    """
+    found = [
+        layout
+        for layout in LAYOUTS.values()
+        if any(_has_parts(source, name.removesuffix(layout.packed), layout) for name in source.files)
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"{source.folder} holds NVFP4 matrices in both layouts: convert the original model again.")
+    config = source.config.get("quantization_config")
+    if config is None and not (source.folder / HF_QUANT_CONFIG).exists():
+        raise InputError(f"{source.folder} is not quantized: use `nvquant convert` with --format.")
+    method = config.get("quant_method", "unknown") if isinstance(config, Mapping) else "modelopt"
+    raise InputError(
+        f"{source.folder} is quantized (quant_method {method}), but not in NVFP4: relayout knows NVFP4 only."
+    )
+
+
+def _has_parts(source: Checkpoint, prefix: str, layout: Layout) -> bool:
+    """Whether `prefix` (a module's name and a dot) has the three tensors that every NVFP4 matrix has."""
+    names = [prefix + suffix for suffix in layout.suffixes[:3]]
+    return prefix.endswith(".") and all(name in source.files for name in names) and source.info(names[0]).dtype == "U8"
+
+
+def stored_matrices(source: Checkpoint, layout: Layout) -> dict[str, PlannedMatrix]:
+    """The NVFP4 matrices of a checkpoint by module, in its order; a matrix without an input scale is weight-only.
+
+    Raises:
+        InputError: a part has the wrong dtype or shape.
+    """
+    matrices = {}
+    for name in source.infos():
+        prefix = name.removesuffix(layout.packed)
+        if prefix == name or not _has_parts(source, prefix, layout):
+            continue
+        info, module = source.info(name), prefix[:-1]
+        scheme: Literal["nvfp4", "nvfp4-a16"] = "nvfp4" if prefix + layout.input_global in source.files else "nvfp4-a16"
+        rows, cols = (info.shape[0], 2 * info.shape[1]) if len(info.shape) == 2 else (0, 0)
+        matrices[module] = PlannedMatrix(module, scheme, fused_name(module), rows, cols, info.nbytes)
+        for part, entry in matrix_entries(matrices[module], layout).items():
+            stored = source.info(entry.name)
+            is_scalar = part in ("weight_global", "input_global") and stored.nbytes == entry.nbytes
+            if stored.dtype != entry.dtype or (stored.shape != entry.shape and not is_scalar):
+                raise InputError(
+                    f"{entry.name} is {stored.dtype} {list(stored.shape)} where NVFP4 has {entry.dtype} "
+                    f"{list(entry.shape)}: the checkpoint is damaged, or of another kind."
+                )
+    return matrices
+
+
+def unequal_groups(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], layout: Layout) -> list[FusedGroup]:
+    """The fused groups whose members do not share their weight's, or their input's, global scale bit for bit."""
+    found = []
+    for group in fused_groups(matrices):
+        scalars = [_scalar_names(matrices[member], layout) for member in group.members]
+        values = {tuple(float(source.read(name)) for name in names.values()) for names in scalars}
+        if len(values) > 1:
+            found.append(group)
+    return found
+
+
+def recorded_amaxes(manifest: Mapping[str, Any]) -> dict[str, dict[Part, float]]:
+    """The amaxes behind the global scales, by module and part, head-room included.
+
+    Raises:
+        InputError: the manifest is not as nvquant writes it.
+    """
+    amaxes: dict[str, dict[Part, float]] = {}
+    try:
+        headroom = get_quantizer(manifest["quantizer"]).headroom
+        for layer in manifest["layers"]:
+            for group in layer["groups"].values():
+                of_group: dict[Part, float] = {"weight_global": group["weight_amax"] * headroom}
+                if "input" in group:
+                    of_group["input_global"] = group["input"]["calibrated_amax"]
+                amaxes.update(dict.fromkeys(group["members"], of_group))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{MANIFEST_NAME} is not as nvquant writes it ({type(error).__name__}: {error}): remove it to go by the "
+            f"tensors alone."
+        ) from error
+    return amaxes
+
+
+def _read_manifest(source: Checkpoint, layout: Layout) -> dict[str, Any] | None:
+    path = source.folder / MANIFEST_NAME
+    if not path.exists():
+        return None
+    manifest = read_json(path, "nvquant writes one")
+    if manifest.get("format") != layout.name:
+        raise InputError(
+            f"{path} speaks of the {manifest.get('format')} layout, but the tensors are in {layout.name}: remove it "
+            f"to go by the tensors alone."
+        )
+    return manifest
+
+
+def _scalar_names(matrix: PlannedMatrix, layout: Layout) -> dict[Part, str]:
+    return {
+        part: entry.name
+        for part, entry in matrix_entries(matrix, layout).items()
+        if part in ("weight_global", "input_global")
+    }
+
+
+def _inverted(source: Checkpoint, name: str, target: Layout, layout: Layout, amax: float | None) -> Tensor:
+    """A global scale in the other layout: from its amax where that is known, else by a reciprocal."""
+    stored = source.read(name).reshape(())
+    if amax is not None:
+        if not torch.equal(stored, stored_scalar(amax, layout).reshape(())):
+            raise InputError(
+                f"{name} is {float(stored)!r}, which is not what {MANIFEST_NAME} says: the checkpoint was changed; "
+                f"remove the manifest to go by the tensors alone."
+            )
+        return stored_scalar(amax, target)
+    inverse = 1.0 / stored
+    if not (float(stored) > 0 and bool(torch.isfinite(inverse))):
+        raise InputError(f"{name} is {float(stored)!r}, which has no reciprocal: the checkpoint is damaged.")
+    return inverse.reshape(target.scalar_shape)
+
+
+def _described(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], target: Layout) -> QuantizedModel:
+    """What the new config describes: the unquantized model's tensors and what became of them."""
+    schemes = {module: matrix.scheme for module, matrix in matrices.items()}
+    if target.name == "modelopt" and len(set(schemes.values())) > 1:
+        raise InputError(f"{source.folder} mixes W4A4 and weight-only matrices, which the modelopt layout cannot say.")
+    shapes = {name: info.shape for name, info in source.infos().items() if not _is_part(name, matrices)}
+    shapes |= {matrix.source: (matrix.rows, matrix.cols) for matrix in matrices.values()}
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    unused = unused_tensors(config, shapes)
+    roles = {name: Role.OTHER if name in unused else role_of(name, shape) for name, shape in shapes.items()}
+    _refuse_others(source, matrices, roles)
+    selection = Selection(schemes, fused_groups(schemes), roles, unused)
+    return QuantizedModel(target, selection, shapes, config, _kv_cache(source))
+
+
+def _is_part(name: str, matrices: Mapping[str, PlannedMatrix]) -> bool:
+    """Whether a tensor is a part of a quantized matrix, in either layout."""
+    module, _, leaf = name.rpartition(".")
+    return module in matrices and any(leaf in layout.suffixes for layout in LAYOUTS.values())
+
+
+def _refuse_others(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], roles: Mapping[str, Role]) -> None:
+    """Raise InputError for what is quantized in a way that the other layout's config would not say."""
+    protected = [module for module, matrix in matrices.items() if roles[matrix.source] not in QUANTIZABLE]
+    if protected:
+        raise InputError(
+            f"{source.folder} has {describe(protected)} in NVFP4 ({roles[matrices[protected[0]].source].value}): "
+            f"nvquant writes configs for text linears only."
+        )
+    for name, info in source.infos().items():
+        if _is_part(name, matrices):
+            continue
+        if info.dtype in _FOREIGN_DTYPES or _FOREIGN_LEAF.fullmatch(name.rpartition(".")[2]):
+            raise InputError(
+                f"{source.folder} is not in NVFP4 alone: {name} ({info.dtype}) belongs to another quantization, "
+                f"which relayout does not know."
+            )
+    config = source.config.get("quantization_config")
+    if isinstance(config, Mapping) and config.get("transform_config"):
+        raise InputError(f"{source.folder} transforms its weights (transform_config), which only its layout can say.")
+
+
+def _kv_cache(source: Checkpoint) -> Literal["bf16", "fp8"]:
+    config = source.config.get("quantization_config")
+    scheme = config.get("kv_cache_scheme") if isinstance(config, Mapping) else None
+    path = source.folder / HF_QUANT_CONFIG
+    nested = read_json(path, "it was here").get("quantization") if path.exists() else None
+    algorithm = nested.get("kv_cache_quant_algo") if isinstance(nested, Mapping) else None
+    is_fp8 = isinstance(scheme, Mapping) and (
+        (scheme.get("num_bits"), scheme.get("type"), scheme.get("strategy") or "tensor") == (8, "float", "tensor")
+        and not scheme.get("dynamic")
+    )
+    if (scheme and not is_fp8) or algorithm not in (None, "FP8"):
+        raise InputError(f"{source.folder} quantizes the KV cache in another way than FP8 per tensor: not supported.")
+    return "fp8" if scheme or algorithm else "bf16"
+
+
+def _shards(
+    source: Checkpoint,
+    matrices: Mapping[str, PlannedMatrix],
+    layout: Layout,
+    target: Layout,
+    scalars: Mapping[str, Tensor],
+) -> dict[str, list[_Move]]:
+    """What each file of the output holds, in the order of the data."""
+    moved = {}
+    for matrix in matrices.values():
+        new = matrix_entries(matrix, target)
+        for part, entry in matrix_entries(matrix, layout).items():
+            moved[entry.name] = _Move(new[part], entry.name, scalars.get(entry.name))
+    pattern, replacement = _KV_SCALE[target.name]
+    shards = {}
+    for file, header in source.shards.items():
+        moves = {}
+        for name, info in header.tensors.items():
+            kept = TensorEntry(
+                pattern.sub(replacement, name) if pattern.fullmatch(name) else name, info.dtype, info.shape
+            )
+            move = moved.get(name, _Move(kept, name))
+            moves[move.entry] = move
+        shards[file] = [moves[entry] for entry in order_entries(moves)]
+    return shards
+
+
+def _write_shard(source: Checkpoint, path: Path, moves: list[_Move]) -> str:
+    by_name = {move.entry.name: move for move in moves}
+
+    def contents(entry: TensorEntry) -> Iterator[memoryview]:
+        move = by_name[entry.name]
+        if move.value is not None:
+            yield tensor_bytes(move.value)
+        else:
+            yield from _stored_bytes(source, move.source)
+
+    return write_shard(path, [move.entry for move in moves], contents)
+
+
+def _stored_bytes(source: Checkpoint, name: str) -> Iterator[memoryview]:
+    """A tensor's bytes in pieces."""
+    info = source.info(name)
+    buffer = memoryview(bytearray(min(COPY_CHUNK_BYTES, info.nbytes)))
+    for begin in range(info.begin, info.end, COPY_CHUNK_BYTES):
+        piece = buffer[: min(COPY_CHUNK_BYTES, info.end - begin)]
+        read_range(source.path(name), begin, piece)
+        yield piece
+
+
+def _write_other_files(
+    source: Checkpoint, partial: Path, planned: list[PlannedShard], configs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The index where the source has one, the side files, the configs."""
+    if (source.folder / INDEX_NAME).exists():
+        weight_map = {entry.name: shard.file for shard in planned for entry in shard.entries}
+        total = sum(shard.tensor_bytes for shard in planned)
+        write_json(
+            partial / INDEX_NAME,
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+        )
+    for name in side_files(source.folder):
+        (partial / name).parent.mkdir(exist_ok=True)
+        write_bytes(partial / name, (source.folder / name).read_bytes())
+    for name, config in configs.items():
+        write_json(partial / name, config)
+
+
+def _check_written(partial: Path, planned: list[PlannedShard]) -> None:
+    """Read back every header."""
+    written = open_checkpoint(partial)
+    for shard in planned:
+        found = [TensorEntry(info.name, info.dtype, info.shape) for info in written.shards[shard.file].tensors.values()]
+        if found != list(shard.entries):
+            raise CheckFailed(f"{shard.file} was not written as planned.")

@@ -1,0 +1,329 @@
+"""A second opinion: the same recipe, samples and scheme through llm-compressor, on models that fit in memory.
+
+llm-compressor loads, calibrates, quantizes and saves; nvquant gives it the token ids and the patterns, and holds the
+result against the plan. config.json is nvquant's: it says the same of every layer, by patterns that vLLM reads for
+Gemma 4 too. What differs between the two engines, and by how much: docs/second-opinion.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate.quiet import quiet_transformers
+from ..calibrate.samples import CalibrationSet
+from ..calibrate.skeleton import ATTENTION
+from ..checkpoint.sidefiles import side_files
+from ..checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
+from ..checkpoint.writer import TensorEntry, write_bytes, write_json
+from ..errors import CheckFailed, EnvironmentLack, InputError, NvquantError
+from ..format.marlin import count_flushed_blocks, scale_histogram
+from ..plan.plan import SHARD_LIMIT_BYTES, Plan, matrix_entries
+from ..recipe.roles import Role, text_config
+from .config import PRESETS, coverage_in_order, output_configs
+from .memory import peak_gpu_bytes, peak_host_bytes
+from .output import check_output, publish, start_partial
+from .pipeline import ConvertOptions, ConvertResult
+
+log = logging.getLogger("nvquant.convert")
+
+PACKAGE = "llmcompressor"
+INSTALL = "pip install 'nvquant[llmcompressor]'"
+COMPARE_CHUNK_BYTES = 16 << 20
+INTERPRETER_BYTES = 1_500_000_000  # torch, transformers, llm-compressor and their buffers
+MATRIX_COPIES = 8  # that quantizing a matrix holds at once, of its size in the compute dtype
+SCORE_COPIES = 3  # of eager attention's scores, [heads, tokens, tokens]
+
+
+def convert_with_llmcompressor(
+    plan: Plan, options: ConvertOptions, calibration: CalibrationSet | None
+) -> ConvertResult:
+    """Convert with llm-compressor's `oneshot`; the output appears under its final name only when it is whole and as
+    planned.
+
+    Args:
+        plan: in the compressed-tensors layout.
+        options: the quantizer is rtn, the batch size 1. On the CPU everything is computed in float32, on a GPU in
+            bfloat16, as in `pipeline.convert`.
+        calibration: None for a recipe that quantizes weights only.
+    Raises:
+        InputError: the request is beyond this engine, or the model beyond the memory.
+        EnvironmentLack: llm-compressor is not installed, or not usable.
+        CheckFailed: what it saved is not what the plan has.
+    """
+    started = time.monotonic()
+    refuse_unsupported(plan, options)
+    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    check_memory(plan, calibration, options.device, dtype)
+    check_output(options.output, plan.file_bytes, plan.source.folder)
+    configs = output_configs(plan)
+    _require_package()
+    partial = start_partial(options.output, {"engine": PACKAGE, "version": metadata.version(PACKAGE)})
+    try:
+        _quantize_and_save(plan, calibration, options, dtype, partial)
+        for name in side_files(plan.source.folder):
+            (partial / name).parent.mkdir(exist_ok=True)
+            write_bytes(partial / name, (plan.source.folder / name).read_bytes())
+        for name, config in configs.items():
+            write_json(partial / name, config)
+        written = open_checkpoint(partial)
+        assert_holds_plan(plan, written)
+        flushed = _flushed_blocks(plan, written)
+        publish(partial, options.output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    infos = written.infos().values()
+    return ConvertResult(
+        output=str(options.output),
+        tensors=len(infos),
+        tensor_bytes=sum(info.nbytes for info in infos),
+        quantized=len(plan.matrices),
+        seconds=round(time.monotonic() - started, 3),
+        peak_host_bytes=peak_host_bytes(),
+        peak_gpu_bytes=peak_gpu_bytes(),
+        calibration=_calibration_json(calibration),
+        marlin_flushed_blocks=flushed,
+    )
+
+
+def refuse_unsupported(plan: Plan, options: ConvertOptions) -> None:
+    """Raise InputError for what llm-compressor does not do, or not as nvquant means it."""
+    if plan.layout.name != "compressed-tensors":
+        raise InputError(
+            "--engine llmcompressor writes the compressed-tensors layout only: leave --format out, and use `nvquant "
+            "relayout` on the result."
+        )
+    if options.quantizer != "rtn":
+        raise InputError(
+            f"--engine llmcompressor chooses scales with its own observers, which do not include nvquant's "
+            f"{options.quantizer}: use --quantizer rtn."
+        )
+    if options.batch_size != 1:
+        raise InputError("--engine llmcompressor calibrates one sequence at a time: leave --batch-size out.")
+    if Role.EXPERT in plan.selection.roles.values():
+        raise InputError(f"--engine llmcompressor is not for {plan.model}, a mixture of experts: use --engine nvquant.")
+    other = [info for info in plan.source.infos().values() if info.dtype != "BF16"]
+    if options.device != "cpu" and other:
+        raise InputError(
+            f"--engine llmcompressor would round {other[0].name} ({other[0].dtype}) to bfloat16 on a GPU: use "
+            f"--device cpu."
+        )
+
+
+def needed_bytes(plan: Plan, calibration: CalibrationSet | None, dtype: torch.dtype) -> int:
+    """Memory that the whole model takes in llm-compressor, an upper estimate: weights in the compute dtype, the
+    largest matrix while it is quantized, attention scores of the longest sample."""
+    elements = [math.prod(info.shape) for info in plan.source.infos().values()]
+    largest = max((matrix.rows * matrix.cols for matrix in plan.matrices.values()), default=0)
+    tokens = max((len(ids) for ids in calibration.samples), default=0) if calibration else 0
+    heads = int(text_config(plan.source.config).get("num_attention_heads") or 1)
+    scores = SCORE_COPIES * heads * tokens * tokens
+    return (sum(elements) + MATRIX_COPIES * largest + scores) * dtype.itemsize
+
+
+def check_memory(plan: Plan, calibration: CalibrationSet | None, device: str, dtype: torch.dtype) -> None:
+    """Raise InputError where the whole model does not fit: this engine does not stream."""
+    needed = {device: needed_bytes(plan, calibration, dtype)}
+    if device == "cpu":
+        needed["cpu"] += INTERPRETER_BYTES
+    else:
+        needed["cpu"] = INTERPRETER_BYTES + plan.tensor_bytes
+    for place, size in needed.items():
+        free = available_host_bytes() if place == "cpu" else torch.cuda.mem_get_info(place)[0]
+        if free is not None and size > free:
+            what = "host memory" if place == "cpu" else "GPU memory"
+            raise InputError(
+                f"--engine llmcompressor holds the whole model and needs {size:,} bytes of {what}, of which {free:,} "
+                f"are free: use --engine nvquant, which streams it."
+            )
+
+
+def available_host_bytes() -> int | None:
+    """Memory that a new process can have without swapping; None where the system does not say."""
+    table = Path("/proc/meminfo")
+    if not table.exists():
+        return None
+    lines = (line.split() for line in table.read_text(encoding="ascii").splitlines())
+    return next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), None)
+
+
+def _require_package() -> None:
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise EnvironmentLack(f"--engine llmcompressor needs llm-compressor, which is not installed: {INSTALL}.")
+
+
+def _quantize_and_save(
+    plan: Plan, calibration: CalibrationSet | None, options: ConvertOptions, dtype: torch.dtype, folder: Path
+) -> None:
+    """Load, quantize and save, with llm-compressor's words kept off stdout."""
+    version = metadata.version(PACKAGE)
+    options.progress(0, 0, f"llm-compressor {version}")
+    try:
+        with _aside():
+            model = _load(plan, options.device, dtype)
+            _oneshot(model, plan, calibration)
+            restore_dtypes(model, plan)
+            model.save_pretrained(folder, save_compressed=True, max_shard_size=SHARD_LIMIT_BYTES)
+    except ImportError as error:
+        raise EnvironmentLack(
+            f"llm-compressor {version} does not work with what is installed ({error}): {INSTALL} in a new environment."
+        ) from error
+    except NvquantError:
+        raise
+    except Exception as error:  # whatever it raises; the traceback is shown with --debug
+        raise NvquantError(f"llm-compressor {version} stopped ({type(error).__name__}: {error}).") from error
+    finally:
+        gc.collect()  # its session and observers hold the model in cycles
+
+
+@contextlib.contextmanager
+def _aside() -> Iterator[None]:
+    """Nothing on stdout, which belongs to the result; progress bars on stderr where that is a terminal."""
+    with contextlib.ExitStack() as stack:
+        bars = sys.stderr if sys.stderr.isatty() else stack.enter_context(Path(os.devnull).open("w"))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(contextlib.redirect_stderr(bars))
+        stack.enter_context(quiet_transformers())
+        # Its loguru logger keeps the stdout of the moment of its first import: hence after the redirection.
+        from llmcompressor import logger, reset_session
+
+        for package in (PACKAGE, "compressed_tensors"):
+            logger.disable(package)
+        try:
+            yield
+        finally:
+            reset_session()
+            for package in (PACKAGE, "compressed_tensors"):
+                logger.enable(package)
+
+
+def _load(plan: Plan, device: str, dtype: torch.dtype) -> Any:
+    import transformers
+
+    is_multimodal = "vision_config" in plan.source.config
+    auto = transformers.AutoModelForImageTextToText if is_multimodal else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(
+        plan.source.folder,
+        dtype=dtype,
+        attn_implementation=ATTENTION,
+        device_map=None if device == "cpu" else device,
+        local_files_only=True,
+    )
+    return model.eval()
+
+
+def _oneshot(model: nn.Module, plan: Plan, calibration: CalibrationSet | None) -> None:
+    """llm-compressor's own calibration and quantization, in place."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    coverage = coverage_in_order(plan)
+    schemes = {PRESETS[scheme]: [pattern.regex() for pattern in found] for scheme, found in coverage.targets.items()}
+    oneshot(
+        model=model,
+        processor=object(),  # there is nothing to tokenize; None would make it load one
+        recipe=QuantizationModifier(scheme=schemes, ignore=coverage.ignore_regexes()),
+        dataset=None if calibration is None else calibration_loader(calibration.samples),
+        pipeline="datafree" if calibration is None else "basic",
+    )
+
+
+def calibration_loader(samples: Sequence[Tensor]) -> torch.utils.data.DataLoader[dict[str, Tensor]]:
+    """Batches of one sample, in order, whole, without padding: int64 [1, tokens] each, and a mask of ones."""
+    rows: list[dict[str, Tensor]] = [
+        {"input_ids": ids.unsqueeze(0), "attention_mask": torch.ones_like(ids).unsqueeze(0)} for ids in samples
+    ]
+    return torch.utils.data.DataLoader(rows, batch_size=None, shuffle=False)  # type: ignore[arg-type]
+
+
+def restore_dtypes(model: nn.Module, plan: Plan) -> None:
+    """Give what is not quantized the dtype that the source stores; exact, since it came from there.
+
+    Weights to be packed stay as they are: the compressor computes in their dtype.
+    """
+    infos = plan.source.infos()
+    majority = max(infos.values(), key=lambda info: info.nbytes).dtype
+    for module_name, module in model.named_modules():
+        is_quantized = hasattr(module, "quantization_scheme")
+        for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_floating_point() and (not is_quantized or leaf == "bias"):
+                name = f"{module_name}.{leaf}" if module_name else leaf
+                stored = infos[name].dtype if name in infos else majority
+                tensor.data = tensor.data.to(torch_dtype(stored))
+
+
+def assert_holds_plan(plan: Plan, written: Checkpoint) -> None:
+    """Hold what llm-compressor saved against the plan: names, dtypes, shapes, and the bytes of all that is not
+    quantized.
+
+    Tensors that no layer reads, and a head that the source stores although it is tied, may be missing: transformers
+    does not save them.
+    Raises:
+        CheckFailed: the first difference.
+    """
+    planned = {entry.name: entry for shard in plan.shards for entry in shard.entries}
+    for name, info in written.infos().items():
+        if planned.get(name) != TensorEntry(name, info.dtype, info.shape):
+            what = f"{planned[name].dtype} {list(planned[name].shape)}" if name in planned else "nothing"
+            raise CheckFailed(
+                f"llm-compressor saved {name} as {info.dtype} {list(info.shape)} where the plan has {what}."
+            )
+    for name, origin in plan.origins.items():
+        if name not in written.files:
+            if origin.source in plan.selection.unused or plan.selection.roles[origin.source] is Role.HEAD:
+                continue
+            raise CheckFailed(f"llm-compressor did not save {name}.")
+        if origin.part is None and not _same_bytes(plan.source, written, name):
+            raise CheckFailed(f"llm-compressor saved {name} with other values than the source's.")
+        if origin.part in ("weight_global", "input_global"):
+            value = float(written.read(name))
+            if not (math.isfinite(value) and value > 0):
+                raise CheckFailed(f"llm-compressor saved {name} as {value!r}.")
+
+
+def _same_bytes(source: Checkpoint, written: Checkpoint, name: str) -> bool:
+    size = source.info(name).nbytes
+    ours, theirs = (memoryview(bytearray(min(COMPARE_CHUNK_BYTES, size))) for _ in range(2))
+    for begin in range(0, size, COMPARE_CHUNK_BYTES):
+        piece = slice(0, min(COMPARE_CHUNK_BYTES, size - begin))
+        source.read_into(name, ours[piece], begin)
+        written.read_into(name, theirs[piece], begin)
+        if ours[piece] != theirs[piece]:
+            return False
+    return True
+
+
+def _flushed_blocks(plan: Plan, written: Checkpoint) -> int:
+    """Blocks that Marlin would serve as zeros; see `format.marlin`."""
+    total = 0
+    for group in plan.groups:
+        names = (matrix_entries(plan.matrices[member], plan.layout)["scales"].name for member in group.members)
+        histograms = [scale_histogram(written.read(name)) for name in names]
+        total += count_flushed_blocks(torch.stack(histograms).sum(0))
+    return total
+
+
+def _calibration_json(calibration: CalibrationSet | None) -> dict[str, Any] | None:
+    if calibration is None:
+        return None
+    return {
+        "name": calibration.name,
+        "samples": len(calibration.samples),
+        "tokens": calibration.tokens,
+        "sha256": calibration.sha256,
+    }

@@ -1,0 +1,167 @@
+"""Checks of what the configs say against what the tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..checkpoint.source import read_json
+from ..errors import InputError
+from ..format.layouts import LAYOUTS
+from ..recipe.vllm_rules import UNQUANTIZED
+from .manifest import Manifest
+from .matrices import KV_SCALES, layouts_present, split_name
+from .report import Finding
+from .served import SCHEMES, W4A4, served_layers
+from .subject import HF_QUANT_CONFIG, Subject
+
+PACKED_FORMAT = "nvfp4-pack-quantized"
+
+
+def check_layout(subject: Subject) -> Finding:
+    """The quantization method that config.json names is the one whose tensor names, formats and files are there."""
+    method = subject.quantization.get("quant_method")
+    counts = layouts_present(subject.infos)
+    looked_at = ", ".join(
+        [f"quant_method {method}", *(f"{n:,} tensors named as {name} does" for name, n in counts.items())]
+    )
+    faults = []
+    if "quantization_config" not in subject.config:
+        faults.append("config.json has no quantization_config")
+    elif method not in LAYOUTS:
+        faults.append(f"quant_method is {method}, not one of {', '.join(LAYOUTS)}")
+    faults += [f"{n:,} tensors are named as {name} does" for name, n in counts.items() if name != method]
+    if not subject.matrices:
+        faults.append("no tensor is packed")
+    if method == "modelopt":
+        faults += _unequal_hf_quant_config(subject)
+    elif method == "compressed-tensors":
+        if (subject.folder / HF_QUANT_CONFIG).exists():
+            faults.append(f"{HF_QUANT_CONFIG} stands beside a config.json that is not modelopt's")
+        faults += _wrong_formats(subject.quantization)
+    return Finding(looked_at, faults)
+
+
+def _wrong_formats(quantization: Mapping[str, Any]) -> list[str]:
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        return ["config_groups is not a map of groups"]
+    formats = {name: group.get("format") or quantization.get("format") for name, group in groups.items()}
+    return [
+        f"{name} has format {found}, not {PACKED_FORMAT}" for name, found in formats.items() if found != PACKED_FORMAT
+    ]
+
+
+def _unequal_hf_quant_config(subject: Subject) -> list[str]:
+    """Differences between the two files of modelopt, of which some readers take one and some the other."""
+    try:
+        nested = read_json(subject.folder / HF_QUANT_CONFIG, "modelopt checkpoints have one").get("quantization")
+    except InputError as error:
+        return [str(error)]
+    if not isinstance(nested, Mapping):
+        return [f"{HF_QUANT_CONFIG} has no quantization"]
+    stated = {
+        "quant_algo": subject.quantization.get("quant_algo"),
+        "kv_cache_quant_algo": "FP8" if subject.quantization.get("kv_cache_scheme") else None,
+        "group_size": _group_size(subject.quantization),
+        "exclude_modules": _sorted(subject.quantization.get("ignore")),
+    }
+    found = {key: nested.get(key) for key in stated}
+    found["exclude_modules"] = _sorted(found["exclude_modules"])
+    return [
+        f"{key} follows as {stated[key]} from config.json, but is {found[key]} in {HF_QUANT_CONFIG}"
+        for key in stated
+        if stated[key] != found[key]
+    ]
+
+
+def _group_size(quantization: Mapping[str, Any]) -> object:
+    groups = quantization.get("config_groups")
+    first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
+    weights = first.get("weights") if isinstance(first, Mapping) else None
+    return weights.get("group_size") if isinstance(weights, Mapping) else quantization.get("group_size")
+
+
+def _sorted(entries: object) -> list[str]:
+    return sorted(map(str, entries)) if isinstance(entries, Sequence) and not isinstance(entries, str) else []
+
+
+def check_config(subject: Subject) -> Finding:
+    """Under vLLM's own matching rules every quantized layer gets a scheme that fits it, and no other layer gets any.
+
+    A single matrix without its input scale is a fault of that matrix; here it counts whether a scheme fits any at all.
+    """
+    layers = served_layers(subject)
+    faults = []
+    for layer in layers:
+        if layer.quantized and layer.verdict not in SCHEMES:
+            faults.append(f"{layer.name} is quantized, but the config makes it {layer.verdict}")
+        elif not layer.quantized and layer.verdict != UNQUANTIZED:
+            faults.append(f"{layer.name} is not quantized, but the config makes it {layer.verdict}")
+    for scheme in SCHEMES:
+        matrices = [
+            subject.matrices[module] for layer in layers if layer.verdict == scheme for module in layer.quantized
+        ]
+        with_input = sum(matrix.has_input_scale for matrix in matrices)
+        if matrices and with_input == (0 if scheme == W4A4 else len(matrices)):
+            faults.append(
+                f"the config gives {scheme} to {len(matrices)} matrices, of which {with_input} have an input scale"
+            )
+    quantized = sum(bool(layer.quantized) for layer in layers)
+    return Finding(
+        f"{quantized} quantized and {len(layers) - quantized} other layers as served, under vLLM's rules", faults
+    )
+
+
+def check_matrices(subject: Subject) -> Finding:
+    """Each quantized matrix has exactly the tensors of its layout and scheme, with their dtypes and shapes."""
+    faults = [fault for matrix in subject.matrices.values() for fault in matrix.faults]
+    for scheme in SCHEMES:
+        modules = [m for layer in served_layers(subject) if layer.verdict == scheme for m in layer.quantized]
+        without = [module for module in modules if not subject.matrices[module].has_input_scale]
+        if 0 < len(without) < len(modules):
+            odd = without if scheme == W4A4 else [module for module in modules if module not in without]
+            name = subject.layout.input_global
+            faults += [f"{module} {'lacks' if scheme == W4A4 else 'also holds'} {name}" for module in odd]
+    tensors = sum(len(matrix.parts) for matrix in subject.matrices.values())
+    return Finding(
+        f"{len(subject.matrices)} matrices of {tensors:,} tensors, {len(subject.infos) - tensors:,} other tensors",
+        faults,
+    )
+
+
+def check_kv_cache(subject: Subject) -> Finding:
+    """The KV cache's scheme is one that servers take, is what the recipe asks, and its scales are positive scalars."""
+    scheme = subject.quantization.get("kv_cache_scheme")
+    scales = [name for name in subject.infos if split_name(name)[1] in KV_SCALES]
+    faults = []
+    if scheme is not None and not _is_fp8_kv(scheme, subject.quantization):
+        faults.append(f"kv_cache_scheme is {scheme}, not 8-bit float with one static scale")
+    if isinstance(subject.manifest, Manifest) and (scheme is not None) != (
+        subject.manifest.recipe.kv_cache.dtype == "fp8"
+    ):
+        faults.append(f"kv_cache_scheme is {scheme}, but the recipe asks for {subject.manifest.recipe.kv_cache.dtype}")
+    if scales and scheme is None:
+        faults.append(f"{scales[0]} is stored although the config has no kv_cache_scheme")
+    for name in scales:
+        values = subject.checkpoint.read(name).float()
+        if values.numel() != 1 or not bool(torch.isfinite(values).all() and (values > 0).all()):
+            faults.append(f"{name} is not a positive scalar")
+        # vLLM takes a lone k_scale for both, but asserts that there is one.
+        if (
+            split_name(name)[1] == "v_scale"
+            and name.replace("v_proj", "k_proj").replace("v_scale", "k_scale") not in scales
+        ):
+            faults.append(f"{name} has no k_scale beside it")
+    return Finding(f"{'FP8' if scheme is not None else 'no'} scheme, {len(scales)} scales", faults)
+
+
+def _is_fp8_kv(scheme: object, quantization: Mapping[str, Any]) -> bool:
+    if not isinstance(scheme, Mapping) or scheme.get("num_bits") != 8 or scheme.get("type") != "float":
+        return False
+    if scheme.get("dynamic", False) is not False:
+        return False
+    is_modelopt = quantization.get("quant_method") == "modelopt"
+    return is_modelopt or (scheme.get("strategy") == "tensor" and scheme.get("symmetric", True) is True)

@@ -1,0 +1,137 @@
+"""Checks of the files themselves: headers, index, tokenizer, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.sidefiles import TEMPLATE_FOLDER, side_files
+from ..checkpoint.source import INDEX_NAME, SINGLE_NAME, read_json
+from ..errors import InputError
+from .manifest import Manifest
+from .report import Finding, not_applicable
+from .subject import PIECE_BYTES, Subject
+
+VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model*", "*.tiktoken", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.json", "vocab.txt",
+)  # fmt: skip
+HASHING_THREADS = 4
+
+
+def check_headers(subject: Subject) -> Finding:
+    """Every shard's header parses, fits its dtypes, shapes and the file's size, and leaves no hole between tensors."""
+    tensors = sum(len(header.tensors) for header in subject.headers.values())
+    size = sum(header.file_bytes for header in subject.headers.values())
+    looked_at = f"{len(subject.headers) + len(subject.damaged)} files, {tensors:,} tensors, {size:,} bytes"
+    if subject.damaged:
+        looked_at += "; the other checks need all headers and were not run"
+    return Finding(looked_at, subject.damaged)
+
+
+def check_index(subject: Subject) -> Finding:
+    """The index names every tensor, in the one file that holds it, names nothing else, and has the right total size."""
+    path = subject.folder / INDEX_NAME
+    if not path.exists():
+        others = [name for name in subject.headers if name != SINGLE_NAME]
+        return Finding(
+            f"no index, {len(subject.headers)} files", [f"{name} needs {INDEX_NAME} beside it" for name in others]
+        )
+    try:
+        index = read_json(path, "")
+    except InputError as error:
+        return Finding(INDEX_NAME, [str(error)])
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, Mapping):
+        return Finding(INDEX_NAME, ["there is no weight_map in it"])
+    faults = [*_misplaced(subject, weight_map), *_unlisted(subject, weight_map)]
+    metadata = index.get("metadata")
+    stated = metadata.get("total_size") if isinstance(metadata, Mapping) else None
+    total = sum(info.nbytes for header in subject.headers.values() for info in header.tensors.values())
+    if stated != total:
+        faults.append(f"total_size is {stated}, but the tensors have {total} bytes")
+    return Finding(f"{len(weight_map):,} entries, {total:,} bytes", faults)
+
+
+def _misplaced(subject: Subject, weight_map: Mapping[str, Any]) -> Iterator[str]:
+    for tensor, file in weight_map.items():
+        if file not in subject.headers:
+            yield f"{tensor} is said to lie in {file!r}, which is not a shard of this folder"
+        elif tensor not in subject.headers[file].tensors:
+            actual = subject.checkpoint.files.get(tensor)
+            yield f"{tensor} is said to lie in {file}, but lies in {actual or 'no file'}"
+
+
+def _unlisted(subject: Subject, weight_map: Mapping[str, Any]) -> Iterator[str]:
+    first: dict[str, str] = {}
+    for file, header in subject.headers.items():
+        if not any(name in weight_map for name in header.tensors):
+            yield f"{file} is not named by the index"
+            continue
+        for tensor in header.tensors:
+            if tensor not in weight_map:
+                yield f"{tensor} ({file}) is not in the index"
+            if tensor in first:
+                yield f"{tensor} lies in {first[tensor]} and in {file}"
+            first[tensor] = file
+
+
+def check_tokenizer(subject: Subject) -> Finding:
+    """Side files parse, a tokenizer's settings have a vocabulary, and a model calibrated on text or chats has both."""
+    names = side_files(subject.folder)
+    faults = [fault for name in names if name.endswith(".json") for fault in _unreadable_json(subject.folder / name)]
+    has_vocabulary = any(fnmatch(name, pattern) for name in names for pattern in VOCABULARIES)
+    framing = subject.manifest.framing if isinstance(subject.manifest, Manifest) else None
+    if not has_vocabulary and "tokenizer_config.json" in names:
+        faults.append("tokenizer_config.json has no vocabulary beside it, as tokenizer.json")
+    elif not has_vocabulary and framing in ("prose", "chat"):
+        faults.append("the manifest says that text was tokenized, but there is no tokenizer")
+    if framing == "chat" and not _has_chat_template(subject.folder, names):
+        faults.append("the manifest says that chats were framed, but there is no chat template")
+    return Finding(f"{len(names)} side files" if names else "no side files", faults)
+
+
+def _unreadable_json(path: Path) -> list[str]:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"{path.name} is not readable JSON ({error})"]
+    return []
+
+
+def _has_chat_template(folder: Path, names: list[str]) -> bool:
+    if any(name.startswith(("chat_template.", f"{TEMPLATE_FOLDER}/")) for name in names):
+        return True
+    try:
+        return "chat_template" in read_json(folder / "tokenizer_config.json", "")
+    except InputError:
+        return False
+
+
+def check_hashes(subject: Subject) -> Finding:
+    """Every file has the sha256 that the manifest recorded when it was written, and every shard is recorded."""
+    manifest = subject.manifest
+    if not isinstance(manifest, Manifest):
+        return not_applicable("no manifest to compare with")
+    present = {name: subject.folder / name for name in manifest.files if (subject.folder / name).is_file()}
+    faults = [f"{name} is recorded but missing" for name in manifest.files if name not in present]
+    faults += [f"{name} is not recorded" for name in subject.headers if name not in manifest.files]
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        for done, (name, digest) in enumerate(zip(present, threads.map(_sha256, present.values()), strict=True)):
+            subject.progress(done, len(present), f"sha256 of {name}")
+            if digest != manifest.files[name]:
+                faults.append(f"{name} has sha256 {digest[:12]}…, recorded was {manifest.files[name][:12]}…")
+    return Finding(f"{len(present)} files", faults)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,73 @@
+"""What verification says: one verdict a check, and the verdict over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SHOWN_FAULTS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        looked_at: what it looked at, in numbers; why it does not apply, where it does not.
+        faults: one phrase an offender, its name first, with the numbers; empty where the check passed.
+    """
+
+    looked_at: str
+    faults: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check's verdict."""
+
+    stage: str
+    name: str
+    finding: Finding
+
+    @property
+    def passed(self) -> bool:
+        """Whether there was no fault."""
+        return not self.finding.faults
+
+    @property
+    def shown_faults(self) -> list[str]:
+        """The first few faults, and how many more there are."""
+        faults = self.finding.faults
+        more = len(faults) - SHOWN_FAULTS
+        return [*faults[:SHOWN_FAULTS], *([f"and {more:,} more"] if more > 0 else [])]
+
+    @property
+    def detail(self) -> str:
+        """One line: what was looked at, and the first few faults."""
+        return "; ".join([self.finding.looked_at, *self.shown_faults])
+
+    def as_json(self) -> dict[str, Any]:
+        """The check in the document of `verify --json`."""
+        return {"stage": self.stage, "name": self.name, "passed": self.passed, "detail": self.detail}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdict over all checks, in the order in which they were done."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        """The document of `verify --json`."""
+        return {"passed": self.passed, "checks": [check.as_json() for check in self.checks]}
+
+
+def not_applicable(why: str) -> Finding:
+    """A check that has nothing to look at, which is no fault."""
+    return Finding(f"not applicable: {why}")

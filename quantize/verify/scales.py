@@ -1,0 +1,135 @@
+"""Checks of the scales and of what is quantized, from the checkpoint alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..format.constants import SCALE_RANGE
+from ..format.marlin import RULE_READ_FROM, count_flushed_blocks
+from ..plan.plan import Part
+from ..recipe.groups import fused_name
+from ..recipe.roles import QUANTIZABLE, Role, module_of, role_of
+from .manifest import Manifest
+from .report import Finding
+from .subject import Subject, is_tied, pieces
+
+# Bounds on the amax that a global scale stands for. A weight's lies below 2688, where divisor and multiplier meet at 1:
+# no trained model has such a weight, and a scale stored the wrong way round stands for one. For inputs there is no such
+# side: head-room alone brings them to 10^6. Their bound catches what is no amax at all; `input_scales` has the value.
+SMALLEST_AMAX = 1e-6
+LARGEST_AMAX = {"weight_global": SCALE_RANGE, "input_global": 1e10}
+SCALE_NAMES = {"weight_global": "weight", "input_global": "input"}
+
+
+def check_block_scales(subject: Subject) -> Finding:
+    """Every block scale is a number above zero: no NaN (0x7F, 0xFF), no sign bit (servers read none), no zero."""
+    blocks = 0
+    faults = []
+    for module, histogram in subject.histograms.items():
+        blocks += int(histogram.sum())
+        bad = {
+            "NaN": histogram[0x7F] + histogram[0xFF],
+            "negative": histogram[0x80:0xFF].sum(),
+            "zero": histogram[0],
+        }
+        found = [f"{int(count):,} {what}" for what, count in bad.items() if count]
+        if found:
+            row, block, byte = _first_bad(subject, module)
+            faults.append(f"{module}: {', '.join(found)} (first at row {row}, block {block}: byte 0x{byte:02X})")
+    return Finding(f"{len(subject.histograms)} matrices, {blocks:,} block scales", faults)
+
+
+def _first_bad(subject: Subject, module: str) -> tuple[int, int, int]:
+    """Row, block and byte of a matrix's first block scale that is no positive number."""
+    info = subject.sound[module].parts["scales"]
+    for begin, piece in pieces(subject.checkpoint, info.name):
+        positions = ((piece == 0) | (piece >= 0x7F)).nonzero()
+        if len(positions):
+            at = int(positions[0])
+            row, block = divmod(begin + at, info.shape[1])
+            return row, block, int(piece[at])
+    raise AssertionError("asked only where the histogram has one")
+
+
+def check_global_scales(subject: Subject) -> Finding:
+    """Every global scale is finite and positive, and stands for an amax on the right side of 1.
+
+    An amax is 2688 / scale where the layout stores divisors and 2688 * scale where it stores multipliers. Exactly 1.0
+    is what stands for a matrix of zeros.
+    """
+    faults = []
+    ranges: dict[str, list[float]] = {part: [] for part in SCALE_NAMES}
+    for (module, part), value in subject.scalars.items():
+        name = subject.sound[module].parts[part].name
+        if not math.isfinite(value) or value <= 0:
+            faults.append(f"{name} is {value}")
+            continue
+        amax = SCALE_RANGE / value if subject.layout.divisor else SCALE_RANGE * value
+        ranges[part].append(amax)
+        if not SMALLEST_AMAX <= amax <= LARGEST_AMAX[part]:
+            faults.append(f"{name} is {value:.6g}, which stands for an amax of {amax:.3g}")
+    spans = [
+        f"{SCALE_NAMES[part]} amax {min(found):.3g} to {max(found):.3g}" for part, found in ranges.items() if found
+    ]
+    return Finding(", ".join([f"{len(subject.sound)} matrices", f"{len(subject.scalars)} scales", *spans]), faults)
+
+
+def check_fused_groups(subject: Subject) -> Finding:
+    """What servers fuse (q, k, v; gate, up) is quantized as a whole, with bit-equal weight and input global scales."""
+    faults = []
+    parts: tuple[Part, ...] = ("weight_global", "input_global")
+    fused = [group for group in subject.groups if len(group.members) > 1]
+    for group in fused:
+        for part in parts:
+            values = {m: subject.scalars[m, part] for m in group.members if (m, part) in subject.scalars}
+            if len(set(map(repr, values.values()))) > 1:
+                listed = ", ".join(f"{module.rpartition('.')[2]} {value!r}" for module, value in values.items())
+                faults.append(f"{group.name}: {SCALE_NAMES[part]} global scales differ: {listed}")
+    quantized = {fused_name(module) for module in subject.matrices}
+    for name, role in subject.roles.items():
+        if role in QUANTIZABLE and name not in subject.unused and module_of(name) not in subject.matrices:
+            group_name = fused_name(module_of(name))
+            if group_name in quantized:
+                faults.append(f"{module_of(name)} is not quantized, but the rest of {group_name} is")
+    return Finding(f"{len(fused)} fused groups", faults)
+
+
+def check_protected(subject: Subject) -> Finding:
+    """No tower, projector, router, embedding or head is quantized, and no tied model stores a head of its own."""
+    allowed = QUANTIZABLE | {Role.EXPERT}
+    roles = {module: role_of(f"{module}.weight", (1, 1)) for module in subject.matrices}
+    faults = [f"{module} ({role.value}) is quantized" for module, role in roles.items() if role not in allowed]
+    kept = sum(role not in allowed and len(subject.infos[name].shape) > 1 for name, role in subject.roles.items())
+    head = next((name for name, role in subject.roles.items() if role is Role.HEAD and name.endswith(".weight")), None)
+    embedding = next((name for name, role in subject.roles.items() if role is Role.EMBEDDING), None)
+    if head is not None and embedding is not None and is_tied(subject.config) and not _equal(subject, head, embedding):
+        faults.append(f"{head} differs from {embedding}, although the config ties them: servers will not read it")
+    return Finding(f"{len(subject.matrices)} matrices quantized, {kept} protected ones not", faults)
+
+
+def _equal(subject: Subject, left: str, right: str) -> bool:
+    one, other = subject.infos[left], subject.infos[right]
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    pairs = zip(pieces(subject.checkpoint, left), pieces(subject.checkpoint, right), strict=True)
+    return all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+
+
+def check_marlin(subject: Subject) -> Finding:
+    """As many blocks as the manifest says would be served as zeros by Marlin, on GPUs without FP4 units."""
+    recorded = subject.manifest.groups if isinstance(subject.manifest, Manifest) else {}
+    faults = []
+    flushed = blocks = 0
+    for group in subject.groups:
+        histogram: Tensor = torch.stack([subject.histograms[module] for module in group.members]).sum(0)
+        count = count_flushed_blocks(histogram)
+        flushed += count
+        blocks += int(histogram.sum())
+        if group.name in recorded and recorded[group.name].marlin_flushed_blocks != count:
+            told = recorded[group.name].marlin_flushed_blocks
+            faults.append(f"{group.name}: {count:,} blocks, but the manifest records {told:,}")
+    source = "" if recorded else "; no manifest to compare with"
+    return Finding(f"{flushed:,} of {blocks:,} blocks flushed to zero (rule of {RULE_READ_FROM}){source}", faults)

@@ -1,0 +1,117 @@
+"""What a server makes of the checkpoint: the layers that it builds, and the scheme that vLLM's rules give to each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..recipe.groups import fused_name
+from ..recipe.roles import Role, module_of, role_of
+from ..recipe.vllm_rules import REFUSED, UNQUANTIZED, compressed_tensors_verdict, modelopt_verdict
+from .subject import Subject
+
+W4A4, WEIGHT_ONLY = "nvfp4", "nvfp4-a16"
+SCHEMES = (W4A4, WEIGHT_ONLY)
+_ALGORITHMS = {"NVFP4": W4A4, "W4A16_NVFP4": WEIGHT_ONLY}
+# The keys of compressed-tensors' QuantizationArgs, which refuses others; read from 0.17.0 and 0.19.0.
+_NUMBER_KEYS = frozenset(
+    {"num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
+     "zp_dtype", "observer", "observer_kwargs"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServedLayer:
+    """A linear layer as a server builds it.
+
+    Attributes:
+        name: fused where servers fuse.
+        quantized: the quantized modules in it; empty for an unquantized layer.
+        verdict: the scheme that the config gives it, `unquantized`, `refused`, or another word for what is no scheme.
+    """
+
+    name: str
+    quantized: tuple[str, ...]
+    verdict: str
+
+
+def served_layers(subject: Subject) -> tuple[ServedLayer, ...]:
+    """Every linear layer, embedding and head that a server builds from the checkpoint, with its verdict.
+
+    A head is always among them, since servers build one for a tied model too.
+    """
+    modules = {
+        module_of(name)
+        for name, role in subject.roles.items()
+        if name.endswith(".weight") and len(subject.infos[name].shape) == 2 and name not in subject.unused
+        and not (role is Role.EMBEDDING and subject.quantization.get("quant_method") == "modelopt")
+    }  # fmt: skip
+    members: dict[str, list[str]] = {fused_name(module): [] for module in sorted(modules)}
+    for module in subject.matrices:
+        members.setdefault(fused_name(module), []).append(module)
+    members.setdefault("lm_head", [])
+    return tuple(
+        ServedLayer(layer, tuple(quantized), scheme_of(layer, subject.quantization))
+        for layer, quantized in members.items()
+    )
+
+
+def scheme_of(layer: str, quantization: Mapping[str, Any]) -> str:
+    """The scheme that vLLM gives a layer under a `quantization_config`; see `ServedLayer.verdict`."""
+    if quantization.get("quant_method") == "modelopt":
+        verdict = modelopt_verdict(layer, {**quantization, "quant_algo": _algorithm(quantization)})
+        return _ALGORITHMS.get(verdict, verdict)
+    if role_of(f"{layer}.weight", (1, 1)) in (Role.HEAD, Role.EMBEDDING):
+        quantization = _without_class_names(quantization)
+    verdict = compressed_tensors_verdict(layer, quantization)
+    return verdict if verdict in (UNQUANTIZED, REFUSED) else _group_scheme(quantization["config_groups"][verdict])
+
+
+def _algorithm(quantization: Mapping[str, Any]) -> str:
+    """modelopt's algorithm as vLLM reads it: without input_activations in any group, NVFP4 is weight-only."""
+    algorithm = str(quantization.get("quant_algo")).upper()
+    groups = list(_groups(quantization).values())
+    if algorithm == "NVFP4" and groups and all(group.get("input_activations") is None for group in groups):
+        return "W4A16_NVFP4"
+    return algorithm
+
+
+def _without_class_names(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the targets that name a class, as `Linear`: vLLM's heads and embeddings are of no such class."""
+    groups = {
+        name: {**group, "targets": [target for target in group.get("targets") or () if "." in str(target)]}
+        for name, group in _groups(quantization).items()
+    }
+    return {**quantization, "config_groups": groups}
+
+
+def _groups(quantization: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    groups = quantization.get("config_groups")
+    return (
+        {name: group for name, group in groups.items() if isinstance(group, Mapping)}
+        if isinstance(groups, Mapping)
+        else {}
+    )
+
+
+def _group_scheme(group: Mapping[str, Any]) -> str:
+    """The scheme of a config group of compressed-tensors, by vLLM's `_is_nvfp4_format`."""
+    if not _is_nvfp4(group.get("weights")):
+        return "not NVFP4"
+    inputs = group.get("input_activations")
+    if inputs is None:
+        return WEIGHT_ONLY
+    return W4A4 if _is_nvfp4(inputs) else REFUSED
+
+
+def _is_nvfp4(numbers: object) -> bool:
+    return (
+        isinstance(numbers, Mapping)
+        and set(numbers) <= _NUMBER_KEYS
+        and numbers.get("num_bits") == 4
+        and numbers.get("type") == "float"
+        and numbers.get("strategy") == "tensor_group"
+        and numbers.get("group_size") == 16
+        and numbers.get("symmetric", True) is True
+    )

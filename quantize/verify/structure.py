@@ -1,0 +1,69 @@
+"""The stage `structure`: what can be proved from a checkpoint's bytes, alone and against its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..plan.plan import refuse_quantized
+from . import against, configs, files, recorded, scales, weights
+from .report import Check, Finding, Report
+from .subject import Progress, Subject, open_subject
+
+STAGE = "structure"
+# In the order in which they are worth reading: what stands first explains what fails further down.
+ALONE: dict[str, Callable[[Subject], Finding]] = {
+    "index": files.check_index,
+    "layout": configs.check_layout,
+    "matrices": configs.check_matrices,
+    "config": configs.check_config,
+    "protected": scales.check_protected,
+    "kv_cache": configs.check_kv_cache,
+    "tokenizer": files.check_tokenizer,
+    "block_scales": scales.check_block_scales,
+    "global_scales": scales.check_global_scales,
+    "fused_groups": scales.check_fused_groups,
+    "marlin": scales.check_marlin,
+    "manifest": recorded.check_manifest,
+    "hashes": files.check_hashes,
+    "input_scales": recorded.check_input_scales,
+    "weight_scales": recorded.check_weight_scales,
+}
+AGAINST: dict[str, Callable[[Subject, Checkpoint], Finding]] = {
+    "names": against.check_names,
+    "untouched": against.check_untouched,
+    "config_source": against.check_config_source,
+    "side_files": against.check_side_files,
+    "weights": weights.check_weights,
+}
+
+
+def verify_structure(folder: Path, against: Path | None = None) -> Report:
+    """Prove a checkpoint, alone or against the folder of its source; see `structure_checks`."""
+    source = None if against is None else open_checkpoint(against)
+    return Report(tuple(structure_checks(folder, source)))
+
+
+def structure_checks(folder: Path, source: Checkpoint | None, progress: Progress | None = None) -> Iterator[Check]:
+    """Prove a checkpoint, one check after the other, each yielded when it is done.
+
+    Args:
+        folder: of the checkpoint.
+        source: what it was made from; without it only what the checkpoint says of itself is checked.
+        progress: called with (done, total, phase) by what takes long.
+    Raises:
+        InputError: the folder holds no NVFP4 checkpoint, or the source is quantized itself.
+    """
+    if source is not None:
+        refuse_quantized(source, str(source.folder))
+    subject = open_subject(folder, progress)
+    headers = Check(STAGE, "headers", files.check_headers(subject))
+    yield headers
+    if not headers.passed:
+        return
+    for name, check in ALONE.items():
+        yield Check(STAGE, name, check(subject))
+    if source is not None:
+        for name, compare in AGAINST.items():
+            yield Check(STAGE, name, compare(subject, source))

@@ -1,0 +1,211 @@
+"""The checkpoint that is to be proved, opened so that its faults can be told one by one.
+
+`checkpoint.source.open_checkpoint` stops at the first fault; here headers are read file by file, and what the index
+says is compared later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.headers import Header, TensorInfo, read_header
+from ..checkpoint.source import Checkpoint, read_json, tensor_bytes
+from ..errors import InputError
+from ..format.layouts import COMPRESSED_TENSORS, LAYOUTS, Layout
+from ..format.marlin import scale_histogram
+from ..plan.plan import Part
+from ..recipe.groups import FusedGroup, fused_groups
+from ..recipe.roles import Role, role_of, text_config, unused_tensors
+from .manifest import Manifest, read_manifest
+from .matrices import Matrix, find_matrices, layouts_present
+
+HF_QUANT_CONFIG = "hf_quant_config.json"
+PIECE_BYTES = 16 << 20
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An opened checkpoint under proof.
+
+    Attributes:
+        config: the JSON of config.json.
+        headers: header of each readable shard by file name; which of them the index names does not matter here.
+        damaged: what is wrong with the headers of the others.
+        progress: called with (done, total, phase) by what takes long.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    headers: Mapping[str, Header]
+    damaged: tuple[str, ...]
+    progress: Progress = field(default=lambda done, total, phase: None)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """For reading tensors, wherever they lie; of a tensor in two files the last."""
+        files = {name: file for file, header in self.headers.items() for name in header.tensors}
+        return Checkpoint(self.folder, self.config, self.headers, files)
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        """All tensors by name."""
+        return self.checkpoint.infos()
+
+    @cached_property
+    def quantization(self) -> Mapping[str, Any]:
+        """`quantization_config`, or what hf_quant_config.json says in its place; empty where there is neither."""
+        stored = self.config.get("quantization_config")
+        if isinstance(stored, Mapping):
+            return stored
+        try:
+            nested = read_json(self.folder / HF_QUANT_CONFIG, "").get("quantization")
+        except InputError:
+            return {}
+        if not isinstance(nested, Mapping):
+            return {}
+        return {**nested, "quant_method": "modelopt", "ignore": nested.get("exclude_modules")}
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout that most tensors' names have; the config's, where none has any."""
+        counts = layouts_present(self.infos)
+        if counts:
+            return LAYOUTS[max(counts, key=lambda name: counts[name])]
+        return LAYOUTS.get(str(self.quantization.get("quant_method")), COMPRESSED_TENSORS)
+
+    @cached_property
+    def matrices(self) -> dict[str, Matrix]:
+        """The quantized matrices by module, whole or not."""
+        return find_matrices(self.infos, self.layout)
+
+    @cached_property
+    def sound(self) -> dict[str, Matrix]:
+        """The matrices whose numbers can be read; the `matrices` check tells of the others."""
+        return {module: matrix for module, matrix in self.matrices.items() if matrix.is_sound}
+
+    @cached_property
+    def groups(self) -> tuple[FusedGroup, ...]:
+        """The fused groups of the sound matrices."""
+        return fused_groups(self.sound)
+
+    @cached_property
+    def roles(self) -> dict[str, Role]:
+        """The role of each tensor that is no part of a quantized matrix."""
+        parts = {info.name for matrix in self.matrices.values() for info in matrix.parts.values()}
+        return {name: role_of(name, info.shape) for name, info in self.infos.items() if name not in parts}
+
+    @cached_property
+    def unused(self) -> frozenset[str]:
+        """Tensors that no layer of the model reads."""
+        return unused_tensors(self.config, self.infos)
+
+    @cached_property
+    def scalars(self) -> dict[tuple[str, Part], float]:
+        """The global scales of the sound matrices as stored, by module and part."""
+        parts: tuple[Part, ...] = ("weight_global", "input_global")
+        return {
+            (module, part): float(self.checkpoint.read(matrix.parts[part].name))
+            for module, matrix in self.sound.items()
+            for part in parts
+            if part in matrix.parts
+        }
+
+    @cached_property
+    def histograms(self) -> dict[str, Tensor]:
+        """How often each block scale's byte occurs, int64 [256], by module; reads the scales of all sound matrices."""
+        result: dict[str, Tensor] = {}
+        for module, matrix in self.sound.items():
+            self.progress(len(result), len(self.sound), f"block scales of {module}")
+            histogram = torch.zeros(256, dtype=torch.int64)
+            for _, piece in pieces(self.checkpoint, matrix.parts["scales"].name):
+                histogram += scale_histogram(piece)
+            result[module] = histogram
+        return result
+
+    @cached_property
+    def manifest(self) -> Manifest | str | None:
+        """nvquant_manifest.json; what is wrong with it, where it cannot be used; None for another tool's output."""
+        return read_manifest(self.folder)
+
+    def divisor(self, module: str) -> Tensor:
+        """The weight global scale of a sound matrix as a float32 divisor, whichever way the layout stores it."""
+        stored = torch.tensor(self.scalars[module, "weight_global"], dtype=torch.float32)
+        return stored if self.layout.divisor else 1.0 / stored
+
+
+def open_subject(folder: Path, progress: Progress | None = None) -> Subject:
+    """Open a quantized checkpoint; reads config.json and headers.
+
+    Raises:
+        InputError: no checkpoint, or none that is quantized to NVFP4 alone.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: give the path of a checkpoint.")
+    config = read_json(folder / "config.json", "every checkpoint has one")
+    headers: dict[str, Header] = {}
+    damaged = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            headers[path.name] = read_header(path)
+        except InputError as error:
+            damaged.append(str(error))
+    if not headers and not damaged:
+        raise InputError(f"{folder} holds no .safetensors file: give the folder of a checkpoint.")
+    subject = Subject(folder, config, headers, tuple(damaged), *([progress] if progress else []))
+    if not damaged:
+        _refuse_other_formats(subject)
+    return subject
+
+
+def pieces(checkpoint: Checkpoint, name: str, begin: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """A tensor's bytes from its byte `begin` on, in pieces: (offset, uint8 [n]); a piece is valid until the next."""
+    size = checkpoint.info(name).nbytes
+    buffer = torch.empty(min(PIECE_BYTES, size - begin), dtype=torch.uint8)
+    for at in range(begin, size, PIECE_BYTES):
+        piece = buffer[: min(PIECE_BYTES, size - at)]
+        checkpoint.read_into(name, tensor_bytes(piece), at)
+        yield at, piece
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the model's head is its embedding."""
+    values = (part.get("tie_word_embeddings") for part in (text_config(config), config))
+    return bool(next((value for value in values if value is not None), False))
+
+
+def _refuse_other_formats(subject: Subject) -> None:
+    method = subject.quantization.get("quant_method")
+    if not subject.quantization and not subject.matrices:
+        raise InputError(
+            f"{subject.folder} is not quantized: config.json has no quantization_config, and no tensor is packed; "
+            f"give the output of a conversion."
+        )
+    if not subject.matrices and method not in LAYOUTS:
+        raise InputError(
+            f"{subject.folder} is quantized (quant_method {method}), but not to NVFP4, which is all that verify knows."
+        )
+    other = next((name for name, info in subject.infos.items() if _is_fp8_weight(name, info)), None)
+    if other is not None and _mixes_formats(subject.quantization):
+        raise InputError(
+            f"{subject.folder} mixes NVFP4 with other formats ({other} is F8_E4M3), which verify does not know yet."
+        )
+
+
+def _is_fp8_weight(name: str, info: TensorInfo) -> bool:
+    return name.endswith(".weight") and info.dtype == "F8_E4M3"
+
+
+def _mixes_formats(quantization: Mapping[str, Any]) -> bool:
+    groups = quantization.get("config_groups")
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
+    return quantization.get("quant_algo") == "MIXED_PRECISION" or any(
+        isinstance(numbers, Mapping) and numbers.get("num_bits") != 4 for numbers in weights
+    )

@@ -1,0 +1,12 @@
+"""Tiny models that the tests of this room share."""
+
+from __future__ import annotations
+
+import pytest
+from support.conversions import TinyModels
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """A tiny model's folder by its name; shared, so only to be read."""
+    return TinyModels(tmp_path_factory.mktemp("tiny"))
