@@ -77,7 +77,7 @@ def read_header(path: Path) -> Header:
 def parse_header(path: Path, blob: bytes, file_bytes: int) -> Header:
     """Check the JSON part of a header against the file's size; see `read_header`."""
     try:
-        entries = json.loads(blob, object_pairs_hook=_without_duplicates)
+        entries = json.loads(blob.decode(), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"has a header that is not JSON ({error})") from error
     if not isinstance(entries, dict):
@@ -110,12 +110,14 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _damaged(path, f"has a header whose entry {name!r} lacks dtype, shape or data_offsets") from error
-    if dtype not in DTYPE_BYTES:
+    if not name.isprintable():
+        raise _damaged(path, f"has a header with {name!r} for the name of a tensor")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise InputError(
             f"{path.name}: tensor {name} has the dtype {dtype!r}, which is not known here; sources are BF16, "
             f"F16 or F32."
         )
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
         raise _damaged(path, f"has a header whose entry {name!r} has a shape or an offset that is not a natural number")
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise _damaged(

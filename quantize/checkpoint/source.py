@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,9 +52,12 @@ class Checkpoint:
         """Fill `buffer` with the tensor's bytes from its byte `begin` on.
 
         Raises:
+            IndexError: the tensor does not reach that far.
             InputError: the shard vanished, shrank or cannot be read.
         """
         info = self.info(name)
+        if not 0 <= begin <= info.nbytes - len(buffer):
+            raise IndexError(f"bytes {begin} to {begin + len(buffer)} of {name}, which has {info.nbytes}")
         read_range(self.path(name), info.begin + begin, buffer)
 
     def read(self, name: str, device: str = "cpu") -> torch.Tensor:
@@ -66,7 +69,12 @@ class Checkpoint:
         return self.read_rows(name, None, device)
 
     def read_rows(self, name: str, rows: list[int] | None, device: str = "cpu") -> torch.Tensor:
-        """Only some rows (along the first axis), in the given order; all of them for None."""
+        """Only some rows (along the first axis), in the given order; all of them for None.
+
+        Raises:
+            IndexError: there is no such row.
+            InputError: the shard vanished, shrank or cannot be read.
+        """
         import torch
 
         info = self.info(name)
@@ -76,7 +84,7 @@ class Checkpoint:
         if rows is None:
             self.read_into(name, flat)
         else:
-            row_bytes = info.nbytes // info.shape[0]
+            row_bytes = info.nbytes // max(1, info.shape[0])
             for at, row in enumerate(rows):
                 self.read_into(name, flat[at * row_bytes : (at + 1) * row_bytes], row * row_bytes)
         return tensor.to(device, non_blocking=False)
@@ -88,19 +96,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         InputError: anything missing, damaged or contradictory, each in one sentence.
     """
-    if not folder.is_dir():
+    if not _is(Path.is_dir, folder):
         raise InputError(f"{folder} is not a folder: give the path of a model folder (with config.json) or a Hub id.")
     config = read_json(folder / "config.json", "every Hugging Face model folder has one")
     index_path = folder / INDEX_NAME
-    if index_path.exists():
+    if _is(Path.exists, index_path):
         files = _read_index(index_path)
-    elif (folder / SINGLE_NAME).exists():
+    elif _is(Path.exists, folder / SINGLE_NAME):
         files = dict.fromkeys(read_header(folder / SINGLE_NAME).tensors, SINGLE_NAME)
     else:
         raise InputError(_no_weights(folder))
     shards = {}
     for name in sorted(set(files.values())):
-        if not (folder / name).is_file():
+        if not _is(Path.is_file, folder / name):
             raise InputError(f"{folder}: shard {name} is missing although the index names it: download it again.")
         shards[name] = read_header(folder / name)
     _check_index(folder, files, shards)
@@ -117,7 +125,7 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: {hint}.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON ({error}): download it again.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object: download it again.")
@@ -180,6 +188,14 @@ def torch_dtype(name: str) -> torch.dtype:
         "U64": torch.uint64,
     }
     return table[name]
+
+
+def _is(kind: Callable[[Path], bool], path: Path) -> bool:
+    """`Path.is_file` and its like; False too where the system refuses the name itself, as one that is too long."""
+    try:
+        return kind(path)
+    except OSError:
+        return False
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,42 +72,36 @@ def write_shard(
         InputError: the disk is full or cannot be written to.
     """
     digest = hashlib.sha256()
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb", buffering=0) as file:
-            _write(file.fileno(), memoryview(build_header(entries)), digest)
-            for entry in entries:
-                size = 0
-                for piece in contents(entry):
-                    size += len(piece)
-                    _write(file.fileno(), piece, digest)
-                if size != entry.nbytes:
-                    raise CheckFailed(
-                        f"{path.name}: {entry.name} came with {size:,} bytes where the plan has {entry.nbytes:,}."
-                    )
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}): free space or choose another folder with -o."
-        ) from error
+    with _replacing(path) as descriptor:
+        header = memoryview(build_header(entries))
+        digest.update(header)
+        _write(descriptor, header)
+        for entry in entries:
+            size = 0
+            for piece in contents(entry):
+                size += len(piece)
+                digest.update(piece)
+                _write(descriptor, piece)
+            if size != entry.nbytes:
+                raise CheckFailed(
+                    f"{path.name}: {entry.name} came with {size:,} bytes where the plan has {entry.nbytes:,}."
+                )
     return digest.hexdigest()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON, indented by two, keys in the order given, with a final newline, durable before it gets its name."""
+    """Write JSON, indented by two, keys in the order given, with a final newline; see `write_bytes`."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file, durable before it gets its name."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    """Write a small file, durable before it gets its name.
+
+    Raises:
+        InputError: the disk is full or cannot be written to.
+    """
+    with _replacing(path) as descriptor:
+        _write(descriptor, memoryview(data))
 
 
 def sync_folder(folder: Path) -> None:
@@ -118,7 +113,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write(descriptor: int, piece: memoryview, digest: hashlib._Hash) -> None:
-    digest.update(piece)
+@contextmanager
+def _replacing(path: Path) -> Iterator[int]:
+    """The descriptor of a file that gets its name when it is whole and on the disk; after an error nothing is left."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            yield file.fileno()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{path} cannot be written ({error.strerror}): free space or choose another folder with -o."
+            ) from error
+        raise
+
+
+def _write(descriptor: int, piece: memoryview) -> None:
     while len(piece):
         piece = piece[os.write(descriptor, piece) :]

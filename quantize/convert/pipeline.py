@@ -190,12 +190,16 @@ def _read_layer(plan: Plan, shard: PlannedShard, whole: bool) -> dict[str, Tenso
 def _write_all(
     plan: Plan, partial: Path, layers: Iterable[_LayerOutput], options: ConvertOptions
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Write every shard in a thread of its own, at most one waiting; returns sha256 by file and the records of
-    the layers."""
+    """Write the layers' shards in one thread, at most one waiting, and copy the rest in another.
+
+    Returns sha256 by file and the records of the layers.
+    """
     hashes: dict[str, str] = {}
     records: list[dict[str, Any]] = []
     total = len(plan.layers)
-    with ThreadPoolExecutor(1, "write") as writer:
+    rest = [shard for shard in plan.shards if shard.layer is None]
+    with ThreadPoolExecutor(1, "write") as writer, ThreadPoolExecutor(1, "copy") as copier:
+        copies = [copier.submit(_write_one, plan, partial, shard, {}, hashes) for shard in rest]
         waiting: Future[str] | None = None
         for output in layers:
             if waiting is not None:
@@ -203,12 +207,10 @@ def _write_all(
             waiting = writer.submit(_write_one, plan, partial, output.shard, output.tensors, hashes)
             records.append({"layer": output.shard.layer, "file": output.shard.file, "groups": output.record})
             options.progress(len(records), total, "layers")
-        for shard in plan.shards:
-            if shard.layer is None:
-                options.progress(total, total, f"copy {shard.file}")
-                _write_one(plan, partial, shard, {}, hashes)
-        if waiting is not None:
-            waiting.result()
+        options.progress(total, total, "finishing the files")
+        for future in [waiting, *copies]:
+            if future is not None:
+                future.result()
     weight_map = {entry.name: shard.file for shard in plan.shards for entry in shard.entries}
     write_json(
         partial / INDEX_NAME,

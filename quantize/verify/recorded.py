@@ -59,11 +59,11 @@ def check_manifest(subject: Subject) -> Finding:
 def _group_faults(subject: Subject, group: RecordedGroup, members: tuple[str, ...]) -> list[str]:
     if sorted(group.members) != sorted(members):
         return [f"{group.name} has the members {', '.join(members)}, but {', '.join(group.members)} are recorded"]
-    schemes = {W4A4 if subject.sound[module].has_input_scale else WEIGHT_ONLY for module in members}
+    schemes = {W4A4 if subject.matrices[module].has_input_scale else WEIGHT_ONLY for module in members}
     faults = [] if schemes == {group.scheme} else [f"{group.name} is stored as {sorted(schemes)}, not {group.scheme}"]
     if (group.input is not None) != (group.scheme == W4A4):
         faults.append(f"{group.name}: input statistics do not fit scheme {group.scheme}")
-    files = {subject.checkpoint.files[info.name] for m in members for info in subject.sound[m].parts.values()}
+    files = {subject.checkpoint.files[info.name] for m in members for info in subject.matrices[m].parts.values()}
     return faults if files == {group.file} else [*faults, f"{group.name} lies in {sorted(files)}, not in {group.file}"]
 
 

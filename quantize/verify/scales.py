@@ -123,7 +123,7 @@ def check_marlin(subject: Subject) -> Finding:
     recorded = subject.manifest.groups if isinstance(subject.manifest, Manifest) else {}
     faults = []
     flushed = blocks = 0
-    for group in subject.groups:
+    for group in subject.sound_groups:
         histogram: Tensor = torch.stack([subject.histograms[module] for module in group.members]).sum(0)
         count = count_flushed_blocks(histogram)
         flushed += count

@@ -50,8 +50,11 @@ class Subject:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """For reading tensors, wherever they lie; of a tensor in two files the last."""
-        files = {name: file for file, header in self.headers.items() for name in header.tensors}
+        """For reading tensors, wherever they lie; of a tensor in two files the first."""
+        files: dict[str, str] = {}
+        for file, header in self.headers.items():
+            for name in header.tensors:
+                files.setdefault(name, file)
         return Checkpoint(self.folder, self.config, self.headers, files)
 
     @cached_property
@@ -93,8 +96,13 @@ class Subject:
 
     @cached_property
     def groups(self) -> tuple[FusedGroup, ...]:
-        """The fused groups of the sound matrices."""
-        return fused_groups(self.sound)
+        """The fused groups of the matrices."""
+        return fused_groups(self.matrices)
+
+    @cached_property
+    def sound_groups(self) -> tuple[FusedGroup, ...]:
+        """The fused groups whose members are all sound."""
+        return tuple(group for group in self.groups if all(module in self.sound for module in group.members))
 
     @cached_property
     def roles(self) -> dict[str, Role]:

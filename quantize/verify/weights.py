@@ -257,9 +257,8 @@ def _bound_faults(matrix: Matrix, tally: Tally) -> list[str]:
 def _amax_faults(subject: Subject, amaxes: dict[str, float]) -> list[str]:
     """Groups whose weights in the source have another amax than the one that their global scale was made from."""
     groups = subject.manifest.groups if isinstance(subject.manifest, Manifest) else {}
-    whole = [g for g in subject.groups if all(m in subject.sound for m in g.members) and g.name in amaxes]
     return [
         f"{group.name}: the source's amax is {amaxes[group.name]:.6g}, recorded is {groups[group.name].weight_amax:.6g}"
-        for group in whole
-        if group.name in groups and amaxes[group.name] != groups[group.name].weight_amax
+        for group in subject.sound_groups
+        if group.name in amaxes and group.name in groups and amaxes[group.name] != groups[group.name].weight_amax
     ]

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.conversions import TinyModels, random_samples, skeleton_of
-from support.tiny_models import WRITERS
-from torch import Tensor, nn
-
 from nvquant.calibrate.record import LayerCall, RecordedBatch, TensorPool, record_batches
 from nvquant.calibrate.skeleton import Skeleton, load_outer
 from nvquant.checkpoint.source import Checkpoint
 from nvquant.errors import InputError
+from support.conversions import TinyModels, random_samples, skeleton_of
+from support.tiny_models import WRITERS
+from torch import Tensor, nn
 
 CPU = torch.device("cpu")
 
@@ -91,11 +90,12 @@ def test_masks_are_those_of_each_length_and_at_most_two(tiny: TinyModels) -> Non
         masks = [call.kwargs["attention_mask"] for call in batch.calls]
         assert len({id(mask) for mask in masks}) <= 2
         for kind, mask in zip(kinds, masks, strict=True):
-            if kind == "full_attention" or length <= 16:  # the window is 16: None means causal
-                assert mask is None
+            if mask is None:  # means causal; the window is 16
+                assert kind == "full_attention" or length <= 16
             else:
-                assert mask.shape == (1, 1, length, length)
-                assert mask[0, 0].sum(-1).tolist() == [min(row + 1, 16) for row in range(length)]
+                assert kind == "sliding_attention"
+                rows, columns = torch.arange(length)[:, None], torch.arange(length)
+                assert torch.equal(mask[0, 0], (columns <= rows) & (rows - columns < 16))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma4"])

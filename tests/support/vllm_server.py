@@ -26,6 +26,8 @@ MODEL_NAME = "served"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    # vLLM compiles the function that ranks prompt logprobs at the first request, for three seconds.
+    "TORCH_COMPILE_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # The worker lives in the engine's process: one import of vLLM less, a third of the start-up time.

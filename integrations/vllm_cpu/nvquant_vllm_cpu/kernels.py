@@ -60,7 +60,7 @@ def install() -> None:
     if linear.MarlinNvFp4LinearKernel is CpuNvFp4WeightOnlyLinearKernel:
         return
     # The first supported class wins. vLLM's own emulation decodes the weight at every call: some sixteen times slower,
-    # but a quarter of the memory. VLLM_DISABLED_KERNELS=CpuNvFp4LinearKernel selects it.
+    # but 0.56 instead of 2 bytes a weight. VLLM_DISABLED_KERNELS=CpuNvFp4LinearKernel selects it.
     for kernel in (CpuNvFp4LinearKernel, linear.EmulationNvFp4LinearKernel):
         linear.register_linear_kernel(kernel, PlatformEnum.CPU, "nvfp4")
     # For weight-only layers vLLM does not consult that list: it takes the class bound to this name in its module.

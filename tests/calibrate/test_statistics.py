@@ -1,0 +1,195 @@
+"""Statistics of inputs: exact, independent of order and grouping; head-room that changes no code."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nvquant.calibrate.statistics import (
+    InputObserver,
+    InputStatistics,
+    calibrated_amax,
+    headroom_exponent,
+    low_percentile,
+)
+from nvquant.errors import CheckFailed
+from nvquant.format.activations import quantize_dequantize
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def activations(rows: int, cols: int = 64, seed: int = 0) -> Tensor:
+    """[1, rows, cols], magnitudes over many powers of two, some blocks zero."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn((1, rows, cols), generator=generator)
+    values *= torch.randn((1, rows, 1), generator=generator).mul(2).exp()
+    values[:, ::7, :16] = 0
+    return values
+
+
+def observed(*inputs: Tensor, wants_mean_square: bool = True) -> InputStatistics:
+    observer = InputObserver("model.layers.0.mlp.down_proj", wants_mean_square)
+    for tensor in inputs:
+        observer.observe(tensor)
+    return observer.result()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_observing_changes_nothing(dtype: torch.dtype) -> None:
+    inputs = activations(9).to(dtype)
+    before = inputs.clone()
+    observed(inputs)
+    assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_amax_is_exact_and_the_mean_square_nearly(dtype: torch.dtype) -> None:
+    inputs = [activations(rows, seed=rows).to(dtype) for rows in (9, 1, 30)]
+    rows = torch.cat(inputs, dim=1)[0].double().numpy()
+    found = observed(*inputs)
+    assert found.amax == np.abs(rows).max()
+    assert found.tokens == 40
+    assert found.mean_square is not None
+    np.testing.assert_allclose(found.mean_square.numpy(), (rows**2).mean(0), rtol=2e-6)
+
+
+def test_mean_squares_are_summed_sequence_by_sequence_in_order() -> None:
+    # In float64, 1e24 + 1 is 1e24: only sums in the order of the samples give the first result.
+    small, large = torch.ones(1, 1, 16), torch.full((1, 1, 16), 1e12)
+    first = observed(small, large, -large)
+    expected = ((1.0 + float(large[0, 0, 0] ** 2)) + float(large[0, 0, 0] ** 2)) / 3
+    assert first.mean_square is not None
+    assert first.mean_square.tolist() == [expected] * 16
+
+
+def test_mean_squares_are_not_taken_unless_wanted() -> None:
+    assert observed(activations(4), wants_mean_square=False).mean_square is None
+
+
+@given(st.permutations(range(6)), st.integers(1, 6))
+def test_order_and_grouping_change_neither_amax_nor_percentile(order: list[int], size: int) -> None:
+    sequences = torch.cat([activations(8, seed=seed) for seed in range(6)])
+    one_by_one = observed(*(sequences[at : at + 1] for at in range(6)))
+    grouped = observed(*(sequences[order[at : at + size]] for at in range(0, 6, size)))
+    assert (one_by_one.amax, one_by_one.low, one_by_one.tokens) == (grouped.amax, grouped.low, grouped.tokens)
+
+
+@given(st.integers(1, 6))
+def test_grouping_changes_no_bit_of_the_mean_squares(size: int) -> None:
+    sequences = torch.cat([activations(8, seed=seed) for seed in range(6)])
+    one_by_one = observed(*(sequences[at : at + 1] for at in range(6))).mean_square
+    grouped = observed(*(sequences[at : at + size] for at in range(0, 6, size))).mean_square
+    assert one_by_one is not None
+    assert torch.equal(one_by_one, grouped)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_two_dimensional_and_strided_inputs_count_alike(strided: bool) -> None:
+    inputs = activations(12)
+    shown = inputs.expand(2, -1, -1)[:1] if strided else inputs[0]
+    assert observed(shown, wants_mean_square=False) == observed(inputs, wants_mean_square=False)
+
+
+def percentile_in_numpy(values: Tensor, percent: float) -> float:
+    blocks = values.abs().reshape(-1, 16).amax(-1).bfloat16().float().numpy()
+    return float(np.percentile(blocks[blocks > 0], percent, method="inverted_cdf"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 24, 25, 26, 250, 999])
+def test_the_first_percentile_is_that_of_the_nonzero_block_amaxes(rows: int, dtype: torch.dtype) -> None:
+    inputs = activations(rows, seed=rows).to(dtype)
+    assert observed(inputs).low == percentile_in_numpy(inputs.float(), 1)
+
+
+def histogram_of(values: list[float]) -> Tensor:
+    patterns = torch.tensor(values).bfloat16().view(torch.int16).int()
+    return torch.bincount(patterns, minlength=1 << 15)
+
+
+@given(st.lists(st.sampled_from([0.0, 2.0**-130, 0.25, 0.5, 1.0, 3.0, 100.0]), max_size=300), st.integers(1, 100))
+def test_a_percentile_is_the_smallest_value_at_or_below_which_the_share_lies(values: list[float], percent: int) -> None:
+    found = low_percentile(histogram_of(values), percent / 100)
+    nonzero = sorted(value for value in values if value)
+    if not nonzero:
+        assert found == 0.0
+        return
+    wanted = Fraction(percent, 100)
+    assert Fraction(sum(value <= found for value in nonzero), len(nonzero)) >= wanted
+    assert Fraction(sum(value < found for value in nonzero), len(nonzero)) < wanted
+
+
+def test_inputs_of_zeros_have_no_percentile_and_the_least_headroom() -> None:
+    found = observed(torch.zeros(1, 3, 32))
+    assert (found.amax, found.low) == (0.0, 0.0)
+    assert calibrated_amax(found.amax, found.low) == 0.0
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_that_are_not_finite_fail_whatever_comes_after(value: float, dtype: torch.dtype) -> None:
+    damaged = activations(4).to(dtype)
+    damaged[0, 2, 17] = value
+    with pytest.raises(CheckFailed, match=r"NaN or an infinity at the input of model\.layers\.0\.mlp\.down_proj"):
+        observed(damaged, activations(4).to(dtype))
+
+
+def test_an_input_that_was_never_seen_fails() -> None:
+    with pytest.raises(CheckFailed, match=r"never reached model\.layers\.0\.mlp\.down_proj"):
+        observed()
+
+
+HEADROOM = [
+    # amax, first percentile, k
+    (1.0, 1.0, 14),
+    (1.0, 0.999, 13),
+    (2.0, 1.0, 13),
+    (8.0, 2.0**-8, 3),
+    (8.0, 2.0**-8 * 0.999, 2),
+    (1.0, 2.0**-12, 2),
+    (1.0, 2.0**-12 * 1.9, 2),
+    (1.0, 2.0**-11, 3),
+    (1.0, 2.0**-20, 2),
+    (100.0, 0.75, 6),  # log2(16384 * 0.75 / 100) = 6.94
+    (0.0, 0.0, 2),
+    (3.0, 0.0, 2),
+]
+
+
+@pytest.mark.parametrize(("amax", "low", "k"), HEADROOM)
+def test_headroom_follows_the_rule(amax: float, low: float, k: int) -> None:
+    assert headroom_exponent(amax, low) == k
+    assert calibrated_amax(amax, low) == amax * 2.0**k
+    if amax and low:
+        assert k == max(2, math.floor(math.log2(16384 * low / amax)))
+
+
+def test_a_recipes_own_headroom_wins() -> None:
+    assert calibrated_amax(3.0, 1.0, 8.0) == 24.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_headroom_changes_no_code_while_block_scales_are_normal(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn((512, 256), generator=generator).to(dtype)
+    inputs *= torch.rand((512, 1), generator=generator).add(0.02).to(dtype)
+    inputs[:2] *= 1e-4  # fewer than one block in a hundred
+    found = observed(inputs)
+    k = headroom_exponent(found.amax, found.low)
+    assert k > 2
+    plain, roomy = (torch.tensor(2688.0 / amax) for amax in (found.amax, calibrated_amax(found.amax, found.low)))
+    assert torch.equal(roomy * 2.0**k, plain)
+    blocks = inputs.float().reshape(-1, 16)
+    normal = (blocks.abs().amax(-1) / 6 * roomy) >= 2.0**-6
+    assert 0.99 <= normal.float().mean() < 1
+    ours, theirs = (quantize_dequantize(blocks, scale) for scale in (roomy, plain))
+    assert torch.equal(ours[normal], theirs[normal])
+    # What the head-room is for: inputs larger than all of calibration are not clipped.
+    larger = 3 * blocks[blocks.abs().amax(-1).argmax()]
+    assert quantize_dequantize(larger, roomy).abs().max() > 2 * quantize_dequantize(larger, plain).abs().max()

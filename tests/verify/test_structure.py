@@ -1,0 +1,151 @@
+"""Every check passes on good checkpoints, and each fails, alone, on the fault that it is there for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.hostile import FILE_LIES, FOLDER_LIES, Breakage
+from verify.conftest import GOOD, Copy
+from verify.faults import FAULTS, MANIFEST, Fault, edit_json, sign
+
+from nvquant.checkpoint.source import open_checkpoint
+from nvquant.convert.relayout import relayout
+from nvquant.errors import InputError
+from nvquant.format.layouts import LAYOUTS
+from nvquant.verify.report import Report
+from nvquant.verify.structure import AGAINST, ALONE, verify_structure
+
+NEEDS_MANIFEST = ("hashes", "input_scales", "weight_scales")
+
+
+def failed(report: Report) -> set[str]:
+    return {check.name for check in report.checks if not check.passed}
+
+
+def detail(report: Report, name: str) -> str:
+    return next(check.detail for check in report.checks if check.name == name)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_checkpoint_passes_every_check(name: str, copy: Callable[[str], Copy]) -> None:
+    made = copy(name)
+    report = verify_structure(made.folder, made.source)
+    assert [check.detail for check in report.checks if not check.passed] == []
+    assert [check.name for check in report.checks] == ["headers", *ALONE, *AGAINST]
+    alone = verify_structure(made.folder)
+    assert alone.passed
+    assert [check.name for check in alone.checks] == ["headers", *ALONE]
+
+
+@pytest.mark.parametrize("name", ["llama-mo", "gemma4-ct", "gemma4-a16-mo"])
+def test_without_a_manifest_it_passes_by_bounds_and_says_so(name: str, copy: Callable[[str], Copy]) -> None:
+    made = copy(name)
+    (made.folder / MANIFEST).unlink()
+    report = verify_structure(made.folder, made.source)
+    assert failed(report) == set()
+    for check in NEEDS_MANIFEST:
+        assert detail(report, check).startswith("not applicable: no manifest")
+    assert "by bounds, since another tool made them" in detail(report, "weights")
+
+
+@pytest.mark.parametrize(("name", "target"), [("llama-ct", "modelopt"), ("gemma4-mo", "compressed-tensors")])
+def test_a_relayout_passes_every_check(name: str, target: str, copy: Callable[[str], Copy], tmp_path: Path) -> None:
+    made = copy(name)
+    relayout(open_checkpoint(made.folder), LAYOUTS[target], tmp_path / "relayout")
+    assert failed(verify_structure(tmp_path / "relayout", made.source)) == set()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_fails_exactly_its_checks(fault: Fault, copy: Callable[[str], Copy]) -> None:
+    made = copy(fault.on)
+    words = fault.apply(made.folder)
+    report = verify_structure(made.folder, made.source)
+    assert failed(report) == set(fault.fails)
+    assert words in detail(report, fault.fails[0])
+
+
+def test_every_check_has_a_fault_that_it_alone_finds() -> None:
+    assert {fault.fails for fault in FAULTS if len(fault.fails) == 1} | {("headers",)} >= {
+        (name,) for name in ["headers", *ALONE, *AGAINST] if name not in NEEDS_COMPANY
+    }
+    assert {name for fault in FAULTS for name in fault.fails} >= NEEDS_COMPANY
+
+
+# What these find shows elsewhere too: a bad scale does not decode to the source's weights, a side file that does not
+# parse is not the source's, and what must not be quantized is no target of the config either.
+NEEDS_COMPANY = {
+    "protected",
+    "tokenizer",
+    "block_scales",
+    "global_scales",
+    "fused_groups",
+    "weight_scales",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FILE_LIES if name != "header_over_100_mb"])
+def test_a_file_that_lies_fails_headers_and_nothing_else_is_run(name: str, copy: Callable[[str], Copy]) -> None:
+    made = copy("llama-ct")
+    words = FILE_LIES[name](made.folder)
+    report = verify_structure(made.folder, made.source)
+    assert [check.name for check in report.checks] == ["headers"]
+    assert not report.passed
+    assert words in detail(report, "headers")
+
+
+# A shard that is gone takes with it what the manifest records of it and what the source has.
+_MORE = {"missing_shard": {"hashes", "names"}}
+_NO_CHECKPOINT = ("pickle_weights_only", "no_weights", "missing_config", "config_is_not_json", "config_is_a_list")
+
+
+@pytest.mark.parametrize("name", [name for name in FOLDER_LIES if name not in _NO_CHECKPOINT])
+def test_an_index_that_lies_fails_index(name: str, copy: Callable[[str], Copy]) -> None:
+    made = copy("llama-ct")
+    words = FOLDER_LIES[name](made.folder)
+    sign_if_there(made.folder)
+    report = verify_structure(made.folder, made.source)
+    assert failed(report) == {"index"} | _MORE.get(name, set())
+    assert words in detail(report, "index")
+
+
+def sign_if_there(folder: Path) -> None:
+    with edit_json(folder / MANIFEST) as manifest:
+        present = all((folder / name).exists() for name in manifest["files"])
+    if present:
+        sign(folder)
+
+
+@pytest.mark.parametrize("name", _NO_CHECKPOINT)
+def test_what_is_no_checkpoint_is_refused(name: str, copy: Callable[[str], Copy]) -> None:
+    made = copy("llama-ct")
+    breakage: Breakage = FOLDER_LIES[name]
+    breakage(made.folder)
+    with pytest.raises(InputError):
+        verify_structure(made.folder)
+
+
+def test_what_is_not_quantized_is_refused(models: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="is not quantized"):
+        verify_structure(models["llama"])
+
+
+def test_another_quantization_is_refused(copy: Callable[[str], Copy], models: dict[str, Path], tmp_path: Path) -> None:
+    made = copy("llama-ct")
+    other = tmp_path / "gptq"
+    other.mkdir()
+    for path in made.source.iterdir():
+        (other / path.name).symlink_to(path)
+    (other / "config.json").unlink()
+    (other / "config.json").write_text((made.source / "config.json").read_text())
+    with edit_json(other / "config.json") as config:
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(InputError, match=r"quantized \(quant_method gptq\), but not to NVFP4"):
+        verify_structure(other)
+
+
+def test_a_quantized_source_is_refused(copy: Callable[[str], Copy]) -> None:
+    made = copy("llama-ct")
+    with pytest.raises(InputError, match="is quantized already"):
+        verify_structure(made.folder, made.folder)
