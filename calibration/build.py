@@ -18,15 +18,16 @@ import lzma
 import random
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .corpus.archives import read_members, sha256_of
 from .corpus.origins import origins_page
 from .corpus.packages import PACKAGES
 from .corpus.readers import Document, Unit
-from .corpus.sources import SOURCES, Source
-from .corpus.text import MIN_BYTES, paragraphs_of
+from .corpus.source import Source
+from .corpus.sources import SOURCES
+from .corpus.text import MIN_BYTES, code_blocks_of, paragraphs_of
 
 SEED = "nvquant calibration 1"
 # Paragraphs shorter than this may repeat: headings, short turns, lines of code.
@@ -116,23 +117,25 @@ class Repeats:
     def __init__(self) -> None:
         self._seen: set[str] = set()
 
-    def strip(self, content: Document) -> Document | None:
-        """Return the document without paragraphs met before, or None when too little is left."""
+    def strip(self, line: Line) -> Line | None:
+        """Return the line without blocks met before, or None when too little is left of it.
+
+        A conversation stays whole or goes.
+        """
+        content = line.content
         if not isinstance(content, str):
-            keys = [" ".join(message["content"].split()) for message in content]
-            if any(len(key) >= REPEAT_CHARACTERS and key in self._seen for key in keys):
-                return None
-            self._seen.update(" ".join(p.split()) for message in content for p in paragraphs_of(message["content"]))
-            self._seen.update(keys)
-            return content
-        kept = []
-        for paragraph in re.split(r"\n\n", content):
-            key = " ".join(paragraph.split())
-            if len(key) < REPEAT_CHARACTERS or key not in self._seen:
-                kept.append(paragraph)
-                self._seen.add(key)
-        text = "\n\n".join(kept)
-        return text if len(text.encode()) >= MIN_BYTES else None
+            turns = [message["content"] for message in content]
+            return None if any([self._met(turn) for turn in turns]) else line  # every turn is to be remembered
+        blocks = code_blocks_of(content) if line.kind == "code" else paragraphs_of(content)
+        text = "\n\n".join(block for block in blocks if not self._met(block))
+        return replace(line, content=text) if len(text.encode()) >= MIN_BYTES else None
+
+    def _met(self, block: str) -> bool:
+        keys = {" ".join(paragraph.split()) for paragraph in block.split("\n\n")}
+        keys = {key for key in keys if len(key) >= REPEAT_CHARACTERS}
+        met = bool(keys & self._seen)
+        self._seen |= keys
+        return met
 
 
 def ordered(lines: list[Line]) -> list[Line]:
@@ -181,12 +184,8 @@ def build(packages: Path, any_version: bool) -> tuple[list[Line], list[Line]]:
             for lines, documents in zip((offline, heldout), chosen, strict=True):
                 lines += [Line(source.kind, source.id, source.language, document) for document in documents]
     repeats = Repeats()
-    return [_without_repeats(lines, repeats) for lines in (heldout, offline)][::-1]  # type: ignore[return-value]
-
-
-def _without_repeats(lines: list[Line], repeats: Repeats) -> list[Line]:
-    stripped = [(line, repeats.strip(line.content)) for line in sorted(lines, key=lambda line: line.source)]
-    return [Line(line.kind, line.source, line.language, content) for line, content in stripped if content is not None]
+    heldout = [line for line in map(repeats.strip, heldout) if line is not None]
+    return [line for line in map(repeats.strip, offline) if line is not None], heldout
 
 
 def _archive(folder: Path, package: str, any_version: bool) -> Path:

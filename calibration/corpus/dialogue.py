@@ -10,7 +10,7 @@ import yaml
 
 from .markup import markdown_of, plain_markdown
 from .readers import Document, Messages, Reader, Unit
-from .text import MAX_BYTES, MIN_BYTES, clean, unwrap
+from .text import MAX_BYTES, MIN_BYTES, clean, has_address, unwrap
 
 # A conversation ends after the first answer that brings it over one of these sizes.
 TARGET_BYTES = (1_500, 3_000, 5_000, 8_000)
@@ -24,7 +24,7 @@ def _conversations(pairs: list[tuple[str, str]], rng: random.Random) -> list[Doc
     target = rng.choice(TARGET_BYTES)
     for question, answer in pairs:
         pair_bytes = len(question.encode()) + len(answer.encode())
-        if pair_bytes > MAX_BYTES // 2 or len(answer) < 40:
+        if pair_bytes > MAX_BYTES // 2 or len(answer) < 40 or has_address(answer):
             continue
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         size += pair_bytes
@@ -74,6 +74,26 @@ def _pairs_of(text: str, question: str) -> list[tuple[str, str]]:
         if body and not re.search(r"FAQ|Frequently Asked|Table of Contents", head):
             pairs.append((head, body))
     return pairs
+
+
+_EXPLAIN = (
+    "What does “{term}” mean in {topic}?",
+    "What is {term} in {topic}?",
+    "Explain {term} to me, as {topic} uses the word.",
+    "In {topic}, what is meant by {term}?",
+)
+
+
+def glossary(topic: str, root: tuple[str, str, str] = ("div", "role", "main")) -> Reader:
+    """A glossary in HTML as one unit: the user asks for a term of ``topic``, the answer is its entry."""
+
+    def read(files: dict[str, bytes], rng: random.Random) -> list[Unit]:
+        ((name, data),) = files.items()
+        entries = _pairs_of(clean(markdown_of(data.decode(), root)), r"[*`]{1,2}([^*`]{2,60})[*`]{1,2}")
+        pairs = [(rng.choice(_EXPLAIN).format(term=term, topic=topic), entry) for term, entry in entries]
+        return [Unit(name, _conversations(pairs, rng))]
+
+    return read
 
 
 _ASKED = (

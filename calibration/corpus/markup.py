@@ -24,6 +24,11 @@ _LANGUAGES = {"python3": "python", "python": "python", "pycon3": "python", "pyco
 _LANGUAGES |= {"console": "console", "shell": "shell", "bash": "bash", "sql": "sql", "c": "c", "c++": "cpp"}
 _LANGUAGES |= {"html": "html", "html+django": "html", "json": "json", "haskell": "haskell", "llvm": "llvm"}
 
+# Japanese and Chinese join lines without a blank.
+_WIDE_BREAK = re.compile("(?<=[\u3000-\u9fff\uff00-\uffef])\n(?=[\u3000-\u9fff\uff00-\uffef])")
+# The root of a page that is only a fragment.
+WHOLE = ("", "", "")
+
 
 class _Markdown(HTMLParser):
     """Collects Markdown blocks from the part of a page below the first tag that ``is_root`` accepts."""
@@ -33,7 +38,7 @@ class _Markdown(HTMLParser):
         self.blocks: list[str] = []
         self._root = root
         self._stack: list[tuple[str, bool, bool]] = []  # tag, opens the root, is ignored
-        self._inside = False
+        self._inside = root == WHOLE
         self._ignored = 0
         self._inline: list[str] = []
         self._lists: list[tuple[str, int]] = []
@@ -73,7 +78,7 @@ class _Markdown(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._inside and not self._ignored:
-            self._inline.append(data if self._fence is not None else re.sub(r"\s+", " ", data))
+            self._inline.append(data if self._fence is not None else re.sub(r"\s+", " ", _WIDE_BREAK.sub("", data)))
 
     def close(self) -> None:
         super().close()
@@ -87,8 +92,9 @@ class _Markdown(HTMLParser):
         # HTML lets </p> and </li> be left out; both end at the next block of their kind.
         if self._stack and (self._stack[-1][0], tag in _BLOCKS) == ("p", True):
             self.handle_endtag("p")
-        if tag in {"li", "dt", "dd", "tr", "td", "th"} and self._stack and self._stack[-1][0] == tag:
-            self.handle_endtag(tag)
+        for group in ({"li"}, {"dt", "dd"}, {"tr"}, {"td", "th"}):
+            if tag in group and self._stack and self._stack[-1][0] in group:
+                self.handle_endtag(self._stack[-1][0])
 
     def _void(self, tag: str, values: dict[str, str], classes: set[str]) -> None:
         if not self._inside or self._ignored:
@@ -193,10 +199,9 @@ class _Markdown(HTMLParser):
 def markdown_of(page: str, root: tuple[str, str, str] = ("div", "role", "main")) -> str:
     """Return the part of an HTML page below ``root`` (tag, attribute, value) as Markdown.
 
-    Block quotes stay plain paragraphs, since most generators indent with them.
-
     Tables become lines with "|", definition terms their own paragraphs, links and images their text; formulas that
-    Sphinx wrote as ``\\(..\\)``, ``\\[..\\]`` or images get ``$`` and ``$$``.
+    Sphinx wrote as ``\\(..\\)``, ``\\[..\\]`` or images get ``$`` and ``$$``. Block quotes stay plain paragraphs, since
+    most generators indent with them.
     """
     parser = _Markdown(root)
     parser.feed(page)

@@ -40,7 +40,7 @@ project is Apache-2.0. `build.py` writes this page and both files.
 What was changed: pages were converted to Markdown, hard-wrapped prose was unwrapped, texts were cut into documents of
 1 to 30 kB, and licence headers, repeated paragraphs, crude paragraphs and damaged files were left out. Compressed
 proofs were left out of set.mm. Questions and answers of FAQ pages, compiler error pages and chat lines became turns of
-conversations; the sentence in which a user quotes a compiler error is ours (Apache-2.0).
+conversations; the sentences in which a user quotes a compiler error or asks for a term are ours (Apache-2.0).
 
 """
 

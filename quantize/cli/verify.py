@@ -46,6 +46,7 @@ def command(checkpoint: Path, model: str | None, stages: tuple[str, ...], as_jso
     checks = []
     for check in _run(checkpoint, source, stages):
         checks.append(check)
+        _clear_live_line()
         if not as_json:
             _print_check(check)
     report = Report(tuple(checks))
@@ -62,13 +63,16 @@ def _run(folder: Path, source: Checkpoint | None, stages: tuple[str, ...]) -> It
     report = progress_reporter()
     if "structure" in stages:
         yield from structure_checks(
-            folder, source, lambda done, total, phase: report(done, total, f"{phase} ({done + 1} of {total})")
+            folder, source, lambda done, total, phase: report(done, total, f"{phase}: {done} of {total}")
         )
 
 
-def _print_check(check: Check) -> None:
+def _clear_live_line() -> None:
     if sys.stderr.isatty():
-        click.echo("\r\x1b[K", err=True, nl=False)  # the live line of progress
+        click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def _print_check(check: Check) -> None:
     click.echo(f"{'ok' if check.passed else 'FAILED':<7} {check.name:<14} {check.finding.looked_at}")
     for fault in check.shown_faults:
         click.echo(f"{'':<10} {fault}")

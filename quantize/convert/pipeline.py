@@ -29,7 +29,7 @@ from ..recipe.roles import text_config
 from .config import output_configs
 from .manifest import MANIFEST_NAME, run_identity
 from .matrices import groups_of_layer, quantize_group
-from .memory import peak_gpu_bytes, peak_host_bytes
+from .memory import give_back_free_memory, peak_gpu_bytes, peak_host_bytes
 from .output import check_output, publish, start_partial
 
 log = logging.getLogger("nvquant.convert")
@@ -138,6 +138,7 @@ def _layers(
         for at, shard in enumerate(shards):
             assert coming is not None and shard.layer is not None
             tensors = {name: tensor.to(options.device) for name, tensor in coming.result().items()}
+            give_back_free_memory()
             follows = at + 1 < len(shards)
             coming = reader.submit(_read_layer, plan, shards[at + 1], walk is not None) if follows else None
             groups = groups_of_layer(plan.groups, plan.prefix, shard.layer)

@@ -43,7 +43,6 @@ log = logging.getLogger("nvquant.convert")
 
 PACKAGE = "llmcompressor"
 INSTALL = "pip install 'nvquant[llmcompressor]'"
-COMPARE_CHUNK_BYTES = 16 << 20
 INTERPRETER_BYTES = 1_500_000_000  # torch, transformers, llm-compressor and their buffers
 MATRIX_COPIES = 8  # that quantizing a matrix holds at once, of its size in the compute dtype
 SCORE_COPIES = 3  # of eager attention's scores, [heads, tokens, tokens]
@@ -67,14 +66,14 @@ def convert_with_llmcompressor(
     """
     started = time.monotonic()
     refuse_unsupported(plan, options)
+    _require_package()
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     check_memory(plan, calibration, options.device, dtype)
     check_output(options.output, plan.file_bytes, plan.source.folder)
     configs = output_configs(plan)
-    _require_package()
     partial = start_partial(options.output, {"engine": PACKAGE, "version": metadata.version(PACKAGE)})
     try:
-        _quantize_and_save(plan, calibration, options, dtype, partial)
+        quantize_and_save(plan, calibration, options, dtype, partial)
         for name in side_files(plan.source.folder):
             (partial / name).parent.mkdir(exist_ok=True)
             write_bytes(partial / name, (plan.source.folder / name).read_bytes())
@@ -138,11 +137,10 @@ def needed_bytes(plan: Plan, calibration: CalibrationSet | None, dtype: torch.dt
 
 def check_memory(plan: Plan, calibration: CalibrationSet | None, device: str, dtype: torch.dtype) -> None:
     """Raise InputError where the whole model does not fit: this engine does not stream."""
-    needed = {device: needed_bytes(plan, calibration, dtype)}
-    if device == "cpu":
-        needed["cpu"] += INTERPRETER_BYTES
-    else:
-        needed["cpu"] = INTERPRETER_BYTES + plan.tensor_bytes
+    working = needed_bytes(plan, calibration, dtype)
+    needed = {"cpu": INTERPRETER_BYTES + working}  # with a GPU too: loaded here, and saved from here
+    if device != "cpu":
+        needed[device] = working
     for place, size in needed.items():
         free = available_host_bytes() if place == "cpu" else torch.cuda.mem_get_info(place)[0]
         if free is not None and size > free:
@@ -167,10 +165,17 @@ def _require_package() -> None:
         raise EnvironmentLack(f"--engine llmcompressor needs llm-compressor, which is not installed: {INSTALL}.")
 
 
-def _quantize_and_save(
+def quantize_and_save(
     plan: Plan, calibration: CalibrationSet | None, options: ConvertOptions, dtype: torch.dtype, folder: Path
 ) -> None:
-    """Load, quantize and save, with llm-compressor's words kept off stdout."""
+    """Load, quantize and save into `folder`, with llm-compressor's words kept off stdout.
+
+    Args:
+        dtype: of the loaded weights: llm-compressor computes their scales and codes in it too.
+    Raises:
+        EnvironmentLack: llm-compressor cannot be imported.
+        NvquantError: it stopped, for whatever reason.
+    """
     version = metadata.version(PACKAGE)
     options.progress(0, 0, f"llm-compressor {version}")
     try:
@@ -221,14 +226,14 @@ def _load(plan: Plan, device: str, dtype: torch.dtype) -> Any:
         plan.source.folder,
         dtype=dtype,
         attn_implementation=ATTENTION,
-        device_map=None if device == "cpu" else device,
         local_files_only=True,
     )
-    return model.eval()
+    return model.eval().to(device)
 
 
 def _oneshot(model: nn.Module, plan: Plan, calibration: CalibrationSet | None) -> None:
     """llm-compressor's own calibration and quantization, in place."""
+    from compressed_tensors.offload import remove_dispatch
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -241,6 +246,7 @@ def _oneshot(model: nn.Module, plan: Plan, calibration: CalibrationSet | None) -
         dataset=None if calibration is None else calibration_loader(calibration.samples),
         pipeline="datafree" if calibration is None else "basic",
     )
+    remove_dispatch(model)  # plain tensors again: the data-free pipeline wraps them
 
 
 def calibration_loader(samples: Sequence[Tensor]) -> torch.utils.data.DataLoader[dict[str, Tensor]]:
@@ -257,13 +263,13 @@ def restore_dtypes(model: nn.Module, plan: Plan) -> None:
     Weights to be packed stay as they are: the compressor computes in their dtype.
     """
     infos = plan.source.infos()
-    majority = max(infos.values(), key=lambda info: info.nbytes).dtype
+    usual = max(infos.values(), key=lambda info: info.nbytes).dtype
     for module_name, module in model.named_modules():
         is_quantized = hasattr(module, "quantization_scheme")
         for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.is_floating_point() and (not is_quantized or leaf == "bias"):
                 name = f"{module_name}.{leaf}" if module_name else leaf
-                stored = infos[name].dtype if name in infos else majority
+                stored = infos[name].dtype if name in infos else usual
                 tensor.data = tensor.data.to(torch_dtype(stored))
 
 
@@ -297,15 +303,8 @@ def assert_holds_plan(plan: Plan, written: Checkpoint) -> None:
 
 
 def _same_bytes(source: Checkpoint, written: Checkpoint, name: str) -> bool:
-    size = source.info(name).nbytes
-    ours, theirs = (memoryview(bytearray(min(COMPARE_CHUNK_BYTES, size))) for _ in range(2))
-    for begin in range(0, size, COMPARE_CHUNK_BYTES):
-        piece = slice(0, min(COMPARE_CHUNK_BYTES, size - begin))
-        source.read_into(name, ours[piece], begin)
-        written.read_into(name, theirs[piece], begin)
-        if ours[piece] != theirs[piece]:
-            return False
-    return True
+    ours, theirs = (checkpoint.read(name).flatten().view(torch.uint8) for checkpoint in (source, written))
+    return torch.equal(ours, theirs)
 
 
 def _flushed_blocks(plan: Plan, written: Checkpoint) -> int:

@@ -77,14 +77,15 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
     Args:
         config: config.json; reads heads and head sizes per layer, in Google's form (global_head_dim) and transformers'
             (per_layer_config).
-        tokens: length of the sequence; sliding layers hold no more than their window.
+        tokens: length of the sequence; sliding layers hold no more than their window, layers that share another's
+            keys and values nothing.
     """
     text = text_config(config)
     layers = int(text.get("num_hidden_layers") or 0)
     kinds = text.get("layer_types") or ["full_attention"] * layers
     window = int(text.get("sliding_window") or tokens)
     total = 0
-    for at, kind in enumerate(kinds):
+    for at, kind in enumerate(kinds[: layers - int(text.get("num_kv_shared_layers") or 0)]):
         heads, size = _kv_heads(text, at, kind)
         total += 2 * BF16_BYTES * heads * size * (min(tokens, window) if kind == "sliding_attention" else tokens)
     return total

@@ -156,7 +156,8 @@ def refuse_quantized(source: Checkpoint, model: str) -> None:
     if found is None and not (source.folder / "hf_quant_config.json").exists():
         return
     method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else "modelopt"
-    raise InputError(f"{model} is quantized already (quant_method {method}): convert from the original BF16 model.")
+    where = "hf_quant_config.json" if found is None else "quantization_config of config.json"
+    raise InputError(f"{model} is quantized already ({where} says {method}): convert from the original BF16 model.")
 
 
 def _matrices(selection: Selection, infos: Mapping[str, TensorInfo]) -> dict[str, PlannedMatrix]:

@@ -44,9 +44,10 @@ class Pattern:
     def globs(self) -> list[str]:
         """As modelopt's readers take them."""
         numbers = ["*"] if self.layers is None else [str(number) for number in self.layers]
-        block = f"{self.path}." if self.path else ""
-        leaves = ["*"] if self.leaves is None else self.leaves
-        return [f"*.{self.container}.{number}.{block}{leaf}" for number in numbers for leaf in leaves]
+        # A block itself too: vLLM asks for `experts`, not for what is in it.
+        ends = [self.path, f"{self.path}.*"] if self.leaves is None else self.leaves
+        block = f"{self.path}." if self.path and self.leaves is not None else ""
+        return [f"*.{self.container}.{number}.{block}{end}" for number in numbers for end in ends]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def coverage_of(selection: Selection, shapes: Mapping[str, tuple[int, ...]]) -> 
         quantized.setdefault(scheme, []).append(module)
     inside = [name for name in shapes if layer_index(name, prefix) is not None and len(shapes[name]) > 1]
     unquantized = [
-        module_of(name)
+        _all_experts(name) if selection.roles[name] is Role.EXPERT else module_of(name)
         for name in inside
         if module_of(name) not in selection.schemes
         and name not in selection.unused
@@ -114,10 +115,15 @@ def _patterns(
         rows.setdefault((path, None if all_layers else tuple(sorted(layers))), []).append(leaf)
     patterns = []
     for (path, numbers), leaves in rows.items():
-        block = {leaf for other, leaf in present if other == path}
-        whole = whole_blocks and bool(path) and numbers is None and block == set(leaves)
+        below = {place for place in present if f"{place[0]}.".startswith(f"{path}.")}
+        whole = whole_blocks and bool(path) and all(wanted.get(place) == present[place] for place in below)
         patterns.append(Pattern(container, numbers, path, None if whole else _with_fused(leaves)))
     return tuple(patterns)
+
+
+def _all_experts(tensor: str) -> str:
+    """One name for all the experts of a layer, whether they are stored one by one or together."""
+    return tensor.partition(".experts.")[0] + ".experts.all"
 
 
 def _by_leaf(modules: Iterable[str], prefix: str) -> dict[tuple[str, str], set[int]]:
@@ -158,5 +164,6 @@ def _outer_parts(shapes: Mapping[str, tuple[int, ...]], roles: Mapping[str, Role
         elif role is Role.PROJECTOR:
             parts.append(next(part for part in name.split(".") if PROJECTOR.search(part)))
         elif role is Role.PER_LAYER_INPUT:
-            parts.append("per_layer")
+            # The whole last part: vLLM reads modelopt's `*per_layer*` as `*per_layer` and `*per_layer.*`.
+            parts.append(module_of(name).rpartition(".")[2])
     return tuple(dict.fromkeys(parts))

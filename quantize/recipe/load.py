@@ -13,6 +13,14 @@ from ..errors import InputError
 from .schema import Recipe
 
 _PACKAGE = "nvquant.recipes"
+# pydantic's kinds of errors where its own words are Python's, not YAML's.
+_IN_WORDS = {
+    "missing": "is required",
+    "tuple_type": "must be a list",
+    "too_short": "must not be empty",
+    "model_type": "must be a map of keys",
+    "string_type": "must be text",
+}
 
 
 def shipped_recipes() -> list[str]:
@@ -35,11 +43,11 @@ def load_recipe(name: str) -> Recipe:
             resources.files(_PACKAGE).joinpath(f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml"
         )
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        try:
+    try:
+        if path.suffix in (".yaml", ".yml") or path.is_file():
             return parse_recipe(path.read_text(encoding="utf-8"), name)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"recipe file {name} cannot be read ({error}): give the path of a YAML file.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe file {name} cannot be read ({error}): give the path of a YAML file.") from error
     raise InputError(
         f"recipe '{name}' does not exist; available: {', '.join(shipped_recipes())}. A file of your own is "
         f"given as ./my.yaml."
@@ -61,7 +69,11 @@ def parse_recipe(text: str, file: str) -> Recipe:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        raise InputError(f"{file}:{line}: not YAML ({getattr(error, 'problem', error)}).") from error
+        problem = getattr(error, "problem", None) or getattr(error, "reason", error)
+        raise InputError(f"{file}:{line}: not YAML ({problem}).") from error
+    except (ValueError, RecursionError) as error:  # a date that does not exist; lists in lists in lists
+        raise InputError(f"{file}:1: holds a value that cannot be read ({error}).") from error
+    _refuse_duplicates(root, file)
     if not isinstance(data, dict):
         raise InputError(f"{file}:1: a recipe is a map with the keys name and quantize.")
     try:
@@ -78,9 +90,28 @@ def parse_recipe(text: str, file: str) -> Recipe:
 def _in_words(message: str, kind: str, location: Sequence[int | str]) -> str:
     if kind == "extra_forbidden":
         return f"'{location[-1]}' is not a key of a recipe; see `nvquant recipes show nvfp4` for all of them"
-    if kind == "missing":
-        return "is required"
+    if kind in _IN_WORDS:
+        return _IN_WORDS[kind]
     return message[0].lower() + message[1:]
+
+
+def _refuse_duplicates(root: yaml.Node | None, file: str) -> None:
+    """YAML keeps the last of two equal keys and says nothing."""
+    seen: set[int] = set()  # an alias leads to a node again, perhaps to one around it
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            names = [key.value for key, _ in node.value]
+            for at, (key, value) in enumerate(node.value):
+                if key.value in names[:at]:
+                    raise InputError(f"{file}:{key.start_mark.line + 1}: key '{key.value}' occurs twice: remove one.")
+                waiting.append(value)
 
 
 def _line_of(node: yaml.Node | None, location: Sequence[int | str]) -> int:

@@ -11,7 +11,7 @@ from ..checkpoint.headers import TensorInfo
 from ..errors import InputError, ShapeError
 from ..format.constants import BLOCK
 from .groups import FusedGroup, fused_groups, fused_name
-from .roles import QUANTIZABLE, Role, describe, module_of, role_of, unused_tensors
+from .roles import QUANTIZABLE, Role, decoder_prefix, describe, layer_index, module_of, role_of, unused_tensors
 from .schema import SELECTORS, Recipe, Scheme
 
 SOURCE_DTYPES = ("BF16", "F16", "F32")
@@ -52,6 +52,11 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
     roles = {name: role_of(name, info.shape) for name, info in tensors.items()}
     unused = unused_tensors(config, tensors)
     roles.update(dict.fromkeys(unused, Role.OTHER))
+    prefix = decoder_prefix({name: info.shape for name, info in tensors.items()})
+    # A second stack of layers, as a head that predicts several tokens, is no part of the walk.
+    roles.update(
+        {name: Role.OTHER for name, role in roles.items() if role in QUANTIZABLE and layer_index(name, prefix) is None}
+    )
     schemes: dict[str, Scheme] = {}
     for entry in recipe.quantize:
         for pattern in entry.modules:

@@ -62,7 +62,7 @@ def role_of(tensor: str, shape: tuple[int, ...]) -> Role:
         return Role.EXPERT
     if len(shape) != 2 or not tensor.endswith(".weight"):
         return Role.OTHER
-    if any(part in ("self_attn", "attention", "attn") for part in inside[:-1]):
+    if any(part in ("self_attn", "self_attention", "attention", "attn") for part in inside[:-1]):
         return Role.ATTENTION
     if any(part in ("mlp", "feed_forward", "ffn", "shared_expert", "shared_experts") for part in inside[:-1]):
         return Role.MLP
@@ -100,7 +100,7 @@ def layer_index(tensor: str, prefix: str | None) -> int | None:
     if prefix is None or not tensor.startswith(prefix + "."):
         return None
     number = tensor[len(prefix) + 1 :].split(".", 1)[0]
-    return int(number) if number.isdigit() else None
+    return int(number) if number.isdecimal() else None
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal
 
@@ -50,12 +51,15 @@ class Activations(_Strict):
 
     headroom: Literal["auto"] | float = "auto"
 
-    @field_validator("headroom")
+    @field_validator("headroom", mode="before")
     @classmethod
-    def _power_of_two(cls, headroom: str | float) -> str | float:
-        if isinstance(headroom, float) and (headroom < 1 or headroom.hex().split("p")[0] != "0x1.0000000000000"):
-            raise ValueError("must be 'auto' or a power of two, at least 1")
-        return headroom
+    def _power_of_two(cls, headroom: object) -> object:
+        if headroom == "auto":
+            return headroom
+        if isinstance(headroom, (int, float)) and not isinstance(headroom, bool):
+            if 1 <= headroom < 2**64 and math.frexp(headroom)[0] == 0.5:
+                return headroom
+        raise ValueError("must be 'auto' or a power of two, at least 1")
 
 
 class KvCache(_Strict):

@@ -88,7 +88,7 @@ def modelopt_verdict(module: str, config: Mapping[str, object]) -> str:
     algorithm = str(config.get("quant_algo"))
 
     def verdict(name: str, at: int) -> str:
-        entries = [mapped for entry in exclude for mapped in _split_wildcard(_rename(entry, at))]
+        entries = [_rename(part, at) for entry in exclude for part in _split_wildcard(entry)]
         skipped = _shards_agree(name, lambda shard: shard in entries)
         if skipped is None:
             return REFUSED

@@ -73,7 +73,7 @@ def _unequal_hf_quant_config(subject: Subject) -> list[str]:
     return [
         f"{key} follows as {stated[key]} from config.json, but is {found[key]} in {HF_QUANT_CONFIG}"
         for key in stated
-        if stated[key] != found[key]
+        if stated[key] != found[key] and not (key == "group_size" and stated[key] is None)
     ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,22 @@ from ..checkpoint.sidefiles import TEMPLATE_FOLDER, side_files
 from ..checkpoint.source import INDEX_NAME, SINGLE_NAME, read_json
 from ..errors import InputError
 from .manifest import Manifest
-from .report import Finding, not_applicable
+from .report import Finding, counted, not_applicable
 from .subject import PIECE_BYTES, Subject
+from .threads import map_in_threads
 
 VOCABULARIES = (
     "tokenizer.json", "tokenizer.model*", "*.tiktoken", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
     "vocab.json", "vocab.txt",
 )  # fmt: skip
-HASHING_THREADS = 4
 
 
 def check_headers(subject: Subject) -> Finding:
     """Every shard's header parses, fits its dtypes, shapes and the file's size, and leaves no hole between tensors."""
     tensors = sum(len(header.tensors) for header in subject.headers.values())
     size = sum(header.file_bytes for header in subject.headers.values())
-    looked_at = f"{len(subject.headers) + len(subject.damaged)} files, {tensors:,} tensors, {size:,} bytes"
+    files = counted(len(subject.headers) + len(subject.damaged), "file")
+    looked_at = f"{files}, {counted(tensors, 'tensor')}, {size:,} bytes"
     if subject.damaged:
         looked_at += "; the other checks need all headers and were not run"
     return Finding(looked_at, subject.damaged)
@@ -39,9 +39,8 @@ def check_index(subject: Subject) -> Finding:
     path = subject.folder / INDEX_NAME
     if not path.exists():
         others = [name for name in subject.headers if name != SINGLE_NAME]
-        return Finding(
-            f"no index, {len(subject.headers)} files", [f"{name} needs {INDEX_NAME} beside it" for name in others]
-        )
+        looked_at = f"no index, {counted(len(subject.headers), 'file')}"
+        return Finding(looked_at, [f"{name} needs {INDEX_NAME} beside it" for name in others])
     try:
         index = read_json(path, "")
     except InputError as error:
@@ -93,7 +92,7 @@ def check_tokenizer(subject: Subject) -> Finding:
         faults.append("the manifest says that text was tokenized, but there is no tokenizer")
     if framing == "chat" and not _has_chat_template(subject.folder, names):
         faults.append("the manifest says that chats were framed, but there is no chat template")
-    return Finding(f"{len(names)} side files" if names else "no side files", faults)
+    return Finding(counted(len(names), "side file") if names else "no side files", faults)
 
 
 def _unreadable_json(path: Path) -> list[str]:
@@ -121,12 +120,11 @@ def check_hashes(subject: Subject) -> Finding:
     present = {name: subject.folder / name for name in manifest.files if (subject.folder / name).is_file()}
     faults = [f"{name} is recorded but missing" for name in manifest.files if name not in present]
     faults += [f"{name} is not recorded" for name in subject.headers if name not in manifest.files]
-    with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        for done, (name, digest) in enumerate(zip(present, threads.map(_sha256, present.values()), strict=True)):
-            subject.progress(done, len(present), f"sha256 of {name}")
-            if digest != manifest.files[name]:
-                faults.append(f"{name} has sha256 {digest[:12]}…, recorded was {manifest.files[name][:12]}…")
-    return Finding(f"{len(present)} files", faults)
+    digests = map_in_threads(_sha256, list(present.values()), subject.progress, "hashing files")
+    for name, digest in zip(present, digests, strict=True):
+        if digest != manifest.files[name]:
+            faults.append(f"{name} has sha256 {digest[:12]}…, recorded was {manifest.files[name][:12]}…")
+    return Finding(counted(len(present), "file"), faults)
 
 
 def _sha256(path: Path) -> str:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 
 from ..calibrate.statistics import calibrated_amax
+from ..checkpoint.headers import TensorInfo
 from ..convert.matrices import stored_scalar
+from ..errors import InputError
+from ..format.constants import BLOCK
 from ..format.scales import block_scale_bytes, decode_e4m3, global_scale
 from ..plan.plan import Part
 from ..quantizers import QUANTIZERS
 from ..quantizers.base import Quantizer
 from ..quantizers.mse import OFFSETS
+from ..recipe.match import select
 from .manifest import Manifest, RecordedGroup
-from .report import Finding, not_applicable
+from .report import Finding, counted, not_applicable
 from .served import W4A4, WEIGHT_ONLY
 from .subject import Subject
 
@@ -39,11 +43,8 @@ def check_manifest(subject: Subject) -> Finding:
         faults.append(f"format is {manifest.format}, but the tensors are named as {subject.layout.name} does")
     if manifest.quantizer not in QUANTIZERS:
         faults.append(f"quantizer {manifest.quantizer} is unknown; known are {', '.join(QUANTIZERS)}")
-    schemes = {entry.scheme for entry in manifest.recipe.quantize}
-    used = {group.scheme for group in manifest.groups.values()}
-    if not used <= schemes:
-        faults.append(f"groups have the schemes {sorted(used)}, the recipe {sorted(schemes)}")
-    if (manifest.framing is not None) != (W4A4 in used):
+    faults += _unlike_recipe(subject, manifest)
+    if (manifest.framing is not None) != any(group.scheme == W4A4 for group in manifest.groups.values()):
         faults.append("calibration is recorded for weight-only groups, or missing for others")
     stored = {group.name: group.members for group in subject.groups}
     faults += [f"{name} is recorded but not quantized" for name in manifest.groups if name not in stored]
@@ -52,8 +53,28 @@ def check_manifest(subject: Subject) -> Finding:
         if name in manifest.groups:
             faults += _group_faults(subject, manifest.groups[name], stored[name])
     return Finding(
-        f"{len(manifest.groups)} groups, recipe {manifest.recipe.name}, quantizer {manifest.quantizer}", faults
+        f"{counted(len(manifest.groups), 'group')}, recipe {manifest.recipe.name}, quantizer {manifest.quantizer}",
+        faults,
     )
+
+
+def _unlike_recipe(subject: Subject, manifest: Manifest) -> list[str]:
+    """Matrices whose scheme is not what the recipe selects on the unquantized model, as the tensors tell of it."""
+    stored = {m.module: W4A4 if m.has_input_scale else WEIGHT_ONLY for m in subject.matrices.values()}
+    infos = {name: info for name, info in subject.infos.items() if name in subject.roles}
+    for matrix in subject.matrices.values():
+        shape = (matrix.rows, matrix.cols) if matrix.is_sound else (BLOCK, BLOCK)
+        infos[f"{matrix.module}.weight"] = TensorInfo(f"{matrix.module}.weight", "BF16", shape, 0, 0)
+    try:
+        selected = select(manifest.recipe, infos, subject.folder.name, subject.config).schemes
+    except InputError as error:
+        return [str(error)]
+    return [
+        f"{module} is {stored.get(module, 'not quantized')}, but recipe {manifest.recipe.name} makes it "
+        f"{selected.get(module, 'not quantized')}"
+        for module in dict.fromkeys([*selected, *stored])
+        if selected.get(module) != stored.get(module)
+    ]
 
 
 def _group_faults(subject: Subject, group: RecordedGroup, members: tuple[str, ...]) -> list[str]:
@@ -85,7 +106,9 @@ def check_input_scales(subject: Subject) -> Finding:
             )
         faults += _unequal_scalars(subject, group, "input_global", calibrated)
         looked_at += 1
-    return Finding(f"{looked_at} groups", faults) if looked_at else not_applicable("no group has quantized inputs")
+    return (
+        Finding(counted(looked_at, "group"), faults) if looked_at else not_applicable("no group has quantized inputs")
+    )
 
 
 def check_weight_scales(subject: Subject) -> Finding:
@@ -97,7 +120,7 @@ def check_weight_scales(subject: Subject) -> Finding:
     for group in manifest.groups.values():
         faults += _unequal_scalars(subject, group, "weight_global", group.weight_amax * quantizer.headroom)
         faults += _unreached_top(subject, group, quantizer)
-    return Finding(f"{len(manifest.groups)} groups, quantizer {quantizer.name}", faults)
+    return Finding(f"{counted(len(manifest.groups), 'group')}, quantizer {quantizer.name}", faults)
 
 
 def _unequal_scalars(subject: Subject, group: RecordedGroup, part: Part, amax: float) -> list[str]:

@@ -68,6 +68,11 @@ class Report:
         return {"passed": self.passed, "checks": [check.as_json() for check in self.checks]}
 
 
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """A number with its noun: `1 file`, `31 files`."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
 def not_applicable(why: str) -> Finding:
     """A check that has nothing to look at, which is no fault."""
     return Finding(f"not applicable: {why}")

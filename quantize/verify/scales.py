@@ -13,7 +13,7 @@ from ..plan.plan import Part
 from ..recipe.groups import fused_name
 from ..recipe.roles import QUANTIZABLE, Role, module_of, role_of
 from .manifest import Manifest
-from .report import Finding
+from .report import Finding, counted
 from .subject import Subject, is_tied, pieces
 
 # Bounds on the amax that a global scale stands for. A weight's lies below 2688, where divisor and multiplier meet at 1:
@@ -22,6 +22,10 @@ from .subject import Subject, is_tied, pieces
 SMALLEST_AMAX = 1e-6
 LARGEST_AMAX = {"weight_global": SCALE_RANGE, "input_global": 1e10}
 SCALE_NAMES = {"weight_global": "weight", "input_global": "input"}
+
+
+def _matrices(number: int) -> str:
+    return counted(number, "matrix", "matrices")
 
 
 def check_block_scales(subject: Subject) -> Finding:
@@ -39,18 +43,17 @@ def check_block_scales(subject: Subject) -> Finding:
         if found:
             row, block, byte = _first_bad(subject, module)
             faults.append(f"{module}: {', '.join(found)} (first at row {row}, block {block}: byte 0x{byte:02X})")
-    return Finding(f"{len(subject.histograms)} matrices, {blocks:,} block scales", faults)
+    return Finding(f"{_matrices(len(subject.histograms))}, {counted(blocks, 'block scale')}", faults)
 
 
 def _first_bad(subject: Subject, module: str) -> tuple[int, int, int]:
     """Row, block and byte of a matrix's first block scale that is no positive number."""
     info = subject.sound[module].parts["scales"]
     for begin, piece in pieces(subject.checkpoint, info.name):
-        positions = ((piece == 0) | (piece >= 0x7F)).nonzero()
-        if len(positions):
-            at = int(positions[0])
+        at = next((at for at, byte in enumerate(piece) if byte == 0 or byte >= 0x7F), None)
+        if at is not None:
             row, block = divmod(begin + at, info.shape[1])
-            return row, block, int(piece[at])
+            return row, block, piece[at]
     raise AssertionError("asked only where the histogram has one")
 
 
@@ -72,9 +75,11 @@ def check_global_scales(subject: Subject) -> Finding:
         if not SMALLEST_AMAX <= amax <= LARGEST_AMAX[part]:
             faults.append(f"{name} is {value:.6g}, which stands for an amax of {amax:.3g}")
     spans = [
-        f"{SCALE_NAMES[part]} amax {min(found):.3g} to {max(found):.3g}" for part, found in ranges.items() if found
+        f"{SCALE_NAMES[part]} scales for amax {min(found):.3g} to {max(found):.3g}"
+        for part, found in ranges.items()
+        if found
     ]
-    return Finding(", ".join([f"{len(subject.sound)} matrices", f"{len(subject.scalars)} scales", *spans]), faults)
+    return Finding(", ".join([_matrices(len(subject.sound)), counted(len(subject.scalars), "scale"), *spans]), faults)
 
 
 def check_fused_groups(subject: Subject) -> Finding:
@@ -94,7 +99,7 @@ def check_fused_groups(subject: Subject) -> Finding:
             group_name = fused_name(module_of(name))
             if group_name in quantized:
                 faults.append(f"{module_of(name)} is not quantized, but the rest of {group_name} is")
-    return Finding(f"{len(fused)} fused groups", faults)
+    return Finding(counted(len(fused), "fused group"), faults)
 
 
 def check_protected(subject: Subject) -> Finding:
@@ -107,7 +112,7 @@ def check_protected(subject: Subject) -> Finding:
     embedding = next((name for name, role in subject.roles.items() if role is Role.EMBEDDING), None)
     if head is not None and embedding is not None and is_tied(subject.config) and not _equal(subject, head, embedding):
         faults.append(f"{head} differs from {embedding}, although the config ties them: servers will not read it")
-    return Finding(f"{len(subject.matrices)} matrices quantized, {kept} protected ones not", faults)
+    return Finding(f"{_matrices(len(subject.matrices))} quantized; {counted(kept, 'protected tensor')}", faults)
 
 
 def _equal(subject: Subject, left: str, right: str) -> bool:
@@ -115,7 +120,7 @@ def _equal(subject: Subject, left: str, right: str) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     pairs = zip(pieces(subject.checkpoint, left), pieces(subject.checkpoint, right), strict=True)
-    return all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+    return all(a == b for (_, a), (_, b) in pairs)
 
 
 def check_marlin(subject: Subject) -> Finding:

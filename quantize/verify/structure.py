@@ -9,7 +9,8 @@ from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..plan.plan import refuse_quantized
 from . import against, configs, files, recorded, scales, weights
 from .report import Check, Finding, Report
-from .subject import Progress, Subject, open_subject
+from .subject import Subject, open_subject
+from .threads import Progress
 
 STAGE = "structure"
 # In the order in which they are worth reading: what stands first explains what fails further down.

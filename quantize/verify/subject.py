@@ -6,7 +6,7 @@ says is compared later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.headers import Header, TensorInfo, read_header
-from ..checkpoint.source import Checkpoint, read_json, tensor_bytes
+from ..checkpoint.source import Checkpoint, read_json
 from ..errors import InputError
 from ..format.layouts import COMPRESSED_TENSORS, LAYOUTS, Layout
 from ..format.marlin import scale_histogram
@@ -25,10 +25,10 @@ from ..recipe.groups import FusedGroup, fused_groups
 from ..recipe.roles import Role, role_of, text_config, unused_tensors
 from .manifest import Manifest, read_manifest
 from .matrices import Matrix, find_matrices, layouts_present
+from .threads import Progress, map_in_threads
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 PIECE_BYTES = 16 << 20
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,14 @@ class Subject:
     @cached_property
     def histograms(self) -> dict[str, Tensor]:
         """How often each block scale's byte occurs, int64 [256], by module; reads the scales of all sound matrices."""
-        result: dict[str, Tensor] = {}
-        for module, matrix in self.sound.items():
-            self.progress(len(result), len(self.sound), f"block scales of {module}")
-            histogram = torch.zeros(256, dtype=torch.int64)
-            for _, piece in pieces(self.checkpoint, matrix.parts["scales"].name):
-                histogram += scale_histogram(piece)
-            result[module] = histogram
-        return result
+        histograms = map_in_threads(self._histogram, list(self.sound.values()), self.progress, "reading block scales")
+        return dict(zip(self.sound, histograms, strict=True))
+
+    def _histogram(self, matrix: Matrix) -> Tensor:
+        histogram = torch.zeros(256, dtype=torch.int64)
+        for _, piece in pieces(self.checkpoint, matrix.parts["scales"].name):
+            histogram += scale_histogram(torch.frombuffer(piece, dtype=torch.uint8))
+        return histogram
 
     @cached_property
     def manifest(self) -> Manifest | str | None:
@@ -173,13 +173,14 @@ def open_subject(folder: Path, progress: Progress | None = None) -> Subject:
     return subject
 
 
-def pieces(checkpoint: Checkpoint, name: str, begin: int = 0) -> Iterator[tuple[int, Tensor]]:
-    """A tensor's bytes from its byte `begin` on, in pieces: (offset, uint8 [n]); a piece is valid until the next."""
+def pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, bytearray]]:
+    """A tensor's bytes in pieces, each with its offset and valid until the next."""
     size = checkpoint.info(name).nbytes
-    buffer = torch.empty(min(PIECE_BYTES, size - begin), dtype=torch.uint8)
-    for at in range(begin, size, PIECE_BYTES):
-        piece = buffer[: min(PIECE_BYTES, size - at)]
-        checkpoint.read_into(name, tensor_bytes(piece), at)
+    piece = bytearray()
+    for at in range(0, size, PIECE_BYTES):
+        length = min(PIECE_BYTES, size - at)
+        piece = piece if len(piece) == length else bytearray(length)
+        checkpoint.read_into(name, memoryview(piece), at)
         yield at, piece
 
 

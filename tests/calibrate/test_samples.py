@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from nvquant.calibrate.samples import CalibrationSet, load_calibration
-from nvquant.calibrate.specs import shipped_names
 from nvquant.calibrate.text import split_text
 from nvquant.errors import InputError
 from support.tiny_tokenizer import FAMILIES, special_ids, stdlib_text, write_tiny_tokenizer
@@ -251,7 +250,6 @@ def test_a_broken_template_is_one_sentence(models: Path, texts: Path, tmp_path: 
         load(texts, folder)
 
 
-@pytest.mark.skipif("offline" not in shipped_names(), reason="the bundled text is not built")
 @pytest.mark.parametrize("model", ["gemma4", "gemma4-base"])
 def test_the_bundled_set_needs_neither_network_nor_options(model: str, models: Path) -> None:
     result = load("offline", models / model, samples=16, sequence_length=512)

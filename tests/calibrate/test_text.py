@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from nvquant.calibrate.rows import data_suffix, read_rows, read_text, seeded_order
-from nvquant.calibrate.specs import CalibrationSpec, load_spec, shipped_names
+from nvquant.calibrate.specs import CalibrationSpec, load_spec, shipped_folder, shipped_names
 from nvquant.calibrate.text import Columns, Document, Source, document_of, read_documents, split_text
 from nvquant.errors import EnvironmentLack, InputError
 
@@ -318,3 +318,9 @@ def test_shipped_names_are_the_yaml_files(tmp_path: Path) -> None:
     for name in ("b.yaml", "a.yaml", "offline.jsonl.xz", "__init__.py"):
         (tmp_path / name).touch()
     assert shipped_names(tmp_path) == ("a", "b")
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_every_shipped_spec_is_valid_and_bears_its_files_name(name: str) -> None:
+    spec = load_spec(shipped_folder() / f"{name}.yaml")
+    assert spec.name == name and spec.description and spec.licence

@@ -1,12 +1,18 @@
-"""Tiny models that the tests of this room share."""
+"""Tiny models and their conversions that the tests of this room share."""
 
 from __future__ import annotations
 
 import pytest
-from support.conversions import TinyModels
+from support.conversions import Conversions, TinyModels
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """A tiny model's folder by its name; shared, so only to be read."""
     return TinyModels(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def done(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Conversions:
+    """A conversion's folder by model, recipe, layout and quantizer; shared, so only to be read."""
+    return Conversions(tiny, tmp_path_factory.mktemp("converted"))

@@ -113,7 +113,7 @@ def test_served_weight_only_gives_each_token_the_likelihood_of_the_emulation(
     # vLLM makes room for an input scale in every modelopt layer, weight-only or not, and its check then misses it.
     with serve(checkpoint, tmp_path / "vllm.log", check_loaded=layout != "modelopt") as server:
         served = server.prompt_logprobs(prompt_ids)
-        answer = server.complete("The capital of France is", max_tokens=1)
+        answer = server.complete("The capital of Italy is Rome. The capital of France is", max_tokens=1)
     assert server.kernel == WEIGHT_ONLY_KERNEL
     assert answer == " Paris"
     emulated = token_logprobs(load_emulation(checkpoint), prompt_ids)

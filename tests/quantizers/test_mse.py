@@ -15,7 +15,7 @@ from nvquant.quantizers.mse import MSE, OFFSETS, block_importance
 from nvquant.quantizers.rtn import RTN
 from torch import Tensor
 
-PROPERTY = settings(derandomize=True, database=None, deadline=None, max_examples=40)
+PROPERTY = settings(derandomize=True, database=None, deadline=None, max_examples=25)
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 MIDPOINTS = (E2M1[1:] + E2M1[:-1]) / 2
 SCALES = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()

@@ -92,6 +92,27 @@ def converted(
     return output
 
 
+class Conversions:
+    """Converted tiny models, each made when it is first asked for; they are shared, so only to be read."""
+
+    def __init__(self, tiny: TinyModels, root: Path) -> None:
+        self._tiny, self._root = tiny, root
+
+    def __call__(
+        self, name: str, recipe: str = "nvfp4-full", layout: str = COMPRESSED_TENSORS, quantizer: str = "rtn"
+    ) -> Path:
+        """A converted model; experts stay in BF16."""
+        output = self._root / f"{name}-{recipe}-{layout}-{quantizer}"
+        if not output.exists():
+            converted(self._tiny(name), output, recipe_for(name, recipe), layout, quantizer)
+        return output
+
+
+def recipe_for(name: str, recipe: str) -> Recipe:
+    """A shipped recipe, with leave to keep experts as they are where a tiny model has some."""
+    return experts_in_bf16(recipe) if name == "gemma4_moe" else load_recipe(recipe)
+
+
 def tensors_in(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, read by the safetensors library."""
     tensors: dict[str, Tensor] = {}

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.tiny_models import tiny_gemma4, tiny_llama
-
-from nvquant.calibrate.samples import load_calibration
-from nvquant.checkpoint.source import open_checkpoint
+from nvquant.calibrate.samples import CalibrationSet, load_calibration
+from nvquant.checkpoint.source import Checkpoint, open_checkpoint
 from nvquant.convert.pipeline import ConvertOptions, convert
 from nvquant.format.layouts import LAYOUTS
 from nvquant.plan.plan import compute_plan
 from nvquant.recipe.load import load_recipe
+from nvquant.recipe.roles import text_config
+from support.tiny_models import tiny_gemma4, tiny_llama
 
 WRITERS = {"llama": tiny_llama, "gemma4": tiny_gemma4}
 # Name: model, layout, recipe, quantizer, and whether the manifest is kept; without it another tool might have made it.
@@ -48,28 +48,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write(tmp_path_factory.mktemp("models") / name) for name, write in WRITERS.items()}
 
 
+def token_ids(source: Checkpoint, folder: Path) -> CalibrationSet:
+    """Two samples of 61 token ids, the first of them BOS."""
+    bos = text_config(source.config)["bos_token_id"]
+    path = folder / f"{source.folder.name}.jsonl"
+    path.write_text("\n".join(json.dumps({"input_ids": [bos, *range(first, first + 60)]}) for first in (20, 130)))
+    return load_calibration(
+        str(path), model_folder=source.folder, config=source.config, samples=2, sequence_length=64, seed=0
+    )
+
+
 @pytest.fixture(scope="session")
 def good(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Gives the good checkpoint of a name in `GOOD`, converted when first asked for."""
     folder = tmp_path_factory.mktemp("good")
-    ids = folder / "ids.jsonl"
-    ids.write_text("\n".join(json.dumps({"input_ids": [2, *range(first, first + 60)]}) for first in (20, 130)))
 
     def make(name: str) -> Path:
         model, layout, recipe, quantizer, keeps_manifest = GOOD[name]
         output = folder / name
         if not output.exists():
             plan = compute_plan(open_checkpoint(models[model]), load_recipe(recipe), LAYOUTS[layout], model)
-            samples = None
-            if plan.recipe.needs_calibration:
-                samples = load_calibration(
-                    str(ids),
-                    model_folder=models[model],
-                    config=plan.source.config,
-                    samples=2,
-                    sequence_length=64,
-                    seed=0,
-                )
+            samples = token_ids(plan.source, folder) if plan.recipe.needs_calibration else None
             convert(plan, ConvertOptions(output, quantizer), samples)
             if not keeps_manifest:
                 (output / "nvquant_manifest.json").unlink()

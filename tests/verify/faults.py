@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.raw_safetensors import INDEX_NAME, read_raw, write_index, write_raw
-
 from nvquant.checkpoint.source import open_checkpoint, torch_dtype
 from nvquant.format.blocks import quantize_blocks, weight_amax
 from nvquant.format.scales import global_scale
+from support.raw_safetensors import INDEX_NAME, read_raw, write_index, write_raw
 
 MANIFEST = "nvquant_manifest.json"
 HF_QUANT_CONFIG = "hf_quant_config.json"
@@ -587,7 +586,21 @@ def manifest_of_an_unknown_quantizer(folder: Path) -> str:
 def manifest_of_another_recipe(folder: Path) -> str:
     with edit_json(folder / MANIFEST) as manifest:
         manifest["recipe"]["quantize"][0]["scheme"] = "nvfp4-a16"
-    return "groups have the schemes ['nvfp4'], the recipe ['nvfp4-a16']"
+    return "down_proj is nvfp4, but recipe nvfp4-full makes it nvfp4-a16"
+
+
+@fault("manifest")
+def manifest_of_a_narrower_recipe(folder: Path) -> str:
+    with edit_json(folder / MANIFEST) as manifest:
+        manifest["recipe"]["quantize"][0]["modules"] = ["mlp"]
+    return "_proj is nvfp4, but recipe nvfp4-full makes it not quantized"
+
+
+@fault("manifest", on="gemma4-mlp-ct")
+def manifest_of_a_recipe_that_matches_nothing(folder: Path) -> str:
+    with edit_json(folder / MANIFEST) as manifest:
+        manifest["recipe"]["quantize"][0]["modules"] = ["re:.*ffn.*"]
+    return "pattern 're:.*ffn.*' matches no matrix"
 
 
 @fault("manifest")
@@ -652,7 +665,7 @@ def input_scale_an_ulp_off(folder: Path) -> str:
 @fault("input_scales")
 def observed_amax_changed(folder: Path) -> str:
     with edit_json(folder / MANIFEST) as manifest:
-        _group(manifest, "mlp.down_proj")["input"]["observed_amax"] *= 2
+        _group(manifest, "mlp.down_proj")["input"]["observed_amax"] *= 1.5
     return f"{LAYER}.mlp.down_proj: calibrated amax"
 
 
@@ -802,7 +815,7 @@ def two_percent_of_the_blocks_wrong(folder: Path) -> str:
 @fault("weights", on="llama-foreign")
 def gain_of_a_matrix_wrong(folder: Path) -> str:
     _change_scalar(folder, [f"{LAYER}.mlp.down_proj.weight_global_scale"], lambda scale: scale / 1.15)
-    return "gain 1.14"
+    return "gain 1.15"
 
 
 def _swap_layers(folder: Path, leaves: tuple[str, ...]) -> str:

@@ -6,16 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.hostile import FILE_LIES, FOLDER_LIES, Breakage
-from verify.conftest import GOOD, Copy
-from verify.faults import FAULTS, MANIFEST, Fault, edit_json, sign
-
 from nvquant.checkpoint.source import open_checkpoint
 from nvquant.convert.relayout import relayout
 from nvquant.errors import InputError
 from nvquant.format.layouts import LAYOUTS
 from nvquant.verify.report import Report
 from nvquant.verify.structure import AGAINST, ALONE, verify_structure
+from support.hostile import FILE_LIES, FOLDER_LIES, Breakage
+from verify.conftest import GOOD, Copy
+from verify.faults import FAULTS, MANIFEST, Fault, edit_json, sign
 
 NEEDS_MANIFEST = ("hashes", "input_scales", "weight_scales")
 

@@ -1,0 +1,187 @@
+"""The stored numbers of a matrix compared with the source's, strip by strip."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.source import Checkpoint, tensor_bytes, torch_dtype
+from ..format.constants import BLOCK
+from ..format.e2m1 import E2M1_VALUES, round_e2m1
+from ..format.scales import block_scale_bytes, decode_e4m3
+from .matrices import Matrix
+from .subject import Subject
+
+STRIP_ELEMENTS = 1 << 18  # fits the cache with its few copies
+RMSE_LIMIT = 0.25  # relative to the root mean square of the weights
+GAIN_LIMITS = (0.9, 1.1)
+# modelopt's multiplier turned into a divisor is off by two ulp, which moves what lies on the border of two codes.
+BORDER_TOLERANCE = 2.0**-21
+_BYTES = torch.arange(256)
+_LOW, _HIGH = (torch.tensor(E2M1_VALUES)[codes] for codes in (_BYTES & 15, _BYTES >> 4))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an own quantizer may choose.
+
+    Attributes:
+        divisor: float32 scalar that block scales were made from.
+        offsets: how far a block scale's byte may lie from round-to-nearest's.
+    """
+
+    divisor: Tensor
+    offsets: range
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Some rows of a matrix, turned: each of the 16 rows here holds one position of all blocks.
+
+    Attributes:
+        first_row: number of the first of these rows in the matrix.
+        blocks_a_row: blocks in a row of the matrix.
+        source: float32 [16, n], the source's weights.
+        codes: float32 [16, n], the E2M1 values that are stored.
+        scales: uint8 [n], E4M3 bytes.
+    """
+
+    first_row: int
+    blocks_a_row: int
+    source: Tensor
+    codes: Tensor
+    scales: Tensor
+
+    def position(self, block: int) -> tuple[int, int]:
+        """Row and number of the block in it."""
+        row, column = divmod(block, self.blocks_a_row)
+        return self.first_row + row, column
+
+
+@dataclass
+class Tally:
+    """Sums over the strips of a matrix.
+
+    Attributes:
+        error, energy, product: sums of (stored - source)^2, source^2 and stored * source.
+        amax: the largest magnitude of the source.
+        poor_blocks: blocks beyond the bounds on the error.
+        wrong_codes, wrong_scales: how many, and the first of them in words.
+    """
+
+    blocks: int = 0
+    error: float = 0.0
+    energy: float = 0.0
+    product: float = 0.0
+    amax: float = 0.0
+    poor_blocks: int = 0
+    wrong_codes: int = 0
+    first_code: str = ""
+    wrong_scales: int = 0
+    first_scale: str = ""
+
+    @property
+    def relative_rmse(self) -> float:
+        """Root of error over energy; of a matrix of zeros 0 or infinity."""
+        if self.energy:
+            return math.sqrt(self.error / self.energy)
+        return 0.0 if self.error == 0 else math.inf
+
+    @property
+    def gain(self) -> float:
+        """The factor by which the stored weights are too large, in the least-squares sense."""
+        return self.product / self.energy if self.energy else 1.0
+
+
+def tally_matrix(subject: Subject, source: Checkpoint, matrix: Matrix, rule: Rule | None) -> Tally:
+    """Compare a sound matrix with the source's tensor of the same shape.
+
+    Args:
+        rule: counts what it does not allow, and the codes that are not the nearest; None counts neither.
+    """
+    tally = Tally()
+    divisor = subject.divisor(matrix.module)
+    for strip in _strips(subject.checkpoint, source, matrix):
+        step = decode_e4m3(strip.scales) / divisor
+        _tally_errors(tally, strip, step)
+        if rule is not None:
+            _tally_codes(tally, strip, step)
+            _tally_scales(tally, strip, rule)
+    return tally
+
+
+def _strips(checkpoint: Checkpoint, source: Checkpoint, matrix: Matrix) -> Iterator[Strip]:
+    blocks_a_row = matrix.cols // BLOCK
+    height = max(1, STRIP_ELEMENTS // matrix.cols)
+    for first in range(0, matrix.rows, height):
+        rows = range(first, min(matrix.rows, first + height))
+        weight = _rows(source, f"{matrix.module}.weight", rows).reshape(-1, BLOCK)
+        packed = _rows(checkpoint, matrix.parts["packed"].name, rows).reshape(-1, BLOCK // 2).t().int().contiguous()
+        scales = _rows(checkpoint, matrix.parts["scales"].name, rows).view(torch.uint8).flatten()
+        codes = torch.empty(BLOCK, packed.shape[1])
+        for at in range(BLOCK // 2):
+            torch.index_select(_LOW, 0, packed[at], out=codes[2 * at])
+            torch.index_select(_HIGH, 0, packed[at], out=codes[2 * at + 1])
+        turned = weight.t().to(torch.float32, memory_format=torch.contiguous_format)
+        yield Strip(first, blocks_a_row, turned, codes, scales)
+
+
+def _rows(checkpoint: Checkpoint, name: str, rows: range) -> Tensor:
+    info = checkpoint.info(name)
+    tensor = torch.empty((len(rows), *info.shape[1:]), dtype=torch_dtype(info.dtype))
+    checkpoint.read_into(name, tensor_bytes(tensor), rows.start * (info.nbytes // info.shape[0]))
+    return tensor
+
+
+def _tally_errors(tally: Tally, strip: Strip, step: Tensor) -> None:
+    stored = strip.codes * step
+    energy = strip.source.square().sum(0)
+    product = (stored * strip.source).sum(0)
+    error = stored.sub_(strip.source).square_().sum(0)
+    tally.blocks += len(energy)
+    tally.energy += float(energy.sum(dtype=torch.float64))
+    tally.product += float(product.sum(dtype=torch.float64))
+    tally.error += float(error.sum(dtype=torch.float64))
+    low, high = torch.aminmax(strip.source)
+    tally.amax = max(tally.amax, -float(low), float(high))
+    good = (
+        (error <= energy * RMSE_LIMIT**2) & (product >= energy * GAIN_LIMITS[0]) & (product <= energy * GAIN_LIMITS[1])
+    )
+    tally.poor_blocks += len(good) - int(good.sum())
+
+
+def _tally_codes(tally: Tally, strip: Strip, step: Tensor) -> None:
+    """Count the codes that are not the nearest: what rounding gives again, or as near to within an ulp or two."""
+    scaled = strip.source / step
+    nearest = round_e2m1(scaled)
+    if torch.equal(nearest, strip.codes):
+        return
+    excess = (scaled - strip.codes).abs_() - (scaled - nearest).abs_()
+    wrong = ~(excess <= scaled.abs() * BORDER_TOLERANCE)
+    count = int(wrong.sum())
+    if count and not tally.wrong_codes:
+        block, lane = wrong.t().nonzero()[0].tolist()
+        row, column = strip.position(block)
+        was, is_now = float(strip.source[lane, block]), float(strip.codes[lane, block] * step[block])
+        tally.first_code = f"first at row {row}, column {column * BLOCK + lane}: {was:.6g} is stored as {is_now:.6g}"
+    tally.wrong_codes += count
+
+
+def _tally_scales(tally: Tally, strip: Strip, rule: Rule) -> None:
+    """Count the block scales that the rule does not allow; that of a block of zeros is fixed."""
+    amax = strip.source.abs().amax(0)
+    nearest = block_scale_bytes(amax, rule.divisor)
+    offset = strip.scales.to(torch.int16) - nearest.to(torch.int16)
+    wrong = ~((offset == 0) | ((offset >= rule.offsets[0]) & (offset <= rule.offsets[-1]) & (amax > 0)))
+    count = int(wrong.sum())
+    if count and not tally.wrong_scales:
+        block = int(wrong.nonzero()[0])
+        row, number = strip.position(block)
+        tally.first_scale = (
+            f"first at row {row}, block {number}: 0x{strip.scales[block]:02X}, not 0x{nearest[block]:02X}"
+        )
+    tally.wrong_scales += count

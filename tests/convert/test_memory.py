@@ -1,0 +1,110 @@
+"""Memory: a conversion holds a few layers, however many the model has, and says truly how much it took."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nvquant.convert.memory import peak_gpu_bytes, peak_host_bytes
+from nvquant.convert.pipeline import ConvertResult
+from support.conversions import edit_config, random_samples, write_ids
+from support.raw_safetensors import read_raw, write_raw
+from support.tiny_models import tiny_llama
+
+HIDDEN, INTERMEDIATE = 512, 4096
+LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)  # 14.7 MB in BF16
+FEW, MANY = 4, 16
+STATUS = Path("/proc/self/status")
+
+# Linux counts a process's peak from before exec too, so a child started by a large process begins large; hence a
+# small process between, which starts the command, waits for it and prints what the system counted.
+LAUNCHER = """
+import resource, subprocess, sys
+ran = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+sys.stdout.flush()
+sys.stdout.buffer.write(ran.stdout)
+"""
+
+
+def write_source(folder: Path, layers: int) -> Path:
+    """A Llama whose layers are all the same: making so many random ones would take most of the test's time."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "head_dim": 64}
+    heads = {"num_attention_heads": HIDDEN // 64, "num_key_value_heads": HIDDEN // 64}
+    tiny_llama(folder, num_layers=1, shards=1, base=True, **sizes, **heads)
+    entries, data = read_raw(folder / "model.safetensors")
+    start = "model.layers.0."
+    first = {name: entries.pop(name) for name in list(entries) if name.startswith(start)}
+    pieces, position = [data], len(data)
+    entries |= first
+    for layer in range(1, layers):
+        for name, entry in first.items():
+            begin, end = entry["data_offsets"]
+            moved = [position, position + end - begin]
+            entries[f"model.layers.{layer}.{name.removeprefix(start)}"] = {**entry, "data_offsets": moved}
+            pieces.append(data[begin:end])
+            position = moved[1]
+    write_raw(folder / "model.safetensors", entries, b"".join(pieces))
+    return edit_config(folder, num_hidden_layers=layers)
+
+
+def measure(folder: Path, layers: int) -> tuple[int, ConvertResult]:
+    """Convert a model of so many layers in a process of its own: the system's peak, and the command's document."""
+    source = write_source(folder / f"source-{layers}", layers)
+    ids = write_ids(folder / "ids.jsonl", random_samples((32, 32)))
+    command = [sys.executable, "-m", "nvquant", "convert", source, "-o", folder / f"out-{layers}"]
+    command += ["--recipe", "nvfp4-full", "--quantizer", "rtn", "--device", "cpu", "--json"]
+    command += ["--calibration", ids, "--samples", "2", "--sequence-length", "32"]
+    ran = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    counted, _, document = ran.stdout.partition("\n")
+    return int(counted), ConvertResult(**json.loads(document))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[int, ConvertResult]]:
+    folder = tmp_path_factory.mktemp("memory")
+    return {layers: measure(folder, layers) for layers in (FEW, MANY)}
+
+
+def test_peak_host_memory_does_not_grow_with_the_number_of_layers(
+    runs: dict[int, tuple[int, ConvertResult]],
+) -> None:
+    assert runs[MANY][1].tensor_bytes - runs[FEW][1].tensor_bytes > 3 * LAYER_BYTES  # at a quarter of their size
+    assert abs(runs[MANY][0] - runs[FEW][0]) < 2 * LAYER_BYTES
+
+
+@pytest.mark.parametrize("layers", [FEW, MANY])
+def test_the_peak_of_the_document_is_what_the_system_counted(
+    runs: dict[int, tuple[int, ConvertResult]], layers: int
+) -> None:
+    counted, result = runs[layers]
+    assert result.peak_host_bytes == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the system does not tell a process's present size")
+def test_the_peak_counts_what_this_process_touched() -> None:
+    before = peak_host_bytes()
+    resident = int(STATUS.read_text().partition("VmRSS:")[2].split()[0]) * 1024
+    block = torch.ones(before - resident + (64 << 20), dtype=torch.uint8)  # more than ever before, by some 64 MiB
+    assert before + (32 << 20) < peak_host_bytes() < before + (96 << 20)
+    del block
+    assert peak_host_bytes() > before + (32 << 20)  # a peak, not the present
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_its_peak_is_zero() -> None:
+    assert peak_gpu_bytes() == 0
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the system does not tell a process's present size")
+def test_the_peak_is_not_counted_again_for_a_child() -> None:
+    block = torch.ones(256 << 20, dtype=torch.uint8)
+    before = peak_host_bytes()
+    subprocess.run([sys.executable, "-S", "-c", "pass"], check=True)
+    assert peak_host_bytes() < before + (32 << 20)
+    del block

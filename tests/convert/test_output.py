@@ -1,0 +1,136 @@
+"""The output folder: refused before any work, filled under another name, published whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from nvquant.convert.manifest import MANIFEST_NAME
+from nvquant.convert.output import RUN_NAME, SLACK_BYTES, check_output, partial_folder, publish, start_partial
+from nvquant.errors import InputError
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "models" / "source"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def filled(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("names", [(), (MANIFEST_NAME, "config.json")], ids=["empty", "ours"])
+def test_an_empty_folder_and_one_of_ours_may_be_replaced(tmp_path: Path, source: Path, names: tuple[str, ...]) -> None:
+    check_output(filled(tmp_path / "out", *names), 1000, source)
+
+
+def test_an_output_deep_in_folders_yet_to_be_made_is_fine(tmp_path: Path, source: Path) -> None:
+    check_output(tmp_path / "a" / "b" / "out", 1000, source)
+
+
+def test_a_folder_that_is_not_ours_is_refused_and_kept(tmp_path: Path, source: Path) -> None:
+    output = filled(tmp_path / "out", "thesis.tex")
+    with pytest.raises(InputError, match=r"-o .*out exists and was not made by nvquant"):
+        check_output(output, 1000, source)
+    assert (output / "thesis.tex").exists()
+
+
+def test_a_file_is_refused(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "out").write_text("text")
+    with pytest.raises(InputError, match="was not made by nvquant"):
+        check_output(tmp_path / "out", 1000, source)
+
+
+@pytest.mark.parametrize("names", [(), (RUN_NAME, "model-00001-of-00004.safetensors"), (MANIFEST_NAME, "config.json")])
+def test_a_partial_folder_of_ours_is_replaced(tmp_path: Path, source: Path, names: tuple[str, ...]) -> None:
+    partial = filled(tmp_path / "out.partial", *names)
+    check_output(tmp_path / "out", 1000, source)
+    assert start_partial(tmp_path / "out", {"nvquant": "1"}) == partial
+    assert [path.name for path in partial.iterdir()] == [RUN_NAME]
+    assert json.loads((partial / RUN_NAME).read_text()) == {"nvquant": "1"}
+
+
+def test_a_foreign_partial_folder_is_refused_and_kept(tmp_path: Path, source: Path) -> None:
+    partial = filled(tmp_path / "out.partial", "thesis.tex")
+    with pytest.raises(InputError, match=r"out\.partial exists and was not made by nvquant"):
+        check_output(tmp_path / "out", 1000, source)
+    assert (partial / "thesis.tex").exists()
+
+
+def link_to(target: Path, link: Path) -> Path:
+    link.symlink_to(target)
+    return link
+
+
+@pytest.mark.parametrize(
+    "name_it",
+    [
+        lambda source, other: source,
+        lambda source, other: source / "..",
+        lambda source, other: source.parent,
+        lambda source, other: source / ".." / "source",
+        lambda source, other: Path(os.path.relpath(source)),
+        lambda source, other: link_to(source, other / "link"),
+        lambda source, other: link_to(source.parent, other / "link") / "source",
+    ],
+)
+def test_the_source_and_what_holds_it_are_refused_by_every_name(
+    tmp_path: Path, source: Path, name_it: Callable[[Path, Path], Path]
+) -> None:
+    filled(source, MANIFEST_NAME)
+    filled(source.parent, MANIFEST_NAME)
+    with pytest.raises(InputError, match="is the source itself, or holds it"):
+        check_output(name_it(source, tmp_path), 1000, source)
+
+
+def test_too_little_disk_is_refused_with_both_numbers(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(InputError, match=rf"needs {10**18 + SLACK_BYTES:,} bytes, but .* has [\d,]+ free"):
+        check_output(tmp_path / "out", 10**18, source)
+
+
+def test_the_disk_of_a_link_is_where_it_leads(tmp_path: Path, source: Path) -> None:
+    shared_memory = Path("/dev/shm")
+    if not shared_memory.is_dir() or os.statvfs(shared_memory).f_bavail == os.statvfs(tmp_path).f_bavail:
+        pytest.skip("no second file system to lead to")
+    link = link_to(shared_memory / "nvquant-test-output", tmp_path / "out")
+    with pytest.raises(InputError, match=r"but /dev/shm has"):
+        check_output(link, 10**18, source)
+
+
+def test_the_partial_folder_lies_beside_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output in (tmp_path / "here", Path(), Path("../here"), Path("../here/"), tmp_path / "x" / ".." / "here"):
+        assert partial_folder(output) == tmp_path / "here.partial"
+
+
+def test_publishing_replaces_an_earlier_output(tmp_path: Path) -> None:
+    output = filled(tmp_path / "out", MANIFEST_NAME, "old.safetensors")
+    partial = filled(start_partial(output, {}), MANIFEST_NAME, "new.safetensors")
+    publish(partial, output)
+    assert sorted(path.name for path in output.iterdir()) == ["new.safetensors", MANIFEST_NAME]
+    assert not partial.exists()
+
+
+def test_publishing_through_a_link_keeps_the_link(tmp_path: Path) -> None:
+    target = filled(tmp_path / "disk" / "out", MANIFEST_NAME, "old.safetensors")
+    link = link_to(target, tmp_path / "out")
+    publish(filled(start_partial(link, {}), MANIFEST_NAME, "new.safetensors"), link)
+    assert link.is_symlink()
+    assert sorted(path.name for path in target.iterdir()) == ["new.safetensors", MANIFEST_NAME]
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_a_partial_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(InputError, match=r"out\.partial cannot be made \(Not a directory\)"):
+        start_partial(tmp_path / "file" / "out", {})

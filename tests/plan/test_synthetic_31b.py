@@ -1,0 +1,102 @@
+"""`nvquant plan` on the 31B: exact numbers from the command line, quickly, in little memory, without its weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.synthetic_gemma4 import BYTES_31B, TENSORS_31B, write_synthetic_gemma4
+
+# At its end the process says how many bytes it has read, its own modules included.
+WITH_ACCOUNT = (
+    "import atexit, sys, pathlib\n"
+    "atexit.register(lambda: print(pathlib.Path('/proc/self/io').read_text().split()[1], file=sys.stderr))\n"
+    "from nvquant.cli.main import main\n"
+    "main(sys.argv[1:])\n"
+)
+EXPECTED = {
+    "nvfp4": (1728, 32_633_255_032, 180),
+    "nvfp4-full": (2418, 20_446_509_992, 410),
+    "nvfp4-a16": (2008, 20_446_508_352, 410),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    document: dict[str, Any]
+    seconds: float
+    peak_bytes: int
+    read_bytes: int
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synthetic_gemma4(tmp_path_factory.mktemp("models") / "gemma-4-31b")
+
+
+@pytest.fixture(scope="module", params=list(EXPECTED))
+def run(request: pytest.FixtureRequest, model: Path) -> Run:
+    command = [sys.executable, "-c", WITH_ACCOUNT, "plan", str(model), "--recipe", request.param, "--json"]
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    with process.stdout, process.stderr:
+        document, account = json.load(process.stdout), process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Run(document, time.monotonic() - started, usage.ru_maxrss * unit, int(account.split()[-1]))
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/io")
+
+
+@linux
+def test_the_numbers_of_the_31b_are_exact(run: Run) -> None:
+    recipe = run.document["recipe"]
+    assert tuple(run.document[key] for key in ("tensors", "tensor_bytes", "quantized")) == EXPECTED[recipe]
+    assert run.document["format"] == "compressed-tensors"
+    groups = run.document["groups"]
+    assert sum(group["tensors"] for group in groups) == EXPECTED[recipe][0]
+    assert sum(group["bytes_out"] for group in groups) == EXPECTED[recipe][1]
+    assert sum(group["bytes_in"] for group in groups) == BYTES_31B
+    fits = {fit["gpu"]: fit["fits"] for fit in run.document["fits"]}
+    assert fits["RTX 5090"] == (recipe != "nvfp4")
+    assert fits["H100 80 GB"]
+
+
+@linux
+def test_it_takes_under_ten_seconds_and_a_gigabyte(run: Run) -> None:
+    assert run.seconds < 10
+    assert run.peak_bytes < 1_000_000_000
+
+
+@linux
+def test_no_weight_is_read(run: Run, model: Path) -> None:
+    headers = sum(path.stat().st_blocks * 512 for path in model.iterdir())
+    assert headers < 2_000_000, "the shards are holes"
+    # Python's own modules come to some 20 MB; the smallest MLP matrix alone has 231 MB.
+    assert run.read_bytes < 60_000_000
+
+
+def test_the_synthetic_source_is_the_census_that_it_claims_to_be(model: Path) -> None:
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    assert len(index["weight_map"]) == TENSORS_31B
+    assert index["metadata"]["total_size"] == BYTES_31B
+
+
+@linux
+def test_words_for_people_name_the_recipe_that_fits_a_smaller_card(model: Path) -> None:
+    command = [sys.executable, "-m", "nvquant", "plan", str(model), "--recipe", "nvfp4", "--no-gpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "180 matrices quantized; 32,633,255,032 bytes of tensors in 61 files." in done.stdout
+    assert "With recipe nvfp4-full (20.45 GB) it fits RTX 4090, RTX 5090 too." in done.stdout
+    assert "and 0.0 MB of GPU memory." in done.stdout
