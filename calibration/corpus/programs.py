@@ -60,7 +60,7 @@ CODE: tuple[Source, ...] = (
     _code("php-faker", "php-faker", _faker, "php", 35_000, 4_000),
     _code("bats", "bats", _bats, "shell", 30_000),
     _code("shunit2", "shunit2", _shunit2, "shell", 20_000, 3_000),
-    _code("penlight", "lua-penlight", ("usr/share/lua/5.3/pl/*.lua",), "lua", 50_000, 4_000),
+    _code("penlight", "lua-penlight", ("usr/share/lua/5.1/pl/*.lua",), "lua", 50_000, 4_000),
     _code("alexandria", "cl-alexandria", ("usr/share/common-lisp/source/alexandria/*.lisp",), "common-lisp", 40_000),
     _code("postgresql-sql", "postgresql-15", ("usr/share/postgresql/15/*_[fs]*.sql",), "sql", 40_000),
 )

@@ -40,7 +40,8 @@ def unwrap(text: str) -> str:
     for paragraph in paragraphs_of(text):
         lines = paragraph.split("\n")
         wrapped = len(lines) > 1 and all(45 <= len(line) <= 90 for line in lines[:-1])
-        prose = not re.search(r"^ *(```|~~~)|^(    |[-*+] |\d+\. )", paragraph, re.MULTILINE)
+        items = re.findall(r"^ *(?:[-*+]|\d+\.) ", paragraph, re.MULTILINE)
+        prose = len(items) < 2 and not re.search(r"^ *(```|~~~)|^    ", paragraph, re.MULTILINE)
         paragraphs.append(" ".join(line.strip() for line in lines) if wrapped and prose else paragraph)
     return "\n\n".join(paragraphs)
 

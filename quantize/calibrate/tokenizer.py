@@ -42,12 +42,26 @@ class ModelTokenizer:
         special = {token.content: index for index, token in added if token.special}
         # An unknown character is part of a text, and some tokenizers have a token for it that counts as special.
         self._never_in_text = frozenset(special.values()) - {self._tokenizer.unk_token_id} | {self.bos_id}
-        longest_first = sorted(filter(None, special), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._special = frozenset(filter(None, special))
+        self._lengths = sorted({len(name) for name in self._special}, reverse=True)
+        # One alternation of all names takes minutes on HTML: Gemma has thousands that begin with "<".
+        firsts = "".join(sorted({re.escape(name[0]) for name in self._special}))
+        self._firsts = re.compile(f"[{firsts}]" if firsts else r"(?!)")
 
     def harmless(self, text: str) -> str:
         """`text` with a space put into every special token's name, so that `<bos>` becomes the letters `< bos>`."""
-        return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}" if len(match[0]) > 1 else " ", text)
+        pieces, done = [], 0
+        for match in self._firsts.finditer(text):
+            start = match.start()
+            if start < done:
+                continue
+            name = next(
+                (text[start : start + n] for n in self._lengths if text[start : start + n] in self._special), ""
+            )
+            if name:
+                pieces += [text[done:start], name[:1] if len(name) > 1 else "", " ", name[1:]]
+                done = start + len(name)
+        return "".join((*pieces, text[done:]))
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of raw text: none of them special, no BOS in front."""

@@ -22,7 +22,7 @@ PACKED_FORMAT = "nvfp4-pack-quantized"
 
 def check_layout(subject: Subject) -> Finding:
     """The quantization method that config.json names is the one whose tensor names, formats and files are there."""
-    method = subject.quantization.get("quant_method")
+    method = subject.method
     counts = layouts_present(subject.infos)
     looked_at = ", ".join(
         [f"quant_method {method}", *(f"{n:,} tensors named as {name} does" for name, n in counts.items())]

@@ -59,7 +59,7 @@ def check_index(subject: Subject) -> Finding:
 
 def _misplaced(subject: Subject, weight_map: Mapping[str, Any]) -> Iterator[str]:
     for tensor, file in weight_map.items():
-        if file not in subject.headers:
+        if not isinstance(file, str) or file not in subject.headers:
             yield f"{tensor} is said to lie in {file!r}, which is not a shard of this folder"
         elif tensor not in subject.headers[file].tensors:
             actual = subject.checkpoint.files.get(tensor)

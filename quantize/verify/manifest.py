@@ -82,12 +82,18 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         recipe=Recipe.model_validate(document["recipe"]),
         framing=None if calibration is None else str(calibration["framing"]),
         groups={
-            name: _parse_group(name, layer["file"], record)
+            name: _parse_group(name, _text(layer["file"]), record)
             for layer in document["layers"]
             for name, record in layer["groups"].items()
         },
         files={str(name): str(digest) for name, digest in document["files"].items()},
     )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a name")
+    return value
 
 
 def _parse_group(name: str, file: str, record: Mapping[str, Any]) -> RecordedGroup:
@@ -97,7 +103,7 @@ def _parse_group(name: str, file: str, record: Mapping[str, Any]) -> RecordedGro
         name=name,
         file=file,
         scheme=str(record["scheme"]),
-        members=tuple(record["members"]),
+        members=tuple(_text(member) for member in record["members"]),
         weight_amax=float(record["weight_amax"]),
         input=None if inputs is None else RecordedInput(*(float(inputs[key]) for key in keys)),
         marlin_flushed_blocks=int(record["marlin_flushed_blocks"]),

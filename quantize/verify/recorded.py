@@ -135,7 +135,7 @@ def _unequal_scalars(subject: Subject, group: RecordedGroup, part: Part, amax: f
 
 def _unreached_top(subject: Subject, group: RecordedGroup, quantizer: Quantizer) -> list[str]:
     """The block that holds the group's amax has one of the largest scales: about 448 / head-room."""
-    if not all(module in subject.histograms for module in group.members):
+    if not group.members or not all(module in subject.histograms for module in group.members):
         return []
     amax = torch.tensor(group.weight_amax, dtype=torch.float32)
     nearest = int(block_scale_bytes(amax, global_scale(amax, quantizer.headroom)))

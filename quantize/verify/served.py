@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ def served_layers(subject: Subject) -> tuple[ServedLayer, ...]:
         module_of(name)
         for name, role in subject.roles.items()
         if name.endswith(".weight") and len(subject.infos[name].shape) == 2 and name not in subject.unused
-        and not (role is Role.EMBEDDING and subject.quantization.get("quant_method") == "modelopt")
+        and not (role is Role.EMBEDDING and subject.method == "modelopt")
     }  # fmt: skip
     members: dict[str, list[str]] = {fused_name(module): [] for module in sorted(modules)}
     for module in subject.matrices:
@@ -62,10 +63,14 @@ def scheme_of(layer: str, quantization: Mapping[str, Any]) -> str:
     if quantization.get("quant_method") == "modelopt":
         verdict = modelopt_verdict(layer, {**quantization, "quant_algo": _algorithm(quantization)})
         return _ALGORITHMS.get(verdict, verdict)
+    groups = _groups(quantization)
     if role_of(f"{layer}.weight", (1, 1)) in (Role.HEAD, Role.EMBEDDING):
-        quantization = _without_class_names(quantization)
-    verdict = compressed_tensors_verdict(layer, quantization)
-    return verdict if verdict in (UNQUANTIZED, REFUSED) else _group_scheme(quantization["config_groups"][verdict])
+        groups = _without_class_names(groups)
+    try:
+        verdict = compressed_tensors_verdict(layer, {**quantization, "config_groups": groups})
+    except re.error:
+        return REFUSED
+    return verdict if verdict in (UNQUANTIZED, REFUSED) else _group_scheme(groups[verdict])
 
 
 def _algorithm(quantization: Mapping[str, Any]) -> str:
@@ -77,22 +82,22 @@ def _algorithm(quantization: Mapping[str, Any]) -> str:
     return algorithm
 
 
-def _without_class_names(quantization: Mapping[str, Any]) -> dict[str, Any]:
+def _without_class_names(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Without the targets that name a class, as `Linear`: vLLM's heads and embeddings are of no such class."""
-    groups = {
-        name: {**group, "targets": [target for target in group.get("targets") or () if "." in str(target)]}
-        for name, group in _groups(quantization).items()
+    return {
+        name: {**group, "targets": [target for target in _list(group.get("targets")) if "." in str(target)]}
+        for name, group in groups.items()
     }
-    return {**quantization, "config_groups": groups}
 
 
 def _groups(quantization: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     groups = quantization.get("config_groups")
-    return (
-        {name: group for name, group in groups.items() if isinstance(group, Mapping)}
-        if isinstance(groups, Mapping)
-        else {}
-    )
+    pairs = groups.items() if isinstance(groups, Mapping) else ()
+    return {name: group for name, group in pairs if isinstance(group, Mapping)}
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _group_scheme(group: Mapping[str, Any]) -> str:

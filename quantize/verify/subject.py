@@ -76,13 +76,18 @@ class Subject:
             return {}
         return {**nested, "quant_method": "modelopt", "ignore": nested.get("exclude_modules")}
 
+    @property
+    def method(self) -> str:
+        """`quant_method` of the config."""
+        return str(self.quantization.get("quant_method"))
+
     @cached_property
     def layout(self) -> Layout:
         """The layout that most tensors' names have; the config's, where none has any."""
         counts = layouts_present(self.infos)
         if counts:
             return LAYOUTS[max(counts, key=lambda name: counts[name])]
-        return LAYOUTS.get(str(self.quantization.get("quant_method")), COMPRESSED_TENSORS)
+        return LAYOUTS.get(self.method, COMPRESSED_TENSORS)
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
@@ -191,15 +196,14 @@ def is_tied(config: Mapping[str, Any]) -> bool:
 
 
 def _refuse_other_formats(subject: Subject) -> None:
-    method = subject.quantization.get("quant_method")
     if not subject.quantization and not subject.matrices:
         raise InputError(
             f"{subject.folder} is not quantized: config.json has no quantization_config, and no tensor is packed; "
             f"give the output of a conversion."
         )
-    if not subject.matrices and method not in LAYOUTS:
+    if not subject.matrices and subject.method not in LAYOUTS:
         raise InputError(
-            f"{subject.folder} is quantized (quant_method {method}), but not to NVFP4, which is all that verify knows."
+            f"{subject.folder} is quantized (quant_method {subject.method}), but not to NVFP4, which is all that verify knows."
         )
     other = next((name for name, info in subject.infos.items() if _is_fp8_weight(name, info)), None)
     if other is not None and _mixes_formats(subject.quantization):

@@ -156,7 +156,20 @@ def shard_that_the_index_does_not_name(folder: Path) -> str:
     return "model.embed_tokens.weight lies in consolidated.safetensors and in model-00004-of-00004.safetensors"
 
 
+@fault("index")
+def index_entry_that_is_no_name(folder: Path) -> str:
+    with edit_json(folder / INDEX_NAME) as index:
+        index["weight_map"]["model.norm.weight"] = ["model-00004-of-00004.safetensors"]
+    return "model.norm.weight is said to lie in ['model-00004-of-00004.safetensors'], which is not a shard"
+
+
 # layout
+
+
+@fault("layout", "config")  # without a group nothing has a scheme
+def config_group_that_is_no_map(folder: Path) -> str:
+    _edit_ct(folder, lambda config: config["config_groups"].update(group_0="nvfp4"))
+    return "config_groups is not a map of groups"
 
 
 @fault("layout", on="llama-mo")
@@ -355,6 +368,12 @@ def head_not_excluded(folder: Path) -> str:
     with edit_json(folder / "config.json") as config, edit_json(folder / HF_QUANT_CONFIG) as nested:
         config["quantization_config"]["ignore"] = nested["quantization"]["exclude_modules"] = ["*embed_tokens*"]
     return "lm_head is not quantized, but the config makes it nvfp4"
+
+
+@fault("config")
+def pattern_that_does_not_compile(folder: Path) -> str:
+    _edit_ct(folder, lambda config: config["ignore"].append("re:.*(mlp"))
+    return "the config makes it refused"
 
 
 # protected
@@ -566,6 +585,13 @@ def manifest_without_a_recipe(folder: Path) -> str:
     with edit_json(folder / MANIFEST) as manifest:
         del manifest["recipe"]
     return "lacks or misstates a key (KeyError: 'recipe')"
+
+
+@fault("manifest")
+def manifest_with_a_member_that_is_no_name(folder: Path) -> str:
+    with edit_json(folder / MANIFEST) as manifest:
+        _group(manifest, "mlp.down_proj")["members"] = [7]
+    return "lacks or misstates a key (TypeError: 7 is not a name)"
 
 
 @fault("manifest")

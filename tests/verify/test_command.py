@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from nvquant.cli.main import main
 from nvquant.verify.report import SHOWN_FAULTS, Check, Finding
-from verify.conftest import Copy
+from verify.checkpoints import Copy
 from verify.faults import chat_template_missing, edit_tensors, hash_wrong
 
 

@@ -13,7 +13,7 @@ from nvquant.format.layouts import LAYOUTS
 from nvquant.verify.report import Report
 from nvquant.verify.structure import AGAINST, ALONE, verify_structure
 from support.hostile import FILE_LIES, FOLDER_LIES, Breakage
-from verify.conftest import GOOD, Copy
+from verify.checkpoints import GOOD, Copy
 from verify.faults import FAULTS, MANIFEST, Fault, edit_json, sign
 
 NEEDS_MANIFEST = ("hashes", "input_scales", "weight_scales")

@@ -12,7 +12,7 @@ from nvquant.verify import tally as tallies
 from nvquant.verify.structure import verify_structure
 from nvquant.verify.subject import open_subject
 from nvquant.verify.tally import Strip, Tally, tally_matrix
-from verify.conftest import Copy
+from verify.checkpoints import Copy
 from verify.faults import LAYER, one_code_off_by_one
 
 

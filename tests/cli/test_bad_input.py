@@ -1,0 +1,287 @@
+"""Bad input ends with its exit code and one sentence that names what is wrong; nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import hostile
+from support.conversions import TinyModels, contents, edit_config, write_ids
+from support.tiny_models import tiny_llama
+
+WEIGHT_ONLY = ("--recipe", "nvfp4-a16", "--device", "cpu")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder: where the default output would appear."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def model(tiny: TinyModels, tmp_path: Path) -> Path:
+    """A tiny Llama to break."""
+    return shutil.copytree(tiny("llama"), tmp_path / "model")
+
+
+@pytest.fixture
+def refused(nvquant, here: Path):
+    """Run a command that must fail: returns its sentence."""
+
+    def run(code: int, *arguments: object) -> str:
+        before = contents(here.parent)
+        ended = nvquant("convert", *arguments)
+        assert ended.code == code, ended.stderr
+        assert ended.stdout == ""
+        assert "Traceback" not in ended.stderr
+        lines = ended.stderr.splitlines()
+        assert [line for line in lines if line.startswith("Error: ")] == lines[-1:]
+        assert lines[-1].endswith(".")
+        assert lines[-1].count(". ") <= 1
+        assert contents(here.parent) == before
+        assert list(here.iterdir()) == []
+        return lines[-1]
+
+    return run
+
+
+@pytest.mark.parametrize("name", hostile.BREAKAGES)
+def test_a_damaged_checkpoint_is_refused_by_name(refused, model: Path, name: str) -> None:
+    named = hostile.BREAKAGES[name](model)
+    assert named in refused(2, model, *WEIGHT_ONLY)
+
+
+@pytest.mark.parametrize("name", ["nan_in_weight", "infinity_in_weight"])
+def test_a_damaged_weight_ends_a_calibrated_run_too(refused, model: Path, ids: Path, name: str) -> None:
+    named = hostile.BREAKAGES[name](model)
+    options = ("--recipe", "nvfp4-full", "--calibration", ids, "--samples", 2, "--device", "cpu")
+    assert named in refused(2, model, *options)
+
+
+def test_a_damaged_weight_that_is_not_quantized_is_noticed_by_its_effect(refused, model: Path, ids: Path) -> None:
+    from safetensors.torch import load_file
+
+    for shard in model.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for key in tensors:
+            if key == "model.layers.1.input_layernorm.weight":
+                tensors[key][5] = torch.nan
+        save_file(tensors, shard, {"format": "pt"})
+    sentence = refused(1, model, "--calibration", ids, "--samples", 2, "--device", "cpu")
+    assert "NaN or an infinity at the input of model.layers.1.mlp.gate_up_proj" in sentence
+
+
+def test_a_missing_folder(refused, here: Path) -> None:
+    assert "no-such-folder is not a folder" in refused(2, "./no-such-folder")
+
+
+def test_a_hub_id_that_is_not_here(refused) -> None:
+    assert "google/gemma-4-31b is not a folder here" in refused(2, "google/gemma-4-31b")
+
+
+def test_a_file_in_place_of_a_folder(refused, model: Path) -> None:
+    assert "config.json is not a folder" in refused(2, model / "config.json")
+
+
+def test_an_unknown_recipe_names_those_that_ship(refused, model: Path) -> None:
+    sentence = refused(2, model, "--recipe", "nvfp5")
+    assert "recipe 'nvfp5' does not exist" in sentence
+    assert "nvfp4, nvfp4-a16, nvfp4-full" in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: own\nquantise:\n  - modules: [mlp]\n    scheme: nvfp4\n", "own.yaml:"),
+        ("name: own\nquantize:\n  - modules: [mlp]\n    scheme: nvfp4\nspeed: fast\n", "own.yaml:5: key 'speed'"),
+        ("name: own\nquantize:\n  - modules: [mlp]\n    scheme: fp5\n", "own.yaml:4: key 'quantize.0.scheme'"),
+        ("name: own\nquantize:\n  - modules: [nothing]\n    scheme: nvfp4\n", "'nothing' matches no matrix"),
+        ("name: own\nquantize:\n  - modules: ['re:.*gate_proj']\n    scheme: nvfp4\n", "which vLLM fuses with it"),
+        ("name: own\nquantize: [", "own.yaml:1: not YAML"),
+        ("name: own\nquantizer: gptq\nquantize:\n  - modules: [mlp]\n    scheme: nvfp4\n", "quantizer 'gptq'"),
+    ],
+)
+def test_a_recipe_file_that_does_not_fit(refused, model: Path, tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    assert expected in refused(2, model, "--recipe", tmp_path / "own.yaml")
+
+
+def test_a_missing_recipe_file(refused, model: Path) -> None:
+    assert "my.yaml cannot be read" in refused(2, model, "--recipe", "my.yaml")
+
+
+def test_an_unknown_quantizer_names_those_that_exist(refused, model: Path) -> None:
+    assert "quantizer 'gptq' does not exist; available: rtn, mse" in refused(2, model, "--quantizer", "gptq")
+
+
+def test_a_source_with_modelopts_config_is_quantized_already(refused, model: Path) -> None:
+    (model / "hf_quant_config.json").write_text("{}")
+    assert "is quantized already (quant_method modelopt)" in refused(2, model, *WEIGHT_ONLY)
+
+
+def test_an_output_of_ours_is_no_source(refused, nvquant, tiny: TinyModels, tmp_path: Path) -> None:
+    assert nvquant("convert", tiny("llama"), "-o", tmp_path / "out", *WEIGHT_ONLY).code == 0
+    assert "is quantized already (quant_method compressed-tensors)" in refused(2, tmp_path / "out", *WEIGHT_ONLY)
+
+
+def test_a_mixture_of_experts_says_what_to_do(refused, tiny: TinyModels) -> None:
+    assert "`experts: bf16`" in refused(2, tiny("gemma4_moe"), *WEIGHT_ONLY)
+
+
+def test_no_tokenizer_where_calibration_needs_one(refused, model: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    (tmp_path / "text.txt").write_text("Some words to calibrate with. " * 100)
+    sentence = refused(2, model, "--calibration", tmp_path / "text.txt", "--device", "cpu")
+    assert f"{model} has no tokenizer" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("missing.jsonl", None, "missing.jsonl is not a file"),
+        ("missing.txt", None, "missing.txt is not a file"),
+        ("empty.jsonl", "", "empty.jsonl has no rows"),
+        ("empty.txt", " \n", "empty.txt is empty"),
+        ("broken.jsonl", '{"input_ids": [1, 2\n', "broken.jsonl"),
+        ("short.jsonl", '{"input_ids": [5]}\n', "short.jsonl, row 1 has 1 tokens besides padding"),
+        ("beyond.jsonl", '{"input_ids": [1, 2, 512]}\n', "token id 512, but the model's vocabulary has 512 entries"),
+        ("negative.jsonl", '{"input_ids": [1, 2, -1]}\n', "negative.jsonl"),
+        ("few.jsonl", '{"input_ids": [1, 2, 3]}\n', "few.jsonl gives 1 samples of 64 tokens, not 2"),
+        ("unknown.pdf", "text", "unknown.pdf"),
+    ],
+)
+def test_calibration_that_cannot_be(
+    refused, model: Path, tmp_path: Path, name: str, text: str | None, expected: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    samples = 2 if name == "few.jsonl" else 1
+    options = ("--samples", samples, "--sequence-length", 64, "--device", "cpu")
+    assert expected in refused(2, model, "--calibration", tmp_path / name, *options)
+
+
+def test_an_unknown_calibration_set(refused, model: Path) -> None:
+    assert "--calibration nonsense is no shipped set" in refused(2, model, "--calibration", "nonsense")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--samples", "0"),
+        ("--samples", "many"),
+        ("--sequence-length", "1"),
+        ("--batch-size", "0"),
+        ("--memory-budget", "large"),
+        ("--format", "gguf"),
+        ("--device", "tpu"),
+        ("--speed", "fast"),
+    ],
+)
+def test_options_out_of_range_are_named(nvquant, model: Path, here: Path, option: tuple[str, str]) -> None:
+    ended = nvquant("convert", model, *option)
+    assert ended.code == 2
+    assert option[0] in ended.stderr.splitlines()[-1]
+    assert ended.stderr.splitlines()[-1].startswith("Error: ")
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", ".hidden"])
+def test_an_output_folder_that_is_not_ours(refused, model: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("text")
+    assert f"{tmp_path / 'out'} exists and was not made by nvquant" in refused(2, model, "-o", tmp_path / "out")
+
+
+def test_a_partial_folder_that_is_not_ours(refused, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("text")
+    assert "out.partial exists and was not made by nvquant" in refused(2, model, "-o", tmp_path / "out")
+
+
+def test_the_source_as_output(refused, model: Path) -> None:
+    for output in (model, model.parent, f"{model}/", os.path.relpath(model)):
+        assert "is the source itself, or holds it" in refused(2, model, "-o", output)
+
+
+def test_an_output_inside_of_a_file(refused, model: Path) -> None:
+    assert "cannot be made" in refused(2, model, "-o", model / "config.json" / "out", *WEIGHT_ONLY)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here")
+    if mounted.returncode:
+        pytest.skip(f"a small disk needs the right to mount one: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_too_little_disk_is_noticed_before_any_work(refused, model: Path, small_disk: Path) -> None:
+    sentence = refused(2, model, "-o", small_disk / "out", "--calibration", "not-even-looked-at")
+    assert f"{small_disk} has 1,048,576 free" in sentence
+    assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_an_architecture_that_transformers_does_not_know(
+    refused, model: Path, ids: Path, tmp_path: Path, with_text: bool
+) -> None:
+    edit_config(model, architectures=["UnheardOfForCausalLM"], model_type="unheard_of", transformers_version="9.9")
+    (tmp_path / "text.txt").write_text("Some words to calibrate with. " * 400)
+    calibration = tmp_path / "text.txt" if with_text else ids
+    options = ("--samples", 2, "--sequence-length", 24, "--device", "cpu")
+    sentence = refused(3, model, "--calibration", calibration, *options)
+    import transformers
+
+    assert f"transformers {transformers.__version__}" in sentence
+    assert "UnheardOfForCausalLM" in sentence
+    assert "9.9" in sentence
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(2, "describes 2 decoder layers, but the shards hold 3"), (4, "lacks model.layers.3.")]
+)
+def test_a_config_with_another_number_of_layers(refused, model: Path, ids: Path, layers: int, expected: str) -> None:
+    edit_config(model, num_hidden_layers=layers)
+    assert expected in refused(2, model, "--calibration", ids, "--samples", 2, "--device", "cpu")
+
+
+def test_shapes_of_another_config(refused, model: Path, ids: Path) -> None:
+    edit_config(model, intermediate_size=256)
+    sentence = refused(2, model, "--calibration", ids, "--samples", 2, "--device", "cpu")
+    assert "mlp.gate_proj.weight has shape [128, 64], but config.json describes [256, 64]" in sentence
+
+
+def test_a_model_that_is_no_decoder(refused, tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Encoder"]}))
+    save_file({"head.weight": torch.ones(16, 16)}, folder / "model.safetensors")
+    assert f"{folder}" in refused(2, folder, *WEIGHT_ONLY)
+
+
+def test_the_first_mistake_is_reported_before_the_model_is_read(refused, tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "source")
+    hostile.nan_in_weight(source)
+    write_ids(tmp_path / "none.jsonl", [])
+    assert "none.jsonl" in refused(2, source, "--calibration", tmp_path / "none.jsonl", "--device", "cpu")

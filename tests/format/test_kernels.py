@@ -1,0 +1,83 @@
+"""The GPU's kernel against the reference in PyTorch: the same bytes for every kind of matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nvquant.errors import ShapeError
+from nvquant.format.blocks import BlockQuantized, quantize_blocks, weight_amax
+from nvquant.format.kernels import has_kernel, quantize_on_gpu
+from nvquant.format.scales import global_scale
+from nvquant.quantizers import get_quantizer
+from torch import Tensor
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
+NAMES = ["ordinary", "wide range", "zeros", "minus zero", "subnormal scales", "large", "one block", "odd size", "ties"]
+CASES = [(name, dtype) for name in NAMES for dtype in (torch.float32, torch.bfloat16)]
+CASES += [(name, torch.float16) for name in NAMES if name not in ("large", "wide range")]  # beyond its range
+
+
+def matrix(name: str) -> Tensor:
+    generator = torch.Generator().manual_seed(len(name))
+    weight = 0.02 * torch.randn(64, 256, generator=generator)
+    if name == "wide range":
+        return weight * torch.logspace(-6, 4, 64)[:, None]
+    if name == "zeros":
+        weight[::3] = 0
+        return weight
+    if name == "minus zero":
+        return torch.where(weight > 0, weight, -0.0)
+    if name == "subnormal scales":
+        weight[0, 0] = 1e4
+        return weight
+    if name == "large":
+        return weight * 1e36
+    if name == "one block":
+        return weight[:1, :16]
+    if name == "odd size":
+        return weight[:37, :208]
+    if name == "ties":
+        return torch.randint(-24, 25, (64, 256), generator=generator) / 4.0
+    return weight
+
+
+def assert_same(found: BlockQuantized, wanted: BlockQuantized) -> None:
+    assert torch.equal(found.scales.cpu().view(torch.uint8), wanted.scales.view(torch.uint8))
+    assert torch.equal(found.packed.cpu(), wanted.packed)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [pytest.param(*case, marks=gpu) for case in CASES])
+def test_rounding_to_nearest_gives_the_bytes_of_the_reference(name: str, dtype: torch.dtype) -> None:
+    weight = matrix(name).to(dtype)
+    scale = global_scale(weight_amax(weight))
+    assert_same(quantize_on_gpu(weight.cuda(), scale), quantize_blocks(weight, scale))
+    assert_same(get_quantizer("rtn").quantize(weight.cuda(), scale), quantize_blocks(weight, scale))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=gpu) for name in NAMES])
+@pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
+def test_the_sweep_gives_the_bytes_of_the_reference(name: str, weighted: bool) -> None:
+    weight = matrix(name)
+    mse = get_quantizer("mse")
+    scale = global_scale(weight_amax(weight), mse.headroom)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(weight.shape[1], generator=generator, dtype=torch.float64)
+    mean_square = noise.exp() if weighted else None
+    assert_same(mse.quantize(weight.cuda(), scale, mean_square), mse.quantize(weight, scale, mean_square))
+
+
+@pytest.mark.parametrize("name", [pytest.param("ordinary", marks=gpu)])
+def test_a_strided_matrix_is_read_by_its_strides(name: str) -> None:
+    weight = matrix(name)
+    scale = global_scale(weight_amax(weight))
+    assert_same(quantize_on_gpu(weight.cuda().t().contiguous().t(), scale), quantize_blocks(weight, scale))
+
+
+def test_only_matrices_on_a_gpu_have_a_kernel() -> None:
+    assert not has_kernel(torch.zeros(4, 16))
+    assert not has_kernel(torch.zeros(4, 16, device="meta"))
+
+
+def test_columns_that_are_no_whole_blocks_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ShapeError):
+        quantize_on_gpu(torch.zeros(4, 24), torch.tensor(1.0))

@@ -1,0 +1,61 @@
+"""What the good checkpoints of these tests are, and how they are made: by the real conversion, from tiny models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvquant.calibrate.samples import CalibrationSet, load_calibration
+from nvquant.checkpoint.source import Checkpoint, open_checkpoint
+from nvquant.convert.pipeline import ConvertOptions, convert
+from nvquant.format.layouts import LAYOUTS
+from nvquant.plan.plan import compute_plan
+from nvquant.recipe.load import load_recipe
+from nvquant.recipe.roles import text_config
+from support.tiny_models import tiny_gemma4, tiny_llama
+
+WRITERS = {"llama": tiny_llama, "gemma4": tiny_gemma4}
+# Name: model, layout, recipe, quantizer, and whether the manifest is kept; without it another tool might have made it.
+GOOD = {
+    "llama-ct": ("llama", "compressed-tensors", "nvfp4-full", "rtn", True),
+    "llama-mo": ("llama", "modelopt", "nvfp4-full", "mse", True),
+    "llama-a16-ct": ("llama", "compressed-tensors", "nvfp4-a16", "mse", True),
+    "llama-a16-mo": ("llama", "modelopt", "nvfp4-a16", "rtn", True),
+    "gemma4-ct": ("gemma4", "compressed-tensors", "nvfp4-full", "mse", True),
+    "gemma4-mo": ("gemma4", "modelopt", "nvfp4-full", "mse", True),
+    "gemma4-a16-ct": ("gemma4", "compressed-tensors", "nvfp4-a16", "rtn", True),
+    "gemma4-a16-mo": ("gemma4", "modelopt", "nvfp4-a16", "mse", True),
+    "gemma4-mlp-ct": ("gemma4", "compressed-tensors", "nvfp4", "rtn", True),
+    "llama-foreign": ("llama", "compressed-tensors", "nvfp4-full", "rtn", False),
+}
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A checkpoint that a test may change, and the source that it may not."""
+
+    folder: Path
+    source: Path
+
+
+def convert_good(name: str, models: Mapping[str, Path], output: Path) -> Path:
+    """Convert what `GOOD` says under a name."""
+    model, layout, recipe, quantizer, keeps_manifest = GOOD[name]
+    plan = compute_plan(open_checkpoint(models[model]), load_recipe(recipe), LAYOUTS[layout], model)
+    samples = token_ids(plan.source, output.parent) if plan.recipe.needs_calibration else None
+    convert(plan, ConvertOptions(output, quantizer), samples)
+    if not keeps_manifest:
+        (output / "nvquant_manifest.json").unlink()
+    return output
+
+
+def token_ids(source: Checkpoint, folder: Path) -> CalibrationSet:
+    """Two samples of 61 token ids, the first of them BOS."""
+    bos = text_config(source.config)["bos_token_id"]
+    path = folder / f"{source.folder.name}.jsonl"
+    path.write_text("\n".join(json.dumps({"input_ids": [bos, *range(first, first + 60)]}) for first in (20, 130)))
+    return load_calibration(
+        str(path), model_folder=source.folder, config=source.config, samples=2, sequence_length=64, seed=0
+    )
