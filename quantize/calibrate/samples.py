@@ -49,6 +49,10 @@ class CalibrationSet:
     sha256: str
     framing: Framing
 
+    def as_json(self) -> dict[str, Any]:
+        """What results say of it."""
+        return {"name": self.name, "samples": len(self.samples), "tokens": self.tokens, "sha256": self.sha256}
+
 
 def load_calibration(
     name: str, *, model_folder: Path, config: Mapping[str, Any], samples: int, sequence_length: int, seed: int

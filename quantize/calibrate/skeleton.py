@@ -89,14 +89,18 @@ def load_outer(skeleton: Skeleton, token_ids: Tensor) -> None:
         InputError: an id beyond the embedding's rows.
     """
     # Exactly this class: learned positions are a subclass of nn.Embedding in some models, and not asked for token ids.
-    by_token = type(skeleton.decoder.get_input_embeddings())
-    embeddings = {name: module for name, module in _outer_modules(skeleton) if type(module) is by_token}
+    decoder: Any = skeleton.decoder
+    by_token: type[nn.Embedding] = type(decoder.get_input_embeddings())
+    modules = dict(_outer_modules(skeleton))
+    embeddings = {
+        name: module for name, module in modules.items() if isinstance(module, by_token) and type(module) is by_token
+    }
     for name, embedding in embeddings.items():
         _load_embedding_rows(skeleton, f"{skeleton.root}{name}.weight", embedding, token_ids)
     for name in _outer_state(skeleton):
         if name.rpartition(".")[0] not in embeddings:
             _set(skeleton, skeleton.decoder, name, skeleton.source.read(skeleton.root + name))
-    for _, module in _outer_modules(skeleton):
+    for module in modules.values():
         _move_tables(module, skeleton.device)
 
 
@@ -145,7 +149,8 @@ def _build(source: Checkpoint, dtype: torch.dtype) -> Any:
     architecture = str((source.config.get("architectures") or ["none"])[0])
     model_class: Any = getattr(transformers, architecture, None)
     wrote = source.config.get("transformers_version", "another version")
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+    is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if not is_model:
         raise EnvironmentLack(
             f"{source.folder}: transformers {transformers.__version__} does not know the architecture {architecture} "
             f"(the model was made with {wrote}): install a transformers that does, or use a weight-only recipe."

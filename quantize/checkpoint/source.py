@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 READ_CHUNK_BYTES = 64 << 20
+COPY_CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,19 @@ class Checkpoint:
         if not 0 <= begin <= info.nbytes - len(buffer):
             raise IndexError(f"bytes {begin} to {begin + len(buffer)} of {name}, which has {info.nbytes}")
         read_range(self.path(name), info.begin + begin, buffer)
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of at most 16 MiB; each is valid until the next is asked for.
+
+        Raises:
+            InputError: the shard vanished, shrank or cannot be read.
+        """
+        info = self.info(name)
+        buffer = memoryview(bytearray(min(COPY_CHUNK_BYTES, info.nbytes)))
+        for begin in range(0, info.nbytes, COPY_CHUNK_BYTES):
+            piece = buffer[: min(COPY_CHUNK_BYTES, info.nbytes - begin)]
+            self.read_into(name, piece, begin)
+            yield piece
 
     def read(self, name: str, device: str = "cpu") -> torch.Tensor:
         """The tensor in its stored dtype and shape.

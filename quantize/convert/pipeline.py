@@ -19,7 +19,7 @@ from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import ATTENTION, build_skeleton
 from ..calibrate.walk import Walk
 from ..checkpoint.sidefiles import side_files
-from ..checkpoint.source import INDEX_NAME, open_checkpoint, read_range, tensor_bytes
+from ..checkpoint.source import INDEX_NAME, open_checkpoint, tensor_bytes
 from ..checkpoint.writer import TensorEntry, write_bytes, write_json, write_shard
 from ..errors import CheckFailed, InputError, NvquantError
 from ..plan.plan import Plan, PlannedShard
@@ -34,7 +34,6 @@ from .output import check_output, publish, start_partial
 
 log = logging.getLogger("nvquant.convert")
 
-COPY_CHUNK_BYTES = 16 << 20
 HIDDEN_SHARE_OF_GPU = 0.5
 
 
@@ -115,7 +114,7 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
         seconds=round(time.monotonic() - started, 3),
         peak_host_bytes=peak_host_bytes(),
         peak_gpu_bytes=peak_gpu_bytes(),
-        calibration=_calibration_json(calibration),
+        calibration=calibration.as_json() if calibration else None,
         marlin_flushed_blocks=flushed,
     )
 
@@ -227,20 +226,10 @@ def _write_one(
         if entry.name in tensors:
             yield tensor_bytes(tensors[entry.name])
         else:
-            yield from _source_bytes(plan, plan.origins[entry.name].source)
+            yield from plan.source.pieces(plan.origins[entry.name].source)
 
     hashes[shard.file] = write_shard(partial / shard.file, shard.entries, contents)
     return hashes[shard.file]
-
-
-def _source_bytes(plan: Plan, name: str) -> Iterator[memoryview]:
-    """A source tensor's bytes in pieces."""
-    info = plan.source.info(name)
-    buffer = memoryview(bytearray(min(COPY_CHUNK_BYTES, info.nbytes)))
-    for begin in range(info.begin, info.end, COPY_CHUNK_BYTES):
-        piece = buffer[: min(COPY_CHUNK_BYTES, info.end - begin)]
-        read_range(plan.source.path(name), begin, piece)
-        yield piece
 
 
 def _write_side_files(plan: Plan, partial: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -266,14 +255,3 @@ def assert_as_planned(plan: Plan, folder: Path) -> None:
         planned = [(entry.name, entry.dtype, entry.shape) for entry in shard.entries]
         if found != planned:
             raise CheckFailed(f"{shard.file} was not written as planned.")
-
-
-def _calibration_json(calibration: CalibrationSet | None) -> dict[str, Any] | None:
-    if calibration is None:
-        return None
-    return {
-        "name": calibration.name,
-        "samples": len(calibration.samples),
-        "tokens": calibration.tokens,
-        "sha256": calibration.sha256,
-    }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.sidefiles import side_files
-from ..checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, read_json, read_range, tensor_bytes
+from ..checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, read_json, tensor_bytes
 from ..checkpoint.writer import TensorEntry, order_entries, write_bytes, write_json, write_shard
 from ..errors import CheckFailed, InputError
 from ..format.layouts import LAYOUTS, Layout
@@ -35,7 +35,6 @@ from .output import check_output, publish, start_partial
 
 COPY_CHUNK_BYTES = 16 << 20
 HF_QUANT_CONFIG = "hf_quant_config.json"
-_PARTS: tuple[Part, ...] = ("packed", "scales", "weight_global", "input_global")
 # What marks a tensor as some other kind of quantization's.
 _FOREIGN_DTYPES = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 _FOREIGN_LEAF = re.compile(
@@ -347,19 +346,9 @@ def _write_shard(source: Checkpoint, path: Path, moves: list[_Move]) -> str:
         if move.value is not None:
             yield tensor_bytes(move.value)
         else:
-            yield from _stored_bytes(source, move.source)
+            yield from source.pieces(move.source)
 
     return write_shard(path, [move.entry for move in moves], contents)
-
-
-def _stored_bytes(source: Checkpoint, name: str) -> Iterator[memoryview]:
-    """A tensor's bytes in pieces."""
-    info = source.info(name)
-    buffer = memoryview(bytearray(min(COPY_CHUNK_BYTES, info.nbytes)))
-    for begin in range(info.begin, info.end, COPY_CHUNK_BYTES):
-        piece = buffer[: min(COPY_CHUNK_BYTES, info.end - begin)]
-        read_range(source.path(name), begin, piece)
-        yield piece
 
 
 def _write_other_files(

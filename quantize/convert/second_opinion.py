@@ -95,7 +95,7 @@ def convert_with_llmcompressor(
         seconds=round(time.monotonic() - started, 3),
         peak_host_bytes=peak_host_bytes(),
         peak_gpu_bytes=peak_gpu_bytes(),
-        calibration=_calibration_json(calibration),
+        calibration=calibration.as_json() if calibration else None,
         marlin_flushed_blocks=flushed,
     )
 
@@ -315,14 +315,3 @@ def _flushed_blocks(plan: Plan, written: Checkpoint) -> int:
         histograms = [scale_histogram(written.read(name)) for name in names]
         total += count_flushed_blocks(torch.stack(histograms).sum(0))
     return total
-
-
-def _calibration_json(calibration: CalibrationSet | None) -> dict[str, Any] | None:
-    if calibration is None:
-        return None
-    return {
-        "name": calibration.name,
-        "samples": len(calibration.samples),
-        "tokens": calibration.tokens,
-        "sha256": calibration.sha256,
-    }

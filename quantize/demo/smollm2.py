@@ -42,6 +42,7 @@ def build_smollm2(folder: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
     tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN
+    tokenizer.clean_up_tokenization_spaces = False  # meant for WordPiece; it would eat spaces of byte-level BPE
     ends = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.bfloat16().contiguous() for name, value in model.state_dict().items() if name != TIED_HEAD}

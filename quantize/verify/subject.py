@@ -203,7 +203,8 @@ def _refuse_other_formats(subject: Subject) -> None:
         )
     if not subject.matrices and subject.method not in LAYOUTS:
         raise InputError(
-            f"{subject.folder} is quantized (quant_method {subject.method}), but not to NVFP4, which is all that verify knows."
+            f"{subject.folder} is quantized (quant_method {subject.method}), but not to NVFP4, which is all that "
+            f"verify knows."
         )
     other = next((name for name, info in subject.infos.items() if _is_fp8_weight(name, info)), None)
     if other is not None and _mixes_formats(subject.quantization):

@@ -181,7 +181,6 @@ def _tally_scales(tally: Tally, strip: Strip, rule: Rule) -> None:
     if count and not tally.wrong_scales:
         block = int(wrong.nonzero()[0])
         row, number = strip.position(block)
-        tally.first_scale = (
-            f"first at row {row}, block {number}: 0x{strip.scales[block]:02X}, not 0x{nearest[block]:02X}"
-        )
+        stored, rounded = int(strip.scales[block]), int(nearest[block])
+        tally.first_scale = f"first at row {row}, block {number}: 0x{stored:02X}, where rounding gives 0x{rounded:02X}"
     tally.wrong_scales += count

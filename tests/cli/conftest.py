@@ -1,26 +1,13 @@
-"""The command line called in this process, as the console script calls it."""
+"""The command line, and tiny models and token ids to call it on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
-from nvquant.cli.main import main
+from support.commands import Command, run_command
 from support.conversions import TinyModels, random_samples, write_ids
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended: exit code and what it wrote."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
-Command = Callable[..., Ended]
 
 
 @pytest.fixture(scope="session")
@@ -37,14 +24,5 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def nvquant(capfd: pytest.CaptureFixture[str]) -> Command:
-    """Run a command line; everything that reaches the process's streams is seen, from libraries too."""
-
-    def run(*arguments: object) -> Ended:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        stdout, stderr = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Ended(ended.value.code, stdout, stderr)
-
-    return run
+    """Run a command line."""
+    return partial(run_command, capfd)

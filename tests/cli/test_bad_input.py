@@ -6,16 +6,19 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import transformers
+from safetensors.torch import load_file, save_file
 from support import hostile
+from support.commands import Command
 from support.conversions import TinyModels, contents, edit_config, write_ids
 from support.tiny_models import tiny_llama
 
+Refused = Callable[..., str]
 WEIGHT_ONLY = ("--recipe", "nvfp4-a16", "--device", "cpu")
 
 
@@ -35,7 +38,7 @@ def model(tiny: TinyModels, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refused(nvquant, here: Path):
+def refused(nvquant: Command, here: Path) -> Refused:
     """Run a command that must fail: returns its sentence."""
 
     def run(code: int, *arguments: object) -> str:
@@ -56,21 +59,21 @@ def refused(nvquant, here: Path):
 
 
 @pytest.mark.parametrize("name", hostile.BREAKAGES)
-def test_a_damaged_checkpoint_is_refused_by_name(refused, model: Path, name: str) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name(refused: Refused, model: Path, name: str) -> None:
     named = hostile.BREAKAGES[name](model)
     assert named in refused(2, model, *WEIGHT_ONLY)
 
 
 @pytest.mark.parametrize("name", ["nan_in_weight", "infinity_in_weight"])
-def test_a_damaged_weight_ends_a_calibrated_run_too(refused, model: Path, ids: Path, name: str) -> None:
+def test_a_damaged_weight_ends_a_calibrated_run_too(refused: Refused, model: Path, ids: Path, name: str) -> None:
     named = hostile.BREAKAGES[name](model)
     options = ("--recipe", "nvfp4-full", "--calibration", ids, "--samples", 2, "--device", "cpu")
     assert named in refused(2, model, *options)
 
 
-def test_a_damaged_weight_that_is_not_quantized_is_noticed_by_its_effect(refused, model: Path, ids: Path) -> None:
-    from safetensors.torch import load_file
-
+def test_a_damaged_weight_that_is_not_quantized_is_noticed_by_its_effect(
+    refused: Refused, model: Path, ids: Path
+) -> None:
     for shard in model.glob("*.safetensors"):
         tensors = load_file(shard)
         for key in tensors:
@@ -78,22 +81,22 @@ def test_a_damaged_weight_that_is_not_quantized_is_noticed_by_its_effect(refused
                 tensors[key][5] = torch.nan
         save_file(tensors, shard, {"format": "pt"})
     sentence = refused(1, model, "--calibration", ids, "--samples", 2, "--device", "cpu")
-    assert "NaN or an infinity at the input of model.layers.1.mlp.gate_up_proj" in sentence
+    assert "NaN or an infinity at the input of model.layers.1.mlp." in sentence
 
 
-def test_a_missing_folder(refused, here: Path) -> None:
+def test_a_missing_folder(refused: Refused, here: Path) -> None:
     assert "no-such-folder is not a folder" in refused(2, "./no-such-folder")
 
 
-def test_a_hub_id_that_is_not_here(refused) -> None:
+def test_a_hub_id_that_is_not_here(refused: Refused) -> None:
     assert "google/gemma-4-31b is not a folder here" in refused(2, "google/gemma-4-31b")
 
 
-def test_a_file_in_place_of_a_folder(refused, model: Path) -> None:
+def test_a_file_in_place_of_a_folder(refused: Refused, model: Path) -> None:
     assert "config.json is not a folder" in refused(2, model / "config.json")
 
 
-def test_an_unknown_recipe_names_those_that_ship(refused, model: Path) -> None:
+def test_an_unknown_recipe_names_those_that_ship(refused: Refused, model: Path) -> None:
     sentence = refused(2, model, "--recipe", "nvfp5")
     assert "recipe 'nvfp5' does not exist" in sentence
     assert "nvfp4, nvfp4-a16, nvfp4-full" in sentence
@@ -107,38 +110,42 @@ def test_an_unknown_recipe_names_those_that_ship(refused, model: Path) -> None:
         ("name: own\nquantize:\n  - modules: [mlp]\n    scheme: fp5\n", "own.yaml:4: key 'quantize.0.scheme'"),
         ("name: own\nquantize:\n  - modules: [nothing]\n    scheme: nvfp4\n", "'nothing' matches no matrix"),
         ("name: own\nquantize:\n  - modules: ['re:.*gate_proj']\n    scheme: nvfp4\n", "which vLLM fuses with it"),
-        ("name: own\nquantize: [", "own.yaml:1: not YAML"),
+        ("name: own\nquantize: [", "own.yaml:2: not YAML"),
         ("name: own\nquantizer: gptq\nquantize:\n  - modules: [mlp]\n    scheme: nvfp4\n", "quantizer 'gptq'"),
     ],
 )
-def test_a_recipe_file_that_does_not_fit(refused, model: Path, tmp_path: Path, text: str, expected: str) -> None:
+def test_a_recipe_file_that_does_not_fit(
+    refused: Refused, model: Path, tmp_path: Path, text: str, expected: str
+) -> None:
     (tmp_path / "own.yaml").write_text(text)
     assert expected in refused(2, model, "--recipe", tmp_path / "own.yaml")
 
 
-def test_a_missing_recipe_file(refused, model: Path) -> None:
+def test_a_missing_recipe_file(refused: Refused, model: Path) -> None:
     assert "my.yaml cannot be read" in refused(2, model, "--recipe", "my.yaml")
 
 
-def test_an_unknown_quantizer_names_those_that_exist(refused, model: Path) -> None:
+def test_an_unknown_quantizer_names_those_that_exist(refused: Refused, model: Path) -> None:
     assert "quantizer 'gptq' does not exist; available: rtn, mse" in refused(2, model, "--quantizer", "gptq")
 
 
-def test_a_source_with_modelopts_config_is_quantized_already(refused, model: Path) -> None:
+def test_a_source_with_modelopts_config_is_quantized_already(refused: Refused, model: Path) -> None:
     (model / "hf_quant_config.json").write_text("{}")
-    assert "is quantized already (quant_method modelopt)" in refused(2, model, *WEIGHT_ONLY)
+    assert "is quantized already (hf_quant_config.json says modelopt)" in refused(2, model, *WEIGHT_ONLY)
 
 
-def test_an_output_of_ours_is_no_source(refused, nvquant, tiny: TinyModels, tmp_path: Path) -> None:
+def test_an_output_of_ours_is_no_source(refused: Refused, nvquant: Command, tiny: TinyModels, tmp_path: Path) -> None:
     assert nvquant("convert", tiny("llama"), "-o", tmp_path / "out", *WEIGHT_ONLY).code == 0
-    assert "is quantized already (quant_method compressed-tensors)" in refused(2, tmp_path / "out", *WEIGHT_ONLY)
+    sentence = refused(2, tmp_path / "out", *WEIGHT_ONLY)
+    assert f"{tmp_path / 'out'} is quantized already" in sentence
+    assert "compressed-tensors" in sentence
 
 
-def test_a_mixture_of_experts_says_what_to_do(refused, tiny: TinyModels) -> None:
+def test_a_mixture_of_experts_says_what_to_do(refused: Refused, tiny: TinyModels) -> None:
     assert "`experts: bf16`" in refused(2, tiny("gemma4_moe"), *WEIGHT_ONLY)
 
 
-def test_no_tokenizer_where_calibration_needs_one(refused, model: Path, tmp_path: Path) -> None:
+def test_no_tokenizer_where_calibration_needs_one(refused: Refused, model: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
     (tmp_path / "text.txt").write_text("Some words to calibrate with. " * 100)
@@ -162,7 +169,7 @@ def test_no_tokenizer_where_calibration_needs_one(refused, model: Path, tmp_path
     ],
 )
 def test_calibration_that_cannot_be(
-    refused, model: Path, tmp_path: Path, name: str, text: str | None, expected: str
+    refused: Refused, model: Path, tmp_path: Path, name: str, text: str | None, expected: str
 ) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
@@ -171,7 +178,7 @@ def test_calibration_that_cannot_be(
     assert expected in refused(2, model, "--calibration", tmp_path / name, *options)
 
 
-def test_an_unknown_calibration_set(refused, model: Path) -> None:
+def test_an_unknown_calibration_set(refused: Refused, model: Path) -> None:
     assert "--calibration nonsense is no shipped set" in refused(2, model, "--calibration", "nonsense")
 
 
@@ -188,7 +195,7 @@ def test_an_unknown_calibration_set(refused, model: Path) -> None:
         ("--speed", "fast"),
     ],
 )
-def test_options_out_of_range_are_named(nvquant, model: Path, here: Path, option: tuple[str, str]) -> None:
+def test_options_out_of_range_are_named(nvquant: Command, model: Path, here: Path, option: tuple[str, str]) -> None:
     ended = nvquant("convert", model, *option)
     assert ended.code == 2
     assert option[0] in ended.stderr.splitlines()[-1]
@@ -197,24 +204,24 @@ def test_options_out_of_range_are_named(nvquant, model: Path, here: Path, option
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", ".hidden"])
-def test_an_output_folder_that_is_not_ours(refused, model: Path, tmp_path: Path, name: str) -> None:
+def test_an_output_folder_that_is_not_ours(refused: Refused, model: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("text")
     assert f"{tmp_path / 'out'} exists and was not made by nvquant" in refused(2, model, "-o", tmp_path / "out")
 
 
-def test_a_partial_folder_that_is_not_ours(refused, model: Path, tmp_path: Path) -> None:
+def test_a_partial_folder_that_is_not_ours(refused: Refused, model: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.tex").write_text("text")
     assert "out.partial exists and was not made by nvquant" in refused(2, model, "-o", tmp_path / "out")
 
 
-def test_the_source_as_output(refused, model: Path) -> None:
+def test_the_source_as_output(refused: Refused, model: Path) -> None:
     for output in (model, model.parent, f"{model}/", os.path.relpath(model)):
         assert "is the source itself, or holds it" in refused(2, model, "-o", output)
 
 
-def test_an_output_inside_of_a_file(refused, model: Path) -> None:
+def test_an_output_inside_of_a_file(refused: Refused, model: Path) -> None:
     assert "cannot be made" in refused(2, model, "-o", model / "config.json" / "out", *WEIGHT_ONLY)
 
 
@@ -236,7 +243,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def test_too_little_disk_is_noticed_before_any_work(refused, model: Path, small_disk: Path) -> None:
+def test_too_little_disk_is_noticed_before_any_work(refused: Refused, model: Path, small_disk: Path) -> None:
     sentence = refused(2, model, "-o", small_disk / "out", "--calibration", "not-even-looked-at")
     assert f"{small_disk} has 1,048,576 free" in sentence
     assert list(small_disk.iterdir()) == []
@@ -244,15 +251,13 @@ def test_too_little_disk_is_noticed_before_any_work(refused, model: Path, small_
 
 @pytest.mark.parametrize("with_text", [False, True])
 def test_an_architecture_that_transformers_does_not_know(
-    refused, model: Path, ids: Path, tmp_path: Path, with_text: bool
+    refused: Refused, model: Path, ids: Path, tmp_path: Path, with_text: bool
 ) -> None:
     edit_config(model, architectures=["UnheardOfForCausalLM"], model_type="unheard_of", transformers_version="9.9")
     (tmp_path / "text.txt").write_text("Some words to calibrate with. " * 400)
     calibration = tmp_path / "text.txt" if with_text else ids
     options = ("--samples", 2, "--sequence-length", 24, "--device", "cpu")
     sentence = refused(3, model, "--calibration", calibration, *options)
-    import transformers
-
     assert f"transformers {transformers.__version__}" in sentence
     assert "UnheardOfForCausalLM" in sentence
     assert "9.9" in sentence
@@ -261,18 +266,20 @@ def test_an_architecture_that_transformers_does_not_know(
 @pytest.mark.parametrize(
     ("layers", "expected"), [(2, "describes 2 decoder layers, but the shards hold 3"), (4, "lacks model.layers.3.")]
 )
-def test_a_config_with_another_number_of_layers(refused, model: Path, ids: Path, layers: int, expected: str) -> None:
+def test_a_config_with_another_number_of_layers(
+    refused: Refused, model: Path, ids: Path, layers: int, expected: str
+) -> None:
     edit_config(model, num_hidden_layers=layers)
     assert expected in refused(2, model, "--calibration", ids, "--samples", 2, "--device", "cpu")
 
 
-def test_shapes_of_another_config(refused, model: Path, ids: Path) -> None:
+def test_shapes_of_another_config(refused: Refused, model: Path, ids: Path) -> None:
     edit_config(model, intermediate_size=256)
     sentence = refused(2, model, "--calibration", ids, "--samples", 2, "--device", "cpu")
     assert "mlp.gate_proj.weight has shape [128, 64], but config.json describes [256, 64]" in sentence
 
 
-def test_a_model_that_is_no_decoder(refused, tmp_path: Path) -> None:
+def test_a_model_that_is_no_decoder(refused: Refused, tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"architectures": ["Encoder"]}))
@@ -280,7 +287,7 @@ def test_a_model_that_is_no_decoder(refused, tmp_path: Path) -> None:
     assert f"{folder}" in refused(2, folder, *WEIGHT_ONLY)
 
 
-def test_the_first_mistake_is_reported_before_the_model_is_read(refused, tmp_path: Path) -> None:
+def test_the_first_mistake_is_reported_before_the_model_is_read(refused: Refused, tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "source")
     hostile.nan_in_weight(source)
     write_ids(tmp_path / "none.jsonl", [])

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from nvquant.cli.main import main
 from nvquant.verify.report import SHOWN_FAULTS, Check, Finding
+from verify.breaking import edit_tensors
 from verify.checkpoints import Copy
-from verify.faults import chat_template_missing, edit_tensors, hash_wrong
+from verify.faults_files import chat_template_missing, hash_wrong
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:

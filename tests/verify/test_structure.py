@@ -13,8 +13,9 @@ from nvquant.format.layouts import LAYOUTS
 from nvquant.verify.report import Report
 from nvquant.verify.structure import AGAINST, ALONE, verify_structure
 from support.hostile import FILE_LIES, FOLDER_LIES, Breakage
+from verify.breaking import MANIFEST, Fault, edit_json, sign
 from verify.checkpoints import GOOD, Copy
-from verify.faults import FAULTS, MANIFEST, Fault, edit_json, sign
+from verify.faults import FAULTS
 
 NEEDS_MANIFEST = ("hashes", "input_scales", "weight_scales")
 

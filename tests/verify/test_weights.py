@@ -12,8 +12,9 @@ from nvquant.verify import tally as tallies
 from nvquant.verify.structure import verify_structure
 from nvquant.verify.subject import open_subject
 from nvquant.verify.tally import Strip, Tally, tally_matrix
+from verify.breaking import LAYER
 from verify.checkpoints import Copy
-from verify.faults import LAYER, one_code_off_by_one
+from verify.faults_numbers import one_code_off_by_one
 
 
 def judged(source: list[float], codes: list[float], step: float = 0.5) -> Tally:
