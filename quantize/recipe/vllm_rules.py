@@ -22,6 +22,7 @@ from .groups import FUSED_MEMBERS
 
 UNQUANTIZED = "unquantized"
 REFUSED = "refused"
+_NOT_LINEAR_CLASSES = ("lm_head", "embed_tokens")  # ParallelLMHead, VocabParallelEmbedding
 
 # The multimodal class puts the decoder under language_model.model, the text-only class under model.
 _RENAMES = (
@@ -140,8 +141,10 @@ def _matched_target(name: str, targets: list[tuple[str, str]], at: int) -> str:
     if found is None:
         members = [first(shard) for shard in _shards(name)]
         found = members[0] if members and None not in members else None
-    # Last, vLLM looks for the target in the class name of the layer: `Linear` is part of all of them.
-    return found or next((group for target, group in targets if target == "Linear"), UNQUANTIZED)
+    if found is not None or name.endswith(_NOT_LINEAR_CLASSES):
+        return found or UNQUANTIZED
+    # Last, vLLM looks for the target in the class name of the layer: `Linear` is part of all linear ones.
+    return next((group for target, group in targets if target == "Linear"), UNQUANTIZED)
 
 
 def _split_wildcard(entry: str) -> list[str]:
