@@ -266,7 +266,7 @@ def _plain_fence(fence: str) -> str:
 
 def _strip_inline(text: str) -> str:
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    for label in set(re.findall(r"(?m)^\[([^\]]+)\]:", text)):
+    for label in sorted(set(re.findall(r"(?m)^\[([^\]]+)\]:", text))):
         text = text.replace(f"[{label}]: ", "[link]: ").replace(f"[{label}]", label)
     text = re.sub(r"(?m)^\[[^\]]+\]:\s*\S+.*$", "", html.unescape(text))
     text = re.sub(r"(?m)^(!{3}|\?{3}|/{3}).*$|^.*\{[{!%].*$", "", text)

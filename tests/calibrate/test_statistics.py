@@ -59,13 +59,13 @@ def test_amax_is_exact_and_the_mean_square_nearly(dtype: torch.dtype) -> None:
     np.testing.assert_allclose(found.mean_square.numpy(), (rows**2).mean(0), rtol=2e-6)
 
 
-def test_mean_squares_are_summed_sequence_by_sequence_in_order() -> None:
-    # In float64, 1e24 + 1 is 1e24: only sums in the order of the samples give the first result.
-    small, large = torch.ones(1, 1, 16), torch.full((1, 1, 16), 1e12)
-    first = observed(small, large, -large)
-    expected = ((1.0 + float(large[0, 0, 0] ** 2)) + float(large[0, 0, 0] ** 2)) / 3
-    assert first.mean_square is not None
-    assert first.mean_square.tolist() == [expected] * 16
+def test_mean_squares_are_summed_in_the_order_of_the_samples() -> None:
+    # Float64 steps by 4 above 2^54: three ones are lost one by one, but not when they come first.
+    large, small = torch.full((1, 1, 16), 2.0**27), torch.ones(1, 1, 16)
+    for order, total in (((large, small, small, small), 2.0**54), ((small, small, small, large), 2.0**54 + 4)):
+        mean_square = observed(*order).mean_square
+        assert mean_square is not None
+        assert mean_square.tolist() == [total / 4] * 16
 
 
 def test_mean_squares_are_not_taken_unless_wanted() -> None:

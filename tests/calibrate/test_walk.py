@@ -6,6 +6,7 @@ from collections import UserDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,28 @@ def test_hidden_states_and_statistics_are_those_of_the_whole_model(
     for group in groups:
         for member in group.members:
             assert_statistics(statistics[group.name], whole.inputs[member])
+
+
+def test_models_with_learned_positions_are_walked_too(tmp_path: Path) -> None:
+    config = transformers.OPTConfig(
+        vocab_size=512, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=64, pad_token_id=1, bos_token_id=2, eos_token_id=2,
+    )  # fmt: skip
+    transformers.OPTForCausalLM._from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    skeleton = skeleton_of(tmp_path)
+    samples = random_samples((20, 24))
+    seen, whole = Observed(), Observed()
+    seen.watch(skeleton.layers, skeleton.layer_prefix)
+    walk = Walk(skeleton, samples, 1, CPU)
+    for number in range(2):
+        walk.step(number, layer_weights(skeleton, number), (), False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    whole.watch(model.get_decoder().layers, skeleton.layer_prefix)
+    with torch.no_grad():
+        for ids in samples:
+            model(input_ids=ids.unsqueeze(0), use_cache=False)
+    for number, outputs in whole.outputs.items():
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen.outputs[number], outputs, strict=True))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4", "gemma4_e2b"])
