@@ -6,12 +6,14 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 NEWEST_VENV ?= .venv-newest
-PYTEST_FLAGS ?=
+# Two processes of one thread each: small tensors gain nothing from more threads, and lose much where cores are busy.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint vllm test-newest clean
 
 demo: $(VENV)/.demo
-	$(BIN)/nvquant demo
+	env -u OMP_NUM_THREADS $(BIN)/nvquant demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

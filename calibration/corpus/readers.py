@@ -50,7 +50,7 @@ _BOILERPLATE = re.compile(
 )
 # Paragraphs that nobody needs for calibration, above all in the older dictionaries.
 _CRUDE = re.compile(
-    r"\b(fuck|shit|cunt|nigg|faggot|bitch|asshole|penis|rape|negro|afro-|mongolian|chinam[ae]n|heathen|savage|red-?skin|jew(s|ess)?\b)",
+    r"\b(fuck|shit|cunt|nigg|faggot|bitch|asshole|penis|rape|negro|négress|nègre|afro-|mongolian|chinam[ae]n|heathen|savage|red-?skin|jew(s|ess)?\b)",
     re.IGNORECASE,
 )
 _LEADING_COMMENT = re.compile(r"\A\s*(?:/\*.*?\*/|(?:[ \t]*(?://|#(?!!)|--|;)[^\n]*\n)+)\s*", re.DOTALL)

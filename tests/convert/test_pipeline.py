@@ -257,6 +257,28 @@ def test_the_manifest_says_what_the_run_was_made_from_and_what_it_saw(tiny: Tiny
             assert stored == pytest.approx(2688 / seen["calibrated_amax"], rel=3e-7)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma4", "gemma4_e2b"])
+def test_what_calibration_saw_is_what_the_whole_model_computes(tiny: TinyModels, done: Conversions, name: str) -> None:
+    largest: dict[str, float] = {}
+
+    def watch(at: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            largest[at] = max(largest.get(at, 0.0), float(args[0].abs().max()))
+
+        return hook
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32).eval()
+    for at in planned(tiny(name)).matrices:
+        model.get_submodule(at).register_forward_pre_hook(watch(at))
+    with torch.no_grad():
+        for ids in random_samples():
+            model(input_ids=ids.unsqueeze(0), use_cache=False)
+    layers = json.loads((done(name, quantizer="mse") / MANIFEST_NAME).read_text())["layers"]
+    groups = [group for layer in layers for group in layer["groups"].values()]
+    seen = {member: group["input"]["observed_amax"] for group in groups for member in group["members"]}
+    assert seen == largest
+
+
 def test_the_manifest_names_no_path_host_or_time(tiny: TinyModels, tmp_path: Path) -> None:
     recipe = recipe_for("llama", "nvfp4-full")
     recipe = recipe.model_copy(

@@ -124,6 +124,16 @@ def test_block_scale_divides_by_six_before_it_multiplies(amax: float, scale: flo
     assert torch.equal(found, torch.tensor([wanted]).to(torch.float8_e4m3fn).view(torch.uint8))
 
 
+@pytest.mark.parametrize(
+    ("amax", "scale", "byte"),
+    [(0.000494902953505516, 497.256591796875, 19), (0.00040063573396764696, 497.256591796875, 16)],
+)
+def test_the_order_of_division_and_product_decides_at_a_tie(amax: float, scale: float, byte: int) -> None:
+    assert block_scale_bytes(torch.tensor([amax]), torch.tensor(scale)).item() == byte
+    other_way = torch.tensor([float32(float32(amax * scale) / 6)]).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert other_way.item() != byte
+
+
 def test_block_scale_bytes_leave_their_input_alone() -> None:
     amax = torch.tensor([0.0, 1.0, 6.0])
     block_scale_bytes(amax, torch.tensor(3.0))
