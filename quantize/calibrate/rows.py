@@ -1,7 +1,7 @@
 """Rows of a data file in an order drawn from the seed.
 
-Tables are `.parquet`, `.jsonl`, `.json` and `.csv`; texts are `.txt`. All but Parquet may be packed, as `.jsonl.xz` or
-`.csv.gz`.
+Tables are `.parquet`, `.jsonl`, `.json` and `.csv`; texts are `.txt`. All but Parquet may be packed, as `.jsonl.xz`
+or `.csv.gz`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """What calibration learns about the inputs of quantized matrices, and the input global scale that follows.
 
 Nothing depends on the order or the grouping of sequences: amax by max, mean squares as one float64 vector a sequence,
-summed in the order of the
-samples, percentiles by a histogram over BF16 bit patterns.
-Source of the head-room rule: docs/calibration.md, section "Input scales".
+summed in the order of the samples, percentiles by a histogram over BF16 bit patterns. Source of the head-room rule:
+docs/calibration.md, section "Input scales".
 """
 
 from __future__ import annotations

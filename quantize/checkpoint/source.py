@@ -1,5 +1,5 @@
-"""A checkpoint folder opened for reading: its config, its index, the headers of its shards. Weights are read by
-byte range, never mapped."""
+"""A checkpoint folder opened for reading: its config, its index, the headers of its shards. Weights are read by byte
+range, never mapped."""
 
 from __future__ import annotations
 

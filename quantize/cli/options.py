@@ -77,12 +77,19 @@ def open_model(model: str) -> Checkpoint:
         InputError: it is not a model folder.
     """
     folder = Path(model)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
+    if not _exists(folder) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
         raise InputError(
             f"{model} is not a folder here: download it first (`hf download {model.partition('@')[0]} "
             f"--local-dir DIR`) and give DIR."
         )
     return open_checkpoint(folder)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for the system, or a folder that may not be searched
+        return False
 
 
 def make_plan(model: str, recipe_name: str, format_name: str) -> tuple[Plan, Recipe]:

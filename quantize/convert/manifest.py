@@ -1,5 +1,5 @@
-"""`nvquant_manifest.json`: what a run was made from, what it observed, and the hash of every file. No time, host
-or path: equal runs, equal files."""
+"""`nvquant_manifest.json`: what a run was made from, what it observed, and the hash of every file. No time, host or
+path: equal runs, equal files."""
 
 from __future__ import annotations
 

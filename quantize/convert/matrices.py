@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..calibrate.statistics import InputStatistics, calibrated_amax
+from ..errors import InputError
 from ..format.blocks import weight_amax
 from ..format.constants import SCALE_RANGE
 from ..format.layouts import Layout
@@ -43,10 +45,15 @@ def quantize_group(
         inputs: statistics of the shared input; None for a weight-only scheme.
     Raises:
         NonFiniteError: a NaN or an infinity in a weight.
+        InputError: weights so large that the quantizer's head-room leaves float32.
     """
     members = [plan.matrices[module] for module in group.members]
     amax = torch.stack([weight_amax(weights[member.source], member.source) for member in members]).amax()
     scale = global_scale(amax, quantizer.headroom)
+    if not math.isfinite(float(amax * quantizer.headroom)):
+        raise InputError(
+            f"{members[0].source} holds values near the end of float32: use --quantizer rtn for this model."
+        )
     mean_square = inputs.mean_square if inputs else None
     weight_scalar = stored_scalar(float(amax) * quantizer.headroom, plan.layout)
     record: dict[str, Any] = {"scheme": members[0].scheme, "members": list(group.members), "weight_amax": float(amax)}

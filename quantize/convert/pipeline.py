@@ -1,5 +1,5 @@
-"""Convert: execute a plan. While a layer is computed the next one is read and the last one written; one layer is
-in flight in each stage."""
+"""Convert: execute a plan. While a layer is computed the next one is read and the last one written; one layer is in
+flight in each stage."""
 
 from __future__ import annotations
 

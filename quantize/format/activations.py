@@ -1,8 +1,7 @@
 """What a server does to the input of a W4A4 matrix, emulated in float32.
 
 Source: vLLM 0.33.0, `ref_nvfp4_quant` in vllm/model_executor/layers/quantization/utils/nvfp4_emulation_utils.py (the
-formula, rewritten here);
-checked bit for bit against tests/data/reference_vectors.json.
+formula, rewritten here); checked bit for bit against tests/data/reference_vectors.json.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Quantize a matrix to NVFP4 and back.
 
 The reference in PyTorch below runs on every device. It works on strips of rows that fit the processor's cache, turned
-so that the 16 elements
-of a block lie in 16 long vectors: every step is then one vector operation over many blocks.
+so that the 16 elements of a block lie in 16 long vectors: every step is then one vector operation over many blocks.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 column in the low nibble.
 
 Rounding is to nearest, ties to the even code, saturating at 6, as `cvt.rn.satfinite.e2m1x2` does. It is done with one
-float32 addition: adding
-1.5 * 2^22 * p to a value in [p, 2p) leaves exactly one mantissa bit of it, and the float32 adder itself rounds to
-nearest even. The same trick
-serves every device, so all give the same bytes.
+float32 addition: adding 1.5 * 2^22 * p to a value in [p, 2p) leaves exactly one mantissa bit of it, and the float32
+adder itself rounds to nearest even. The same trick serves every device, so all give the same bytes.
 Source: docs/formats.md, section "E2M1"; OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3.
 """
 

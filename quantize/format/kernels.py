@@ -1,9 +1,8 @@
-"""The GPU's way to quantize: one pass over the matrix with everything in registers. Bytes equal the PyTorch
-reference's, operation by operation.
+"""The GPU's way to quantize: one pass over the matrix with everything in registers. Bytes equal the PyTorch reference's,
+operation by operation.
 
 Division is IEEE (`div_rn`) and multiply-add is not fused, as in the reference. A program handles a run of blocks;
-codes are rounded with the same
-one-addition trick as in e2m1.py and scales.py.
+codes are rounded with the same one-addition trick as in e2m1.py and scales.py.
 """
 
 from __future__ import annotations

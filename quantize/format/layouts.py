@@ -1,8 +1,7 @@
 """The two on-disk layouts of an NVFP4 matrix: what its tensors are called, and how its scalars are stored.
 
 Packed codes and block scales are the same bytes in both. compressed-tensors stores global scales as divisors (2688 /
-amax) of shape [1], modelopt
-as multipliers (amax / 2688) of shape [].
+amax) of shape [1], modelopt as multipliers (amax / 2688) of shape [].
 Source: docs/formats.md, section "Layouts".
 """
 

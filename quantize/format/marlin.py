@@ -1,13 +1,11 @@
 """Block scales that vLLM's Marlin kernel flushes to zero on GPUs without FP4 units (Hopper, Ada, Ampere).
 
 Marlin keeps block scales in an 8-bit format of its own. At load it multiplies the scales of the fused tensor (gate +
-up, q + k + v) by the power of
-two that brings the largest one into (224, 448], and then stores zero for every scale below 2^-6: such a block is
-served as zeros. Relative to the
-largest scale the threshold is 3.5e-5 (top scale 448) to 7.0e-5 (just above 224).
+up, q + k + v) by the power of two that brings the largest one into (224, 448], and then stores zero for every scale
+below 2^-6: such a block is served as zeros. Relative to the largest scale the threshold is 3.5e-5 (top scale 448) to
+7.0e-5 (just above 224).
 Source: vLLM 0.33.0, `nvfp4_marlin_process_scales` and `_nvfp4_compute_scale_factor` in
-vllm/model_executor/layers/quantization/utils/
-marlin_utils_fp4.py, BF16 activations, tensor parallel size 1.
+vllm/model_executor/layers/quantization/utils/ marlin_utils_fp4.py, BF16 activations, tensor parallel size 1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The two levels of NVFP4 scales: one float32 global scale a fused group, one E4M3 block scale for every 16 columns.
 
 A stored global scale is a divisor in the compressed-tensors layout (2688 / amax) and a multiplier in modelopt's (amax
-/ 2688); 2688 = 448 * 6.
-Inside nvquant the divisor is used throughout. Arithmetic is float32 in compressed-tensors' order of operations.
+/ 2688); 2688 = 448 * 6. Inside nvquant the divisor is used throughout. Arithmetic is float32 in compressed-tensors'
+order of operations.
 Source: docs/formats.md, section "Block scales".
 """
 

@@ -1,12 +1,9 @@
 """Per block the E4M3 scale with the least squared error, each column's error weighted by the mean square of its input.
 
 Candidates are the E4M3 values between 0.85 and 1.8 times amax / 6: for a scale outside of that range a better one
-inside exists in all but a
-vanishing share of blocks (docs/recipes.md, section "Quantizers", gives the measurement against all 126). The global
-scale leaves room for them: half of
-rtn's, which changes no rounding. Ties go to the smaller scale; sums are taken over neighbouring pairs in a fixed
-order, so that every device
-chooses alike.
+inside exists in all but a vanishing share of blocks (docs/recipes.md, section "Quantizers", gives the measurement
+against all 126). The global scale leaves room for them: half of rtn's, which changes no rounding. Ties go to the
+smaller scale; sums are taken over neighbouring pairs in a fixed order, so that every device chooses alike.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What a tensor is for, read from its name and shape.
 
 Roles protect: a tower, a projector, a router, an embedding or a head is never quantized, whatever a recipe's pattern
-says, because stock vLLM
-builds these layers unquantized and has no parameter for their packed tensors.
+says, because stock vLLM builds these layers unquantized and has no parameter for their packed tensors.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class Recipe(_Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str = ""
     quantize: tuple[QuantizeEntry, ...] = Field(min_length=1)
-    quantizer: str = "mse"
+    quantizer: Literal["mse", "rtn"] = "mse"
     experts: Literal["refuse", "bf16"] = "refuse"
     activations: Annotated[Activations, BeforeValidator(_none_is_default)] = Activations()
     kv_cache: Annotated[KvCache, BeforeValidator(_none_is_default)] = KvCache()

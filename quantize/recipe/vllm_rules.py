@@ -2,14 +2,12 @@
 other without vLLM.
 
 A layer here is what vLLM builds: fused (qkv_proj, gate_up_proj) where the model fuses. vLLM renames modules of
-multimodal models before it
-matches, and maps exact entries along but not regular expressions; which name applies depends on the model class that
-serves. So a verdict is asked
-for under every name that a layer may have, and must be the same under all.
+multimodal models before it matches, and maps exact entries along but not regular expressions; which name applies
+depends on the model class that serves. So a verdict is asked for under every name that a layer may have, and must be
+the same under all.
 Source: vLLM 0.32.0 and 0.33.0, vllm/model_executor/layers/quantization/compressed_tensors/utils.py
-(`should_ignore_layer`,
-`find_matched_target`), .../modelopt.py (`is_layer_excluded`), .../utils/quant_utils.py (`is_layer_skipped`); behaviour
-rewritten here.
+(`should_ignore_layer`, `find_matched_target`), .../modelopt.py (`is_layer_excluded`), .../utils/quant_utils.py
+(`is_layer_skipped`); behaviour rewritten here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The quantized matrices against the source's weights.
 
-For nvquant's own quantizers the check is exact: every code is the nearest one under the scale that is stored, and every
-block scale is one that the quantizer may choose. Other tools compute in another order or choose scales by other rules;
-theirs are held to bounds on the error.
+For nvquant's own quantizers the check is exact: every code is the nearest one under the scale that is stored, and
+every block scale is one that the quantizer may choose. Other tools compute in another order or choose scales by other
+rules; theirs are held to bounds on the error.
 """
 
 from __future__ import annotations

@@ -161,14 +161,23 @@ def _free_port() -> int:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to end, so that it removes its shared memory; then kill whatever is left of its group."""
+    """Ask the server to end, wait until its group has removed its shared memory, and kill whatever is left of it."""
     process.terminate()
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        pass
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and _is_alive(process):
+        time.sleep(0.1)
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
     process.wait()
+
+
+def _is_alive(process: subprocess.Popen[bytes]) -> bool:
+    """Say whether any process of the group runs; the group's number is that of its first process."""
+    process.poll()  # a zombie would count as a member
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
