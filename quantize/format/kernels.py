@@ -1,4 +1,4 @@
-"""The GPU's way to quantize: one pass over the matrix with everything in registers. Bytes equal the PyTorch reference's,
+"""The GPU's way to quantize: one pass over the matrix, everything in registers; bytes equal the PyTorch reference's.
 operation by operation.
 
 Division is IEEE (`div_rn`) and multiply-add is not fused, as in the reference. A program handles a run of blocks;

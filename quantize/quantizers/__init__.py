@@ -1,4 +1,4 @@
-"""Quantizers: how the codes and block scales of a matrix are chosen, once the global scale of its fused group is known."""
+"""Quantizers: how codes and block scales of a matrix are chosen once its group's global scale is known."""
 
 from __future__ import annotations
 
