@@ -81,7 +81,7 @@ def command(
     from ..quantizers import get_quantizer
 
     chosen = get_quantizer(quantizer or recipe.quantizer).name
-    target = output or Path(f"{Path(model).name}-{recipe.name}")
+    target = output or Path(f"{plan.source.folder.resolve().name}-{recipe.name}")
     check_output(target, plan.file_bytes, plan.source.folder)
     device = _resolve_device(device)
     say(

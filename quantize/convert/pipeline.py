@@ -201,16 +201,21 @@ def _write_all(
     with ThreadPoolExecutor(1, "write") as writer, ThreadPoolExecutor(1, "copy") as copier:
         copies = [copier.submit(_write_one, plan, partial, shard, {}, hashes) for shard in rest]
         waiting: Future[str] | None = None
-        for output in layers:
-            if waiting is not None:
-                waiting.result()
-            waiting = writer.submit(_write_one, plan, partial, output.shard, output.tensors, hashes)
-            records.append({"layer": output.shard.layer, "file": output.shard.file, "groups": output.record})
-            options.progress(len(records), total, "layers")
-        options.progress(total, total, "finishing the files")
-        for future in [waiting, *copies]:
-            if future is not None:
-                future.result()
+        try:
+            for output in layers:
+                if waiting is not None:
+                    waiting.result()
+                waiting = writer.submit(_write_one, plan, partial, output.shard, output.tensors, hashes)
+                records.append({"layer": output.shard.layer, "file": output.shard.file, "groups": output.record})
+                options.progress(len(records), total, "layers")
+            options.progress(total, total, "finishing the files")
+            for future in [waiting, *copies]:
+                if future is not None:
+                    future.result()
+        except BaseException:
+            for copy in copies:  # nobody waits for gigabytes of copies after an error
+                copy.cancel()
+            raise
     weight_map = {entry.name: shard.file for shard in plan.shards for entry in shard.entries}
     write_json(
         partial / INDEX_NAME,
