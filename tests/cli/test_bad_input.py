@@ -111,7 +111,10 @@ def test_an_unknown_recipe_names_those_that_ship(refused: Refused, model: Path) 
         ("name: own\nquantize:\n  - modules: [nothing]\n    scheme: nvfp4\n", "'nothing' matches no matrix"),
         ("name: own\nquantize:\n  - modules: ['re:.*gate_proj']\n    scheme: nvfp4\n", "which vLLM fuses with it"),
         ("name: own\nquantize: [", "own.yaml:2: not YAML"),
-        ("name: own\nquantizer: gptq\nquantize:\n  - modules: [mlp]\n    scheme: nvfp4\n", "quantizer 'gptq'"),
+        (
+            "name: own\nquantizer: gptq\nquantize:\n  - modules: [mlp]\n    scheme: nvfp4\n",
+            "own.yaml:2: key 'quantizer': input should be 'mse' or 'rtn'",
+        ),
     ],
 )
 def test_a_recipe_file_that_does_not_fit(

@@ -4,22 +4,23 @@ The numbers behind the tolerances: W4A4 is chaotic, since one input that rounds 
 Token by token two right implementations differ by 0.4 to 0.6 nat, but their means over a few hundred tokens by less
 than 0.1, and their correlation stays near 0.97. Weight-only differs by the rounding of BF16 alone.
 
-With pytest-xdist, `-n 2 --dist loadgroup` keeps what needs one checkpoint together, so that each is made once.
+Servers start on one core: with pytest-xdist, `-n 2` runs them in pairs. Each checkpoint is made once for all processes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from statistics import correlation, mean
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from support.emulation import load_emulation, token_logprobs
 from support.tiny_models import tiny_gemma4_text
@@ -47,14 +48,6 @@ electric and the rooms have been empty, but the notebooks are kept in the town m
 """
 
 
-def cases(*recipes: str, layouts: tuple[str, ...] = LAYOUTS) -> pytest.MarkDecorator:
-    """Parametrize a test by recipe and layout, grouped by checkpoint."""
-    pairs = [(recipe, layout) for recipe in recipes for layout in layouts]
-    return pytest.mark.parametrize(
-        ("recipe", "layout"), [pytest.param(*pair, marks=pytest.mark.xdist_group("-".join(pair))) for pair in pairs]
-    )
-
-
 def run_convert(source: Path, recipe: str, layout: str, folder: Path) -> Path:
     """Convert with the command line, as a user does."""
     command = [sys.executable, "-m", "nvquant", "convert", source, "--recipe", recipe, "--format", layout, "-o", folder]
@@ -72,9 +65,17 @@ def vllm_environment() -> Path:
 
 @pytest.fixture(scope="session")
 def convert(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Convert:
-    """Convert SmolLM2 by recipe and layout, each pair once a session."""
-    parent = tmp_path_factory.mktemp("converted")
-    return cache(lambda recipe, layout: run_convert(smollm2, recipe, layout, parent / f"{recipe}-{layout}"))
+    """Convert SmolLM2 by recipe and layout, each pair once, whichever test process asks first."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def once(recipe: str, layout: str) -> Path:
+        folder = shared / f"smollm2-{recipe}-{layout}"
+        with FileLock(f"{folder}.lock"):
+            return folder if folder.exists() else run_convert(smollm2, recipe, layout, folder)
+
+    return once
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +93,8 @@ def assert_same_distribution(
     assert correlation(got, expected) > least_correlation
 
 
-@cases("nvfp4-full", "nvfp4")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("recipe", ["nvfp4-full", "nvfp4"])
 @pytest.mark.usefixtures("vllm_environment")
 def test_served_w4a4_gives_the_likelihood_of_the_emulation(
     convert: Convert, prompt_ids: list[int], tmp_path: Path, recipe: str, layout: str
@@ -104,12 +106,12 @@ def test_served_w4a4_gives_the_likelihood_of_the_emulation(
     assert_same_distribution(served, token_logprobs(load_emulation(checkpoint), prompt_ids))
 
 
-@cases("nvfp4-a16")
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("vllm_environment")
 def test_served_weight_only_gives_each_token_the_likelihood_of_the_emulation(
-    convert: Convert, prompt_ids: list[int], tmp_path: Path, recipe: str, layout: str
+    convert: Convert, prompt_ids: list[int], tmp_path: Path, layout: str
 ) -> None:
-    checkpoint = convert(recipe, layout)
+    checkpoint = convert("nvfp4-a16", layout)
     # vLLM makes room for an input scale in every modelopt layer, weight-only or not, and its check then misses it.
     with serve(checkpoint, tmp_path / "vllm.log", check_loaded=layout != "modelopt") as server:
         served = server.prompt_logprobs(prompt_ids)
@@ -158,12 +160,10 @@ def test_served_gemma4_with_shared_keys_and_values_gives_the_likelihood_of_the_e
     assert_same_distribution(served, emulated, least_correlation=0.8)
 
 
-@cases("nvfp4-full", "nvfp4", "nvfp4-a16", layouts=("compressed-tensors",))
-def test_transformers_reads_the_compressed_tensors_layout(
-    convert: Convert, prompt_ids: list[int], recipe: str, layout: str
-) -> None:
+@pytest.mark.parametrize("recipe", ["nvfp4-full", "nvfp4", "nvfp4-a16"])
+def test_transformers_reads_the_compressed_tensors_layout(convert: Convert, prompt_ids: list[int], recipe: str) -> None:
     pytest.importorskip("compressed_tensors", reason="transformers reads this layout with compressed-tensors")
-    checkpoint = convert(recipe, layout)
+    checkpoint = convert(recipe, "compressed-tensors")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
     weight_only = recipe == "nvfp4-a16"
     assert_same_distribution(
@@ -187,13 +187,10 @@ def copy_without(checkpoint: Path, name: str, folder: Path) -> Path:
     return folder
 
 
-@cases("nvfp4-a16", layouts=("compressed-tensors",))
 @pytest.mark.usefixtures("vllm_environment")
-def test_server_refuses_a_checkpoint_that_lacks_a_scale(
-    convert: Convert, tmp_path: Path, recipe: str, layout: str
-) -> None:
+def test_server_refuses_a_checkpoint_that_lacks_a_scale(convert: Convert, tmp_path: Path) -> None:
     # Not a part of q, k, v or of gate, up: vLLM's check does not notice one that is missing from a fused layer.
     name = "model.layers.7.mlp.down_proj.weight_scale"
-    broken = copy_without(convert(recipe, layout), name, tmp_path / "broken")
+    broken = copy_without(convert("nvfp4-a16", "compressed-tensors"), name, tmp_path / "broken")
     with pytest.raises(ServerDied, match=name), serve(broken, tmp_path / "vllm.log"):
         pass
