@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,13 +13,17 @@ from typing import Any
 import pytest
 from support.synthetic_gemma4 import BYTES_31B, TENSORS_31B, write_synthetic_gemma4
 
-# At its end the process says how many bytes it has read, its own modules included.
-WITH_ACCOUNT = (
-    "import atexit, sys, pathlib\n"
-    "atexit.register(lambda: print(pathlib.Path('/proc/self/io').read_text().split()[1], file=sys.stderr))\n"
-    "from nvquant.cli.main import main\n"
-    "main(sys.argv[1:])\n"
-)
+# At its end the process says how many bytes it has read, its own modules included, and its peak memory. (What wait4 tells
+# of a child begins at the memory of the process that started it.)
+WITH_ACCOUNT = """
+import atexit, sys, pathlib
+def account():
+    peak = next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print(pathlib.Path("/proc/self/io").read_text().split()[1], peak.split()[1], file=sys.stderr)
+atexit.register(account)
+from nvquant.cli.main import main
+main(sys.argv[1:])
+"""
 EXPECTED = {
     "nvfp4": (1728, 32_633_255_032, 180),
     "nvfp4-full": (2418, 20_446_509_992, 410),
@@ -45,15 +48,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(request: pytest.FixtureRequest, model: Path) -> Run:
     command = [sys.executable, "-c", WITH_ACCOUNT, "plan", str(model), "--recipe", request.param, "--json"]
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stderr is not None
-    with process.stdout, process.stderr:
-        document, account = json.load(process.stdout), process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Run(document, time.monotonic() - started, usage.ru_maxrss * unit, int(account.split()[-1]))
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    read_bytes, peak_kib = done.stderr.split()[-2:]
+    return Run(json.loads(done.stdout), time.monotonic() - started, int(peak_kib) * 1024, int(read_bytes))
 
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/io")
