@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from support.synthetic_gemma4 import BYTES_31B, TENSORS_31B, write_synthetic_gemma4
 
-# At its end the process says how many bytes it has read, its own modules included, and its peak memory. (What wait4 tells
-# of a child begins at the memory of the process that started it.)
+# At its end the process says how many bytes it has read, its own modules included, and its peak memory. (What wait4
+# tells of a child begins at the memory of the process that started it.)
 WITH_ACCOUNT = """
 import atexit, sys, pathlib
 def account():
