@@ -159,7 +159,12 @@ def _build(source: Checkpoint, dtype: torch.dtype) -> Any:
         config = transformers.AutoConfig.from_pretrained(
             Path(source.folder), local_files_only=True, trust_remote_code=False
         )
-        return model_class._from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        try:
+            return model_class._from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        except ValueError as error:
+            if "attention implementation" not in str(error):
+                raise
+            return model_class._from_config(config, dtype=dtype)  # a part of the model has no sdpa: its own choice then
     except Exception as error:  # each model's code raises what it likes on a config that it does not understand
         reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(" .:")
         raise EnvironmentLack(
