@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from .groups import FUSED_MEMBERS
+from .roles import Role, role_of
 
 UNQUANTIZED = "unquantized"
 REFUSED = "refused"
-_NOT_LINEAR_CLASSES = ("lm_head", "embed_tokens")  # ParallelLMHead, VocabParallelEmbedding
 
 # The multimodal class puts the decoder under language_model.model, the text-only class under model.
 _RENAMES = (
@@ -139,7 +139,8 @@ def _matched_target(name: str, targets: list[tuple[str, str]], at: int) -> str:
     if found is None:
         members = [first(shard) for shard in _shards(name)]
         found = members[0] if members and None not in members else None
-    if found is not None or name.endswith(_NOT_LINEAR_CLASSES):
+    # Heads and embeddings are ParallelLMHead and VocabParallelEmbedding.
+    if found is not None or role_of(f"{name}.weight", (1, 1)) in (Role.HEAD, Role.EMBEDDING):
         return found or UNQUANTIZED
     # Last, vLLM looks for the target in the class name of the layer: `Linear` is part of all linear ones.
     return next((group for target, group in targets if target == "Linear"), UNQUANTIZED)

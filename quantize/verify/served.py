@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..recipe.groups import fused_name
-from ..recipe.roles import Role, module_of, role_of
+from ..recipe.roles import Role, module_of
 from ..recipe.vllm_rules import REFUSED, UNQUANTIZED, compressed_tensors_verdict, modelopt_verdict
 from .subject import Subject
 
@@ -64,8 +64,6 @@ def scheme_of(layer: str, quantization: Mapping[str, Any]) -> str:
         verdict = modelopt_verdict(layer, {**quantization, "quant_algo": _algorithm(quantization)})
         return _ALGORITHMS.get(verdict, verdict)
     groups = _groups(quantization)
-    if role_of(f"{layer}.weight", (1, 1)) in (Role.HEAD, Role.EMBEDDING):
-        groups = _without_class_names(groups)
     try:
         verdict = compressed_tensors_verdict(layer, {**quantization, "config_groups": groups})
     except re.error:
@@ -80,14 +78,6 @@ def _algorithm(quantization: Mapping[str, Any]) -> str:
     if algorithm == "NVFP4" and groups and all(group.get("input_activations") is None for group in groups):
         return "W4A16_NVFP4"
     return algorithm
-
-
-def _without_class_names(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Without the targets that name a class, as `Linear`: vLLM's heads and embeddings are of no such class."""
-    return {
-        name: {**group, "targets": [target for target in _list(group.get("targets")) if "." in str(target)]}
-        for name, group in groups.items()
-    }
 
 
 def _groups(quantization: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
