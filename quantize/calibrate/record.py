@@ -7,7 +7,7 @@ model's loop is written here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..recipe.roles import text_config
 from .skeleton import Skeleton
 
 
@@ -26,12 +27,12 @@ class LayerCall:
     kwargs: dict[str, Any]
 
 
-@dataclass
+@dataclass(frozen=True)
 class RecordedBatch:
     """A batch before its walk.
 
     Attributes:
-        hidden: [sequences, tokens, hidden size], what enters the first layer; the walk replaces it layer by layer.
+        hidden: [sequences, tokens, hidden size] on the model's device, what enters the first layer.
         calls: one for each layer.
     """
 
@@ -111,20 +112,28 @@ class _Log:
         self.calls.append(call)
 
 
-@torch.no_grad()
-def record_batches(skeleton: Skeleton, batches: Sequence[Tensor], hidden_device: torch.device) -> list[RecordedBatch]:
+def record_batches(skeleton: Skeleton, batches: Sequence[Tensor]) -> Iterator[RecordedBatch]:
     """Record the layer calls of every batch.
+
+    Two batches of a shape are recorded by the whole model. Where both were called alike and began with nothing but the
+    embedding, the other batches of that shape only pass the embedding.
 
     Args:
         batches: int64 [sequences, tokens] each, without padding. `load_outer` has been called with all of their ids.
-        hidden_device: where hidden states wait for the walk.
     Raises:
         InputError: the model computes between its layers, so that one layer's output is not the next one's input.
     """
     pool = TensorPool()
-    recorded = []
+    shapes: dict[torch.Size, _Shape] = {}
+    unusual = torch.tensor(sorted(_placeholder_ids(skeleton)), dtype=torch.int64)
+    has_unusual = bool(torch.isin(torch.cat([batch.flatten() for batch in batches]), unusual).any())
     as_tuple = False
     for batch in batches:
+        shape = shapes.setdefault(batch.shape, _Shape())
+        is_usual = not (has_unusual and bool(torch.isin(batch, unusual).any()))
+        if is_usual and shape.is_settled:
+            yield RecordedBatch(_embed(skeleton, batch), shape.fresh_calls())
+            continue
         log = _run(skeleton, batch, as_tuple)
         if not log.is_chain and not as_tuple:  # layers of this model may return tuples
             as_tuple = True
@@ -135,10 +144,101 @@ def record_batches(skeleton: Skeleton, batches: Sequence[Tensor], hidden_device:
                 f"{name} computes between its decoder layers, which the layer-by-layer walk cannot follow: use "
                 f"a weight-only recipe."
             ) from log.error
-        recorded.append(RecordedBatch(log.hidden.to(hidden_device), pool.share(log.calls)))
-    return recorded
+        recorded = RecordedBatch(log.hidden, pool.share(log.calls))
+        if is_usual:
+            shape.learn(skeleton, batch, recorded)
+        yield recorded
 
 
+class _Shape:
+    """What the batches of a shape have in common.
+
+    Attributes:
+        is_settled: their calls are known to be equal, and what enters the first layer to be the embedding alone.
+    """
+
+    def __init__(self) -> None:
+        self.is_settled = False
+        self._first: tuple[Tensor, list[LayerCall]] | None = None
+        self._is_hopeless = False
+
+    def learn(self, skeleton: Skeleton, batch: Tensor, recorded: RecordedBatch) -> None:
+        """Compare a batch with the first one of its shape."""
+        if self._is_hopeless:
+            return
+        if self._first is None:
+            self._first = batch, fresh(recorded.calls)
+            return
+        if torch.equal(self._first[0], batch):  # proves nothing
+            return
+        self.is_settled = are_alike(self._first[1], recorded.calls) and torch.equal(
+            _embed(skeleton, batch), recorded.hidden
+        )
+        self._is_hopeless = not self.is_settled
+
+    def fresh_calls(self) -> list[LayerCall]:
+        """The calls of another batch."""
+        assert self._first is not None
+        return fresh(self._first[1])
+
+
+def are_alike(calls: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
+    """Whether two batches' calls, from one pool, are the same: the same tensors, empty stores of the same type, equal
+    constants; what may be none of these counts as different."""
+
+    def alike(one: Any, other: Any) -> bool:
+        if type(one) is not type(other):
+            return False
+        if isinstance(one, Tensor):
+            return one is other
+        if type(one) in (tuple, list):
+            return len(one) == len(other) and all(map(alike, one, other))
+        if isinstance(one, MutableMapping):
+            return not one and not other
+        return isinstance(one, _CONSTANTS) and bool(one == other)
+
+    return len(calls) == len(others) and all(
+        alike(one.args, other.args)
+        and list(one.kwargs) == list(other.kwargs)
+        and all(alike(one.kwargs[key], other.kwargs[key]) for key in one.kwargs)
+        for one, other in zip(calls, others, strict=True)
+    )
+
+
+def fresh(calls: Sequence[LayerCall]) -> list[LayerCall]:
+    """The same calls with stores of their own, still shared between the layers."""
+    made: dict[int, Any] = {}
+
+    def renew(value: Any) -> Any:
+        if isinstance(value, MutableMapping) and not value:
+            return made.setdefault(id(value), type(value)())
+        return type(value)(map(renew, value)) if type(value) in (tuple, list) else value
+
+    return [LayerCall(renew(call.args), {key: renew(value) for key, value in call.kwargs.items()}) for call in calls]
+
+
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def _placeholder_ids(skeleton: Skeleton) -> set[int]:
+    """Ids at which a model may do something of its own, such as the place of an image."""
+    ids = set()
+    for config in (skeleton.source.config, text_config(skeleton.source.config)):
+        for key, value in config.items():
+            is_id = key.endswith(("_token_id", "_token_index")) and not key.startswith(("bos_", "eos_", "pad_"))
+            if is_id and isinstance(value, int):
+                ids.add(value)
+    return ids
+
+
+@torch.no_grad()
+def _embed(skeleton: Skeleton, batch: Tensor) -> Tensor:
+    decoder: Any = skeleton.decoder
+    hidden: Tensor = decoder.get_input_embeddings()(batch.to(skeleton.device))
+    return hidden
+
+
+@torch.no_grad()
 def _run(skeleton: Skeleton, batch: Tensor, as_tuple: bool) -> _Log:
     log = _Log(as_tuple)
     layers = list(skeleton.layers)

@@ -62,8 +62,9 @@ def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype:
         InputError: the model's code or names are not as the walk needs them.
     """
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
-    with quiet_transformers(), init_empty_weights(include_buffers=False):
+    with quiet_transformers(), init_empty_weights(include_buffers=False), no_init_weights():
         full = _build(source, dtype)
     full.eval().requires_grad_(False)
     decoder = full.get_decoder()
@@ -142,8 +143,19 @@ def _move_tables(module: nn.Module, device: torch.device) -> None:
             module._buffers[key] = buffer.to(device)
 
 
-def _build(source: Checkpoint, dtype: torch.dtype) -> Any:
-    """The model of the class that config.json names, from its config alone."""
+def import_model_code(source: Checkpoint) -> None:
+    """Import what `build_skeleton` needs, which takes seconds.
+
+    Raises:
+        EnvironmentLack: the installed transformers does not know the architecture.
+    """
+    import accelerate  # noqa: F401
+
+    _model_class(source)
+
+
+def _model_class(source: Checkpoint) -> Any:
+    """The class that config.json names."""
     import transformers
 
     architecture = str((source.config.get("architectures") or ["none"])[0])
@@ -155,6 +167,14 @@ def _build(source: Checkpoint, dtype: torch.dtype) -> Any:
             f"{source.folder}: transformers {transformers.__version__} does not know the architecture {architecture} "
             f"(the model was made with {wrote}): install a transformers that does, or use a weight-only recipe."
         )
+    return model_class
+
+
+def _build(source: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model of the class that config.json names, from its config alone."""
+    import transformers
+
+    model_class = _model_class(source)
     try:
         config = transformers.AutoConfig.from_pretrained(
             Path(source.folder), local_files_only=True, trust_remote_code=False
@@ -167,10 +187,11 @@ def _build(source: Checkpoint, dtype: torch.dtype) -> Any:
             return model_class._from_config(config, dtype=dtype)  # a part of the model has no sdpa: its own choice then
     except Exception as error:  # each model's code raises what it likes on a config that it does not understand
         reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(" .:")
+        wrote = source.config.get("transformers_version", "another version")
         raise EnvironmentLack(
-            f"{source.folder}: transformers {transformers.__version__} cannot build {architecture} from config.json, "
-            f"made with {wrote} ({type(error).__name__}: {reason}): install the transformers that wrote it, or use a "
-            f"weight-only recipe."
+            f"{source.folder}: transformers {transformers.__version__} cannot build {model_class.__name__} from "
+            f"config.json, made with {wrote} ({type(error).__name__}: {reason}): install the transformers that wrote "
+            f"it, or use a weight-only recipe."
         ) from error
 
 

@@ -8,6 +8,7 @@ docs/calibration.md, section "Input scales".
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from ..errors import CheckFailed
 from ..format.constants import BLOCK
+from ..format.kernels import CHUNK, gather_with_kernel, has_kernel
 
 # E4M3 spans 448 / 2^-6 = 28672 in its normal range; 16384 is the largest power of two inside.
 NORMAL_RANGE = 16384.0
 SMALLEST_EXPONENT = 2
 PERCENTILE = 0.01
 _BF16_PATTERNS = 1 << 15  # not negative
+INT32_MAX = 2**31 - 1
+_COPIES = 16  # of a GPU's histogram, so that its programs seldom wait for each other; 2 MiB a group
 
 
 @dataclass(frozen=True)
@@ -42,57 +46,183 @@ class InputStatistics:
     tokens: int
 
 
+@dataclass(frozen=True)
+class ObserverPartial:
+    """What one observer gathered, as plain data for other processes.
+
+    Attributes:
+        amax: float32 scalar, the largest magnitude; None where nothing was observed.
+        histogram: int64 [32768], counts of block amaxes by BF16 bit pattern.
+        squares: float64 [sequences, cols], each sequence's sums of squares, in the order of observation; None where
+            they are not wanted or nothing was observed.
+        tokens: number of tokens seen.
+    """
+
+    amax: Tensor | None
+    histogram: Tensor
+    squares: Tensor | None
+    tokens: int
+
+
 class InputObserver:
-    """Gathers the statistics of one fused group's input, sequence by sequence."""
+    """Gathers the statistics of one fused group's input, batch by batch.
+
+    A batch counts once it is committed: one that ran out of memory half-way is discarded and observed again. Nothing
+    waits for the device before `partial` or `result`.
+    """
 
     def __init__(self, name: str, wants_mean_square: bool) -> None:
         self.name = name
         self._wants_mean_square = wants_mean_square
-        self._amax: Tensor | None = None
+        self._batch: list[_Gathered] = []
+        self._counts: Tensor | None = None  # of the batch: int32 [copies, 32768], on the device
+        self._recent: Tensor | None = None  # committed, of the same shape; goes to the histogram before it can overflow
+        self._recent_blocks = 0
         self._histogram: Tensor | None = None
+        self._amax: Tensor | None = None
         self._squares: list[Tensor] = []
         self._tokens = 0
 
     def observe(self, inputs: Tensor) -> None:
-        """Take in the input of a batch.
+        """Take in an input of a batch; it counts from `commit` on.
 
         Args:
-            inputs: [sequences, tokens, cols] or [tokens, cols], any float dtype and device; cols divisible by 16.
-                Holds no padding.
+            inputs: [sequences, tokens, cols] or [tokens, cols], any float dtype, device and strides; cols divisible by
+                16. Holds no padding; is only read.
         """
-        flat = inputs.detach() if inputs.ndim == 3 else inputs.detach().reshape(1, -1, inputs.shape[-1])
-        blocks = block_amax(flat)
-        amax = blocks.amax().float()
-        patterns = blocks.to(torch.bfloat16).view(torch.int16).flatten().int()
-        counts = torch.bincount(patterns.clamp_(min=0), minlength=_BF16_PATTERNS)[:_BF16_PATTERNS]
-        self._amax = amax if self._amax is None else torch.maximum(self._amax, amax)
-        self._histogram = counts if self._histogram is None else self._histogram.add_(counts)
-        self._tokens += flat.shape[0] * flat.shape[1]
-        if self._wants_mean_square:
-            # Never in place on the input itself, which `float()` hands back where it is float32 already.
-            self._squares.extend(sequence.float().square().sum(0).double() for sequence in flat)
+        inputs = inputs.detach()
+        shaped = inputs if inputs.ndim == 3 else inputs.reshape(1, -1, inputs.shape[-1])
+        if self._counts is None:
+            copies = torch.get_num_threads() if shaped.device.type == "cpu" else _COPIES
+            self._counts = torch.zeros((copies, _BF16_PATTERNS), dtype=torch.int32, device=shaped.device)
+        chosen = gather_with_kernel if has_kernel(shaped) else gather
+        amax, squares = chosen(shaped, self._counts, self._wants_mean_square)
+        tokens = shaped.shape[0] * shaped.shape[1]
+        self._batch.append(_Gathered(amax, squares, tokens, tokens * (shaped.shape[2] // BLOCK)))
+
+    def commit(self) -> None:
+        """Count what was observed since the last `commit` or `discard`."""
+        if not self._batch or self._counts is None:
+            return
+        blocks = sum(gathered.blocks for gathered in self._batch)
+        if self._recent is None or self._histogram is None:
+            self._recent = torch.zeros_like(self._counts)
+            self._histogram = torch.zeros(_BF16_PATTERNS, dtype=torch.int64, device=self._counts.device)
+        if self._recent_blocks + blocks > INT32_MAX:
+            self._histogram += self._recent.sum(0)
+            self._recent.zero_()
+            self._recent_blocks = 0
+        self._recent += self._counts
+        self._recent_blocks += blocks
+        for gathered in self._batch:
+            self._amax = gathered.amax if self._amax is None else torch.maximum(self._amax, gathered.amax)
+            self._tokens += gathered.tokens
+            if gathered.squares is not None:
+                self._squares.append(gathered.squares)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was observed since the last `commit`."""
+        self._batch = []
+        if self._counts is not None:
+            self._counts.zero_()
+
+    def partial(self) -> ObserverPartial:
+        """What was committed, on the CPU."""
+        part = self._committed()
+        amax = None if part.amax is None else part.amax.cpu()
+        squares = None if part.squares is None else part.squares.cpu()
+        return ObserverPartial(amax, part.histogram.cpu(), squares, part.tokens)
+
+    def _committed(self) -> ObserverPartial:
+        """What was committed, on the device."""
+        if self._amax is None or self._recent is None or self._histogram is None:
+            return ObserverPartial(None, torch.zeros(_BF16_PATTERNS, dtype=torch.int64), None, 0)
+        squares = torch.cat(self._squares) if self._squares else None
+        return ObserverPartial(self._amax, self._histogram + self._recent.sum(0), squares, self._tokens)
 
     def result(self) -> InputStatistics:
-        """The statistics of everything observed.
+        """The statistics of everything committed.
 
         Raises:
-            CheckFailed: nothing was observed, or something that is not finite.
+            CheckFailed: nothing was committed, or something that is not finite.
         """
-        if self._amax is None or self._histogram is None:
-            raise CheckFailed(f"calibration never reached {self.name}: the model's forward skips it.")
-        amax = float(self._amax)
-        if not math.isfinite(amax):
-            raise CheckFailed(
-                f"calibration met a NaN or an infinity at the input of {self.name}: check the model, or "
-                f"calibrate with other samples."
-            )
-        mean_square = None
-        if self._squares:
-            total = torch.zeros_like(self._squares[0], device="cpu")
-            for square in self._squares:
-                total += square.cpu()
-            mean_square = total / self._tokens
-        return InputStatistics(amax, low_percentile(self._histogram), mean_square, self._tokens)
+        return merge_partials(self.name, [self._committed()])
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    amax: Tensor
+    squares: Tensor | None
+    tokens: int
+    blocks: int
+
+
+def merge_partials(name: str, parts: Sequence[ObserverPartial]) -> InputStatistics:
+    """The statistics that one observer would have had that saw what the observers of `parts` saw, in their order.
+
+    Args:
+        name: of the fused group, for errors.
+        parts: one a process; those that observed nothing count for nothing.
+    Raises:
+        CheckFailed: nothing was observed, or something that is not finite.
+    """
+    found = [part.amax for part in parts if part.amax is not None]
+    if not found:
+        raise CheckFailed(f"calibration never reached {name}: the model's forward skips it.")
+    amax = float(torch.stack(found).amax())
+    if not math.isfinite(amax):
+        raise CheckFailed(
+            f"calibration met a NaN or an infinity at the input of {name}: check the model, or calibrate with other "
+            f"samples."
+        )
+    tokens = sum(part.tokens for part in parts)
+    squares = [square for part in parts if part.squares is not None for square in part.squares]
+    mean_square = None
+    if squares:
+        total = torch.zeros_like(squares[0])
+        for square in squares:
+            total += square
+        mean_square = (total / tokens).cpu()
+    histogram = torch.stack([part.histogram for part in parts]).sum(0)
+    return InputStatistics(amax, low_percentile(histogram), mean_square, tokens)
+
+
+def gather(inputs: Tensor, histogram: Tensor, wants_squares: bool) -> tuple[Tensor, Tensor | None]:
+    """Statistics of inputs, in PyTorch: the reference for `format.kernels.gather_with_kernel`.
+
+    Args:
+        inputs: [sequences, tokens, cols], any float dtype, device and strides; cols divisible by 16.
+        histogram: int32 [copies, 32768]; every block's amax is counted under its BF16 bit pattern, in any copy.
+        wants_squares: whether sums of squares are taken.
+    Returns:
+        the largest magnitude (float32 scalar), and each sequence's sums of squares (float64 [sequences, cols]) or None.
+    """
+    blocks = block_amax(inputs)
+    patterns = blocks.to(torch.bfloat16).view(torch.int16).flatten().long().clamp_(min=0)
+    # Not `bincount`, which waits for a GPU to tell the largest.
+    histogram[0].scatter_add_(0, patterns, torch.ones_like(patterns, dtype=torch.int32))
+    return blocks.amax().float(), sums_of_squares(inputs) if wants_squares else None
+
+
+def sums_of_squares(inputs: Tensor) -> Tensor:
+    """The sum over tokens of each channel's square, in an order that every device and kernel keeps.
+
+    Args:
+        inputs: [sequences, tokens, cols], any float dtype and strides.
+    Returns:
+        float64 [sequences, cols]: within a chunk of 64 tokens float32 squares are added token by token in float32, the
+        chunks' sums then one by one in float64. Which sequences share a batch makes no difference.
+    """
+    sequences, tokens, cols = inputs.shape
+    sums = torch.zeros((sequences, -(-tokens // CHUNK), cols), dtype=torch.float32, device=inputs.device)
+    for token in range(min(CHUNK, tokens)):
+        of_chunks = inputs[:, token::CHUNK].float()  # the last chunk may be too short to have this one
+        sums[:, : of_chunks.shape[1]] += of_chunks * of_chunks
+    total = torch.zeros((sequences, cols), dtype=torch.float64, device=inputs.device)
+    for chunk in sums.unbind(1):
+        total += chunk.double()
+    return total
 
 
 def block_amax(inputs: Tensor) -> Tensor:

@@ -3,69 +3,144 @@ quantized input."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckFailed
+from ..errors import CheckFailed, InputError
 from ..recipe.groups import FusedGroup
 from ..recipe.roles import text_config
-from .record import LayerCall, RecordedBatch, record_batches
+from .hidden import HiddenBudget, HiddenStates
+from .record import LayerCall, record_batches
 from .skeleton import Skeleton, load_outer, loaded_layer
-from .statistics import InputObserver, InputStatistics
+from .statistics import InputObserver
+
+Span = Callable[[str], AbstractContextManager[Any]]
+
+
+def _no_span(_phase: str) -> AbstractContextManager[Any]:
+    return nullcontext()
 
 
 class Walk:
-    """Calibration sequences on their way through the model.
+    """Calibration batches on their way through the model.
 
     Args:
-        samples: int64 [tokens] each, without padding, of any lengths.
-        batch_size: sequences computed at once; only sequences of equal length share a batch.
-        hidden_device: where hidden states wait between layers.
+        batches: int64 [sequences, tokens] each, as `make_batches` gives them.
+        budget: where hidden states may wait between layers.
+        span: told of the phases `record` and `forward`, each a context.
+        before_batch: called before each batch of each layer, with its number of tokens; may raise to end the walk.
+    Raises:
+        InputError: see `record_batches`.
     """
 
     def __init__(
-        self, skeleton: Skeleton, samples: Sequence[Tensor], batch_size: int, hidden_device: torch.device
+        self,
+        skeleton: Skeleton,
+        batches: Sequence[Tensor],
+        budget: HiddenBudget,
+        span: Span = _no_span,
+        before_batch: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         self.skeleton = skeleton
-        self._hidden_device = hidden_device
-        batches = make_batches(samples, batch_size)
-        load_outer(skeleton, torch.cat([batch.flatten() for batch in batches]))
-        self._batches: list[RecordedBatch] = record_batches(skeleton, batches, hidden_device)
+        self._span, self._before_batch = span, before_batch
+        self._tokens = [batch.numel() for batch in batches]
+        self._calls: list[list[LayerCall]] = []
+        self.hidden = HiddenStates(skeleton.device, budget)
         shared = text_config(skeleton.source.config).get("num_kv_shared_layers")
-        self._layers_share_state = bool(shared)
+        self.shares_state = bool(shared)
+        try:
+            with span("record"):
+                self._record(batches)
+        except BaseException:
+            self.hidden.close()
+            raise
+
+    def _record(self, batches: Sequence[Tensor]) -> None:
+        if not batches:  # a rank of several that has no sequences
+            return
+        load_outer(self.skeleton, torch.cat([batch.flatten() for batch in batches]))
+        hidden_size = int(text_config(self.skeleton.source.config).get("hidden_size") or 0)
+        self.hidden.reserve(sum(self._tokens) * hidden_size * self.skeleton.dtype.itemsize)
+        while (at := len(self._calls)) < len(batches):
+            try:
+                for recorded in record_batches(self.skeleton, batches[at:]):
+                    self._before_batch(0)
+                    self.hidden.append(recorded.hidden)
+                    self._calls.append(recorded.calls)
+                return
+            except torch.OutOfMemoryError:
+                pass  # see `_run_within_memory`
+            if not self.hidden.spill():
+                raise self._too_large(batches[len(self._calls)].shape)
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def step(
         self, layer: int, tensors: Mapping[str, Tensor], groups: Sequence[FusedGroup], wants_mean_square: bool
-    ) -> dict[str, InputStatistics]:
-        """Send every sequence through a layer.
+    ) -> dict[str, InputObserver]:
+        """Send every batch through a layer.
 
         Args:
             layer: its number; layers are walked in order.
             tensors: its tensors by their names in the checkpoint, on the device.
-            groups: the fused groups of this layer whose inputs are wanted.
+            groups: the fused groups of this layer whose inputs are wanted; none to bring the hidden states on.
         Returns:
-            statistics by the group's name.
+            what was observed, by the group's name.
+        Raises:
+            InputError: not even one batch fits the device's memory.
         """
         observers = {group.name: InputObserver(group.name, wants_mean_square) for group in groups}
         is_last = layer == len(self.skeleton.layers) - 1
-        with loaded_layer(self.skeleton, layer, tensors) as module:
-            for batch in self._batches:
-                with _observed(module, f"{self.skeleton.layer_prefix}.{layer}.", groups, observers):
-                    hidden = run_layer(
-                        module, batch.hidden.to(self.skeleton.device, non_blocking=True), batch.calls[layer]
-                    )
-                batch.hidden = batch.hidden if is_last else hidden.to(self._hidden_device)
-                self._drop_state(batch.calls[layer])
-        return {name: observer.result() for name, observer in observers.items()}
+        if is_last and not groups:  # nobody asks for what it would give
+            return observers
+        with self._span("forward"), loaded_layer(self.skeleton, layer, tensors) as module:
+            for at, calls in enumerate(self._calls):
+                self._before_batch(self._tokens[at])
+                prefix = f"{self.skeleton.layer_prefix}.{layer}."
+                with suppress(_SeenAll), _observed(module, prefix, groups, observers, is_last):
+                    hidden = self._run_within_memory(module, at, calls[layer], observers)
+                for observer in observers.values():
+                    observer.commit()
+                if not is_last:
+                    self.hidden.store(at, hidden)
+                self._drop_state(calls[layer])
+        return observers
+
+    def _run_within_memory(
+        self, module: nn.Module, at: int, call: LayerCall, observers: Mapping[str, InputObserver]
+    ) -> Tensor:
+        """Run a batch; where the GPU's memory runs out, hidden states leave it first, then the run ends."""
+        try:
+            return run_layer(module, self.hidden.fetch(at), call)
+        except torch.OutOfMemoryError:
+            pass  # outside of the handler, so that the failed call's tensors are not kept by its traceback
+        for observer in observers.values():
+            observer.discard()
+        had_some = self.hidden.spill()
+        torch.cuda.empty_cache()
+        if had_some:
+            try:
+                return run_layer(module, self.hidden.fetch(at), call)
+            except torch.OutOfMemoryError:
+                pass
+        raise self._too_large(self.hidden.shapes()[at][0])
+
+    def _too_large(self, shape: Sequence[int]) -> InputError:
+        sequences, tokens = shape[:2]
+        free = torch.cuda.mem_get_info(self.skeleton.device)[0]
+        return InputError(
+            f"--batch-size {sequences}: the GPU's memory does not hold one decoder layer and a batch of {sequences} x "
+            f"{tokens} tokens ({free:,} bytes are free): use a smaller --batch-size, a smaller --sequence-length, or "
+            f"--device cpu."
+        )
 
     def _drop_state(self, call: LayerCall) -> None:
         """Empty the store of shared keys and values that some layers fill although no later layer reads it."""
-        if not self._layers_share_state:
+        if not self.shares_state:
             for value in call.kwargs.values():
                 if isinstance(value, MutableMapping):
                     value.clear()
@@ -92,27 +167,43 @@ def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Tensor]:
     return batches
 
 
+class _SeenAll(Exception):
+    """Nothing that the rest of a layer's forward would give is wanted."""
+
+
 @contextmanager
 def _observed(
-    module: nn.Module, prefix: str, groups: Sequence[FusedGroup], observers: Mapping[str, InputObserver]
+    module: nn.Module,
+    prefix: str,
+    groups: Sequence[FusedGroup],
+    observers: Mapping[str, InputObserver],
+    ends_early: bool,
 ) -> Iterator[None]:
     """Let observers see the inputs of a layer's quantized matrices; an input that members of a group share is
-    seen once."""
+    seen once.
+
+    Args:
+        ends_early: raise _SeenAll as soon as every matrix has been called: nobody asks for the layer's output.
+    """
     seen: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+    to_come = {member for group in groups for member in group.members}
     handles = []
 
-    def hook_for(group: str) -> Any:
+    def hook_for(group: str, member: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if not any(tensor is args[0] for tensor in seen[group]):
                 seen[group].append(args[0])
                 observers[group].observe(args[0])
+            to_come.discard(member)
+            if ends_early and not to_come:
+                raise _SeenAll
 
         return hook
 
     for group in groups:
         for member in group.members:
             linear = module.get_submodule(member.removeprefix(prefix))
-            handles.append(linear.register_forward_pre_hook(hook_for(group.name)))
+            handles.append(linear.register_forward_pre_hook(hook_for(group.name, member)))
     try:
         yield
     finally:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,18 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of one shard; tensors are in the order of their data."""
+    """The header of one shard; tensors are in the order of their data.
+
+    Attributes:
+        mtime_ns: when the file was last modified, as the header was read; 0 where that is not known.
+    """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     data_start: int
     file_bytes: int
+    mtime_ns: int = 0
 
 
 def read_header(path: Path) -> Header:
@@ -63,15 +69,15 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
-            file_bytes = file.seek(0, 2)
-            file.seek(0)
+            status = os.fstat(file.fileno())  # before anything is read: what changes later is noticed
+            file_bytes = status.st_size
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
             _check_length(path, length, file_bytes)
             blob = file.read(length)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}): download the shard again.") from error
-    return parse_header(path, blob, file_bytes)
+    return replace(parse_header(path, blob, file_bytes), mtime_ns=status.st_mtime_ns)
 
 
 def parse_header(path: Path, blob: bytes, file_bytes: int) -> Header:

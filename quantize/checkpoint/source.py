@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,54 +55,71 @@ class Checkpoint:
 
         Raises:
             IndexError: the tensor does not reach that far.
-            InputError: the shard vanished, shrank or cannot be read.
+            InputError: the shard vanished, changed or cannot be read.
         """
         info = self.info(name)
         if not 0 <= begin <= info.nbytes - len(buffer):
             raise IndexError(f"bytes {begin} to {begin + len(buffer)} of {name}, which has {info.nbytes}")
-        read_range(self.path(name), info.begin + begin, buffer)
+        read_range(self.path(name), info.begin + begin, buffer, self.shards[self.files[name]])
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most 16 MiB; each is valid until the next is asked for.
+        """The tensor's bytes in pieces of at most 16 MiB, read one ahead; each is valid until the next is asked for.
 
         Raises:
-            InputError: the shard vanished, shrank or cannot be read.
+            InputError: the shard vanished, changed or cannot be read.
         """
-        info = self.info(name)
-        buffer = memoryview(bytearray(min(COPY_CHUNK_BYTES, info.nbytes)))
-        for begin in range(0, info.nbytes, COPY_CHUNK_BYTES):
-            piece = buffer[: min(COPY_CHUNK_BYTES, info.nbytes - begin)]
-            self.read_into(name, piece, begin)
-            yield piece
+        size = self.info(name).nbytes
+        starts = range(0, size, COPY_CHUNK_BYTES)
+        buffers = [memoryview(bytearray(min(COPY_CHUNK_BYTES, size))) for _ in starts[:2]]
 
-    def read(self, name: str, device: str = "cpu") -> torch.Tensor:
-        """The tensor in its stored dtype and shape.
+        def read(at: int) -> memoryview:
+            piece = buffers[at % 2][: min(COPY_CHUNK_BYTES, size - starts[at])]
+            self.read_into(name, piece, starts[at])
+            return piece
+
+        if len(starts) <= 1:
+            yield from map(read, range(len(starts)))
+            return
+        with ThreadPoolExecutor(1, "read ahead") as ahead:
+            coming = ahead.submit(read, 0)
+            for at in range(len(starts)):
+                piece = coming.result()
+                if at + 1 < len(starts):
+                    coming = ahead.submit(read, at + 1)
+                yield piece
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in its stored dtype and shape, on the CPU.
 
         Raises:
-            InputError: the shard vanished, shrank or cannot be read.
-        """
-        return self.read_rows(name, None, device)
-
-    def read_rows(self, name: str, rows: list[int] | None, device: str = "cpu") -> torch.Tensor:
-        """Only some rows (along the first axis), in the given order; all of them for None.
-
-        Raises:
-            IndexError: there is no such row.
-            InputError: the shard vanished, shrank or cannot be read.
+            InputError: the shard vanished, changed or cannot be read.
         """
         import torch
 
         info = self.info(name)
-        shape = info.shape if rows is None else (len(rows), *info.shape[1:])
-        tensor = torch.empty(shape, dtype=torch_dtype(info.dtype), pin_memory=device.startswith("cuda"))
+        tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        self.read_into(name, tensor_bytes(tensor))
+        return tensor
+
+    def read_rows(self, name: str, rows: list[int]) -> torch.Tensor:
+        """Only some rows (along the first axis), in the given order; neighbours are read at once.
+
+        Raises:
+            IndexError: there is no such row.
+            InputError: the shard vanished, changed or cannot be read.
+        """
+        import torch
+
+        info = self.info(name)
+        tensor = torch.empty((len(rows), *info.shape[1:]), dtype=torch_dtype(info.dtype))
         flat = tensor_bytes(tensor)
-        if rows is None:
-            self.read_into(name, flat)
-        else:
-            row_bytes = info.nbytes // max(1, info.shape[0])
-            for at, row in enumerate(rows):
-                self.read_into(name, flat[at * row_bytes : (at + 1) * row_bytes], row * row_bytes)
-        return tensor.to(device, non_blocking=False)
+        row_bytes = info.nbytes // max(1, info.shape[0])
+        start = 0
+        for end in range(1, len(rows) + 1):
+            if end == len(rows) or rows[end] != rows[end - 1] + 1:
+                self.read_into(name, flat[start * row_bytes : end * row_bytes], rows[start] * row_bytes)
+                start = end
+        return tensor
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -146,17 +164,21 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     return value
 
 
-def read_range(path: Path, begin: int, buffer: memoryview) -> None:
+def read_range(path: Path, begin: int, buffer: memoryview, known: Header | None = None) -> None:
     """Fill `buffer` from the file's byte `begin` on, with pread: what is read does not count as the process's memory
     twice.
 
+    Args:
+        known: the file's header as it was read before; the file must still have its size and time of modification.
     Raises:
-        InputError: the file vanished, shrank or cannot be read.
+        InputError: the file vanished, changed or cannot be read.
     """
     done = 0
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # in place of a file there may be a pipe by now
         try:
+            if known is not None:
+                _refuse_changed(path, os.fstat(descriptor), known)
             while done < len(buffer):
                 got = os.preadv(descriptor, [buffer[done : done + READ_CHUNK_BYTES]], begin + done)
                 if not got:
@@ -168,6 +190,13 @@ def read_range(path: Path, begin: int, buffer: memoryview) -> None:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): restore the file and run the command again."
         ) from error
+
+
+def _refuse_changed(path: Path, now: os.stat_result, known: Header) -> None:
+    if known.mtime_ns and (now.st_size, now.st_mtime_ns) != (known.file_bytes, known.mtime_ns):
+        raise InputError(
+            f"{path} changed while it was being read: let whatever writes it finish, and run the command again."
+        )
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

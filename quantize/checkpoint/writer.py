@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,16 +73,22 @@ def write_shard(
         InputError: the disk is full or cannot be written to.
     """
     digest = hashlib.sha256()
-    with _replacing(path) as descriptor:
-        header = memoryview(build_header(entries))
-        digest.update(header)
-        _write(descriptor, header)
+    # Hashing takes as long as writing, and both let go of the interpreter: a piece is hashed while it is written.
+    with _replacing(path) as descriptor, ThreadPoolExecutor(1, "hash") as hasher:
+
+        def put(piece: memoryview) -> None:
+            hashed = hasher.submit(digest.update, piece)
+            try:
+                _write(descriptor, piece)
+            finally:
+                hashed.result()
+
+        put(memoryview(build_header(entries)))
         for entry in entries:
             size = 0
             for piece in contents(entry):
                 size += len(piece)
-                digest.update(piece)
-                _write(descriptor, piece)
+                put(piece)
             if size != entry.nbytes:
                 raise CheckFailed(
                     f"{path.name}: {entry.name} came with {size:,} bytes where the plan has {entry.nbytes:,}."
@@ -122,6 +129,7 @@ def _replacing(path: Path) -> Iterator[int]:
             yield file.fileno()
             os.fsync(file.fileno())
         temporary.rename(path)
+        sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

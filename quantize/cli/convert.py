@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,7 +21,11 @@ from .options import (
     parse_bytes,
     recipe_option,
 )
-from .output import emit_json, gigabytes, progress_reporter, say
+from .output import emit_json, gigabytes, say
+
+if TYPE_CHECKING:
+    from ..calibrate.samples import CalibrationSet
+    from ..convert.options import ConvertOptions, ConvertResult
 
 EXAMPLES = """
 \b
@@ -49,7 +55,22 @@ Examples:
 @calibration_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of calibration samples.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
-@click.option("--memory-budget", callback=parse_bytes, help="GPU memory that the run may use, as 8GB.")
+@click.option(
+    "--memory-budget",
+    callback=parse_bytes,
+    help="Memory that the run may use, as 8GB: on the GPU and on the host each. What is free by default.",
+)
+@click.option(
+    "--resume/--restart",
+    default=True,
+    show_default=True,
+    help="Go on with a run of this output that ended early, or begin anew and replace what is there.",
+)
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for a phase table and a trace that Perfetto opens.",
+)
 @click.option(
     "--engine",
     type=click.Choice(["nvquant", "llmcompressor"]),
@@ -72,43 +93,84 @@ def command(
     seed: int,
     device: str,
     memory_budget: int | None,
+    resume: bool,
+    profile: Path | None,
     engine: str,
     as_json: bool,
 ) -> None:
-    """Convert MODEL, layer by layer. The output folder appears only when it is whole and exactly as planned."""
+    """Convert MODEL, layer by layer. The output folder appears only when it is whole and exactly as planned; a run that
+    ended early goes on when the same command is run again."""
     plan, recipe = make_plan(model, recipe_name, format_name)
-    from ..convert.output import check_output
+    from ..convert.stop import StopRequest
+    from ..convert.trace import Trace, prepare_folder
     from ..quantizers import get_quantizer
 
     chosen = get_quantizer(quantizer or recipe.quantizer).name
     target = output or Path(f"{plan.source.folder.resolve().name}-{recipe.name}")
-    check_output(target, plan.file_bytes, plan.source.folder)
-    device = _resolve_device(device)
-    say(
-        f"nvquant {__version__}: {plan.model} -> {target}, recipe {recipe.name}, {chosen}, {plan.layout.name}, {device}"
-    )
-    loaded = None
-    if recipe.needs_calibration:
-        from ..calibrate.samples import load_calibration
+    if profile is not None:
+        prepare_folder(profile)
+    with StopRequest() as stop:
+        trace = Trace(keep_events=profile is not None)
+        with trace.span("import"):
+            from ..convert.options import ConvertOptions
+            from ..convert.output import check_output
+            from ..convert.ranks import join_ranks
 
-        loaded = load_calibration(
-            calibration or recipe.calibration.set,
-            model_folder=plan.source.folder,
-            config=plan.source.config,
-            samples=samples or recipe.calibration.samples,
-            sequence_length=sequence_length or recipe.calibration.sequence_length,
-            seed=seed,
+            check_output(target, plan.file_bytes, plan.source.folder)
+            device, ranks = join_ranks(_resolve_device(device))
+        is_first = ranks.rank == 0
+        if is_first:  # it speaks for all
+            where = f"{device}, {ranks.size} ranks" if ranks.size > 1 else device
+            how = f"recipe {recipe.name}, {chosen}, {plan.layout.name}"
+            say(f"nvquant {__version__}: {plan.model} -> {target}, {how}, {where}")
+        else:
+            logging.getLogger("nvquant").setLevel(logging.ERROR)
+        loaded = None
+        if recipe.needs_calibration:
+            with trace.span("samples"):
+                loaded = _load(plan, calibration, samples, sequence_length, seed)
+            if is_first:
+                count = len(loaded.samples)
+                say(f"calibration {loaded.name}: {count} samples, {loaded.tokens:,} tokens, {loaded.framing}")
+        options = ConvertOptions(
+            target, chosen, device, batch_size, memory_budget, restart=not resume, stop=stop, ranks=ranks, trace=trace
         )
-        say(f"calibration {loaded.name}: {len(loaded.samples)} samples, {loaded.tokens:,} tokens, {loaded.framing}")
-    from ..convert.pipeline import ConvertOptions
+        result = _run(plan, options, loaded, engine)
+        if profile is not None and is_first:
+            trace.write(profile)
+    if is_first:
+        _report(plan, result.as_json(), profile, as_json)
 
-    options = ConvertOptions(target, chosen, device, batch_size, memory_budget, progress_reporter())
+
+def _load(
+    plan: Plan, calibration: str | None, samples: int | None, sequence_length: int | None, seed: int
+) -> CalibrationSet:
+    """The calibration samples that the options ask for, the recipe's where they say nothing."""
+    from ..calibrate.samples import load_calibration
+
+    default = plan.recipe.calibration
+    return load_calibration(
+        calibration or default.set,
+        model_folder=plan.source.folder,
+        config=plan.source.config,
+        samples=samples or default.samples,
+        sequence_length=sequence_length or default.sequence_length,
+        seed=seed,
+    )
+
+
+def _run(plan: Plan, options: ConvertOptions, loaded: CalibrationSet | None, engine: str) -> ConvertResult:
+    """Convert with an engine, and show how far it is."""
     if engine == "llmcompressor":
         from ..convert.second_opinion import convert_with_llmcompressor as run
     else:
         from ..convert.pipeline import convert as run
-    result = run(plan, options, loaded).as_json()
-    _report(plan, result, as_json)
+    if options.ranks.rank != 0:
+        return run(plan, options, loaded)
+    from .progress import progress_display
+
+    with progress_display() as sink:
+        return run(plan, replace(options, progress=sink), loaded)
 
 
 def _resolve_device(device: str) -> str:
@@ -122,7 +184,11 @@ def _resolve_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def _report(plan: Plan, result: dict[str, Any], as_json: bool) -> None:
+def _report(plan: Plan, result: dict[str, Any], profile: Path | None, as_json: bool) -> None:
+    if profile is not None:
+        say(f"profile: {profile / 'phases.txt'}, and {profile / 'trace.json'} for ui.perfetto.dev")
+    if result["was_finished"]:
+        say("The output was there already, made by an equal run; --restart would make it anew.")
     if result["marlin_flushed_blocks"]:
         from ..format.marlin import RULE_READ_FROM
 

@@ -4,13 +4,14 @@ path: equal runs, equal files."""
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 from .. import __version__
 from ..calibrate.samples import CalibrationSet
-from ..checkpoint.source import Checkpoint
+from ..checkpoint.source import Checkpoint, read_range
 from ..plan.plan import Plan
 
 MANIFEST_NAME = "nvquant_manifest.json"
@@ -53,7 +54,30 @@ def source_identity(source: Checkpoint) -> dict[str, Any]:
     """Size, modification time and header hash of each shard, and the hash of config.json."""
     shards = {}
     for name, header in source.shards.items():
-        with header.path.open("rb") as file:
-            digest = hashlib.sha256(file.read(header.data_start)).hexdigest()
-        shards[name] = {"bytes": header.file_bytes, "mtime_ns": header.path.stat().st_mtime_ns, "header_sha256": digest}
+        head = bytearray(header.data_start)
+        read_range(header.path, 0, memoryview(head), header)
+        digest = hashlib.sha256(head).hexdigest()
+        shards[name] = {"bytes": header.file_bytes, "mtime_ns": header.mtime_ns, "header_sha256": digest}
     return {"config_sha256": hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest(), "shards": shards}
+
+
+def difference(found: Mapping[str, Any], identity: Mapping[str, Any], path: str = "") -> str | None:
+    """Where another run's identity differs from this one's, in words: `calibration.sha256 is 4be1… there, 90ac… here`;
+    None where it does not. What a manifest holds beside its identity is not looked at."""
+    for key, value in identity.items():
+        name = f"{path}{key}"
+        there = found.get(key, "missing")
+        if isinstance(value, Mapping) and isinstance(there, Mapping):
+            deeper = difference(
+                {**dict.fromkeys(value, "missing"), **there}, {**dict.fromkeys(there, "missing"), **value}, f"{name}."
+            )
+            if deeper is not None:
+                return deeper
+        elif there != value:
+            return f"{name} is {_short(there)} there, {_short(value)} here"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return text if len(text) <= 40 else f"{text[:36]}…"

@@ -27,7 +27,7 @@ class QuantizedGroup:
     """A fused group's output.
 
     Attributes:
-        tensors: by output name, on the CPU.
+        tensors: packed codes and block scales by output name, uint8, on the weights' device.
         record: what the manifest says of the group.
     """
 
@@ -38,7 +38,7 @@ class QuantizedGroup:
 def quantize_group(
     plan: Plan, group: FusedGroup, weights: Mapping[str, Tensor], inputs: InputStatistics | None, quantizer: Quantizer
 ) -> QuantizedGroup:
-    """Quantize a fused group.
+    """Quantize a fused group; its global scales follow from the record (`group_scalars`).
 
     Args:
         weights: the members' weights by source name, in their stored dtype, on one device.
@@ -55,28 +55,47 @@ def quantize_group(
             f"{members[0].source} holds values near the end of float32: use --quantizer rtn for this model."
         )
     mean_square = inputs.mean_square if inputs else None
-    weight_scalar = stored_scalar(float(amax) * quantizer.headroom, plan.layout)
     record: dict[str, Any] = {"scheme": members[0].scheme, "members": list(group.members), "weight_amax": float(amax)}
+    if inputs is not None:
+        record["input"] = {
+            "observed_amax": inputs.amax,
+            "low_percentile": inputs.low,
+            "calibrated_amax": calibrated_amax(inputs.amax, inputs.low, plan.recipe.activations.headroom),
+            "tokens": inputs.tokens,
+        }
     tensors: dict[str, Tensor] = {}
     histogram = torch.zeros(256, dtype=torch.int64)
     for member in members:
         entries = matrix_entries(member, plan.layout)
         quantized = quantizer.quantize(weights[member.source], scale, mean_square)
         histogram += scale_histogram(quantized.scales)
-        tensors[entries["packed"].name] = quantized.packed.cpu()
-        tensors[entries["scales"].name] = quantized.scales.cpu()
-        tensors[entries["weight_global"].name] = weight_scalar
-        if inputs is not None:
-            calibrated = calibrated_amax(inputs.amax, inputs.low, plan.recipe.activations.headroom)
-            tensors[entries["input_global"].name] = stored_scalar(calibrated, plan.layout)
-            record["input"] = {
-                "observed_amax": inputs.amax,
-                "low_percentile": inputs.low,
-                "calibrated_amax": calibrated,
-                "tokens": inputs.tokens,
-            }
+        tensors[entries["packed"].name] = quantized.packed
+        tensors[entries["scales"].name] = quantized.scales.view(torch.uint8)
     record["marlin_flushed_blocks"] = count_flushed_blocks(histogram)
     return QuantizedGroup(tensors, record)
+
+
+def group_scalars(plan: Plan, group: FusedGroup, record: Mapping[str, Any], quantizer: Quantizer) -> dict[str, Tensor]:
+    """The global scales that a fused group's members store, float32 on the CPU by output name, from its record."""
+    tensors = {}
+    for module in group.members:
+        entries = matrix_entries(plan.matrices[module], plan.layout)
+        amax = record["weight_amax"] * quantizer.headroom
+        tensors[entries["weight_global"].name] = stored_scalar(amax, plan.layout)
+        if "input" in record:
+            tensors[entries["input_global"].name] = stored_scalar(record["input"]["calibrated_amax"], plan.layout)
+    return tensors
+
+
+def packed_shapes(plan: Plan, groups: Iterable[FusedGroup]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What `quantize_group` makes of some groups: output names, in order, to the group's name and the uint8 shape."""
+    shapes = {}
+    for group in groups:
+        for module in group.members:
+            entries = matrix_entries(plan.matrices[module], plan.layout)
+            for part in ("packed", "scales"):
+                shapes[entries[part].name] = (group.name, entries[part].shape)
+    return shapes
 
 
 def stored_scalar(amax: float, layout: Layout) -> Tensor:

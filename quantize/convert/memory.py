@@ -29,6 +29,28 @@ def peak_gpu_bytes() -> int:
     return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
 
 
+def host_bytes_now() -> int:
+    """Resident size of this process now; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text(encoding="ascii").split()[1]) * resource.getpagesize() if statm.exists() else 0
+
+
+def available_host_bytes() -> int | None:
+    """Memory that a process can still take without swapping, as the system estimates it; None where it does not."""
+    table = Path("/proc/meminfo")
+    if not table.exists():
+        return None
+    lines = (line.split() for line in table.read_text(encoding="ascii").splitlines())
+    return next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), None)
+
+
+def gpu_bytes_now() -> int:
+    """GPU memory that this process's allocator has reserved now; 0 without a GPU, or before it is used."""
+    import torch
+
+    return torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
+
+
 def give_back_free_memory() -> None:
     """Hand the free pages of glibc's allocator back to the system; with another C library nothing happens.
 

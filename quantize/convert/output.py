@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.writer import sync_folder, write_json
+from ..checkpoint.source import read_json
+from ..checkpoint.writer import sync_folder
 from ..errors import InputError
-from .manifest import MANIFEST_NAME
+from .journal import CLEARED_FOLDER, STATE_FOLDER, Journal
+from .manifest import MANIFEST_NAME, difference
 
 PARTIAL_SUFFIX = ".partial"
-RUN_NAME = "nvquant_run.json"  # the identity of the run that fills a partial folder
 SLACK_BYTES = 64 << 20  # side files, index, manifest
+_OURS = (CLEARED_FOLDER, MANIFEST_NAME, STATE_FOLDER)  # one of them is in every partial folder that is not empty
 
 
 def partial_folder(output: Path) -> Path:
     """Where the output grows, on the same file system: beside the folder itself, if `output` is a link to it."""
     folder = output.resolve()
     return folder.with_name(folder.name + PARTIAL_SUFFIX)
+
+
+def _replaced_folder(output: Path) -> Path:
+    """Where an earlier output goes for the moment in which the new one takes its name."""
+    folder = output.resolve()
+    return folder.with_name(f".{folder.name}.nvquant-replaced")
 
 
 def check_output(output: Path, needed_bytes: int, source: Path) -> None:
@@ -48,33 +59,137 @@ def check_output(output: Path, needed_bytes: int, source: Path) -> None:
         )
 
 
-def start_partial(output: Path, identity: Mapping[str, Any]) -> Path:
-    """Make an empty partial folder that says whose it is; what an earlier run left there goes."""
+def check_finished(output: Path, identity: Mapping[str, Any], restart: bool) -> bool:
+    """Whether the output is there already, made by a run of this identity.
+
+    Raises:
+        InputError: it was made by another run, and may not be replaced.
+    """
+    path = output / MANIFEST_NAME
+    if restart or not path.exists():
+        return False
+    shutil.rmtree(_replaced_folder(output), ignore_errors=True)
+    differs = difference(read_json(path, "nvquant writes one"), identity)
+    if differs is not None:
+        raise InputError(
+            f"-o {output} holds a finished checkpoint of another run ({differs}): choose another folder, or replace "
+            f"it with --restart."
+        )
+    return True
+
+
+@contextmanager
+def locked_partial(output: Path) -> Iterator[Path]:
+    """The partial folder, made where it is missing, for this process alone.
+
+    Raises:
+        InputError: it cannot be made, or another run fills it.
+    """
     partial = partial_folder(output)
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        write_json(partial / RUN_NAME, identity)
+        partial.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"{partial} cannot be made ({error.strerror}): choose another folder with -o.") from error
-    return partial
+    try:
+        try:
+            # On the folder itself: the lock goes with it when it is renamed, and ends with the process.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"{partial} is being filled by another run: wait for it to end, or choose another folder with -o."
+            ) from error
+        if not partial.exists() or partial.stat().st_ino != os.fstat(descriptor).st_ino:
+            raise InputError(f"{partial} was just finished or removed by another run: run the command again.")
+        yield partial
+    finally:
+        os.close(descriptor)
+
+
+def open_partial(partial: Path, identity: Mapping[str, Any], restart: bool) -> Journal:
+    """Continue what an earlier run of this identity left in the partial folder, or begin.
+
+    Args:
+        restart: drop what is there, whatever it is.
+    Raises:
+        InputError: it holds another run.
+        CheckFailed: what says whose run it holds is damaged.
+    """
+    journal = Journal(partial)
+    found = None if restart else journal.identity()
+    if found is not None:
+        differs = difference(found, identity)
+        if differs is None:
+            return journal
+        raise InputError(
+            f"{partial} holds a run that is not this one ({differs}): use the same files and options to continue it, "
+            f"or --restart to begin anew."
+        )
+    empty_folder(partial)
+    journal.begin(identity)
+    return journal
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove all that a folder holds, its records last: what is left of it is still known to be nvquant's."""
+    for path in sorted(folder.iterdir(), key=lambda path: _OURS.index(path.name) if path.name in _OURS else -1):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def remove_partial(partial: Path) -> None:
+    """Remove a partial folder, as far as the system lets us."""
+    with suppress(OSError):
+        empty_folder(partial)
+        partial.rmdir()
+
+
+def finish_publishing(output: Path) -> None:
+    """Give a whole output its name, where a run was killed before it could.
+
+    Raises:
+        InputError: that run is still at it.
+    """
+    partial = partial_folder(output)
+
+    def is_whole_without_name() -> bool:
+        has_manifest = (partial / MANIFEST_NAME).exists() and not (partial / STATE_FOLDER).exists()
+        return has_manifest and not (output / MANIFEST_NAME).exists()
+
+    if is_whole_without_name():
+        with locked_partial(output):
+            if is_whole_without_name():
+                publish(partial, output)
 
 
 def publish(partial: Path, output: Path) -> None:
-    """Give the whole output its final name; an earlier output of nvquant's is replaced."""
-    folder = output.resolve()
-    (partial / RUN_NAME).unlink()
+    """Give the whole output its final name; an earlier output of nvquant's is replaced. Wherever this ends, either the
+    old output or the whole new one is there, and the next run finishes the rest."""
+    folder, replaced = output.resolve(), _replaced_folder(output)
+    Journal(partial).clear()
     sync_folder(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        folder.rename(replaced)
     partial.rename(folder)
     sync_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def fresh_partial(output: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """An empty partial folder for this process alone, for work that is not resumed; after an error nothing is left."""
+    finish_publishing(output)
+    with locked_partial(output) as partial:
+        open_partial(partial, identity, restart=True)
+        try:
+            yield partial
+        except BaseException:
+            remove_partial(partial)
+            raise
 
 
 def _is_ours(partial: Path) -> bool:
-    # A run that ends while it publishes leaves a whole folder, with a manifest, under the partial name.
-    return any((partial / name).exists() for name in (RUN_NAME, MANIFEST_NAME)) or not any(partial.iterdir())
+    return any((partial / name).exists() for name in _OURS) or not any(partial.iterdir())
 
 
 def _existing_parent(path: Path) -> Path:

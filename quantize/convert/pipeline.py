@@ -1,110 +1,80 @@
-"""Convert: execute a plan. While a layer is computed the next one is read and the last one written; one layer is in
-flight in each stage."""
+"""Convert: execute a plan, or go on with a run that ended early; the output appears when it is whole and as planned."""
 
 from __future__ import annotations
 
-import logging
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..calibrate.samples import CalibrationSet
-from ..calibrate.skeleton import ATTENTION, build_skeleton
-from ..calibrate.walk import Walk
+from ..calibrate.skeleton import ATTENTION, import_model_code
 from ..checkpoint.sidefiles import side_files
-from ..checkpoint.source import INDEX_NAME, open_checkpoint, tensor_bytes
-from ..checkpoint.writer import TensorEntry, write_bytes, write_json, write_shard
+from ..checkpoint.source import INDEX_NAME, open_checkpoint, read_json
+from ..checkpoint.writer import write_bytes, write_json
 from ..errors import CheckFailed, InputError, NvquantError
-from ..plan.plan import Plan, PlannedShard
+from ..plan.plan import Plan
 from ..quantizers import get_quantizer
-from ..quantizers.base import Quantizer
-from ..recipe.roles import text_config
 from .config import output_configs
-from .manifest import MANIFEST_NAME, run_identity
-from .matrices import groups_of_layer, quantize_group
-from .memory import give_back_free_memory, peak_gpu_bytes, peak_host_bytes
-from .output import check_output, publish, start_partial
-
-log = logging.getLogger("nvquant.convert")
-
-HIDDEN_SHARE_OF_GPU = 0.5
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """How to run a conversion.
-
-    Attributes:
-        device: `cpu` or `cuda` (with an index if there are several).
-        gpu_budget_bytes: how much GPU memory the run may use; None for all that is free.
-        progress: called with (layers done, layers in all, phase).
-    """
-
-    output: Path
-    quantizer: str
-    device: str = "cpu"
-    batch_size: int = 1
-    gpu_budget_bytes: int | None = None
-    progress: Callable[[int, int, str], None] = field(default=lambda done, total, phase: None)
-
-
-@dataclass(frozen=True)
-class ConvertResult:
-    """What a conversion did; the document of `convert --json`."""
-
-    output: str
-    tensors: int
-    tensor_bytes: int
-    quantized: int
-    seconds: float
-    peak_host_bytes: int
-    peak_gpu_bytes: int
-    calibration: dict[str, Any] | None
-    marlin_flushed_blocks: int
-
-    def as_json(self) -> dict[str, Any]:
-        """The document of `convert --json`."""
-        return asdict(self)
+from .device import DeviceStart
+from .engine import Engine
+from .journal import Journal
+from .manifest import MANIFEST_NAME, difference, run_identity
+from .memory import peak_gpu_bytes, peak_host_bytes
+from .options import ConvertOptions, ConvertResult
+from .output import (
+    check_finished,
+    check_output,
+    finish_publishing,
+    locked_partial,
+    open_partial,
+    partial_folder,
+    publish,
+    remove_partial,
+)
+from .stop import STOPPED
+from .watch import Watch
 
 
 def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | None) -> ConvertResult:
     """Execute a plan; the output appears under its final name only when it is whole and as planned.
 
+    A run that ended early is continued from its last whole shard, and ends in the same bytes.
+
     Args:
         calibration: None for a recipe that quantizes weights only.
     Raises:
-        NvquantError: see each stage; nothing is left behind.
+        NvquantError: see each stage; shards that are whole stay in the partial folder for the next run.
     """
-    started = time.monotonic()
     quantizer = get_quantizer(options.quantizer)
-    check_output(options.output, plan.file_bytes, plan.source.folder)
-    configs = output_configs(plan)
+    with (
+        options.trace.span("import"),
+        DeviceStart(options.device, quantizer, calibration is not None),
+    ):
+        if calibration is not None:
+            import_model_code(plan.source)
+    started = time.monotonic()
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-    run = {
-        "device": options.device.split(":")[0],
-        "dtype": str(dtype).removeprefix("torch."),
-        "attention": ATTENTION,
-        "batch_size": options.batch_size,
-    }
-    identity = run_identity(plan, options.quantizer, calibration, run)
-    partial = start_partial(options.output, identity)
-    try:
-        layers = _layers(plan, options, quantizer, calibration, dtype)
-        files, records = _write_all(plan, partial, layers, options)
-        _write_side_files(plan, partial, configs)
-        write_json(partial / MANIFEST_NAME, {**identity, "layers": records, "files": files})
-        assert_as_planned(plan, partial)
-        publish(partial, options.output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    configs = output_configs(plan)
+    identity = run_identity(plan, options.quantizer, calibration, _circumstances(options, dtype, calibration))
+    with ExitStack() as held:
+        begun = _begin(plan, options, identity, held)
+        if not begun.is_finished:
+            watch = Watch(options)
+            try:
+                Engine(plan, options, quantizer, dtype, begun.journal, begun.done, watch).run(calibration)
+                watch.phase("finish")
+                with options.trace.span("finish"), options.ranks.step():
+                    if options.ranks.rank == 0:
+                        _finish(plan, options.output, begun.journal, identity, configs)
+            except BaseException as error:
+                _leave(plan, options, begun.journal, error)
+                raise
+    records = read_json(options.output / MANIFEST_NAME, "")["layers"]
     flushed = sum(group["marlin_flushed_blocks"] for layer in records for group in layer["groups"].values())
     return ConvertResult(
         output=str(options.output),
@@ -116,133 +86,98 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
         peak_gpu_bytes=peak_gpu_bytes(),
         calibration=calibration.as_json() if calibration else None,
         marlin_flushed_blocks=flushed,
+        layers_resumed=len(plan.layers) if begun.is_finished else _layers_in(begun.done),
+        was_finished=begun.is_finished,
+        phases={phase: round(seconds, 3) for phase, seconds in options.trace.phases().items()},
     )
 
 
 @dataclass(frozen=True)
-class _LayerOutput:
-    shard: PlannedShard
-    tensors: dict[str, Tensor]
-    record: dict[str, Any]
+class _Begun:
+    """What a run starts from.
 
-
-def _layers(
-    plan: Plan, options: ConvertOptions, quantizer: Quantizer, calibration: CalibrationSet | None, dtype: torch.dtype
-) -> Iterator[_LayerOutput]:
-    """Read, calibrate and quantize layer by layer; the next layer is read meanwhile."""
-    walk = _start_walk(plan, options, calibration, dtype) if calibration is not None else None
-    shards = [shard for shard in plan.shards if shard.layer is not None]
-    with ThreadPoolExecutor(1, "read") as reader:
-        coming: Future[dict[str, Tensor]] | None = reader.submit(_read_layer, plan, shards[0], walk is not None)
-        for at, shard in enumerate(shards):
-            assert coming is not None and shard.layer is not None
-            tensors = {name: tensor.to(options.device) for name, tensor in coming.result().items()}
-            give_back_free_memory()
-            follows = at + 1 < len(shards)
-            coming = reader.submit(_read_layer, plan, shards[at + 1], walk is not None) if follows else None
-            groups = groups_of_layer(plan.groups, plan.prefix, shard.layer)
-            calibrated = [group for group in groups if plan.matrices[group.members[0]].scheme == "nvfp4"]
-            inputs = walk.step(shard.layer, tensors, calibrated, quantizer.uses_mean_square) if walk is not None else {}
-            output: dict[str, Tensor] = {}
-            record: dict[str, Any] = {}
-            for group in groups:
-                done = quantize_group(plan, group, tensors, inputs.get(group.name), quantizer)
-                output.update(done.tensors)
-                record[group.name] = done.record
-            yield _LayerOutput(shard, output, record)
-
-
-def _start_walk(plan: Plan, options: ConvertOptions, calibration: CalibrationSet, dtype: torch.dtype) -> Walk:
-    options.progress(0, len(plan.layers), "record")
-    device = torch.device(options.device)
-    skeleton = build_skeleton(plan.source, plan.prefix, device, dtype)
-    if len(skeleton.layers) != len(plan.layers):
-        raise InputError(
-            f"{plan.model}: config.json describes {len(skeleton.layers)} decoder layers, but the shards hold "
-            f"{len(plan.layers)}: download the model again."
-        )
-    hidden_size = int(text_config(plan.source.config)["hidden_size"])
-    hidden_bytes = calibration.tokens * hidden_size * dtype.itemsize
-    return Walk(
-        skeleton,
-        calibration.samples,
-        options.batch_size,
-        _hidden_device(device, hidden_bytes, options.gpu_budget_bytes),
-    )
-
-
-def _hidden_device(device: torch.device, hidden_bytes: int, budget_bytes: int | None) -> torch.device:
-    """Where hidden states wait: on the GPU where they take at most half of the budget, else in host memory."""
-    if device.type != "cuda":
-        return torch.device("cpu")
-    budget = budget_bytes if budget_bytes is not None else torch.cuda.mem_get_info(device)[0]
-    return device if hidden_bytes <= HIDDEN_SHARE_OF_GPU * budget else torch.device("cpu")
-
-
-def _read_layer(plan: Plan, shard: PlannedShard, whole: bool) -> dict[str, Tensor]:
-    """A layer's tensors in their stored dtype: all of them for a walk, only the matrices to quantize without one."""
-    names = dict.fromkeys(
-        plan.origins[entry.name].source for entry in shard.entries if whole or plan.origins[entry.name].part
-    )
-    return {name: plan.source.read(name) for name in names}
-
-
-def _write_all(
-    plan: Plan, partial: Path, layers: Iterable[_LayerOutput], options: ConvertOptions
-) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Write the layers' shards in one thread, at most one waiting, and copy the rest in another.
-
-    Returns sha256 by file and the records of the layers.
+    Attributes:
+        done: records of the shards that are whole, by file.
+        is_finished: the output is there already.
     """
-    hashes: dict[str, str] = {}
-    records: list[dict[str, Any]] = []
-    total = len(plan.layers)
-    rest = [shard for shard in plan.shards if shard.layer is None]
-    with ThreadPoolExecutor(1, "write") as writer, ThreadPoolExecutor(1, "copy") as copier:
-        copies = [copier.submit(_write_one, plan, partial, shard, {}, hashes) for shard in rest]
-        waiting: Future[str] | None = None
-        try:
-            for output in layers:
-                if waiting is not None:
-                    waiting.result()
-                waiting = writer.submit(_write_one, plan, partial, output.shard, output.tensors, hashes)
-                records.append({"layer": output.shard.layer, "file": output.shard.file, "groups": output.record})
-                options.progress(len(records), total, "layers")
-            options.progress(total, total, "finishing the files")
-            for future in [waiting, *copies]:
-                if future is not None:
-                    future.result()
-        except BaseException:
-            for copy in copies:  # nobody waits for gigabytes of copies after an error
-                copy.cancel()
-            raise
+
+    journal: Journal
+    done: Mapping[str, Mapping[str, Any]]
+    is_finished: bool = False
+
+
+def _circumstances(options: ConvertOptions, dtype: torch.dtype, calibration: CalibrationSet | None) -> dict[str, Any]:
+    """What of this run, beside its files and versions, the output's bytes may depend on."""
+    found: dict[str, Any] = {
+        "device": options.device.split(":")[0],
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": ATTENTION,
+        "batch_size": options.batch_size,
+    }
+    if calibration is not None:  # matrix products may differ in their last bits between processors
+        is_cpu = options.device == "cpu"
+        capability = torch.backends.cpu.get_cpu_capability() if is_cpu else torch.cuda.get_device_name(options.device)
+        found["processor"] = capability
+    return found
+
+
+def _begin(plan: Plan, options: ConvertOptions, identity: Mapping[str, Any], held: ExitStack) -> _Begun:
+    """Rank 0 takes the partial folder for this run, and tells the others what is in it.
+
+    Args:
+        held: keeps the folder's lock.
+    """
+    ranks = options.ranks
+    journal = Journal(partial_folder(options.output))
+    begun = None
+    with ranks.step():
+        if ranks.rank == 0:
+            check_output(options.output, plan.file_bytes, plan.source.folder)
+            finish_publishing(options.output)
+            if check_finished(options.output, identity, options.restart):
+                begun = _Begun(journal, {}, is_finished=True)
+            else:
+                partial = held.enter_context(locked_partial(options.output))
+                journal = open_partial(partial, identity, options.restart)
+                begun = _Begun(journal, journal.done(plan.shards))
+    with ranks.step():
+        first, found = ranks.exchange((begun, identity))[0]
+        differs = difference(found, identity)
+        if differs is not None:
+            raise InputError(f"the ranks are not alike ({differs}): give all the same files, versions and GPUs.")
+        if not journal.partial.is_dir() and not first.is_finished:
+            raise InputError(f"rank {ranks.rank} does not see {journal.partial}: name a folder that all ranks share.")
+    assert isinstance(first, _Begun)
+    return first
+
+
+def _finish(
+    plan: Plan, output: Path, journal: Journal, identity: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write what describes the shards, read every header back, give the folder its name."""
+    partial = journal.partial
+    records = journal.records(plan.shards)
+    missing = [shard.file for shard in plan.shards if shard.file not in records]
+    if missing:
+        raise CheckFailed(f"{partial} lacks {missing[0]}: run the same command again.")
     weight_map = {entry.name: shard.file for shard in plan.shards for entry in shard.entries}
-    write_json(
-        partial / INDEX_NAME,
-        {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))},
-    )
-    return dict(sorted(hashes.items())), records
+    index = {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(partial / INDEX_NAME, index)
+    write_side_files(plan, partial, configs)
+    layers = [records[shard.file]["layer"] for shard in plan.shards if shard.layer is not None]
+    files = {file: records[file]["sha256"] for file in sorted(records)}
+    write_json(partial / MANIFEST_NAME, {**identity, "layers": layers, "files": files})
+    assert_as_planned(plan, partial)
+    publish(partial, output)
 
 
-def _write_one(
-    plan: Plan, partial: Path, shard: PlannedShard, tensors: Mapping[str, Tensor], hashes: dict[str, str]
-) -> str:
-    def contents(entry: TensorEntry) -> Iterator[memoryview]:
-        if entry.name in tensors:
-            yield tensor_bytes(tensors[entry.name])
-        else:
-            yield from plan.source.pieces(plan.origins[entry.name].source)
-
-    hashes[shard.file] = write_shard(partial / shard.file, shard.entries, contents)
-    return hashes[shard.file]
-
-
-def _write_side_files(plan: Plan, partial: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+def write_side_files(plan: Plan, folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Copy the source's side files (tokenizer, chat template, …) and write the output's own configs."""
     for name in side_files(plan.source.folder):
-        (partial / name).parent.mkdir(exist_ok=True)
-        write_bytes(partial / name, (plan.source.folder / name).read_bytes())
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_bytes(folder / name, (plan.source.folder / name).read_bytes())
     for name, config in configs.items():
-        write_json(partial / name, config)
+        write_json(folder / name, config)
 
 
 def assert_as_planned(plan: Plan, folder: Path) -> None:
@@ -260,3 +195,25 @@ def assert_as_planned(plan: Plan, folder: Path) -> None:
         planned = [(entry.name, entry.dtype, entry.shape) for entry in shard.entries]
         if found != planned:
             raise CheckFailed(f"{shard.file} was not written as planned.")
+
+
+def _leave(plan: Plan, options: ConvertOptions, journal: Journal, error: BaseException) -> None:
+    """Keep the layers that are whole for the next run, and say so; leave nothing where there are none."""
+    if options.ranks.rank != 0 or not journal.folder.exists():
+        return
+    try:
+        records = journal.records(plan.shards)
+    except CheckFailed:  # says itself what to do
+        return
+    if not _layers_in(records):
+        if options.ranks.size == 1:  # others may still be writing
+            remove_partial(journal.partial)
+    elif isinstance(error, NvquantError) and error.exit_code < STOPPED:  # one that was stopped says so itself
+        error.args = (
+            f"{error} {_layers_in(records)} of {len(plan.layers)} layers are whole and kept: the same command goes on "
+            f"from there.",
+        )
+
+
+def _layers_in(records: Mapping[str, Mapping[str, Any]]) -> int:
+    return sum(record["layer"] is not None for record in records.values())

@@ -8,7 +8,6 @@ conversion into that layout; elsewhere it is one float32 reciprocal, right to an
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from ..recipe.roles import QUANTIZABLE, Role, describe, role_of, unused_tensors
 from .config import QuantizedModel, output_configs
 from .manifest import MANIFEST_NAME, source_identity
 from .matrices import stored_scalar
-from .output import check_output, publish, start_partial
+from .output import check_output, fresh_partial, publish
 
 COPY_CHUNK_BYTES = 16 << 20
 HF_QUANT_CONFIG = "hf_quant_config.json"
@@ -104,17 +103,13 @@ def relayout(source: Checkpoint, target: Layout, output: Path) -> RelayoutResult
     shards = _shards(source, matrices, layout, target, scalars)
     planned = [PlannedShard(file, None, tuple(move.entry for move in moves)) for file, moves in shards.items()]
     check_output(output, sum(shard.file_bytes for shard in planned), source.folder)
-    partial = start_partial(output, {"relayout": target.name, "source": source_identity(source)})
-    try:
+    with fresh_partial(output, {"relayout": target.name, "source": source_identity(source)}) as partial:
         hashes = {file: _write_shard(source, partial / file, moves) for file, moves in shards.items()}
         _write_other_files(source, partial, planned, configs)
         if manifest:
             write_json(partial / MANIFEST_NAME, {**manifest, "format": target.name, "files": hashes})
         _check_written(partial, planned)
         publish(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return RelayoutResult(
         output=str(output),
         format=target.name,

@@ -13,7 +13,6 @@ import importlib.util
 import logging
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,17 +26,18 @@ from torch import Tensor, nn
 from ..calibrate.quiet import quiet_transformers
 from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import ATTENTION
-from ..checkpoint.sidefiles import side_files
 from ..checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
-from ..checkpoint.writer import TensorEntry, write_bytes, write_json
+from ..checkpoint.writer import TensorEntry
 from ..errors import CheckFailed, EnvironmentLack, InputError, NvquantError
 from ..format.marlin import count_flushed_blocks, scale_histogram
 from ..plan.plan import SHARD_LIMIT_BYTES, Plan, matrix_entries
 from ..recipe.roles import Role, text_config
 from .config import PRESETS, coverage_in_order, output_configs
-from .memory import peak_gpu_bytes, peak_host_bytes
-from .output import check_output, publish, start_partial
-from .pipeline import ConvertOptions, ConvertResult
+from .memory import available_host_bytes, peak_gpu_bytes, peak_host_bytes
+from .options import ConvertOptions, ConvertResult
+from .output import check_output, fresh_partial, publish
+from .pipeline import write_side_files
+from .progress import Progress
 
 log = logging.getLogger("nvquant.convert")
 
@@ -71,21 +71,13 @@ def convert_with_llmcompressor(
     check_memory(plan, calibration, options.device, dtype)
     check_output(options.output, plan.file_bytes, plan.source.folder)
     configs = output_configs(plan)
-    partial = start_partial(options.output, {"engine": PACKAGE, "version": metadata.version(PACKAGE)})
-    try:
+    with fresh_partial(options.output, {"engine": PACKAGE, "version": metadata.version(PACKAGE)}) as partial:
         quantize_and_save(plan, calibration, options, dtype, partial)
-        for name in side_files(plan.source.folder):
-            (partial / name).parent.mkdir(exist_ok=True)
-            write_bytes(partial / name, (plan.source.folder / name).read_bytes())
-        for name, config in configs.items():
-            write_json(partial / name, config)
+        write_side_files(plan, partial, configs)
         written = open_checkpoint(partial)
         assert_holds_plan(plan, written)
         flushed = _flushed_blocks(plan, written)
         publish(partial, options.output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     infos = written.infos().values()
     return ConvertResult(
         output=str(options.output),
@@ -151,15 +143,6 @@ def check_memory(plan: Plan, calibration: CalibrationSet | None, device: str, dt
             )
 
 
-def available_host_bytes() -> int | None:
-    """Memory that a new process can have without swapping; None where the system does not say."""
-    table = Path("/proc/meminfo")
-    if not table.exists():
-        return None
-    lines = (line.split() for line in table.read_text(encoding="ascii").splitlines())
-    return next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), None)
-
-
 def _require_package() -> None:
     if importlib.util.find_spec(PACKAGE) is None:
         raise EnvironmentLack(f"--engine llmcompressor needs llm-compressor, which is not installed: {INSTALL}.")
@@ -177,7 +160,7 @@ def quantize_and_save(
         NvquantError: it stopped, for whatever reason.
     """
     version = metadata.version(PACKAGE)
-    options.progress(0, 0, f"llm-compressor {version}")
+    options.progress(Progress(f"llm-compressor {version}"))
     try:
         with _aside():
             model = _load(plan, options.device, dtype)

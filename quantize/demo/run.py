@@ -15,7 +15,8 @@ from ..calibrate.samples import load_calibration, prose_samples
 from ..calibrate.text import Source, read_documents
 from ..calibrate.tokenizer import ModelTokenizer
 from ..checkpoint.source import open_checkpoint
-from ..convert.pipeline import ConvertOptions, ConvertResult, convert
+from ..convert.options import ConvertOptions, ConvertResult
+from ..convert.pipeline import convert
 from ..format.layouts import LAYOUTS
 from ..plan.forecast import as_json, forecast_memory
 from ..plan.plan import Plan, compute_plan

@@ -1,7 +1,8 @@
 """Quantize a matrix to NVFP4 and back.
 
-The reference in PyTorch below runs on every device. It works on strips of rows that fit the processor's cache, turned
-so that the 16 elements of a block lie in 16 long vectors: every step is then one vector operation over many blocks.
+The reference in PyTorch below runs on every device; kernels.py has faster ways to the same bytes. It works on strips
+of rows that fit the processor's cache, turned so that the 16 elements of a block lie in 16 long vectors: every step is
+then one vector operation over many blocks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..errors import NonFiniteError, ShapeError
 from .constants import BLOCK
 from .e2m1 import decode_e2m1, encode_e2m1, unpack_codes
+from .native import amax_on_cpu, has_native
 from .scales import block_scale_bytes, decode_e4m3
 
 _STRIP_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -56,8 +58,11 @@ def weight_amax(weight: Tensor, name: str = "the matrix") -> Tensor:
     """
     if weight.is_meta or weight.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=weight.device)
-    low, high = torch.aminmax(weight)  # NaN wins in both
-    amax = torch.maximum(-low, high).float()
+    if has_native(weight) and weight.is_contiguous():
+        amax = amax_on_cpu(weight)
+    else:
+        low, high = torch.aminmax(weight)  # NaN wins in both
+        amax = torch.maximum(-low, high).float()
     if not bool(torch.isfinite(amax)):
         row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
         raise NonFiniteError(name, row, column)

@@ -1,8 +1,8 @@
-"""The GPU's way to quantize: one pass over the matrix, everything in registers; bytes equal the PyTorch reference's.
-operation by operation.
+"""Fast ways to quantize and to gather statistics of inputs, bit-equal to the PyTorch reference: Triton on a GPU
+(triton_kernels.py), compiled C on the CPU (native.py).
 
-Division is IEEE (`div_rn`) and multiply-add is not fused, as in the reference. A program handles a run of blocks;
-codes are rounded with the same one-addition trick as in e2m1.py and scales.py.
+On both division is IEEE's and multiply-add is not fused where the reference does not; codes are rounded with the same
+one-addition trick as in e2m1.py and scales.py. On a GPU it is one pass over the matrix, everything in registers.
 """
 
 from __future__ import annotations
@@ -15,20 +15,29 @@ from torch import Tensor
 
 from .blocks import BlockQuantized, check_blocks
 from .constants import BLOCK
+from .native import gather_on_cpu, has_native, quantize_on_cpu
 
 BLOCKS_PER_PROGRAM = 32  # with two warps the fastest on an H200, for rtn and for the sweep
+CHUNK = 64  # tokens whose squares are added in float32
+COLUMNS_PER_PROGRAM = 256
 
 
-def quantize_on_gpu(
+def has_kernel(tensor: Tensor) -> bool:
+    """Whether there is a kernel for a tensor: it is on the CPU and the extension module was built, or it is on a GPU
+    and Triton, which CUDA builds of torch bring along, is there."""
+    return has_native(tensor) or _has_triton(tensor)
+
+
+def quantize_with_kernel(
     weight: Tensor,
     scale: Tensor,
     importance: Tensor | None = None,
     candidates: tuple[float, float, int, int] | None = None,
 ) -> BlockQuantized:
-    """Quantize a matrix on its GPU.
+    """Quantize a matrix that `has_kernel` accepts.
 
     Args:
-        weight: [rows, cols], bfloat16, float16 or float32, on a GPU; cols divisible by 16; finite.
+        weight: [rows, cols], bfloat16, float16 or float32; cols divisible by 16; finite.
         scale: float32 scalar, the global scale (divisor).
         importance: float32 [16, cols / 16], weights of squared errors; None for ones.
         candidates: (lowest, highest, first offset, last offset) of a sweep over E4M3 scales near amax / 6; None rounds
@@ -38,6 +47,20 @@ def quantize_on_gpu(
     Raises:
         ShapeError: cols not divisible by 16.
     """
+    if not has_native(weight):
+        return quantize_on_gpu(weight, scale, importance, candidates)
+    check_blocks(weight)
+    packed, scales = quantize_on_cpu(weight, scale, importance, candidates)
+    return BlockQuantized(packed, scales.view(torch.float8_e4m3fn))
+
+
+def quantize_on_gpu(
+    weight: Tensor,
+    scale: Tensor,
+    importance: Tensor | None = None,
+    candidates: tuple[float, float, int, int] | None = None,
+) -> BlockQuantized:
+    """`quantize_with_kernel` for a matrix on a GPU."""
     check_blocks(weight)
     rows, cols = weight.shape
     weight = weight.contiguous()
@@ -47,7 +70,7 @@ def quantize_on_gpu(
     lowest, highest, first, last = candidates or (0.0, 0.0, 0, -1)
     by_column = torch.ones(1, device=weight.device) if importance is None else importance.t().contiguous()
     with torch.cuda.device(weight.device) if weight.is_cuda else torch.no_grad():
-        _load_kernel()[(-(-blocks // BLOCKS_PER_PROGRAM),)](
+        _load("quantize_kernel")[(-(-blocks // BLOCKS_PER_PROGRAM),)](
             weight, scale.reshape(1).to(weight.device, torch.float32), by_column, packed, scales, blocks, cols // BLOCK,
             lowest, highest, first, last + 1,
             IS_SWEEP=candidates is not None, IS_WEIGHTED=importance is not None, N=BLOCKS_PER_PROGRAM,
@@ -56,13 +79,50 @@ def quantize_on_gpu(
     return BlockQuantized(packed, scales.view(torch.float8_e4m3fn))
 
 
-def has_kernel(weight: Tensor) -> bool:
-    """Whether `quantize_on_gpu` can take a matrix: it is on a GPU, and Triton, which CUDA builds of torch bring
-    along, is there."""
-    return weight.is_cuda and weight.numel() > 0 and importlib.util.find_spec("triton") is not None
+def gather_with_kernel(inputs: Tensor, histogram: Tensor, wants_squares: bool) -> tuple[Tensor, Tensor | None]:
+    """Statistics of inputs that `has_kernel` accepts, in one pass and without waiting for a GPU; see
+    `calibrate.statistics.gather`, whose bits these are.
+
+    Args:
+        inputs: [sequences, tokens, cols], bfloat16, float16 or float32, any strides; cols divisible by 16.
+        histogram: int32 [copies, 32768], contiguous; each count goes into any of its copies.
+        wants_squares: whether sums of squares are taken.
+    Returns:
+        the largest magnitude, float32 scalar, and the sums of squares, float64 [sequences, cols], or None.
+    """
+    if has_native(inputs):
+        return gather_on_cpu(inputs, histogram, wants_squares)
+    return gather_on_gpu(inputs, histogram, wants_squares)
 
 
-def _load_kernel() -> Any:
-    from .triton_kernels import quantize_kernel
+def gather_on_gpu(inputs: Tensor, histogram: Tensor, wants_squares: bool) -> tuple[Tensor, Tensor | None]:
+    """`gather_with_kernel` for inputs on a GPU."""
+    if inputs.stride(-1) != 1:
+        inputs = inputs.contiguous()
+    sequences, tokens, cols = inputs.shape
+    chunks, column_groups = -(-tokens // CHUNK), -(-cols // COLUMNS_PER_PROGRAM)
+    device = inputs.device
+    largest = torch.empty((sequences, chunks, column_groups), dtype=torch.int32, device=device)
+    sums = torch.empty((sequences, chunks, cols) if wants_squares else 1, dtype=torch.float32, device=device)
+    squares = torch.empty((sequences, cols), dtype=torch.float64, device=device) if wants_squares else None
+    with torch.cuda.device(device) if inputs.is_cuda else torch.no_grad():
+        _load("gather_kernel")[(column_groups, chunks, sequences)](
+            inputs, inputs.stride(0), inputs.stride(1), tokens, cols, largest, sums, histogram, len(histogram),
+            WANTS_SQUARES=wants_squares, CHUNK=CHUNK, N=COLUMNS_PER_PROGRAM, PATTERNS=histogram.shape[1],
+            enable_fp_fusion=False, num_warps=2,
+        )  # fmt: skip
+        if squares is not None:
+            _load("add_chunks_kernel")[(column_groups, sequences)](
+                sums, squares, chunks, cols, N=COLUMNS_PER_PROGRAM, enable_fp_fusion=False, num_warps=2
+            )
+    return largest.amax().view(torch.float32), squares
 
-    return quantize_kernel
+
+def _has_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.numel() > 0 and importlib.util.find_spec("triton") is not None
+
+
+def _load(kernel: str) -> Any:
+    from . import triton_kernels
+
+    return getattr(triton_kernels, kernel)

@@ -83,3 +83,64 @@ def quantize_kernel(
         mask=inside[:, None],
     )
     tl.store(scales + block, chosen.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _count_blocks(x, counts, is_inside, PATTERNS: tl.constexpr):
+    n: tl.constexpr = x.shape[0] // 16
+    blocks = tl.max(tl.reshape(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (n, 16)), axis=1)
+    pattern = (blocks + (0x7FFF + ((blocks >> 16) & 1))) >> 16
+    pattern = tl.where(blocks > 0x7F800000, 0x7FC0, pattern)
+    tl.atomic_add(counts + pattern, 1, mask=is_inside, sem="relaxed")
+    return blocks
+
+
+@triton.jit
+def gather_kernel(
+    inputs, sequence_stride, token_stride, tokens, cols, largest, sums, histogram, copies,
+    WANTS_SQUARES: tl.constexpr, CHUNK: tl.constexpr, N: tl.constexpr, PATTERNS: tl.constexpr,
+):  # fmt: skip
+    group, chunk, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    program = (sequence * tl.num_programs(1) + chunk) * tl.num_programs(0) + group
+    column = group * N + tl.arange(0, N)
+    has_block = group * N + tl.arange(0, N // 16) * 16 < cols
+    # Neighbouring programs count into different copies, so that they do not wait for each other.
+    counts = histogram + (program % copies) * PATTERNS
+    at = inputs + sequence.to(tl.int64) * sequence_stride + column
+    total = tl.zeros((N,), tl.float32)
+    top = tl.zeros((N // 16,), tl.int32)
+    for step in range(CHUNK // 4):
+        # Four loads under way at once: nothing is loaded ahead of an atomic addition. A token beyond the end adds zero.
+        token = chunk * CHUNK + 4 * step
+        row = at + token.to(tl.int64) * token_stride
+        a = tl.load(row, mask=(column < cols) & (token < tokens), other=0.0).to(tl.float32)
+        row += token_stride
+        b = tl.load(row, mask=(column < cols) & (token + 1 < tokens), other=0.0).to(tl.float32)
+        row += token_stride
+        c = tl.load(row, mask=(column < cols) & (token + 2 < tokens), other=0.0).to(tl.float32)
+        row += token_stride
+        d = tl.load(row, mask=(column < cols) & (token + 3 < tokens), other=0.0).to(tl.float32)
+        total += a * a
+        total += b * b
+        total += c * c
+        total += d * d
+        top = tl.maximum(top, _count_blocks(a, counts, has_block & (token < tokens), PATTERNS))
+        top = tl.maximum(top, _count_blocks(b, counts, has_block & (token + 1 < tokens), PATTERNS))
+        top = tl.maximum(top, _count_blocks(c, counts, has_block & (token + 2 < tokens), PATTERNS))
+        top = tl.maximum(top, _count_blocks(d, counts, has_block & (token + 3 < tokens), PATTERNS))
+    tl.store(largest + program, tl.max(top, axis=0))
+    if WANTS_SQUARES:
+        chunk_of_all = sequence.to(tl.int64) * tl.num_programs(1) + chunk
+        tl.store(sums + chunk_of_all * cols + column, total, mask=column < cols)
+
+
+@triton.jit
+def add_chunks_kernel(sums, squares, chunks, cols, N: tl.constexpr):
+    column = tl.program_id(0) * N + tl.arange(0, N)
+    sequence = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((N,), tl.float64)
+    for chunk in range(chunks):
+        total += tl.load(sums + (sequence * chunks + chunk) * cols + column, mask=column < cols, other=0.0).to(
+            tl.float64
+        )
+    tl.store(squares + sequence * cols + column, total, mask=column < cols)

@@ -123,32 +123,54 @@ class Memory:
     gpu_bytes: int
 
 
+# Measured (docs/benchmarks.md): what Python, torch and transformers take without and with a CUDA context.
+_INTERPRETER_BYTES = 450_000_000
+_WITH_MODEL_BYTES = 900_000_000
+_WITH_GPU_BYTES = 2_000_000_000
+_GPU_WORKSPACE_BYTES = 600_000_000  # of matrix products, and what the allocator rounds up
+_STAGING_BYTES = 8 * (16 << 20)  # pinned pieces on their way to the GPU
+
+
+def fixed_memory(plan: Plan, batch_tokens: int, gpu: bool) -> Memory:
+    """Memory that the conversion needs beside the hidden states that wait between layers.
+
+    Args:
+        batch_tokens: tokens in the largest batch; 0 without calibration.
+        gpu: whether a GPU computes.
+    """
+    infos = plan.source.infos()
+    layers = plan.tensors_by_layer().values()
+    layer = max((sum(infos[name].nbytes for name in names) for names in layers), default=0)
+    output = max((shard.tensor_bytes for shard in plan.shards if shard.layer is not None), default=0)
+    matrix = max((matrix.source_bytes for matrix in plan.matrices.values()), default=0)
+    text = text_config(plan.source.config)
+    hidden, inner = int(text.get("hidden_size") or 0), int(text.get("intermediate_size") or 0)
+    working = batch_tokens * (12 * hidden + 6 * inner) * (BF16_BYTES if gpu else 4)
+    if gpu:  # two layers on the device, one in use and one on its way; two outputs on the host, likewise
+        return Memory(
+            _WITH_GPU_BYTES + 2 * output + _STAGING_BYTES, 2 * layer + output + working + _GPU_WORKSPACE_BYTES
+        )
+    if not batch_tokens:
+        return Memory(_INTERPRETER_BYTES + 2 * layer + 3 * output + matrix, 0)
+    return Memory(_WITH_MODEL_BYTES + 4 * layer + 3 * output + working, 0)  # the layer in use in float32 too
+
+
 def forecast_memory(plan: Plan, samples: int, sequence_length: int, batch_size: int, gpu: bool) -> Memory:
-    """Memory that the conversion will need.
+    """Memory that the conversion will need where it may take what it wants; a `--memory-budget` bounds the hidden
+    states' part.
 
     Args:
         samples, sequence_length, batch_size: of the calibration.
         gpu: whether a GPU computes.
     """
-    infos = plan.source.infos()
-    layer_bytes = max(
-        (sum(infos[name].nbytes for name in plan.layer_tensors(layer)) for layer in plan.layers), default=0
-    )
-    out_bytes = max((shard.tensor_bytes for shard in plan.shards if shard.layer is not None), default=0)
-    matrix_bytes = max((matrix.source_bytes for matrix in plan.matrices.values()), default=0)
-    interpreter = 900_000_000 if plan.recipe.needs_calibration else 450_000_000
     if not plan.recipe.needs_calibration:
-        return Memory(interpreter + 4 * matrix_bytes, 0)
-    text = text_config(plan.source.config)
-    hidden, inner = int(text.get("hidden_size") or 0), int(text.get("intermediate_size") or 0)
-    element = 2 if gpu else 4
-    hidden_states = samples * sequence_length * hidden * element
-    working = batch_size * sequence_length * (12 * hidden + 6 * inner) * element
+        return fixed_memory(plan, 0, gpu)
+    fixed = fixed_memory(plan, batch_size * sequence_length, gpu)
+    hidden_size = int(text_config(plan.source.config).get("hidden_size") or 0)
+    hidden_states = samples * sequence_length * hidden_size * (BF16_BYTES if gpu else 4)
     if gpu:
-        # Pinned buffers are rounded up to powers of two; 3.2 GB measured on an H200 where this gives 4.9.
-        host = 1_000_000_000 + 26 * layer_bytes // 10 + 2 * out_bytes
-        return Memory(host, 2 * layer_bytes + out_bytes + hidden_states + working + 600_000_000)
-    return Memory(interpreter + 3 * layer_bytes + 2 * out_bytes + hidden_states + working, 0)
+        return Memory(fixed.host_bytes, fixed.gpu_bytes + hidden_states)
+    return Memory(fixed.host_bytes + hidden_states, 0)
 
 
 def as_json(plan: Plan, memory: Memory) -> dict[str, Any]:

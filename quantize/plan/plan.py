@@ -119,9 +119,14 @@ class Plan:
         """Numbers of the decoder's layers, ascending."""
         return [shard.layer for shard in self.shards if shard.layer is not None]
 
-    def layer_tensors(self, layer: int) -> list[str]:
-        """Source names of one decoder layer's tensors."""
-        return [name for name in self.source.files if layer_index(name, self.prefix) == layer]
+    def tensors_by_layer(self) -> dict[int, list[str]]:
+        """Source names of each decoder layer's tensors."""
+        layers: dict[int, list[str]] = {layer: [] for layer in self.layers}
+        for name in self.source.files:
+            number = layer_index(name, self.prefix)
+            if number is not None:
+                layers[number].append(name)
+        return layers
 
 
 def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str) -> Plan:

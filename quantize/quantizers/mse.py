@@ -16,7 +16,7 @@ from torch import Tensor
 from ..format.blocks import BlockQuantized, quantize_blocks
 from ..format.constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN
 from ..format.e2m1 import rounding_magic
-from ..format.kernels import has_kernel, quantize_on_gpu
+from ..format.kernels import has_kernel, quantize_with_kernel
 from ..format.scales import block_scale_bytes, decode_e4m3, sixth
 
 LOWEST, HIGHEST = 0.85, 1.8
@@ -39,7 +39,7 @@ class MSE:
         scale = scale.to(weight.device)
         if has_kernel(weight):
             weights = importance if mean_square is not None else None
-            return quantize_on_gpu(weight, scale, weights, (LOWEST, HIGHEST, OFFSETS[0], OFFSETS[-1]))
+            return quantize_with_kernel(weight, scale, weights, (LOWEST, HIGHEST, OFFSETS[0], OFFSETS[-1]))
         return quantize_blocks(weight, scale, lambda blocks, _: sweep_scales(blocks, scale, importance))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..format.blocks import BlockQuantized, quantize_blocks
-from ..format.kernels import has_kernel, quantize_on_gpu
+from ..format.kernels import has_kernel, quantize_with_kernel
 
 
 @dataclass(frozen=True)
@@ -20,4 +20,4 @@ class RTN:
 
     def quantize(self, weight: Tensor, scale: Tensor, mean_square: Tensor | None = None) -> BlockQuantized:
         """See `Quantizer.quantize`; `mean_square` is not used."""
-        return quantize_on_gpu(weight, scale) if has_kernel(weight) else quantize_blocks(weight, scale)
+        return quantize_with_kernel(weight, scale) if has_kernel(weight) else quantize_blocks(weight, scale)

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def record(skeleton: Skeleton, *batches: Tensor) -> list[RecordedBatch]:
     load_outer(skeleton, torch.cat([batch.flatten() for batch in batches]))
-    return record_batches(skeleton, batches, CPU)
+    return list(record_batches(skeleton, batches))
 
 
 def one(length: int, seed: int = 0) -> Tensor:
@@ -147,8 +147,23 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(nn.Identity() for _ in range(3))
         self._loop = loop
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
     def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
         return self._loop(self.layers, self.embed_tokens(input_ids))
+
+
+class Noting(nn.Module):
+    """A layer that notes what enters it."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def forward(self, hidden: Tensor, *_args: Any) -> Tensor:
+        self._seen.append(hidden)
+        return hidden
 
 
 def skeleton_with(loop: Callable[[nn.ModuleList, Tensor], Tensor]) -> Skeleton:
@@ -188,12 +203,12 @@ def asks_for_more(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
 
 
 def test_layers_that_return_tuples_are_recorded() -> None:
-    recorded = record_batches(skeleton_with(takes_tuples), [torch.arange(4).reshape(2, 2)] * 2, CPU)
+    recorded = record_batches(skeleton_with(takes_tuples), [torch.arange(4).reshape(2, 2)] * 2)
     assert [call for batch in recorded for call in batch.calls] == [LayerCall(("argument",), {})] * 6
 
 
 def test_hidden_states_given_by_keyword_are_not_an_argument() -> None:
-    (recorded,) = record_batches(skeleton_with(calls_by_keyword), [torch.arange(4).reshape(2, 2)], CPU)
+    (recorded,) = record_batches(skeleton_with(calls_by_keyword), [torch.arange(4).reshape(2, 2)])
     assert recorded.hidden.shape == (2, 2, 16)
     assert recorded.calls == [LayerCall((), {"flag": True})] * 3
 
@@ -205,8 +220,145 @@ def test_a_model_that_does_more_than_chain_its_layers_is_refused(
     skeleton = skeleton_with(loop)
     layers = list(skeleton.layers)
     with pytest.raises(InputError, match="Decoder computes between its decoder layers"):
-        record_batches(skeleton, [torch.arange(4).reshape(2, 2)], CPU)
+        next(record_batches(skeleton, [torch.arange(4).reshape(2, 2)]))
     assert list(skeleton.layers) == layers
+
+
+def whole_runs(skeleton: Skeleton) -> list[int]:
+    """Grows by the number of sequences whenever the whole model runs."""
+    runs: list[int] = []
+    skeleton.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: runs.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return runs
+
+
+def assert_recorded(recorded: RecordedBatch, folder: Path, batch: Tensor) -> None:
+    theirs = calls_of_the_whole_model(folder, batch)
+    assert torch.equal(recorded.hidden, theirs[0][0][0])
+    for call, (args, kwargs) in zip(recorded.calls, theirs, strict=True):
+        assert_same(call.args, args[1:])
+        assert list(call.kwargs) == list(kwargs)
+        assert_same(tuple(call.kwargs.values()), tuple(kwargs.values()))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_later_batches_of_a_shape_are_recorded_as_the_whole_model_calls_its_layers(tiny: TinyModels, name: str) -> None:
+    pairs = [torch.stack(random_samples((17, 17), seed)) for seed in range(2)]
+    batches = [one(40, 1), one(24, 1), one(40, 2), one(40, 3), pairs[0], one(24, 2), pairs[1], one(24, 3), one(40, 4)]
+    skeleton = skeleton_of(tiny(name))
+    runs = whole_runs(skeleton)
+    for recorded, batch in zip(record(skeleton, *batches), batches, strict=True):
+        assert_recorded(recorded, tiny(name), batch)
+    # Per-layer inputs are each sequence's own, so that every batch needs the whole model.
+    assert len(runs) == (len(batches) if name == "gemma4_e2b" else 6)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_unified"])
+def test_later_batches_have_stores_of_their_own_that_their_layers_share(tiny: TinyModels, name: str) -> None:
+    batches = record(skeleton_of(tiny(name)), *(one(20, seed) for seed in range(5)))
+    stores = [[call.kwargs["shared_kv_states"] for call in batch.calls] for batch in batches]
+    assert all(store is of_batch[0] for of_batch in stores for store in of_batch)
+    assert len({id(of_batch[0]) for of_batch in stores}) == 5
+    stores[0][0]["layer"] = 1
+    assert [len(of_batch[0]) for of_batch in stores] == [1, 0, 0, 0, 0]
+
+
+def test_equal_batches_prove_nothing(tiny: TinyModels) -> None:
+    skeleton = skeleton_of(tiny("llama"))
+    runs = whole_runs(skeleton)
+    record(skeleton, *(one(20, seed) for seed in (1, 1, 1, 2, 3, 1)))
+    assert len(runs) == 4
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_unified"])
+def test_a_later_batch_with_a_placeholder_is_the_whole_models(tiny: TinyModels, name: str) -> None:
+    placeholder = transformers.AutoConfig.from_pretrained(tiny(name)).image_token_id
+    batches = [one(20, seed) for seed in range(5)]
+    batches[3][0, 3:6] = placeholder
+    skeleton = skeleton_of(tiny(name))
+    runs = whole_runs(skeleton)
+    for recorded, batch in zip(record(skeleton, *batches), batches, strict=True):
+        assert_recorded(recorded, tiny(name), batch)
+    assert len(runs) == 3
+
+
+def tells_layers_the_sum(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
+    total = float(hidden.detach().sum())
+    for layer in layers:
+        hidden = layer(hidden, total)
+    return hidden
+
+
+def tells_layers_what_cannot_be_compared(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
+    note = object()
+    for layer in layers:
+        hidden = layer(hidden, note)
+    return hidden
+
+
+def fills_a_store_first(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
+    store = {"begun": True}
+    for layer in layers:
+        hidden = layer(hidden, store)
+    return hidden
+
+
+def scales_the_embedding(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
+    hidden = hidden * 8
+    for layer in layers:
+        hidden = layer(hidden)
+    return hidden
+
+
+@pytest.mark.parametrize(
+    "loop", [tells_layers_the_sum, tells_layers_what_cannot_be_compared, fills_a_store_first, scales_the_embedding]
+)
+def test_where_batches_differ_in_more_than_their_embedding_each_is_recorded_whole(
+    loop: Callable[[nn.ModuleList, Tensor], Tensor],
+) -> None:
+    skeleton = skeleton_with(loop)
+    runs = whole_runs(skeleton)
+    batches = [torch.tensor([[at, at + 1]]) for at in range(5)]
+    recorded = list(record_batches(skeleton, batches))
+    assert len(runs) == 5
+    for batch, found in zip(batches, recorded, strict=True):
+        wanted: list[Tensor] = []
+        loop(nn.ModuleList([Noting(wanted)] * 3), skeleton.decoder.get_input_embeddings()(batch))
+        assert torch.equal(found.hidden, wanted[0])
+
+
+def test_layers_that_return_tuples_need_the_whole_model_for_two_batches_only() -> None:
+    skeleton = skeleton_with(takes_tuples)
+    runs = whole_runs(skeleton)
+    batches = [torch.tensor([[at, at + 1]]) for at in range(5)]
+    recorded = list(record_batches(skeleton, batches))
+    assert len(runs) == 3  # the first batch twice, until it is known that they are tuples
+    embed = skeleton.decoder.get_input_embeddings()
+    assert all(torch.equal(found.hidden, embed(batch)) for found, batch in zip(recorded, batches, strict=True))
+    assert [call for found in recorded for call in found.calls] == [LayerCall(("argument",), {})] * 15
+
+
+def test_batches_are_recorded_one_by_one_and_layers_are_real_between_them_and_after_giving_up(tiny: TinyModels) -> None:
+    skeleton = skeleton_of(tiny("gemma4"))
+    layers = list(skeleton.layers)
+    batches = [one(20, 1), one(20, 2), torch.full((1, 20), 600)]  # the last one's ids are in no vocabulary
+    load_outer(skeleton, torch.cat(batches[:2]))
+    recorded = record_batches(skeleton, batches)
+    for _ in range(2):
+        next(recorded)
+        assert all(now is then for now, then in zip(skeleton.layers, layers, strict=True))
+    recorded.close()
+    assert all(now is then for now, then in zip(skeleton.layers, layers, strict=True))
+
+
+def test_an_error_of_the_models_own_leaves_the_real_layers_in_place(tiny: TinyModels) -> None:
+    skeleton = skeleton_of(tiny("llama"))
+    layers = list(skeleton.layers)
+    load_outer(skeleton, one(20))
+    with pytest.raises(InputError, match="is asked for ids"):
+        list(record_batches(skeleton, [one(20), torch.full((1, 20), 491)]))
+    assert all(now is then for now, then in zip(skeleton.layers, layers, strict=True))
 
 
 def share(*values: Any) -> list[Any]:

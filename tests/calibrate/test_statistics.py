@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import warnings
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from nvquant.calibrate import statistics
 from nvquant.calibrate.statistics import (
     InputObserver,
     InputStatistics,
+    ObserverPartial,
     calibrated_amax,
     headroom_exponent,
     low_percentile,
+    merge_partials,
+    sums_of_squares,
 )
 from nvquant.errors import CheckFailed
 from nvquant.format.activations import quantize_dequantize
 from torch import Tensor
 
+PROPERTY = settings(derandomize=True, database=None, deadline=None, max_examples=30)
+NAME = "model.layers.0.mlp.down_proj"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -34,9 +42,10 @@ def activations(rows: int, cols: int = 64, seed: int = 0) -> Tensor:
 
 
 def observed(*inputs: Tensor, wants_mean_square: bool = True) -> InputStatistics:
-    observer = InputObserver("model.layers.0.mlp.down_proj", wants_mean_square)
+    observer = InputObserver(NAME, wants_mean_square)
     for tensor in inputs:
         observer.observe(tensor)
+        observer.commit()
     return observer.result()
 
 
@@ -72,6 +81,7 @@ def test_mean_squares_are_not_taken_unless_wanted() -> None:
     assert observed(activations(4), wants_mean_square=False).mean_square is None
 
 
+@PROPERTY
 @given(st.permutations(range(6)), st.integers(1, 6))
 def test_order_and_grouping_change_neither_amax_nor_percentile(order: list[int], size: int) -> None:
     sequences = torch.cat([activations(8, seed=seed) for seed in range(6)])
@@ -80,6 +90,7 @@ def test_order_and_grouping_change_neither_amax_nor_percentile(order: list[int],
     assert (one_by_one.amax, one_by_one.low, one_by_one.tokens) == (grouped.amax, grouped.low, grouped.tokens)
 
 
+@PROPERTY
 @given(st.integers(1, 6))
 def test_grouping_changes_no_bit_of_the_mean_squares(size: int) -> None:
     sequences = torch.cat([activations(8, seed=seed) for seed in range(6)])
@@ -106,6 +117,131 @@ def percentile_in_numpy(values: Tensor, percent: float) -> float:
 def test_the_first_percentile_is_that_of_the_nonzero_block_amaxes(rows: int, dtype: torch.dtype) -> None:
     inputs = activations(rows, seed=rows).to(dtype)
     assert observed(inputs).low == percentile_in_numpy(inputs.float(), 1)
+
+
+def wide(shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """[sequences, tokens, cols]: magnitudes over many powers of two, some blocks zero."""
+    sequences, tokens, cols = shape
+    return torch.cat([activations(tokens, cols, seed + number) for number in range(sequences)]).to(dtype)
+
+
+def assert_equal(found: InputStatistics, wanted: InputStatistics) -> None:
+    assert (found.amax, found.low, found.tokens) == (wanted.amax, wanted.low, wanted.tokens)
+    assert (found.mean_square is None) == (wanted.mean_square is None)
+    if found.mean_square is not None and wanted.mean_square is not None:
+        assert torch.equal(found.mean_square, wanted.mean_square)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_observer_on_the_gpu_never_waits_and_gives_the_statistics_of_the_cpu(dtype: torch.dtype) -> None:
+    inputs = [wide((2, 100, 528), dtype, seed) for seed in (0, 2, 4)]
+    observer, there = InputObserver(NAME, True), [tensor.cuda() for tensor in inputs]
+    observer.observe(there[0])  # loads the kernels
+    observer.discard()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls this mode a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        for tensor in there:
+            observer.observe(tensor)
+            observer.commit()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_equal(observer.result(), observed(*inputs))
+
+
+def test_without_the_extension_an_observer_gives_the_same_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [wide((2, 70, 48), torch.bfloat16, seed) for seed in (0, 2)]
+    compiled = observed(*inputs)
+    monkeypatch.setattr("nvquant.format.native.TARGETS", 0)
+    assert_equal(observed(*inputs), compiled)
+
+
+def test_only_what_was_committed_counts() -> None:
+    kept, lost = wide((2, 30, 32), torch.float32), 100 * wide((2, 30, 32), torch.float32, 7)
+    observer = InputObserver(NAME, True)
+    observer.observe(lost)
+    with pytest.raises(CheckFailed, match="never reached"):
+        observer.result()
+    observer.discard()
+    observer.commit()
+    with pytest.raises(CheckFailed, match="never reached"):
+        observer.result()
+    observer.observe(kept)
+    observer.commit()
+    observer.observe(lost)
+    assert_equal(observer.result(), observed(kept))
+    observer.discard()
+    observer.commit()
+    assert_equal(observer.result(), observed(kept))
+
+
+def test_a_batch_may_hold_several_inputs_of_the_group() -> None:
+    first, second = wide((1, 30, 32), torch.float32), wide((1, 70, 32), torch.float32, 3)
+    observer = InputObserver(NAME, True)
+    observer.observe(first)
+    observer.observe(second)
+    observer.commit()
+    assert_equal(observer.result(), observed(first, second))
+
+
+def test_counts_move_on_before_32_bits_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [wide((1, 30, 32), torch.float32, seed) for seed in range(5)]
+    wanted = observed(*inputs)
+    monkeypatch.setattr(statistics, "INT32_MAX", 100)  # each has 60 blocks
+    assert_equal(observed(*inputs), wanted)
+    monkeypatch.setattr(statistics, "INT32_MAX", 130)
+    assert_equal(observed(*inputs), wanted)
+
+
+def partial_of(*inputs: Tensor, wants_mean_square: bool = True) -> ObserverPartial:
+    observer = InputObserver(NAME, wants_mean_square)
+    for tensor in inputs:
+        observer.observe(tensor)
+        observer.commit()
+    return observer.partial()
+
+
+@PROPERTY
+@given(st.lists(st.integers(0, 6), min_size=0, max_size=3), st.booleans())
+def test_partials_merge_to_the_statistics_of_one_observer(cuts: list[int], wants_mean_square: bool) -> None:
+    inputs = [wide((1, 9, 32), torch.float32, seed) for seed in range(6)]
+    edges = [0, *sorted(cuts), 6]
+    parts = [
+        partial_of(*inputs[begin:end], wants_mean_square=wants_mean_square) for begin, end in itertools.pairwise(edges)
+    ]
+    assert_equal(merge_partials(NAME, parts), observed(*inputs, wants_mean_square=wants_mean_square))
+
+
+def test_partials_are_plain_tensors_on_the_cpu_in_the_order_of_observation() -> None:
+    inputs = [wide((2, 9, 32), torch.bfloat16, seed) for seed in (0, 5)]
+    part = partial_of(*inputs)
+    assert part.amax is not None and part.squares is not None
+    assert (part.amax.shape, part.amax.dtype) == ((), torch.float32)
+    assert (part.histogram.shape, part.histogram.dtype, part.histogram.sum()) == ((1 << 15,), torch.int64, 4 * 9 * 2)
+    assert torch.equal(part.squares, torch.cat([sums_of_squares(tensor) for tensor in inputs]))
+    assert part.tokens == 36
+    assert part.amax.device == part.histogram.device == part.squares.device == torch.device("cpu")
+
+
+def test_a_partial_without_an_observation_is_allowed_beside_another_only() -> None:
+    empty = partial_of()
+    assert (empty.amax, empty.squares, empty.tokens, empty.histogram.sum()) == (None, None, 0, 0)
+    inputs = wide((1, 9, 32), torch.float32)
+    assert_equal(merge_partials(NAME, [empty, partial_of(inputs), empty]), observed(inputs))
+    for parts in ([], [empty], [empty, empty]):
+        with pytest.raises(CheckFailed, match=r"never reached model\.layers\.0\.mlp\.down_proj"):
+            merge_partials(NAME, parts)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_in_one_partial_fails_the_whole(value: float) -> None:
+    damaged = wide((1, 9, 32), torch.float32)
+    damaged[0, 3, 3] = value
+    with pytest.raises(CheckFailed, match="NaN or an infinity"):
+        merge_partials(NAME, [partial_of(wide((1, 9, 32), torch.float32)), partial_of(damaged)])
 
 
 def histogram_of(values: list[float]) -> Tensor:

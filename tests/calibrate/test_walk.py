@@ -15,7 +15,9 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from nvquant.calibrate.hidden import HiddenBudget
 from nvquant.calibrate.record import LayerCall
+from nvquant.calibrate.skeleton import Skeleton
 from nvquant.calibrate.statistics import InputStatistics
 from nvquant.calibrate.walk import Walk, make_batches, run_layer
 from nvquant.errors import CheckFailed
@@ -24,7 +26,7 @@ from support.conversions import TinyModels, experts_in_bf16, layer_weights, plan
 from support.tiny_models import WRITERS
 from torch import Tensor, nn
 
-CPU = torch.device("cpu")
+IN_MEMORY = HiddenBudget(0, 1 << 30, Path("no file is made"))
 LENGTHS = (40, 40, 7, 24, 16, 17)  # the sliding window is 16
 BATCHES = ([0, 1], [2], [3], [4], [5])  # at most two of equal length
 
@@ -57,6 +59,10 @@ class Observed:
         return hook
 
 
+def walk_of(skeleton: Skeleton, samples: list[Tensor], batch_size: int = 1) -> Walk:
+    return Walk(skeleton, make_batches(samples, batch_size), IN_MEMORY)
+
+
 def full_recipe(name: str) -> Any:
     return experts_in_bf16("nvfp4-full") if name == "gemma4_moe" else "nvfp4-full"
 
@@ -69,11 +75,12 @@ def walked(
     groups = planned(tiny(name), full_recipe(name)).groups
     seen = Observed()
     seen.watch(skeleton.layers, skeleton.layer_prefix)
-    walk = Walk(skeleton, samples, batch_size, CPU)
+    walk = walk_of(skeleton, samples, batch_size)
     statistics: dict[str, InputStatistics] = {}
     for number in range(len(skeleton.layers)):
         mine = [group for group in groups if group.name.startswith(f"{skeleton.layer_prefix}.{number}.")]
-        statistics |= walk.step(number, layer_weights(skeleton, number), mine, True)
+        observers = walk.step(number, layer_weights(skeleton, number), mine, True)
+        statistics |= {group: observer.result() for group, observer in observers.items()}
     return seen, statistics
 
 
@@ -116,6 +123,7 @@ def test_hidden_states_and_statistics_are_those_of_the_whole_model(
     samples = random_samples(LENGTHS)
     seen, statistics = walked(tiny, name, dtype, samples, batch_size=2)
     whole = whole_model(tiny, name, dtype, [torch.stack([samples[at] for at in batch]) for batch in BATCHES])
+    whole.outputs.popitem()  # of the last layer, which nobody asks for: the walk leaves it as soon as all is observed
     assert set(seen.outputs) == set(whole.outputs)
     for number, outputs in whole.outputs.items():
         assert len(outputs) == len(BATCHES)
@@ -137,7 +145,7 @@ def test_models_with_learned_positions_are_walked_too(tmp_path: Path) -> None:
     samples = random_samples((20, 24))
     seen, whole = Observed(), Observed()
     seen.watch(skeleton.layers, skeleton.layer_prefix)
-    walk = Walk(skeleton, samples, 1, CPU)
+    walk = walk_of(skeleton, samples)
     for number in range(2):
         walk.step(number, layer_weights(skeleton, number), (), False)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -145,8 +153,8 @@ def test_models_with_learned_positions_are_walked_too(tmp_path: Path) -> None:
     with torch.no_grad():
         for ids in samples:
             model(input_ids=ids.unsqueeze(0), use_cache=False)
-    for number, outputs in whole.outputs.items():
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen.outputs[number], outputs, strict=True))
+    assert set(seen.outputs) == {0}  # nobody asks for what the last layer would give
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen.outputs[0], whole.outputs[0], strict=True))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4", "gemma4_e2b"])
@@ -165,16 +173,53 @@ def test_statistics_leave_the_walk_as_it_is(tiny: TinyModels) -> None:
     seen = [Observed(), Observed()]
     for skeleton, record, groups in zip(skeletons, seen, (planned(tiny("llama")).groups, ()), strict=True):
         record.watch(skeleton.layers, "model.layers")
-        walk = Walk(skeleton, random_samples((24,)), 1, CPU)
+        walk = walk_of(skeleton, random_samples((24,)))
         for number in range(3):
             mine = [group for group in groups if group.name.startswith(f"model.layers.{number}.")]
             walk.step(number, layer_weights(skeleton, number), mine, True)
-    assert all(torch.equal(seen[0].outputs[number][0], seen[1].outputs[number][0]) for number in range(3))
+    assert all(torch.equal(seen[0].outputs[number][0], seen[1].outputs[number][0]) for number in range(2))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma4"])
+def test_a_layer_without_groups_is_walked_through_and_not_observed(tiny: TinyModels, name: str) -> None:
+    skeleton = skeleton_of(tiny(name))
+    seen = Observed()
+    seen.watch(skeleton.layers, skeleton.layer_prefix)
+    walk = walk_of(skeleton, random_samples((24, 7)))
+    assert walk.step(0, layer_weights(skeleton, 0), (), True) == {}
+    assert all(torch.equal(walk.hidden.fetch(at), seen.outputs[0][at]) for at in range(2))
+
+
+def test_every_batch_is_announced_and_what_is_raised_then_ends_the_walk(tiny: TinyModels) -> None:
+    announced: list[int] = []
+
+    def note(tokens: int) -> None:
+        announced.append(tokens)
+        if len(announced) == 7:
+            raise InterruptedError
+
+    skeleton = skeleton_of(tiny("llama"))
+    walk = Walk(skeleton, make_batches(random_samples((20, 20, 24)), 2), IN_MEMORY, before_batch=note)
+    walk.step(0, layer_weights(skeleton, 0), (), False)
+    walk.step(1, layer_weights(skeleton, 1), (), False)
+    with pytest.raises(InterruptedError):
+        walk.step(2, layer_weights(skeleton, 2), planned(tiny("llama")).groups[-1:], False)
+    assert announced == [0, 0, 40, 24, 40, 24, 40]  # nothing is counted while calls are recorded
+    assert all(value.is_meta for value in skeleton.layers[2].state_dict().values())
+
+
+def test_a_rank_without_batches_walks_without_recording(tiny: TinyModels) -> None:
+    skeleton = skeleton_of(tiny("llama"))
+    groups = planned(tiny("llama")).groups[:2]
+    observers = Walk(skeleton, [], IN_MEMORY).step(0, layer_weights(skeleton, 0), groups, True)
+    assert [observer.partial().amax for observer in observers.values()] == [None, None]
+    with pytest.raises(CheckFailed, match=r"calibration never reached model\.layers\.0\."):
+        observers[groups[0].name].result()
 
 
 def shared_stores(walk: Walk) -> Iterator[UserDict[str, Any]]:
-    for batch in walk._batches:
-        yield batch.calls[0].kwargs["shared_kv_states"]
+    for calls in walk._calls:
+        yield calls[0].kwargs["shared_kv_states"]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +229,7 @@ def test_shared_keys_and_values_are_kept_only_where_a_later_layer_reads_them(
     tiny: TinyModels, name: str, kept: list[str]
 ) -> None:
     skeleton = skeleton_of(tiny(name))
-    walk = Walk(skeleton, random_samples((20, 24)), 1, CPU)
+    walk = walk_of(skeleton, random_samples((20, 24)))
     filled = []
     skeleton.layers[-2].register_forward_hook(
         lambda _module, _args, kwargs, _output: filled.append(sorted(kwargs["shared_kv_states"])), with_kwargs=True
@@ -196,7 +241,7 @@ def test_shared_keys_and_values_are_kept_only_where_a_later_layer_reads_them(
 
 
 def test_every_batch_has_its_own_store(tiny: TinyModels) -> None:
-    walk = Walk(skeleton_of(tiny("gemma4_e2b")), random_samples((20, 20, 24)), 1, CPU)
+    walk = walk_of(skeleton_of(tiny("gemma4_e2b")), random_samples((20, 20, 24)))
     assert len({id(store) for store in shared_stores(walk)}) == 3
 
 
@@ -207,12 +252,12 @@ def test_members_of_a_group_count_their_common_input_once(tiny: TinyModels) -> N
 
 def test_an_input_that_is_not_finite_ends_the_walk_with_the_matrix_named(tiny: TinyModels) -> None:
     skeleton = skeleton_of(tiny("llama"))
-    walk = Walk(skeleton, random_samples((8,)), 1, CPU)
+    walk = walk_of(skeleton, random_samples((8,)))
     weights = layer_weights(skeleton, 0)
     weights["model.layers.0.input_layernorm.weight"][3] = torch.nan
     groups = fused_groups(f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv")
     with pytest.raises(CheckFailed, match=r"NaN or an infinity at the input of model\.layers\.0\.self_attn\.qkv_proj"):
-        walk.step(0, weights, groups, False)
+        walk.step(0, weights, groups, False)[groups[0].name].result()
 
 
 def test_a_layer_that_returns_no_hidden_state_is_refused() -> None:

@@ -49,6 +49,7 @@ def test_a_header_gives_absolute_offsets_in_the_order_of_the_data(tmp_path: Path
     header = read_header(path)
     start = 8 + len(blob)
     assert (header.path, header.data_start, header.file_bytes) == (path, start, start + 16)
+    assert header.mtime_ns == path.stat().st_mtime_ns
     assert header.metadata == {"format": "pt"}
     assert list(header.tensors) == ["a", "b"]
     a, b = header.tensors.values()
@@ -78,6 +79,7 @@ def test_a_file_of_the_safetensors_library_is_read_as_it_wrote_it(tmp_path: Path
 def test_a_file_without_tensors_is_good() -> None:
     assert parse({}).tensors == {}
     assert parse({"__metadata__": {}}).metadata == {}
+    assert parse({}).mtime_ns == 0  # of bytes without a file nobody knows it
 
 
 def test_empty_tensors_may_share_a_place() -> None:

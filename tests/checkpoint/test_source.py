@@ -111,13 +111,33 @@ def test_rows_are_read_in_the_order_asked_for(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     for name, rows in (("a.weight", [5, 0, 0, 3]), ("b.weight", []), ("h.conv", [2, 1]), ("g.empty", [])):
         assert torch.equal(checkpoint.read_rows(name, rows), tensors()[name][rows])
-    assert torch.equal(checkpoint.read_rows("a.weight", None), tensors()["a.weight"])
 
 
-@pytest.mark.parametrize("row", [6, -1, 10**9])
-def test_a_row_outside_of_the_tensor_is_never_read(folder: Path, row: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "reads"),
+    [([0, 1, 2, 3, 4, 5], 1), ([1, 2, 4, 5], 2), ([5, 4, 3], 3), ([2, 2, 3], 2), ([0, 2, 4], 3), ([], 0)],
+)
+def test_neighbouring_rows_are_read_at_once(
+    folder: Path, rows: list[int], reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(folder)
+    seen: list[int] = []
+    real = os.preadv
+
+    def counting(descriptor: int, buffers: Any, offset: int) -> int:
+        seen.append(offset)
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counting)
+    found = checkpoint.read_rows("a.weight", rows)
+    assert torch.equal(found, tensors()["a.weight"][rows])
+    assert len(seen) == reads
+
+
+@pytest.mark.parametrize("rows", [[0, 6], [0, -1], [0, 10**9], [4, 5, 6], [-1, 0], [6]])
+def test_a_row_outside_of_the_tensor_is_never_read(folder: Path, rows: list[int]) -> None:
     with pytest.raises(IndexError, match=r"a\.weight"):
-        open_checkpoint(folder).read_rows("a.weight", [0, row])
+        open_checkpoint(folder).read_rows("a.weight", rows)
 
 
 def test_part_of_a_tensor_is_read_into_a_buffer(folder: Path) -> None:
@@ -155,12 +175,67 @@ def test_a_read_longer_than_a_chunk_is_put_together(tmp_path: Path) -> None:
     assert buffer[READ_CHUNK_BYTES + 84 :] == b"mark\0\0"
 
 
-def test_a_shard_that_shrinks_or_vanishes_during_the_run_is_told(folder: Path) -> None:
+def test_the_pieces_of_a_tensor_are_its_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(folder)
-    end = checkpoint.info("h.conv").end
-    os.truncate(folder / SECOND, end - 10)
+    for size in (1, 7, 16 << 20):
+        monkeypatch.setattr("nvquant.checkpoint.source.COPY_CHUNK_BYTES", size)
+        for name, wanted in tensors().items():
+            pieces = [bytes(piece) for piece in checkpoint.pieces(name)]
+            assert b"".join(pieces) == bytes(tensor_bytes(wanted))
+            assert all(len(piece) == size for piece in pieces[:-1])
+
+
+def shrink(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 10)
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def rewrite(path: Path) -> None:
+    """The same size, other bytes; written a while after the header was read."""
+    before = path.stat().st_mtime_ns
+    path.write_bytes(bytes(path.stat().st_size))
+    os.utime(path, ns=(before + 1, before + 1))
+
+
+def replace_by_an_older_one(path: Path) -> None:
+    before = path.stat().st_mtime_ns
+    path.with_suffix(".other").write_bytes(path.read_bytes())
+    path.with_suffix(".other").rename(path)
+    os.utime(path, ns=(before - 1, before - 1))
+
+
+@pytest.mark.parametrize("change", [shrink, grow, rewrite, replace_by_an_older_one])
+def test_a_shard_that_changes_during_the_run_is_refused_at_the_next_read(
+    folder: Path, change: Callable[[Path], None]
+) -> None:
+    checkpoint = open_checkpoint(folder)
+    checkpoint.read("h.conv")
+    change(folder / SECOND)
+    reads: list[Callable[[], object]] = [
+        lambda: checkpoint.read("h.conv"),
+        lambda: checkpoint.read_rows("h.conv", [0]),
+        lambda: list(checkpoint.pieces("h.conv")),
+    ]
+    for read in reads:
+        with pytest.raises(InputError, match=r"00002\.safetensors changed while it was being read: let .* again\.$"):
+            read()
+    assert torch.equal(checkpoint.read("a.weight"), tensors()["a.weight"])  # the other shard is as it was
+
+
+def test_a_shard_touched_before_it_is_opened_is_read(folder: Path) -> None:
+    os.utime(folder / SECOND, ns=(1, 1))
+    assert torch.equal(open_checkpoint(folder).read("h.conv"), tensors()["h.conv"])
+
+
+def test_a_file_that_ends_early_or_vanishes_is_told(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    size = (folder / SECOND).stat().st_size
     with pytest.raises(InputError, match=r"00002\.safetensors ended early, at byte [\d,]+: the file changed"):
-        checkpoint.read("h.conv")
+        read_range(folder / SECOND, size - 4, memoryview(bytearray(8)))
     (folder / SECOND).unlink()
     with pytest.raises(InputError, match=r"00002\.safetensors cannot be read \(No such file or directory\)"):
         checkpoint.read("h.conv")

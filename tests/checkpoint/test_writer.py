@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,18 +192,36 @@ def test_a_folder_that_is_not_there_is_told_in_one_sentence(tmp_path: Path) -> N
             write_json(path, {})
 
 
-def test_a_shard_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_is_on_the_disk_before_it_gets_its_name_and_its_name_before_anybody_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x.safetensors"
-    names_at_fsync: list[list[str]] = []
+    synced: list[tuple[bool, list[str]]] = []
     real = os.fsync
 
     def recording(descriptor: int) -> None:
-        names_at_fsync.append(sorted(entry.name for entry in tmp_path.iterdir()))
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append((is_folder, sorted(entry.name for entry in tmp_path.iterdir())))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", recording)
     write_shard(path, ENTRIES, contents)
-    assert names_at_fsync == [["x.safetensors.tmp"]]
+    assert synced == [(False, ["x.safetensors.tmp"]), (True, ["x.safetensors"])]
+
+
+def test_a_piece_may_be_reused_as_soon_as_the_next_one_is_asked_for(tmp_path: Path) -> None:
+    entry = TensorEntry("w", "U8", (1 << 22,))
+    buffer = bytearray(1 << 16)
+
+    def reused(_entry: TensorEntry) -> Iterator[memoryview]:
+        for value in range(64):
+            buffer[:] = bytes([value]) * len(buffer)
+            yield memoryview(buffer)
+
+    digest = write_shard(tmp_path / "x.safetensors", [entry], reused)
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert data[-entry.nbytes :] == b"".join(bytes([value]) * len(buffer) for value in range(64))
+    assert digest == hashlib.sha256(data).hexdigest()
 
 
 def test_an_entrys_size_is_that_of_its_dtype_and_shape() -> None:

@@ -51,6 +51,8 @@ def refused(nvquant: Command, here: Path) -> Refused:
         assert [line for line in lines if line.startswith("Error: ")] == lines[-1:]
         assert lines[-1].endswith(".")
         assert lines[-1].count(". ") <= 1
+        if "layers are whole and kept" in lines[-1]:  # and nothing else is left
+            shutil.rmtree(next(here.glob("*.partial")))
         assert contents(here.parent) == before
         assert list(here.iterdir()) == []
         return lines[-1]

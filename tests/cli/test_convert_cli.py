@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def test_json_puts_one_document_on_stdout_and_all_else_on_stderr(nvquant: Comman
     document = json.loads(ended.stdout)
     assert set(document) == {
         "output", "tensors", "tensor_bytes", "quantized", "seconds", "peak_host_bytes", "peak_gpu_bytes",
-        "calibration", "marlin_flushed_blocks",
+        "calibration", "marlin_flushed_blocks", "layers_resumed", "was_finished", "phases",
     }  # fmt: skip
     plan = planned(tiny("gemma4"), "nvfp4")
     assert (document["output"], document["tensors"], document["tensor_bytes"], document["quantized"]) == (
@@ -54,8 +55,8 @@ def test_without_json_stdout_is_one_line_that_says_what_came_out(nvquant: Comman
 
 def test_libraries_write_nothing_on_the_users_screen(nvquant: Command, tiny: TinyModels, ids: Path) -> None:
     ended = nvquant("convert", tiny("gemma4"), "-o", "out", "--calibration", ids, *RUN)
-    ours = ("nvquant ", "calibration ", "record", "layers: ", "finishing", "Next: ")
-    assert [line for line in ended.stderr.splitlines() if not line.startswith(ours)] == []
+    ours = r"nvquant |calibration |Next: |\d\d:\d\d:\d\d convert (layer=\d/6 )?phase="
+    assert [line for line in ended.stderr.splitlines() if not re.match(ours, line)] == []
 
 
 def test_the_output_is_named_after_model_and_recipe_by_default(
@@ -116,10 +117,16 @@ def test_a_recipe_of_ones_own_is_given_by_its_path(
     assert "model.language_model.layers.0.experts.down_proj" in written
 
 
-def test_an_earlier_output_is_replaced(nvquant: Command, tiny: TinyModels, tmp_path: Path) -> None:
+def test_an_earlier_output_is_replaced_only_where_it_is_asked_for(
+    nvquant: Command, tiny: TinyModels, tmp_path: Path
+) -> None:
     command = ("convert", tiny("llama"), "-o", "out", "--recipe", "nvfp4-a16", "--device", "cpu")
     assert nvquant(*command, "--format", "modelopt").code == 0
-    assert nvquant(*command).code == 0
+    refused = nvquant(*command)
+    assert refused.code == 2
+    assert "(format is modelopt there, compressed-tensors here)" in refused.stderr
+    assert manifest(tmp_path / "out")["format"] == "modelopt"
+    assert nvquant(*command, "--restart").code == 0
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
     assert manifest(tmp_path / "out")["format"] == "compressed-tensors"
 
@@ -161,3 +168,45 @@ def test_a_source_that_only_may_be_read_is_enough(
     before = contents(source)
     assert nvquant("convert", source, "-o", "out", "--calibration", ids, *RUN).code == 0
     assert contents(source) == before
+
+
+def test_an_equal_run_finds_its_output_whole(nvquant: Command, tiny: TinyModels, tmp_path: Path) -> None:
+    command = ("convert", tiny("llama"), "-o", "out", "--recipe", "nvfp4-a16", "--device", "cpu", "--json")
+    assert not json.loads(nvquant(*command).stdout)["was_finished"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = nvquant(*command)
+    assert again.code == 0, again.stderr
+    assert json.loads(again.stdout)["was_finished"]
+    assert "was there already" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_profile_says_where_the_time_went(nvquant: Command, tiny: TinyModels, ids: Path, tmp_path: Path) -> None:
+    ended = nvquant("convert", tiny("llama"), "-o", "out", "--calibration", ids, *RUN, "--profile", "deep/profile")
+    assert ended.code == 0, ended.stderr
+    phases = json.loads((tmp_path / "deep/profile/phases.json").read_text())
+    assert {"read", "forward", "quantize", "write", "copy"} <= set(phases["phases"])
+    own = sum(row["seconds"] for row in phases["main_thread"].values())
+    assert own == pytest.approx(phases["seconds"], rel=1e-3)
+    events = json.loads((tmp_path / "deep/profile/trace.json").read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" and event["cat"] == "forward" for event in events) == 3
+    assert "forward" in (tmp_path / "deep/profile/phases.txt").read_text()
+    assert "for ui.perfetto.dev" in ended.stderr
+
+
+def test_a_profile_that_cannot_be_written_is_refused_before_work(
+    nvquant: Command, tiny: TinyModels, ids: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("text")
+    ended = nvquant("convert", tiny("llama"), "-o", "out", "--calibration", ids, *RUN, "--profile", "file/profile")
+    assert ended.code == 2
+    assert "file/profile cannot be written (Not a directory): name another folder with --profile." in ended.stderr
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_small_memory_budget_changes_no_byte(nvquant: Command, tiny: TinyModels, ids: Path, tmp_path: Path) -> None:
+    for name, budget in (("0", ()), ("1", ("--memory-budget", "1MB"))):
+        ended = nvquant("convert", tiny("gemma4"), "-o", name, "--calibration", ids, *RUN, *budget)
+        assert ended.code == 0, ended.stderr
+    assert contents(tmp_path / "0") == contents(tmp_path / "1")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from nvquant.convert.output import RUN_NAME, partial_folder
-from nvquant.convert.pipeline import ConvertOptions, convert
+from nvquant.convert.journal import STATE_FOLDER
+from nvquant.convert.options import ConvertOptions, ConvertResult
+from nvquant.convert.output import partial_folder
+from nvquant.convert.pipeline import convert
+from nvquant.convert.progress import Progress, ProgressSink
 from nvquant.errors import CheckFailed, NonFiniteError
 from support import hostile
 from support.conversions import (
@@ -30,30 +33,50 @@ class Stop(Exception):
     pass
 
 
-def stop_after(layers: int) -> Any:
-    def progress(done: int, total: int, phase: str) -> None:
-        if done == layers:
+def stop_after(layers: int) -> ProgressSink:
+    def progress(now: Progress) -> None:
+        if now.layers_done == layers:
             raise Stop
 
     return progress
 
 
-@pytest.mark.parametrize("layers", [0, 1, 3])
-def test_an_exception_leaves_nothing_behind(tiny: TinyModels, tmp_path: Path, layers: int) -> None:
-    calibration = calibration_of(tiny("llama"), write_ids(tmp_path / "ids.jsonl", random_samples()))
+def stopped(tiny: TinyModels, output: Path, layers: int) -> ConvertResult:
+    """Convert until so many layers are whole, then raise; once more, to the end."""
+    ids = write_ids(output.with_name("out.jsonl"), random_samples())
+    calibration = calibration_of(tiny("llama"), ids)
+    ids.unlink()
+    plan, options = planned(tiny("llama")), ConvertOptions(output, "rtn")
     with pytest.raises(Stop):
-        convert(
-            planned(tiny("llama")), ConvertOptions(tmp_path / "out", "rtn", progress=stop_after(layers)), calibration
-        )
-    assert [path.name for path in tmp_path.iterdir()] == ["ids.jsonl"]
+        convert(plan, replace(options, progress=stop_after(layers)), calibration)
+    assert not output.exists()
+    assert [path.name for path in output.parent.iterdir()] == (["out.partial"] if layers else [])
+    return convert(plan, options, calibration)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_an_exception_leaves_the_whole_layers_and_the_next_run_goes_on_from_there(
+    tiny: TinyModels, tmp_path: Path, layers: int
+) -> None:
+    result = stopped(tiny, tmp_path / "out", layers)
+    assert layers <= result.layers_resumed <= min(3, layers + 2)  # two more may be on their way when one is whole
+    assert (result.layers_resumed > 0) == (layers > 0)
+    assert not result.was_finished
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "undisturbed").mkdir()
+    assert contents(tmp_path / "out") == contents(converted(tiny("llama"), tmp_path / "undisturbed" / "out"))
 
 
 def test_an_exception_leaves_an_earlier_output_as_it_was(tiny: TinyModels, tmp_path: Path) -> None:
     output = converted(tiny("llama"), tmp_path / "out", "nvfp4-a16")
     before = contents(output)
+    options = ConvertOptions(output, "mse", restart=True)
     with pytest.raises(Stop):
-        convert(planned(tiny("llama"), "nvfp4-a16"), ConvertOptions(output, "mse", progress=stop_after(2)), None)
+        convert(planned(tiny("llama"), "nvfp4-a16"), replace(options, progress=stop_after(2)), None)
     assert contents(output) == before
+    assert (tmp_path / "out.partial").exists()
+    convert(planned(tiny("llama"), "nvfp4-a16"), options, None)
+    assert contents(output) != before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -74,14 +97,15 @@ def test_a_weight_that_is_not_finite_ends_the_run_with_its_name(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from nvquant.convert.pipeline import ConvertOptions, convert
+from nvquant.convert.options import ConvertOptions
+from nvquant.convert.pipeline import convert
 from nvquant.format.layouts import LAYOUTS
 from nvquant.plan.plan import compute_plan
 from nvquant.checkpoint.source import open_checkpoint
 from nvquant.recipe.load import load_recipe
 
-def progress(done, total, phase):
-    if done == 2:
+def progress(now):
+    if now.layers_done == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 source, output = map(Path, sys.argv[1:])
@@ -90,15 +114,17 @@ convert(plan, ConvertOptions(output, "rtn", progress=progress), None)
 """
 
 
-def test_a_killed_run_leaves_no_output_and_the_next_one_starts_over(tiny: TinyModels, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_output_and_damage_to_what_it_left_is_named(tiny: TinyModels, tmp_path: Path) -> None:
     output, partial = tmp_path / "out", tmp_path / "out.partial"
     killed = subprocess.run([sys.executable, "-c", KILLED, tiny("llama"), output], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not output.exists()
-    assert (partial / RUN_NAME).exists()
-    assert (partial / "model-00001-of-00004.safetensors").exists()
-    assert not (partial / "model-00003-of-00004.safetensors").exists()
-    (partial / "model-00001-of-00004.safetensors").write_text("left by the killed run")
+    first = partial / "model-00001-of-00004.safetensors"
+    assert (partial / STATE_FOLDER / f"{first.name}.json").exists()
+    first.write_text("left by the killed run")
+    with pytest.raises(CheckFailed, match=rf"{first} is damaged .*remove this file"):
+        converted(tiny("llama"), output, "nvfp4-a16", MODELOPT)
+    first.unlink()
     converted(tiny("llama"), output, "nvfp4-a16", MODELOPT)
     assert not partial.exists()
     again = converted(tiny("llama"), tmp_path / "again", "nvfp4-a16", MODELOPT)

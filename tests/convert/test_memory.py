@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from nvquant.convert.memory import peak_gpu_bytes, peak_host_bytes
-from nvquant.convert.pipeline import ConvertResult
+from nvquant.convert.options import ConvertResult
 from support.conversions import edit_config, random_samples, write_ids
 from support.raw_safetensors import read_raw, write_raw
 from support.tiny_models import tiny_llama

@@ -8,8 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from nvquant.convert.journal import CLEARED_FOLDER, IDENTITY_NAME, STATE_FOLDER, Journal
 from nvquant.convert.manifest import MANIFEST_NAME
-from nvquant.convert.output import RUN_NAME, SLACK_BYTES, check_output, partial_folder, publish, start_partial
+from nvquant.convert.output import (
+    SLACK_BYTES,
+    check_finished,
+    check_output,
+    finish_publishing,
+    fresh_partial,
+    locked_partial,
+    open_partial,
+    partial_folder,
+    publish,
+    remove_partial,
+)
 from nvquant.errors import InputError
 
 
@@ -50,13 +62,111 @@ def test_a_file_is_refused(tmp_path: Path, source: Path) -> None:
         check_output(tmp_path / "out", 1000, source)
 
 
-@pytest.mark.parametrize("names", [(), (RUN_NAME, "model-00001-of-00004.safetensors"), (MANIFEST_NAME, "config.json")])
-def test_a_partial_folder_of_ours_is_replaced(tmp_path: Path, source: Path, names: tuple[str, ...]) -> None:
-    partial = filled(tmp_path / "out.partial", *names)
+def left_by(folder: Path, identity: dict[str, str], *names: str) -> Path:
+    """A partial folder of a run that ended early."""
+    partial = filled(folder, *names)
+    Journal(partial).begin(identity)
+    return partial
+
+
+def test_a_partial_folder_of_the_same_run_is_continued(tmp_path: Path, source: Path) -> None:
+    partial = left_by(tmp_path / "out.partial", {"nvquant": "1"}, "model-00001-of-00004.safetensors")
     check_output(tmp_path / "out", 1000, source)
-    assert start_partial(tmp_path / "out", {"nvquant": "1"}) == partial
-    assert [path.name for path in partial.iterdir()] == [RUN_NAME]
-    assert json.loads((partial / RUN_NAME).read_text()) == {"nvquant": "1"}
+    with locked_partial(tmp_path / "out") as locked:
+        assert open_partial(locked, {"nvquant": "1"}, restart=False).partial == partial
+    assert (partial / "model-00001-of-00004.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "names", [(), (MANIFEST_NAME, "config.json"), (f"{CLEARED_FOLDER}/x.json", MANIFEST_NAME, "config.json")]
+)
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_partial_folder_without_records_is_emptied(
+    tmp_path: Path, source: Path, names: tuple[str, ...], restart: bool
+) -> None:
+    partial = tmp_path / "out.partial"
+    for name in names:
+        filled((partial / name).parent, Path(name).name)
+    check_output(tmp_path / "out", 1000, source)
+    with locked_partial(tmp_path / "out") as locked:
+        open_partial(locked, {"nvquant": "1"}, restart)
+    assert [path.name for path in partial.iterdir()] == [STATE_FOLDER]
+    assert json.loads((partial / STATE_FOLDER / IDENTITY_NAME).read_text()) == {"nvquant": "1"}
+
+
+def test_a_partial_folder_of_another_run_is_refused_and_kept_without_restart(tmp_path: Path) -> None:
+    partial = left_by(tmp_path / "out.partial", {"nvquant": "1"}, "model-00001-of-00004.safetensors")
+    with locked_partial(tmp_path / "out") as locked:
+        with pytest.raises(InputError, match=r"out\.partial holds a run that is not this one \(nvquant is 1 there, 2"):
+            open_partial(locked, {"nvquant": "2"}, restart=False)
+        assert (partial / "model-00001-of-00004.safetensors").exists()
+        open_partial(locked, {"nvquant": "2"}, restart=True)
+    assert [path.name for path in partial.iterdir()] == [STATE_FOLDER]
+    assert Journal(partial).identity() == {"nvquant": "2"}
+
+
+def test_a_partial_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
+    with locked_partial(tmp_path / "out"):
+        with pytest.raises(InputError, match=r"out\.partial is being filled by another run"):
+            with locked_partial(tmp_path / "out"):
+                pass
+    with locked_partial(tmp_path / "out"):
+        pass
+
+
+def test_a_fresh_partial_folder_is_empty_and_leaves_nothing_after_an_error(tmp_path: Path) -> None:
+    left_by(tmp_path / "out.partial", {"nvquant": "1"}, "model-00001-of-00004.safetensors")
+    with pytest.raises(KeyError), fresh_partial(tmp_path / "out", {"nvquant": "2"}) as partial:
+        assert [path.name for path in partial.iterdir()] == [STATE_FOLDER]
+        filled(partial, "config.json")
+        raise KeyError
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_finished_output_is_known_by_its_identity(tmp_path: Path) -> None:
+    output = filled(tmp_path / "out")
+    assert not check_finished(output, {"nvquant": "1"}, restart=False)
+    (output / MANIFEST_NAME).write_text(json.dumps({"nvquant": "1", "files": {}}))
+    assert check_finished(output, {"nvquant": "1"}, restart=False)
+    assert not check_finished(output, {"nvquant": "1"}, restart=True)
+    assert not check_finished(output, {"nvquant": "2"}, restart=True)
+    with pytest.raises(InputError, match=r"holds a finished checkpoint of another run \(nvquant is 1 there, 2 here\)"):
+        check_finished(output, {"nvquant": "2"}, restart=False)
+
+
+@pytest.mark.parametrize("before", [None, (), ("old.safetensors",)], ids=["nothing", "empty", "moved away"])
+def test_a_whole_output_gets_the_name_that_a_killed_run_did_not_give_it(
+    tmp_path: Path, before: tuple[str, ...] | None
+) -> None:
+    output = tmp_path / "out"
+    filled(tmp_path / "out.partial", MANIFEST_NAME, "new.safetensors")
+    filled(tmp_path / "out.partial" / CLEARED_FOLDER, "new.safetensors.json")
+    if before is not None:
+        filled(tmp_path / ".out.nvquant-replaced" if before else output, *before)
+    finish_publishing(output)
+    assert sorted(path.name for path in output.iterdir()) == ["new.safetensors", MANIFEST_NAME]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_not_whole_or_would_replace_an_output_is_not_published(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    finish_publishing(output)
+    assert not any(tmp_path.iterdir())
+    partial = left_by(tmp_path / "out.partial", {}, MANIFEST_NAME)
+    finish_publishing(output)
+    assert not output.exists()
+    Journal(partial).clear()
+    filled(output, MANIFEST_NAME, "old.safetensors")
+    finish_publishing(output)
+    assert (output / "old.safetensors").exists()
+    assert partial.exists()
+
+
+def test_a_partial_folder_is_removed_but_for_nothing(tmp_path: Path) -> None:
+    partial = left_by(tmp_path / "out.partial", {}, "config.json", MANIFEST_NAME)
+    filled(partial / "processor", "config.json")
+    remove_partial(partial)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_foreign_partial_folder_is_refused_and_kept(tmp_path: Path, source: Path) -> None:
@@ -115,7 +225,7 @@ def test_the_partial_folder_lies_beside_the_output(tmp_path: Path, monkeypatch: 
 
 def test_publishing_replaces_an_earlier_output(tmp_path: Path) -> None:
     output = filled(tmp_path / "out", MANIFEST_NAME, "old.safetensors")
-    partial = filled(start_partial(output, {}), MANIFEST_NAME, "new.safetensors")
+    partial = left_by(tmp_path / "out.partial", {}, MANIFEST_NAME, "new.safetensors")
     publish(partial, output)
     assert sorted(path.name for path in output.iterdir()) == ["new.safetensors", MANIFEST_NAME]
     assert not partial.exists()
@@ -124,7 +234,7 @@ def test_publishing_replaces_an_earlier_output(tmp_path: Path) -> None:
 def test_publishing_through_a_link_keeps_the_link(tmp_path: Path) -> None:
     target = filled(tmp_path / "disk" / "out", MANIFEST_NAME, "old.safetensors")
     link = link_to(target, tmp_path / "out")
-    publish(filled(start_partial(link, {}), MANIFEST_NAME, "new.safetensors"), link)
+    publish(left_by(tmp_path / "disk" / "out.partial", {}, MANIFEST_NAME, "new.safetensors"), link)
     assert link.is_symlink()
     assert sorted(path.name for path in target.iterdir()) == ["new.safetensors", MANIFEST_NAME]
     assert [path.name for path in target.parent.iterdir()] == ["out"]
@@ -133,4 +243,5 @@ def test_publishing_through_a_link_keeps_the_link(tmp_path: Path) -> None:
 def test_a_partial_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     with pytest.raises(InputError, match=r"out\.partial cannot be made \(Not a directory\)"):
-        start_partial(tmp_path / "file" / "out", {})
+        with locked_partial(tmp_path / "file" / "out"):
+            pass

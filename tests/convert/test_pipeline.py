@@ -17,7 +17,9 @@ from nvquant.calibrate.statistics import calibrated_amax
 from nvquant.checkpoint.headers import read_header
 from nvquant.checkpoint.sidefiles import side_files
 from nvquant.convert.manifest import MANIFEST_NAME
-from nvquant.convert.pipeline import ConvertOptions, assert_as_planned, convert
+from nvquant.convert.options import ConvertOptions
+from nvquant.convert.pipeline import assert_as_planned, convert
+from nvquant.convert.progress import Progress
 from nvquant.errors import CheckFailed, InputError
 from support import emulation
 from support.conversions import (
@@ -235,6 +237,7 @@ def test_the_manifest_says_what_the_run_was_made_from_and_what_it_saw(tiny: Tiny
     )  # fmt: skip
     assert manifest["run"] | {"versions": None} == {
         "device": "cpu", "dtype": "float32", "attention": "sdpa", "batch_size": 1, "versions": None,
+        "processor": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
     assert manifest["run"]["versions"]["torch"] == torch.__version__
     assert manifest["calibration"]["samples"] == len(LENGTHS)
@@ -296,14 +299,19 @@ def test_the_manifest_names_no_path_host_or_time(tiny: TinyModels, tmp_path: Pat
 
 
 def test_progress_is_told_for_every_layer_and_the_rest(tiny: TinyModels, tmp_path: Path) -> None:
-    told: list[tuple[int, int, str]] = []
-    options = ConvertOptions(tmp_path / "out", "rtn", progress=lambda *what: told.append(what))
+    told: list[Progress] = []
+    options = ConvertOptions(tmp_path / "out", "rtn", progress=told.append)
     result = convert(planned(tiny("llama"), "nvfp4-a16"), options, None)
-    assert told == [*((n, 3, "layers") for n in (1, 2, 3)), (3, 3, "finishing the files")]
-    assert result.as_json() | {"seconds": 0, "peak_host_bytes": 0, "peak_gpu_bytes": 0} == {
+    assert list(dict.fromkeys(now.phase for now in told)) == ["layers", "finishing the files", "finish"]
+    assert {1, 2, 3} <= {now.layers_done for now in told}
+    assert {now.layers for now in told} == {3}
+    assert set(result.phases) >= {"import", "read", "quantize", "write", "copy", "finish"}
+    measured = {"seconds": 0, "peak_host_bytes": 0, "peak_gpu_bytes": 0, "phases": {}}
+    assert result.as_json() | measured == {
         "output": str(tmp_path / "out"), "tensors": 71, "tensor_bytes": result.tensor_bytes, "quantized": 21,
         "seconds": 0, "peak_host_bytes": 0, "peak_gpu_bytes": 0, "calibration": None,
-        "marlin_flushed_blocks": result.marlin_flushed_blocks,
+        "marlin_flushed_blocks": result.marlin_flushed_blocks, "layers_resumed": 0, "was_finished": False,
+        "phases": {},
     }  # fmt: skip
 
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from nvquant.calibrate.samples import CalibrationSet
 from nvquant.checkpoint.source import open_checkpoint
-from nvquant.convert.pipeline import ConvertOptions, ConvertResult
+from nvquant.convert.memory import available_host_bytes
+from nvquant.convert.options import ConvertOptions, ConvertResult
 from nvquant.convert.second_opinion import (
     PACKAGE,
     assert_holds_plan,
-    available_host_bytes,
     check_memory,
     convert_with_llmcompressor,
     needed_bytes,

@@ -61,7 +61,7 @@ from nvquant.calibrate.record import record_batches
 from nvquant.calibrate.skeleton import load_outer, loaded_layer
 from nvquant.calibrate.statistics import InputStatistics
 from nvquant.calibrate.walk import run_layer
-from nvquant.convert.matrices import quantize_group
+from nvquant.convert.matrices import group_scalars, quantize_group
 from nvquant.errors import InputError
 from nvquant.plan.forecast import census
 from nvquant.quantizers import get_quantizer
@@ -86,14 +86,13 @@ from torch import Tensor
 
 GEMMA4 = ("gemma4", "gemma4_text", "gemma4_e2b", "gemma4_moe", "gemma4_unified")
 LAYOUTS = (COMPRESSED_TENSORS, MODELOPT)
-CPU = torch.device("cpu")
 
 
 def decoder_outputs(folder: Path, batch: Tensor, changes: Callable[[], dict[str, Any]] = dict) -> list[Tensor]:
     """Hidden states after each layer, by recording and replaying; `changes` gives other arguments for each call."""
     skeleton = skeleton_of(folder)
     load_outer(skeleton, batch)
-    (recorded,) = record_batches(skeleton, [batch], CPU)
+    (recorded,) = record_batches(skeleton, [batch])
     hidden, outputs = recorded.hidden, []
     for number, call in enumerate(recorded.calls):
         changed = replace(call, kwargs=call.kwargs | changes())
@@ -138,7 +137,7 @@ def test_rotary_tables_rounded_to_bf16_would_show(tiny: TinyModels, name: str) -
 def test_recorded_calls_can_be_repeated(tiny: TinyModels, name: str) -> None:
     skeleton = skeleton_of(tiny(name))
     load_outer(skeleton, one(40))
-    (recorded,) = record_batches(skeleton, [one(40)], CPU)
+    (recorded,) = record_batches(skeleton, [one(40)])
     runs = []
     for _ in range(2):
         hidden = recorded.hidden
@@ -287,7 +286,7 @@ def test_a_matrix_that_is_k_and_v_is_weighed_by_its_input_alone(tiny: TinyModels
     quantizer = get_quantizer("mse")
     done = quantize_group(plan, group, weights, InputStatistics(1.0, 1.0, squares, 10), quantizer)
     name = group.members[1]
-    scale = done.tensors[f"{name}.weight_global_scale"].reshape(())
+    scale = group_scalars(plan, group, done.record, quantizer)[f"{name}.weight_global_scale"].reshape(())
     alone = quantizer.quantize(weights[f"{name}.weight"], scale, squares)
     assert raw(done.tensors[f"{name}.weight_packed"]) == raw(alone.packed)
     assert raw(done.tensors[f"{name}.weight_scale"]) == raw(alone.scales)

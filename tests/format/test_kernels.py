@@ -1,14 +1,19 @@
-"""The GPU's kernel against the reference in PyTorch: the same bytes for every kind of matrix."""
+"""The GPU's kernels against the reference in PyTorch: the same bytes for every kind of matrix. The CPU's are tested in
+test_native.py."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from nvquant.errors import ShapeError
 from nvquant.format.blocks import BlockQuantized, quantize_blocks, weight_amax
-from nvquant.format.kernels import has_kernel, quantize_on_gpu
+from nvquant.format.kernels import has_kernel, quantize_on_gpu, quantize_with_kernel
+from nvquant.format.native import has_native
 from nvquant.format.scales import global_scale
 from nvquant.quantizers import get_quantizer
+from nvquant.quantizers.mse import block_importance, sweep_scales
 from torch import Tensor
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
@@ -63,7 +68,9 @@ def test_the_sweep_gives_the_bytes_of_the_reference(name: str, weighted: bool) -
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(weight.shape[1], generator=generator, dtype=torch.float64)
     mean_square = noise.exp() if weighted else None
-    assert_same(mse.quantize(weight.cuda(), scale, mean_square), mse.quantize(weight, scale, mean_square))
+    importance = block_importance(weight.shape[1], mean_square)
+    wanted = quantize_blocks(weight, scale, lambda blocks, _: sweep_scales(blocks, scale, importance))
+    assert_same(mse.quantize(weight.cuda(), scale, mean_square), wanted)
 
 
 @pytest.mark.parametrize("name", [pytest.param("ordinary", marks=gpu)])
@@ -73,11 +80,19 @@ def test_a_strided_matrix_is_read_by_its_strides(name: str) -> None:
     assert_same(quantize_on_gpu(weight.cuda().t().contiguous().t(), scale), quantize_blocks(weight, scale))
 
 
-def test_only_matrices_on_a_gpu_have_a_kernel() -> None:
-    assert not has_kernel(torch.zeros(4, 16))
+def test_matrices_without_elements_or_data_have_no_kernel() -> None:
     assert not has_kernel(torch.zeros(4, 16, device="meta"))
+    assert not has_kernel(torch.zeros(0, 16))
 
 
-def test_columns_that_are_no_whole_blocks_are_refused_before_anything_is_loaded() -> None:
+def test_on_the_cpu_there_is_a_kernel_where_the_extension_was_built() -> None:
+    weight = matrix("ordinary")
+    assert has_kernel(weight) == has_native(weight)
+
+
+@pytest.mark.parametrize("quantize", [quantize_on_gpu, quantize_with_kernel])
+def test_columns_that_are_no_whole_blocks_are_refused_before_anything_is_loaded(
+    quantize: Callable[[Tensor, Tensor], BlockQuantized],
+) -> None:
     with pytest.raises(ShapeError):
-        quantize_on_gpu(torch.zeros(4, 24), torch.tensor(1.0))
+        quantize(torch.zeros(4, 24), torch.tensor(1.0))

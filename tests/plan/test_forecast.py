@@ -15,6 +15,7 @@ from nvquant.plan.forecast import (
     as_json,
     census,
     fits,
+    fixed_memory,
     forecast_memory,
     kv_cache_bytes,
     serving_bytes,
@@ -148,13 +149,43 @@ def test_a_gpu_fits_to_the_byte(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_memory_of_converting_the_31b_stays_within_8_gb(large: Checkpoint) -> None:
-    for recipe in ("nvfp4", "nvfp4-full"):
+    for recipe in ("nvfp4", "nvfp4-full", "nvfp4-a16"):
         memory = forecast_memory(planned(large, recipe), 128, 2048, 1, gpu=True)
         assert 2e9 < memory.host_bytes <= 8e9
         assert 2e9 < memory.gpu_bytes <= 8e9
-    weight_only = forecast_memory(planned(large, "nvfp4-a16"), 128, 2048, 1, gpu=True)
-    assert weight_only.gpu_bytes == 0
-    assert weight_only.host_bytes <= 8e9
+    on_cpu = forecast_memory(planned(large, "nvfp4-a16"), 128, 2048, 1, gpu=False)
+    assert on_cpu.gpu_bytes == 0
+    assert 2e9 < on_cpu.host_bytes <= 8e9
+
+
+def test_what_is_in_flight_at_once_is_counted(large: Checkpoint) -> None:
+    """Two layers and two outputs, one in use and one on its way; they are the larger part of a weight-only run."""
+    layer = 1_068_019_714  # of a sliding layer, the larger kind
+    for recipe, output in (("nvfp4", 569_471_002), ("nvfp4-full", 300_412_978), ("nvfp4-a16", 300_412_954)):
+        plan = planned(large, recipe)
+        on_gpu, on_cpu = fixed_memory(plan, 0, gpu=True), fixed_memory(plan, 0, gpu=False)
+        assert on_gpu.gpu_bytes >= 2 * layer + output
+        assert on_gpu.host_bytes >= 2 * output
+        assert on_cpu.host_bytes >= 2 * layer + 2 * output
+
+
+def test_a_weight_only_run_needs_nothing_for_calibration(tiny: Tiny) -> None:
+    plan = planned(tiny("llama"), "nvfp4-a16")
+    for gpu in (True, False):
+        assert forecast_memory(plan, 128, 2048, 1, gpu) == forecast_memory(plan, 1, 1, 8, gpu)
+        assert forecast_memory(plan, 128, 2048, 1, gpu) == fixed_memory(plan, 0, gpu)
+    assert fixed_memory(plan, 0, False).host_bytes < fixed_memory(plan, 1, False).host_bytes
+    assert fixed_memory(plan, 0, True).gpu_bytes < fixed_memory(plan, 1, True).gpu_bytes
+    assert fixed_memory(plan, 0, False).host_bytes < fixed_memory(plan, 1, False).host_bytes
+    assert fixed_memory(plan, 0, True).gpu_bytes < fixed_memory(plan, 1, True).gpu_bytes
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_hidden_states_are_what_the_forecast_adds_to_the_fixed_part(tiny: Tiny, gpu: bool) -> None:
+    plan = planned(tiny("gemma4"), "nvfp4")  # hidden size 64; BF16 on a GPU, float32 on a CPU
+    fixed, whole = fixed_memory(plan, 2 * 256, gpu), forecast_memory(plan, 10, 256, 2, gpu)
+    added = (whole.host_bytes - fixed.host_bytes, whole.gpu_bytes - fixed.gpu_bytes)
+    assert added == ((0, 10 * 256 * 64 * 2) if gpu else (10 * 256 * 64 * 4, 0))
 
 
 def test_memory_grows_with_what_it_depends_on(tiny: Tiny) -> None:

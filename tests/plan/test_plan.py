@@ -146,7 +146,7 @@ def test_one_shard_a_decoder_layer_then_the_rest_numbered_throughout(tiny: Tiny)
     assert plan.prefix == "model.language_model.layers"
     for shard in plan.shards[:6]:
         origins = {plan.origins[entry.name].source for entry in shard.entries}
-        assert origins == set(plan.layer_tensors(shard.layer or 0))
+        assert origins == set(plan.tensors_by_layer()[shard.layer or 0])
         assert all(f"language_model.layers.{shard.layer}." in name for name in origins)
     assert any("vision_tower" in entry.name for entry in plan.shards[6].entries)
 
@@ -161,7 +161,9 @@ def test_layers_are_in_the_order_of_their_numbers_not_of_their_names() -> None:
 
 
 def test_missing_layer_numbers_make_no_empty_shards() -> None:
-    assert planned(pretend(layer(3) | layer(7))).layers == [3, 7]
+    plan = planned(pretend(layer(3) | layer(7)))
+    assert plan.layers == [3, 7]
+    assert plan.tensors_by_layer() == {3: list(layer(3)), 7: list(layer(7))}
 
 
 def test_the_rest_is_split_at_five_gigabytes_and_a_larger_tensor_stands_alone() -> None:
@@ -228,6 +230,16 @@ def test_another_stack_of_layers_is_copied_with_the_rest() -> None:
     plan = planned(pretend(shapes))
     assert plan.layers == [0, 1]
     assert [entry.name for entry in plan.shards[-1].entries] == ["mtp.layers.0.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma4", "gemma4_e2b_unused_kv", "gemma4_moe", "gemma4_unified"])
+def test_every_tensor_lies_in_one_layer_or_in_the_rest(tiny: Tiny, model: str) -> None:
+    plan = planned(tiny(model), FULL)
+    by_layer = plan.tensors_by_layer()
+    assert list(by_layer) == plan.layers
+    rest = {plan.origins[entry.name].source for shard in plan.shards if shard.layer is None for entry in shard.entries}
+    placed = [name for names in by_layer.values() for name in names]
+    assert sorted([*placed, *rest]) == sorted(tiny(model).files)
 
 
 def test_the_plan_is_a_function_of_names_and_shapes_alone(tiny: Tiny) -> None:

@@ -12,7 +12,8 @@ import torch
 from nvquant.calibrate.samples import CalibrationSet, load_calibration
 from nvquant.calibrate.skeleton import Skeleton, build_skeleton
 from nvquant.checkpoint.source import open_checkpoint
-from nvquant.convert.pipeline import ConvertOptions, convert
+from nvquant.convert.options import ConvertOptions
+from nvquant.convert.pipeline import convert
 from nvquant.format.layouts import LAYOUTS
 from nvquant.plan.plan import Plan, compute_plan
 from nvquant.recipe.load import load_recipe

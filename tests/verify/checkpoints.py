@@ -9,7 +9,8 @@ from pathlib import Path
 
 from nvquant.calibrate.samples import CalibrationSet, load_calibration
 from nvquant.checkpoint.source import Checkpoint, open_checkpoint
-from nvquant.convert.pipeline import ConvertOptions, convert
+from nvquant.convert.options import ConvertOptions
+from nvquant.convert.pipeline import convert
 from nvquant.format.layouts import LAYOUTS
 from nvquant.plan.plan import compute_plan
 from nvquant.recipe.load import load_recipe

@@ -1,0 +1,51 @@
+"""Making a GPU ready: its context, its libraries and nvquant's kernels are loaded once, before the first byte is read.
+
+What is loaded late costs the first layer half a second and more; here it is done while Python packages are imported.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+import torch
+
+from ..calibrate.statistics import InputObserver
+from ..format.scales import global_scale
+from ..quantizers.base import Quantizer
+
+TOKENS, COLS = 256, 1024  # divisible by 16, as Triton compiles for such sizes apart; large enough for the usual kernels
+
+
+class DeviceStart(AbstractContextManager[None]):
+    """Makes the device ready in a thread while the block runs, and waits for it at the end; nothing for the CPU."""
+
+    def __init__(self, device: str, quantizer: Quantizer, is_calibrated: bool) -> None:
+        self._pool = ThreadPoolExecutor(1, "start")
+        self._start: Future[None] | None = None
+        if device != "cpu":
+            self._start = self._pool.submit(start_gpu, torch.device(device), quantizer, is_calibrated)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        if self._start is not None and kind is None:
+            self._start.result()
+
+
+@torch.no_grad()
+def start_gpu(device: torch.device, quantizer: Quantizer, is_calibrated: bool) -> None:
+    """Use once, on little data, what a conversion uses."""
+    weight = torch.ones((TOKENS, COLS), dtype=torch.bfloat16, device=device)
+    quantizer.quantize(weight, global_scale(weight.amax().float()))
+    if is_calibrated:
+        observer = InputObserver("start", quantizer.uses_mean_square)
+        observer.observe(weight.unsqueeze(0) @ weight.t() @ weight)
+        observer.commit()
+        observer.result()
+        heads = weight.view(1, TOKENS, -1, 64).transpose(1, 2)
+        for is_causal in (True, False):
+            torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=is_causal)
+    torch.cuda.synchronize(device)

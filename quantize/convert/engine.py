@@ -1,0 +1,277 @@
+"""The engine: layers come from the reader, go through the walk, are quantized and handed to the writer.
+
+While a layer is computed the next one is read and the last one written; one layer is in flight in each stage, whatever
+the model's size. Layers that an earlier run finished are only walked through.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibrate.samples import CalibrationSet
+from ..calibrate.skeleton import build_skeleton
+from ..calibrate.statistics import InputStatistics
+from ..calibrate.walk import Walk, make_batches
+from ..errors import InputError
+from ..plan.plan import Plan, PlannedShard
+from ..quantizers.base import Quantizer
+from ..recipe.groups import FusedGroup
+from .budget import hidden_budget
+from .journal import Journal
+from .matrices import group_scalars, groups_of_layer, packed_shapes, quantize_group
+from .memory import give_back_free_memory
+from .options import ConvertOptions
+from .ranks import Ranks
+from .reading import LayerReader, LoadedLayer
+from .snapshot import Snapshots
+from .trace import Trace
+from .watch import Watch
+from .writing import ShardWriter, copy_shard
+
+
+class Engine:
+    """One run over the layers that are still to be made.
+
+    Args:
+        done: records of the shards that an earlier run finished, by file.
+        dtype: in which the model computes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: ConvertOptions,
+        quantizer: Quantizer,
+        dtype: torch.dtype,
+        journal: Journal,
+        done: Mapping[str, Mapping[str, Any]],
+        watch: Watch,
+    ) -> None:
+        self._plan, self._options, self._quantizer, self._dtype = plan, options, quantizer, dtype
+        self._journal, self._done, self._watch = journal, done, watch
+        self._trace, self._ranks = options.trace, options.ranks
+        self._device = torch.device(options.device)
+        self._shards = {shard.layer: shard for shard in plan.shards if shard.layer is not None}
+        self._index = {layer: at for at, layer in enumerate(self._shards)}
+        self._lockstep = options.ranks  # those that go through a layer together
+        self._sequences = [0]
+        self._given_up = threading.Event()
+
+    def run(self, calibration: CalibrationSet | None) -> None:
+        """Make every shard that is not done, this rank's share of them.
+
+        Raises:
+            NvquantError: see each stage; what was finished before stays.
+        """
+        todo = [layer for layer, shard in self._shards.items() if shard.file not in self._done]
+        snapshots, start = self._snapshots(calibration, todo)
+        if calibration is None:  # whole layers are shared out, and no rank waits for another
+            self._lockstep = Ranks()
+            layers = [layer for layer in todo if self._ranks.owns(self._index[layer])]
+        else:  # the walk goes through every layer up to the last one to be made
+            layers = [layer for layer in self._shards if todo and start <= layer <= todo[-1]]
+        self._watch.begin(len(self._shards), len(self._shards) - len(todo))
+        with (
+            ThreadPoolExecutor(1, "copy") as copier,
+            LayerReader(self._plan, layers, self._device, self._is_hashed, self._trace) as reader,
+            ShardWriter(self._journal.partial, self._device, self._trace) as writer,
+        ):
+            self._watch.follow(reader, writer, self._layers_on_disk if self._ranks.size > 1 else None)
+            copies = self._start_copies(copier, reader)
+            loaded = self._layers_while_copying(reader, copies)
+            try:
+                if calibration is None:
+                    with self._ranks.step():
+                        self._all_layers(loaded, writer, None, snapshots)
+                elif todo:
+                    with self._walk(calibration, layers, snapshots) as walk:
+                        self._all_layers(loaded, writer, walk, snapshots)
+                self._watch.phase("finishing the files")
+                with self._trace.span("wait for write"), self._ranks.step():
+                    writer.finish()
+                    self._wait_for_copies(copies)
+            except BaseException:
+                self._given_up.set()
+                for copy in copies:  # nobody waits for gigabytes of copies after an error
+                    copy.cancel()
+                raise
+
+    def _all_layers(
+        self, layers: Iterator[LoadedLayer], writer: ShardWriter, walk: Walk | None, snapshots: Snapshots
+    ) -> None:
+        while True:
+            with self._lockstep.step():
+                loaded = next(layers, None)
+            if loaded is None:
+                return
+            record = self._done.get(self._shards[loaded.layer].file)
+            if record is not None and walk is not None:
+                self._replay(loaded, walk, record)
+            else:
+                self._make(loaded, walk, writer)
+            if walk is not None:
+                snapshots.consider(loaded.layer, walk.hidden)
+                if self._device.type == "cpu":
+                    give_back_free_memory()
+
+    def _snapshots(self, calibration: CalibrationSet | None, todo: list[int]) -> tuple[Snapshots, int]:
+        snapshots = Snapshots(self._journal, self._trace, is_used=calibration is not None and self._ranks.size == 1)
+        first = next(iter(self._shards))
+        found = snapshots.find(todo[0]) if todo else None
+        return snapshots, first if found is None else found + 1
+
+    def _is_hashed(self, layer: int) -> bool:
+        return self._ranks.owns(self._index[layer])
+
+    @contextmanager
+    def _walk(self, calibration: CalibrationSet, layers: list[int], snapshots: Snapshots) -> Iterator[Walk]:
+        """This rank's batches, ready to enter the first of `layers`."""
+        self._watch.phase("record")
+        plan, ranks = self._plan, self._ranks
+        with ranks.step(), self._trace.span("build"):
+            skeleton = build_skeleton(plan.source, plan.prefix, self._device, self._dtype)
+            if len(skeleton.layers) != len(plan.layers):
+                raise InputError(
+                    f"{plan.model}: config.json describes {len(skeleton.layers)} decoder layers, but the shards hold "
+                    f"{len(plan.layers)}: download the model again."
+                )
+        parts = ranks.split(make_batches(calibration.samples, self._options.batch_size))
+        self._sequences = [sum(len(batch) for batch in part) for part in parts]
+        mine = parts[ranks.rank]
+        self._watch.expect_tokens(sum(batch.numel() for batch in mine) * len(layers))
+        with ranks.step():
+            budget = hidden_budget(plan, mine, self._options, self._journal.folder)
+            walk = Walk(skeleton, mine, budget, lambda phase: timed(self._trace, phase), self._watch.before_batch)
+        try:
+            if layers[0] != next(iter(self._shards)):
+                snapshots.restore(walk.hidden)
+            snapshots.shares_state = walk.shares_state
+            yield walk
+        finally:
+            walk.hidden.close()
+
+    def _make(self, loaded: LoadedLayer, walk: Walk | None, writer: ShardWriter) -> None:
+        """Observe a layer's inputs, quantize its matrices, hand it to the writer."""
+        self._watch.phase("layers")
+        shard = self._shards[loaded.layer]
+        groups = groups_of_layer(self._plan.groups, self._plan.prefix, loaded.layer)
+        ranks, squares = self._lockstep, self._quantizer.uses_mean_square
+        inputs: dict[str, InputStatistics] = {}
+        if walk is not None:
+            calibrated = [group for group in groups if self._plan.matrices[group.members[0]].scheme == "nvfp4"]
+            with ranks.step():
+                observers = walk.step(loaded.layer, loaded.tensors, calibrated, squares)
+            with self._trace.span("gather") if ranks.size > 1 else nullcontext():
+                inputs = ranks.merge(observers, self._sequences, squares)
+        output, records = self._quantize(groups, loaded, inputs)
+        with ranks.step():
+            if self._ranks.owns(self._index[loaded.layer]):
+                for group in groups:
+                    output.update(group_scalars(self._plan, group, records[group.name], self._quantizer))
+                rest = {entry.name: loaded.tensors[entry.name] for entry in shard.entries if entry.name not in output}
+                note = {
+                    "layer": loaded.layer,
+                    "file": shard.file,
+                    "source_sha256": loaded.sha256,
+                    "groups": {group.name: records[group.name] for group in groups},
+                }
+                writer.submit(shard, output, rest, lambda digest: self._note(shard, digest, note))
+        loaded.release()
+
+    def _replay(self, loaded: LoadedLayer, walk: Walk, record: Mapping[str, Any]) -> None:
+        """Bring the hidden states through a layer that an earlier run finished."""
+        self._watch.phase("replay")
+        with self._trace.span("replay", f"layer {loaded.layer}"), self._lockstep.step():
+            if loaded.sha256 not in (None, record["layer"]["source_sha256"]):
+                raise InputError(
+                    f"{self._plan.model}: the weights of layer {loaded.layer} are not those that the earlier run read, "
+                    f"though their files look the same: restore them, or begin anew with --restart."
+                )
+            walk.step(loaded.layer, loaded.tensors, [], False)
+        loaded.release()
+
+    def _quantize(
+        self, groups: list[FusedGroup], loaded: LoadedLayer, inputs: Mapping[str, InputStatistics]
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+        """Packed codes and block scales of a layer, by output name, and the record of each group.
+
+        Every rank makes its share of the groups; the layer's owner gets them all, and all get the records.
+        """
+        plan, ranks = self._plan, self._lockstep
+        sizes = {group.name: sum(plan.matrices[module].source_bytes for module in group.members) for group in groups}
+        makers = ranks.share_out(sizes)
+        made: dict[str, Tensor] = {}
+        own: dict[str, dict[str, Any]] = {}
+        with ranks.step(), timed(self._trace, "quantize", f"layer {loaded.layer}"):
+            self._watch.before_batch(0)
+            for group in groups:
+                if makers[group.name] == ranks.rank:
+                    done = quantize_group(plan, group, loaded.tensors, inputs.get(group.name), self._quantizer)
+                    made.update(done.tensors)
+                    own[group.name] = done.record
+        if ranks.size == 1:
+            return made, own
+        with self._trace.span("gather"):
+            records = {name: record for part in ranks.exchange(own) for name, record in part.items()}
+            shapes = packed_shapes(plan, groups)
+            by_rank = {name: makers[group] for name, (group, _) in shapes.items()}
+            owner = self._index[loaded.layer] % ranks.size
+            flat = {name: shape for name, (_, shape) in shapes.items()}
+            return ranks.hand_over(owner, by_rank, flat, made, self._device), records
+
+    def _layers_on_disk(self) -> int:
+        return sum(self._journal.has(shard) for shard in self._shards.values())
+
+    def _note(self, shard: PlannedShard, digest: str, layer: Mapping[str, Any] | None) -> None:
+        self._journal.note(shard, digest, layer)
+        if layer is not None:
+            self._watch.layer_done()
+
+    def _start_copies(self, copier: ThreadPoolExecutor, reader: LayerReader) -> list[Future[None]]:
+        rest = [shard for shard in self._plan.shards if shard.layer is None]
+        mine = [shard for at, shard in enumerate(rest) if shard.file not in self._done and self._ranks.owns(at)]
+        return [copier.submit(self._copy, shard, reader) for shard in mine]
+
+    def _copy(self, shard: PlannedShard, reader: LayerReader) -> None:
+        def let_reading_go_first(seconds: float) -> None:
+            reader.wait_until_idle(seconds)
+            if self._given_up.is_set():
+                raise InputError("the run has ended.")
+
+        with self._trace.span("copy", shard.file):
+            digest = copy_shard(self._plan.source, self._plan, self._journal.partial, shard, let_reading_go_first)
+            self._note(shard, digest, None)
+
+    @staticmethod
+    def _layers_while_copying(reader: LayerReader, copies: list[Future[None]]) -> Iterator[LoadedLayer]:
+        """The reader's layers, for as long as no copy has failed: an hour of layers is not computed for nothing."""
+        for loaded in reader:
+            for copy in copies:
+                if copy.done():
+                    copy.result()
+            yield loaded
+
+    def _wait_for_copies(self, copies: list[Future[None]]) -> None:
+        for copy in copies:
+            while True:
+                self._watch.before_batch(0)
+                try:
+                    copy.result(timeout=0.5)
+                    break
+                except TimeoutError:
+                    if copy.done():
+                        raise
+
+
+@contextmanager
+def timed(trace: Trace, phase: str, name: str = "") -> Iterator[None]:
+    """A span of the host and, in a profile, of the GPU's current stream."""
+    with trace.span(phase, name), trace.gpu_span(phase, name):
+        yield

@@ -1,0 +1,123 @@
+"""What a run has done so far, in its partial folder: one small file for each shard that is whole and on the disk.
+
+A shard counts as done when its record is there; the record is written after the shard is durable, under a temporary
+name and renamed, like the shard. No record is ever changed, so a run that ends anywhere leaves only whole ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.source import read_json
+from ..checkpoint.writer import sync_folder, write_json
+from ..errors import CheckFailed, InputError
+from ..plan.plan import PlannedShard
+
+STATE_FOLDER = "nvquant_run"
+CLEARED_FOLDER = "nvquant_run.cleared"
+IDENTITY_NAME = "identity.json"
+_HASH_CHUNK_BYTES = 16 << 20
+_HASH_THREADS = 4
+
+
+class Journal:
+    """The records of a partial folder.
+
+    Args:
+        partial: the folder in which the output grows.
+    """
+
+    def __init__(self, partial: Path) -> None:
+        self.partial = partial
+        self.folder = partial / STATE_FOLDER
+
+    def identity(self) -> dict[str, Any] | None:
+        """The identity of the run that fills the folder; None where it has not been written yet.
+
+        Raises:
+            CheckFailed: it is damaged.
+        """
+        path = self.folder / IDENTITY_NAME
+        try:
+            return read_json(path, "") if path.exists() else None
+        except InputError as error:
+            raise CheckFailed(f"{path} is damaged: begin anew with --restart.") from error
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Note whose run this is."""
+        self.folder.mkdir(exist_ok=True)
+        write_json(self.folder / IDENTITY_NAME, identity)
+        sync_folder(self.partial)
+
+    def note(self, shard: PlannedShard, sha256: str, layer: Mapping[str, Any] | None) -> None:
+        """Note a shard that is whole and on the disk.
+
+        Args:
+            layer: what the manifest says of the layer that it holds; None for the rest of the model.
+        """
+        write_json(self._path(shard), {"sha256": sha256, "layer": layer})
+
+    def has(self, shard: PlannedShard) -> bool:
+        """Whether the shard was noted."""
+        return self._path(shard).exists()
+
+    def records(self, shards: Sequence[PlannedShard]) -> dict[str, dict[str, Any]]:
+        """The records of the shards that are whole, by file. A shard whose file was removed counts as not done.
+
+        Raises:
+            CheckFailed: a record is damaged.
+        """
+        noted = [shard for shard in shards if self._path(shard).exists() and (self.partial / shard.file).exists()]
+        return {shard.file: self._read(shard) for shard in noted}
+
+    def done(self, shards: Sequence[PlannedShard]) -> dict[str, dict[str, Any]]:
+        """`records`, of which every shard's bytes are read and hashed again.
+
+        Raises:
+            CheckFailed: a shard or a record is damaged.
+        """
+        records = self.records(shards)
+        noted = [shard for shard in shards if shard.file in records]
+        with ThreadPoolExecutor(_HASH_THREADS, "hash") as pool:
+            found = list(pool.map(file_sha256, [self.partial / shard.file for shard in noted]))
+        for shard, digest in zip(noted, found, strict=True):
+            if digest != records[shard.file]["sha256"]:
+                raise CheckFailed(
+                    f"{self.partial / shard.file} is damaged (its sha256 is not the recorded one): remove this "
+                    f"file and run the same command again; only what it holds is made anew."
+                )
+        return records
+
+    def clear(self) -> None:
+        """Remove the records, all at one moment: the folder's other files are the whole output."""
+        with suppress(FileNotFoundError):
+            self.folder.rename(self.partial / CLEARED_FOLDER)
+        shutil.rmtree(self.partial / CLEARED_FOLDER, ignore_errors=True)
+
+    def _path(self, shard: PlannedShard) -> Path:
+        return self.folder / f"{shard.file}.json"
+
+    def _read(self, shard: PlannedShard) -> dict[str, Any]:
+        path = self._path(shard)
+        try:
+            record = read_json(path, "")
+        except InputError as error:
+            raise CheckFailed(f"{path} is damaged: remove this file and run the same command again.") from error
+        if not isinstance(record.get("sha256"), str) or (record.get("layer") is None) != (shard.layer is None):
+            raise CheckFailed(f"{path} is damaged: remove this file and run the same command again.")
+        return record
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_HASH_CHUNK_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

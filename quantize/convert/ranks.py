@@ -1,0 +1,247 @@
+"""Several processes on one conversion, as `accelerate launch -m nvquant convert …` starts them; usually there is one.
+
+Calibration batches are split over the ranks in order, every rank walks all layers with its own batches, and the
+statistics are brought together exactly: what is observed does not depend on who saw it. The fused groups of a layer are
+quantized by the ranks between them, and the rank that owns the layer (its index modulo the ranks) writes it. All ranks
+say after each step whether it went well, so an error on one ends the run on all with the same sentence.
+Source: torch.distributed; Gloo carries what lies in host memory, NCCL what lies on GPUs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibrate.statistics import InputObserver, InputStatistics, ObserverPartial, merge_partials
+from ..errors import EnvironmentLack, NvquantError
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# A rank may compute long between two words; one that ended is noticed at once, since its connections close.
+_PATIENCE = timedelta(hours=6)
+# Before they are connected nothing tells of a rank that ended; a launcher starts them all at about the same time.
+_MEETING = timedelta(minutes=10)
+
+
+class RankFailed(NvquantError):
+    """Another rank met an error; carries that error's sentence and exit code."""
+
+    def __init__(self, rank: int, message: str, exit_code: int) -> None:
+        super().__init__(f"rank {rank}: {message}")
+        self.exit_code = exit_code
+
+
+class RankLost(NvquantError):
+    """Another rank ended without a word."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class _Word:
+    """What a rank says after a step."""
+
+    value: Any = None
+    error: str | None = None
+    exit_code: int = 1
+
+
+class Ranks:
+    """This process among those of the run.
+
+    Attributes:
+        rank: its number.
+        size: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self._is_lost = False
+
+    def owns(self, index: int) -> bool:
+        """Whether this rank writes the layer or file of that index."""
+        return index % self.size == self.rank
+
+    def split(self, batches: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Batches by rank: neighbours stay together and the order is kept, so that sequences of rank 0 come before
+        those of rank 1."""
+        bounds = [len(batches) * rank // self.size for rank in range(self.size + 1)]
+        return [batches[bounds[rank] : bounds[rank + 1]] for rank in range(self.size)]
+
+    def share_out(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The rank of each name, so that the sums of sizes are about equal; the largest first."""
+        load = [0] * self.size
+        shared = {}
+        for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+            rank = load.index(min(load))
+            load[rank] += sizes[name]
+            shared[name] = rank
+        return shared
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """A piece of work after which all ranks go on together, or none does.
+
+        Raises:
+            RankFailed: another rank's step raised.
+            RankLost: another rank ended.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.size > 1 and not isinstance(error, (RankFailed, RankLost)):
+                code = error.exit_code if isinstance(error, NvquantError) else 1
+                with contextlib.suppress(NvquantError):
+                    self._hear(_Word(error=str(error) or type(error).__name__, exit_code=code))
+            raise
+        self.exchange()
+
+    def exchange(self, value: Any = None) -> list[Any]:
+        """Every rank's value, in the order of the ranks; see `step` for what it raises."""
+        return [value] if self.size == 1 else self._hear(_Word(value))
+
+    def _hear(self, word: _Word) -> list[Any]:
+        words: list[Any] = [None] * self.size
+        with self._noticing_loss():
+            torch.distributed.all_gather_object(words, word)
+        for rank, heard in enumerate(words):
+            if heard.error is not None and rank != self.rank:
+                raise RankFailed(rank, heard.error, heard.exit_code)
+        return [heard.value for heard in words]
+
+    def merge(
+        self, observers: Mapping[str, InputObserver], sequences: Sequence[int], squares: bool
+    ) -> dict[str, InputStatistics]:
+        """Statistics over the sequences of all ranks; equal, bit for bit, to what one process would have.
+
+        Args:
+            observers: this rank's, by group; the same groups on all ranks.
+            sequences: how many each rank has.
+            squares: whether mean squares were observed.
+        """
+        if self.size == 1:
+            return {name: observer.result() for name, observer in observers.items()}
+        mine = {name: observer.partial() for name, observer in observers.items()}
+        with self._noticing_loss():
+            return {name: merge_partials(name, self._parts(part, sequences, squares)) for name, part in mine.items()}
+
+    def _parts(self, mine: ObserverPartial, sequences: Sequence[int], squares: bool) -> list[ObserverPartial]:
+        amax = torch.full((1,), -1.0) if mine.amax is None else mine.amax.reshape(1).float()
+        amaxes = self._gather(amax)
+        histograms = self._gather(mine.histogram)
+        numbers = torch.tensor([mine.tokens, 0 if mine.squares is None else mine.squares.shape[1]])
+        tokens, columns = zip(*(told.tolist() for told in self._gather(numbers)), strict=True)
+        parts = []
+        for rank in range(self.size):
+            vectors = None
+            if squares and sequences[rank]:
+                shape = (sequences[rank], max(columns))
+                own = rank == self.rank and mine.squares is not None
+                vectors = mine.squares if own else torch.empty(shape, dtype=torch.float64)
+                assert vectors is not None
+                vectors = vectors.contiguous()
+                torch.distributed.broadcast(vectors, src=rank)
+            seen = None if float(amaxes[rank]) == -1.0 else amaxes[rank].reshape(())
+            parts.append(ObserverPartial(seen, histograms[rank], vectors, tokens[rank]))
+        return parts
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        torch.distributed.all_gather(gathered, tensor.contiguous())
+        return gathered
+
+    def hand_over(
+        self, owner: int, makers: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], made: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Bring uint8 tensors to the rank that writes them.
+
+        Args:
+            makers: the rank that made each tensor; the same mapping in the same order on all ranks.
+            made: what this rank made, on `device`.
+        Returns:
+            all tensors on the owner; what this rank made on the others.
+        """
+        result = dict(made)
+        if self.size == 1:
+            return result
+        operations = []
+        for name, maker in makers.items():
+            if maker == owner:
+                continue
+            if self.rank == maker:
+                operations.append(torch.distributed.P2POp(torch.distributed.isend, made[name].contiguous(), owner))
+            elif self.rank == owner:
+                result[name] = torch.empty(shapes[name], dtype=torch.uint8, device=device)
+                operations.append(torch.distributed.P2POp(torch.distributed.irecv, result[name], maker))
+        if operations:
+            with self._noticing_loss():
+                for work in torch.distributed.batch_isend_irecv(operations):
+                    work.wait()
+        return result
+
+    @contextlib.contextmanager
+    def _noticing_loss(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # what torch.distributed raises when a connection closes
+            self._is_lost = True
+            raise RankLost(
+                f"one of the {self.size} ranks ended (rank {self.rank} lost its connection): its own last lines say "
+                f"why. Run the same command again to continue."
+            ) from error
+
+    def leave(self) -> None:
+        """End the connections; a process that ends without may be aborted while it does."""
+        if self._is_lost and "nccl" in str(torch.distributed.get_backend_config()):
+            return  # NCCL would wait for those that are gone
+        torch.distributed.destroy_process_group()
+
+
+def join_ranks(device: str) -> tuple[str, Ranks]:
+    """The ranks that a launcher started, connected; one alone where nothing was launched.
+
+    Args:
+        device: `cpu` or `cuda`.
+    Returns:
+        this rank's device, and the ranks.
+    Raises:
+        EnvironmentLack: one of the launcher's variables is not a number.
+        RankLost: the ranks do not find each other.
+    """
+    if not all(name in os.environ for name in _LAUNCHED) or _number("WORLD_SIZE", 1) < 2:
+        return device, Ranks()
+    from torch.distributed.rendezvous import rendezvous
+
+    local_rank, local_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+    if device == "cuda":
+        device = f"cuda:{local_rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    elif os.environ.get("OMP_NUM_THREADS") == "1":  # a launcher's caution; the cores are there to be used
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_size)))
+    try:
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        store, rank, size = next(rendezvous("env://", timeout=_MEETING))
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise RankLost(f"the ranks do not find each other ({str(error).splitlines()[0]}): start them again.") from error
+    ranks = Ranks(rank, size)
+    atexit.register(ranks.leave)
+    return device, ranks
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    try:
+        return int(value)
+    except ValueError as error:
+        raise EnvironmentLack(
+            f"the environment variable {name} is {value!r}, which is no number: unset it, or use another launcher."
+        ) from error

@@ -1,0 +1,236 @@
+"""Decoder layers on their way from the shards to the device, ahead of the walk.
+
+Two buffers on the device, each the size of the largest layer, are filled in turn: while one layer is computed, the next
+is read. On a GPU the bytes pass through a few small pinned buffers of the host, so that no layer ever lies in host
+memory as a whole. Several tensors are read at once, and each is hashed as it passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.source import Checkpoint, tensor_bytes, torch_dtype
+from ..errors import InputError
+from ..plan.plan import Plan
+from .trace import Trace
+
+SLOTS = 2
+MOST_READERS = 4
+PIECE_BYTES = 16 << 20
+ALIGNMENT = (
+    512  # of tensors in a buffer; a product's bits may depend on it on some processors, so it is always the same
+)
+
+
+@dataclass(frozen=True)
+class LoadedLayer:
+    """A layer on the device.
+
+    Attributes:
+        tensors: by their names in the checkpoint, in their stored dtype; valid until `release` is called.
+        sha256: of the layer's source bytes (`layer_digest`); None where nobody asked for it.
+        release: gives the buffer back; to be called once, from the thread whose stream used the tensors.
+    """
+
+    layer: int
+    tensors: dict[str, Tensor]
+    sha256: str | None
+    release: Callable[[], None]
+
+
+def layer_digest(digests: dict[str, str]) -> str:
+    """sha256 of a layer's source: of the lines `NAME SHA256` for every tensor, in the order of the names."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+class LayerReader:
+    """Reads layers in the given order, one ahead of the one in use.
+
+    Args:
+        layers: numbers of the layers to read, in the order of the walk.
+        is_hashed: whether a layer's source bytes are wanted as a hash.
+    """
+
+    def __init__(
+        self, plan: Plan, layers: Sequence[int], device: torch.device, is_hashed: Callable[[int], bool], trace: Trace
+    ) -> None:
+        self._source, self._layers, self._is_hashed = plan.source, list(layers), is_hashed
+        self._device, self._trace = device, trace
+        self._names = plan.tensors_by_layer()
+        self._ready: queue.Queue[LoadedLayer | BaseException] = queue.Queue()
+        self._free: queue.Queue[_Slot | None] = queue.Queue()
+        self._idle = threading.Event()
+        self._has_left = threading.Event()
+        self._pieces = threading.local()
+        self._pool = ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1), "read")
+        self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
+        self.bytes_read = 0
+
+    def __enter__(self) -> LayerReader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._has_left.set()
+        self._free.put(None)
+        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[LoadedLayer]:
+        """The layers, in order.
+
+        Raises:
+            InputError: a shard vanished, changed or cannot be read.
+        """
+        for _ in self._layers:
+            with self._trace.span("wait for read"):
+                got = self._ready.get()
+            if isinstance(got, BaseException):
+                raise got
+            yield got
+
+    def wait_until_idle(self, seconds: float) -> None:
+        """Wait until no layer is being read, so many seconds at most: others let the walk's own reading go first."""
+        self._idle.wait(seconds)
+
+    def _run(self) -> None:
+        try:
+            with self._trace.span("make buffers"):
+                size = max((_layout(self._source, self._names[layer])[1] for layer in self._layers), default=0)
+                for _ in range(min(SLOTS, len(self._layers))):
+                    self._free.put(_Slot(torch.empty(size, dtype=torch.uint8, device=self._device)))
+            for layer in self._layers:
+                self._idle.set()
+                slot = self._free.get()
+                if slot is None or self._has_left.is_set():
+                    return
+                self._idle.clear()
+                slot.wait()
+                self._ready.put(self._read(layer, slot))
+        except BaseException as error:
+            self._ready.put(error)
+        finally:
+            self._idle.set()
+
+    def _read(self, layer: int, slot: _Slot) -> LoadedLayer:
+        names = self._names[layer]
+        places, _ = _layout(self._source, names)
+        is_hashed = self._is_hashed(layer)
+        with self._trace.span("read", f"layer {layer}"):
+            by_size = sorted(names, key=lambda name: -self._source.info(name).nbytes)
+            reads = {name: self._pool.submit(self._read_one, name, slot, places[name], is_hashed) for name in by_size}
+            digests = {name: read.result() for name, read in reads.items()}
+        tensors = {}
+        for name in names:
+            info = self._source.info(name)
+            flat = slot.buffer[places[name] : places[name] + info.nbytes]
+            tensors[name] = flat.view(torch_dtype(info.dtype)).view(info.shape)
+        digest = layer_digest(digests) if is_hashed else None
+        return LoadedLayer(layer, tensors, digest, lambda: self._give_back(slot))
+
+    def _give_back(self, slot: _Slot) -> None:
+        slot.used()
+        self._free.put(slot)
+
+    def _read_one(self, name: str, slot: _Slot, begin: int, is_hashed: bool) -> str:
+        """Read a tensor into its place; returns the sha256 of its bytes, or nothing."""
+        digest = hashlib.sha256()
+        size = self._source.info(name).nbytes
+        way = self._way()
+        try:
+            for at in range(0, size, PIECE_BYTES):
+                if self._has_left.is_set():
+                    raise InputError("the run has ended.")
+                count = min(PIECE_BYTES, size - at)
+                target = slot.buffer[begin + at : begin + at + count]
+                with way.through(target) as piece:
+                    self._source.read_into(name, piece, at)
+                    if is_hashed:
+                        digest.update(piece)
+                self.bytes_read += count
+        finally:
+            way.finish()
+        return digest.hexdigest() if is_hashed else ""
+
+    def _way(self) -> _Direct | _Pinned:
+        if self._device.type != "cuda":
+            return _Direct()
+        if not hasattr(self._pieces, "way"):
+            self._pieces.way = _Pinned(self._device)
+        way: _Pinned = self._pieces.way
+        return way
+
+
+class _Slot:
+    """A buffer on the device, uint8 [bytes of the largest layer]."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self._event: Any = None
+
+    def used(self) -> None:
+        """What the calling thread's stream was given to do so far is the last use of the buffer's content."""
+        if self.buffer.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> None:
+        """Wait for that."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class _Direct:
+    """Bytes are read to where they belong."""
+
+    @contextlib.contextmanager
+    def through(self, target: Tensor) -> Iterator[memoryview]:
+        yield tensor_bytes(target)
+
+    def finish(self) -> None:
+        pass
+
+
+class _Pinned:
+    """Two pinned buffers of the host and a stream of one thread: one is filled while the other is copied."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._events = [torch.cuda.Event() for _ in self._buffers]
+        self._turn = 0
+
+    @contextlib.contextmanager
+    def through(self, target: Tensor) -> Iterator[memoryview]:
+        self._turn = 1 - self._turn
+        self._events[self._turn].synchronize()
+        piece = self._buffers[self._turn][: len(target)]
+        yield tensor_bytes(piece)
+        with torch.cuda.stream(self._stream):
+            target.copy_(piece, non_blocking=True)
+            self._events[self._turn].record()
+
+    def finish(self) -> None:
+        self._stream.synchronize()
+
+
+def _layout(source: Checkpoint, names: Sequence[str]) -> tuple[dict[str, int], int]:
+    """Where each tensor begins in a buffer, and the bytes of all."""
+    places, position = {}, 0
+    for name in names:
+        places[name] = position
+        position += -(-source.info(name).nbytes // ALIGNMENT) * ALIGNMENT
+    return places, position

@@ -1,0 +1,105 @@
+"""Snapshots of the hidden states, so that a continued run need not compute the finished layers again.
+
+At most one a minute, and never more than a twentieth of the run's time: a short run makes none. A snapshot is a
+safetensors file in the partial folder, made durable before its record names it. One that is damaged or missing costs
+time, not the run: the layers are replayed from the source.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+
+import torch
+
+from ..calibrate.hidden import HiddenStates
+from ..checkpoint.headers import read_header
+from ..checkpoint.source import read_json, read_range, tensor_bytes, torch_dtype
+from ..checkpoint.writer import TensorEntry, write_json, write_shard
+from ..errors import InputError
+from .journal import Journal, file_sha256
+from .trace import Trace
+
+RECORD_NAME = "hidden.json"
+LEAST_SECONDS = 60.0
+SHARE_OF_TIME = 0.05
+_FIRST_GUESS_BYTES_PER_SECOND = 5e8
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class Snapshots:
+    """Snapshots of one run.
+
+    Attributes:
+        shares_state: whether layers hand more to later layers than the hidden state; then none is made.
+
+    Args:
+        is_used: False where hidden states cannot be saved as a whole, as with several ranks.
+    """
+
+    def __init__(self, journal: Journal, trace: Trace, is_used: bool) -> None:
+        self._journal, self._trace, self._is_used = journal, trace, is_used
+        self._last = time.monotonic()
+        self._speed = _FIRST_GUESS_BYTES_PER_SECOND
+        self._file: str | None = None
+        self.shares_state = False
+
+    def find(self, before: int) -> int | None:
+        """The layer behind which a usable snapshot was taken; None where there is none.
+
+        Args:
+            before: the first layer that is to be made.
+        """
+        path = self._journal.folder / RECORD_NAME
+        if not self._is_used or not path.exists():
+            return None
+        try:
+            record = read_json(path, "")
+            layer, file, sha256 = int(record["layer"]), str(record["file"]), record["sha256"]
+            if layer >= before or file_sha256(self._journal.folder / file) != sha256:
+                return None
+        except (InputError, OSError, KeyError, TypeError, ValueError):
+            return None
+        self._file = file
+        return layer
+
+    def restore(self, hidden: HiddenStates) -> None:
+        """Put the found snapshot's states in place of the recorded ones."""
+        assert self._file is not None
+        header = read_header(self._journal.folder / self._file)
+        for at in range(len(hidden)):
+            info = header.tensors[f"hidden.{at:06d}"]
+            tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+            read_range(header.path, info.begin, tensor_bytes(tensor), header)
+            hidden.store(at, tensor.to(hidden.device))
+
+    def consider(self, layer: int, hidden: HiddenStates) -> None:
+        """Take a snapshot behind a layer, where it is time for one and there is room."""
+        size = sum(hidden.sizes())
+        cost = size / self._speed
+        since = time.monotonic() - self._last
+        if not self._is_used or self.shares_state or since < max(LEAST_SECONDS, cost / SHARE_OF_TIME):
+            return
+        if shutil.disk_usage(self._journal.folder).free < 2 * size:
+            return
+        started = time.monotonic()
+        with self._trace.span("snapshot", f"behind layer {layer}"):
+            self._take(layer, hidden)
+        self._last = time.monotonic()
+        self._speed = size / max(1e-3, self._last - started)
+
+    def _take(self, layer: int, hidden: HiddenStates) -> None:
+        file, old = f"hidden-{layer:05d}.safetensors", self._file
+        states = hidden.on_host()
+        shapes = hidden.shapes()
+        entries = [TensorEntry(f"hidden.{at:06d}", _DTYPES[dtype], shape) for at, (shape, dtype) in enumerate(shapes)]
+
+        def contents(_entry: TensorEntry) -> Iterator[memoryview]:
+            yield tensor_bytes(next(states))
+
+        digest = write_shard(self._journal.folder / file, entries, contents)
+        write_json(self._journal.folder / RECORD_NAME, {"layer": layer, "file": file, "sha256": digest})
+        self._file = file
+        if old is not None and old != file:
+            (self._journal.folder / old).unlink(missing_ok=True)

@@ -1,0 +1,41 @@
+"""Ending a run on request: the layer at hand is dropped, everything written stays, and the next run continues."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from ..errors import NvquantError
+
+STOPPED = 128  # and above it the exit codes of runs that a signal ended
+
+
+class Stopped(NvquantError):
+    """The run was asked to end; the exit code is that of the signal, as shells give it."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = STOPPED + number
+
+
+class StopRequest:
+    """Whether the run shall end. As a context it listens to SIGINT and SIGTERM: the first one ends the run in order,
+    a second SIGINT at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _listen(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number

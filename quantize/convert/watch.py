@@ -1,0 +1,112 @@
+"""What a run is doing, for whoever watches it; and the moments at which it looks whether it shall end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .memory import gpu_bytes_now, host_bytes_now
+from .options import ConvertOptions
+from .progress import Progress
+from .stop import Stopped
+
+if TYPE_CHECKING:
+    from .reading import LayerReader
+    from .writing import ShardWriter
+
+TELL_SECONDS = 0.25
+
+
+class Watch:
+    """Counts what a run has done and tells `options.progress` of it, from rank 0."""
+
+    def __init__(self, options: ConvertOptions) -> None:
+        self._options, self._started = options, time.monotonic()
+        self._lock = threading.Lock()
+        self._phase = "start"
+        self._layers = self._skipped = self._finished = 0
+        self._tokens = self._tokens_total = 0
+        self._setup_seconds = 0.0
+        self._last = 0.0
+        self._reader: LayerReader | None = None
+        self._writer: ShardWriter | None = None
+        self._count: Callable[[], int] | None = None
+
+    @property
+    def layers_done(self) -> int:
+        """Layers that are whole and on the disk, those of an earlier run included."""
+        return self._skipped + self._finished if self._count is None else self._count()
+
+    def begin(self, layers: int, skipped: int) -> None:
+        """Say how many layers there are, and how many of them an earlier run finished."""
+        self._layers, self._skipped = layers, skipped
+
+    def follow(self, reader: LayerReader, writer: ShardWriter, count: Callable[[], int] | None = None) -> None:
+        """Take bytes read and written from here.
+
+        Args:
+            count: counts the layers on the disk, where other processes write some of them.
+        """
+        self._reader, self._writer, self._count = reader, writer, count
+
+    def expect_tokens(self, tokens: int) -> None:
+        """Say how many tokens times layers this rank will compute."""
+        self._tokens_total = tokens
+
+    def phase(self, name: str) -> None:
+        """Say what is being done from now on."""
+        if name != self._phase:
+            if name == "layers" and not self._setup_seconds:
+                self._setup_seconds = time.monotonic() - self._started
+            self._phase = name
+            self._tell()
+
+    def before_batch(self, tokens: int) -> None:
+        """A batch of so many tokens is about to be computed.
+
+        Raises:
+            Stopped: the run was asked to end.
+        """
+        number = self._options.stop.number
+        if number is not None:
+            raise Stopped(
+                f"Stopped after layer {self.layers_done} of {self._layers}; run the same command again to continue.",
+                number,
+            )
+        self._tokens += tokens
+        if time.monotonic() - self._last >= TELL_SECONDS:
+            self._tell()
+
+    def layer_done(self) -> None:
+        """A layer is whole and on the disk; may be called from any thread."""
+        with self._lock:
+            self._finished += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._options.ranks.rank != 0:
+            return
+        self._last = time.monotonic()
+        read = self._reader.bytes_read if self._reader is not None else 0
+        written = self._writer.bytes_written if self._writer is not None else 0
+        now = Progress(
+            phase=self._phase,
+            layers_done=self.layers_done,
+            layers=self._layers,
+            seconds=self._last - self._started,
+            tokens_done=self._tokens,
+            tokens_total=self._tokens_total,
+            bytes_read=read,
+            bytes_written=written,
+            host_bytes=host_bytes_now(),
+            gpu_bytes=gpu_bytes_now(),
+            layers_skipped=self._skipped,
+            rank=self._options.ranks.rank,
+            ranks=self._options.ranks.size,
+            setup_seconds=self._setup_seconds,
+        )
+        for name, value in (("bytes read", read), ("bytes written", written), ("host memory", now.host_bytes)):
+            self._options.trace.counter(name, value)
+        self._options.progress(now)

@@ -1,0 +1,173 @@
+"""Shards on their way from the device to the disk, behind the walk.
+
+What a shard holds stays on the device until another thread has copied it out in small pieces, hashed and written them,
+made the file durable and noted it in the journal: no shard ever lies in host memory as a whole. Two shards may be on
+their way; a third one waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.source import Checkpoint, tensor_bytes
+from ..checkpoint.writer import TensorEntry, write_shard
+from ..plan.plan import Plan, PlannedShard
+from .trace import Trace
+
+MOST_ON_THEIR_WAY = 2
+PIECE_BYTES = 16 << 20
+YIELD_SECONDS = 0.05  # how long a copied piece lets the walk's reading go first
+
+
+class ShardWriter:
+    """Writes the shards of decoder layers.
+
+    Args:
+        folder: where the shards grow.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, trace: Trace) -> None:
+        self._folder, self._device, self._trace = folder, device, trace
+        self._pool = ThreadPoolExecutor(MOST_ON_THEIR_WAY, "write")
+        self._room = threading.Semaphore(MOST_ON_THEIR_WAY)
+        self._writes: list[Future[None]] = []
+        self._lock = threading.Lock()
+        self._of_thread = threading.local()
+        self.bytes_written = 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown()
+
+    def submit(
+        self, shard: PlannedShard, made: Mapping[str, Tensor], kept: Mapping[str, Tensor], done: Callable[[str], None]
+    ) -> None:
+        """Write a shard in another thread; waits while two shards are being written.
+
+        Args:
+            made: tensors that belong to the shard alone, by output name, on the device or the host.
+            kept: tensors that will be overwritten by later work of this thread's stream: they are copied first.
+            done: called in the writing thread with the shard's sha256 when it is durable under its name.
+        Raises:
+            InputError: an earlier shard could not be written.
+        """
+        self.check()
+        with self._trace.span("wait for write"):
+            self._room.acquire()
+        try:
+            self.check()
+            # Made plain by this thread's stream, for which the event stands; the writing thread has streams of its own.
+            tensors = {name: tensor.contiguous() for name, tensor in made.items()}
+            tensors |= {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in kept.items()}
+            event = None
+            if self._device.type == "cuda":
+                event = torch.cuda.Event()
+                event.record()
+        except BaseException:
+            self._room.release()
+            raise
+        self._writes.append(self._pool.submit(self._write, shard, tensors, event, done))
+
+    def check(self) -> None:
+        """Raise what went wrong in a write that has ended."""
+        for write in [write for write in self._writes if write.done()]:
+            self._writes.remove(write)
+            write.result()
+
+    def finish(self) -> None:
+        """Wait for all writes.
+
+        Raises:
+            InputError: one of them could not be done.
+        """
+        for write in self._writes:
+            write.result()
+        self._writes.clear()
+
+    def _write(self, shard: PlannedShard, tensors: dict[str, Tensor], event: Any, done: Callable[[str], None]) -> None:
+        def contents(entry: TensorEntry) -> Iterator[memoryview]:
+            yield from self._pieces(tensors.pop(entry.name))
+
+        try:
+            with self._trace.span("write", shard.file):
+                if event is not None:
+                    event.synchronize()
+                done(write_shard(self._folder / shard.file, shard.entries, contents))
+            with self._lock:
+                self.bytes_written += shard.tensor_bytes
+        finally:
+            tensors.clear()
+            self._room.release()
+
+    def _pieces(self, tensor: Tensor) -> Iterator[memoryview]:
+        """A tensor's bytes; each piece is valid until the next is asked for, and the one after it is on its way."""
+        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        pieces = flat.split(PIECE_BYTES)
+        if not flat.is_cuda:
+            yield from map(tensor_bytes, pieces)
+            return
+        way = self._way()
+        for at, piece in enumerate(pieces):
+            if at == 0:
+                way.fetch(piece)
+            host = way.wait()
+            if at + 1 < len(pieces):
+                way.fetch(pieces[at + 1])
+            yield tensor_bytes(host)
+
+    def _way(self) -> _Pinned:
+        if not hasattr(self._of_thread, "way"):
+            self._of_thread.way = _Pinned(self._device)
+        way: _Pinned = self._of_thread.way
+        return way
+
+
+class _Pinned:
+    """Two pinned buffers of the host and a stream of one thread: one is used while the other is filled."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._turn = 0
+        self._coming = self._buffers[0]
+
+    def fetch(self, piece: Tensor) -> None:
+        """Begin to copy a piece to the host."""
+        self._turn = 1 - self._turn
+        self._coming = self._buffers[self._turn][: len(piece)]
+        with torch.cuda.stream(self._stream):
+            self._coming.copy_(piece, non_blocking=True)
+
+    def wait(self) -> Tensor:
+        """The piece that was fetched last."""
+        self._stream.synchronize()
+        return self._coming
+
+
+def copy_shard(
+    source: Checkpoint, plan: Plan, folder: Path, shard: PlannedShard, yield_to: Callable[[float], None]
+) -> str:
+    """Copy the tensors of a shard that holds nothing quantized, byte for byte; returns its sha256.
+
+    Args:
+        yield_to: called after each piece with a number of seconds, for which more urgent reading may go first.
+    Raises:
+        InputError: a source shard vanished, changed or cannot be read; the disk is full or cannot be written to.
+    """
+
+    def contents(entry: TensorEntry) -> Iterator[memoryview]:
+        for piece in source.pieces(plan.origins[entry.name].source):
+            yield piece
+            yield_to(YIELD_SECONDS)
+
+    return write_shard(folder / shard.file, shard.entries, contents)
