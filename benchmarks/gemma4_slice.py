@@ -1,143 +1,100 @@
 """Convert a few decoder layers of Gemma 4 31B's real shapes, beside one plain forward of the same tokens through the
-same layers.
+same layers, beside the peers, and beside what the devices' speeds allow.
 
 usage: python benchmarks/gemma4_slice.py FOLDER [--layers 6] [--samples 128] [--sequence-length 2048] [--recipe nvfp4]
-           [--json FILE]
+           [--peers llmcompressor,modelopt] [--python-peer modelopt=PYTHON] [--json FILE]
 
-FOLDER (a RAM disk such as /dev/shm, so that the disk is not what is measured) gets a random checkpoint with the real
-names
-and shapes, 9.83 GB for six layers, and the outputs; both are removed at the end. Each tool runs in a process of its
-own.
-The plain forward is transformers' own (sdpa, no head, one sequence at a time), without loading.
+FOLDER (on a RAM disk such as /dev/shm, so that the disk is not what is measured) gets a random checkpoint, 9.83 GB for
+six layers, and one output at a time; all are removed at the end. Each tool runs in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import torch
-from nvquant.checkpoint.source import open_checkpoint, tensor_bytes, torch_dtype
-from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support.synthetic_gemma4 import write_synthetic_gemma4
-
-VOCABULARY = 4000  # ids below it: only these embedding rows are asked for
+import common
+from gemma4 import IDS_NAME, census
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048)
-    parser.add_argument("--recipe", default="nvfp4")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plain-forward", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--batches", default="1,16", help="of the plain forward; the first is the one compared with")
+    parser.add_argument("--keep", action="store_true", help="leave the source, for a second run in the same folder")
+    common.add_tool_options(parser, peers="llmcompressor,modelopt", recipe="nvfp4", repeats=2)
     options = parser.parse_args()
-    source, ids = options.folder / "source", options.folder / "ids.safetensors"
-    if options.plain_forward:
-        print(json.dumps(plain_forward(source, ids)))
-        return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    write_synthetic_gemma4(source, layers=options.layers, sparse=True)
-    fill_with_noise(source, device)
-    rows = torch.randint(
-        10, VOCABULARY, (options.samples, options.sequence_length), generator=torch.Generator().manual_seed(0)
-    )
-    rows[:, 0] = 2
-    save_file({"input_ids": rows}, ids)
-    report: dict[str, Any] = {
-        "machine": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "layers": options.layers,
-        "tokens": rows.numel(),
-        "plain_forward": run([sys.executable, __file__, str(options.folder), "--plain-forward"]),
+    info = common.machine()
+    options.device = "cuda" if info["gpu"] else "cpu"
+    work = census(options.layers, options.samples * options.sequence_length)
+    check_room(options.folder, 2 * work["source_bytes"])
+    source, output, ids = options.folder / "source", options.folder / "out", options.folder / IDS_NAME
+    try:
+        runs, speeds = measure(options, source, output, ids)
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+        if not options.keep:
+            shutil.rmtree(source, ignore_errors=True)
+            ids.unlink(missing_ok=True)
+    output_bytes = runs[f"nvquant {options.quantizers[0]}"]["tensor_bytes"]
+    report = {
+        "benchmark": "gemma4_slice" if options.recipe == "nvfp4" else "gemma4_slice_full",
+        "machine": info,
+        "versions": common.versions(),
+        "work": {
+            "description": f"{options.layers} layers of Gemma 4 31B, {options.recipe}, "
+            f"{options.samples} x {options.sequence_length} tokens",
+            "recipe": options.recipe,
+            "tokens": options.samples * options.sequence_length,
+            "output_bytes": output_bytes,
+            **work,
+        },
+        "speeds": speeds,
+        "floor": common.floor_seconds(work, output_bytes, speeds),
+        "runs": runs,
     }
-    for quantizer in ("rtn", "mse"):
-        output = options.folder / f"out-{quantizer}"
-        arguments = [
-            "--recipe",
-            options.recipe,
-            "--quantizer",
-            quantizer,
-            "--calibration",
-            str(ids),
-            "-o",
-            str(output),
-            "--json",
-        ]
-        sizes = ["--samples", str(options.samples), "--sequence-length", str(options.sequence_length)]
-        report[quantizer] = run([sys.executable, "-m", "nvquant", "convert", str(source), *arguments, *sizes])
-        shutil.rmtree(output)
-    shutil.rmtree(source)
-    ids.unlink()
-    show(report)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    common.print_report(report)
+    common.write_report(report, options.json)
 
 
-def fill_with_noise(folder: Path, device: str) -> None:
-    """Random weights of a plausible size, in place; norms and buffers 1."""
-    generator = torch.Generator(device).manual_seed(0)
-    checkpoint = open_checkpoint(folder)
-    for name, info in checkpoint.infos().items():
-        values = torch.ones(info.shape, dtype=torch_dtype(info.dtype), device=device)
-        if len(info.shape) > 1:
-            values.normal_(std=0.02, generator=generator)
-        with checkpoint.path(name).open("r+b") as file:
-            os.pwrite(file.fileno(), tensor_bytes(values.cpu()), info.begin)
+def measure(
+    options: argparse.Namespace, source: Path, output: Path, ids: Path
+) -> tuple[dict[str, common.Json], dict[str, float]]:
+    """All runs, and the speeds of the devices."""
+    if not (options.keep and source.exists()):
+        make = [sys.executable, common.HERE / "gemma4.py", source, "--layers", options.layers]
+        make += ["--samples", options.samples, "--sequence-length", options.sequence_length]
+        common.run_child(make, label="writing the source")
+    floors = [sys.executable, common.HERE / "floors.py", source, options.folder, "--device", options.device]
+    speeds = common.speeds(common.run_child(floors, label="speeds of the devices"))
+    forward = [sys.executable, common.HERE / "forward.py", source, ids, "--device", options.device]
+    forward += ["--batches", options.batches, "--repeats", options.repeats]
+    runs = {"plain forward": common.run_child(forward, label="plain forward")}
+    for batch, seconds in list(runs["plain forward"]["seconds_by_batch"].items())[1:]:
+        runs[f"plain forward, {batch} at a time"] = {"seconds": seconds}
+    for quantizer in options.quantizers:
+        turns = [common.convert(source, output, ids, options, quantizer) for _ in range(options.repeats)]
+        runs[f"nvquant {quantizer}"] = common.median_run(turns)
+    shutil.rmtree(output, ignore_errors=True)
+    for name in options.peers:
+        runs[name] = common.peer(name, source, output, ids, options)
+    return runs, speeds
 
 
-def plain_forward(source: Path, ids: Path) -> dict[str, float]:
-    """Seconds of one forward of all sequences, the model whole on the device; two sequences of warm-up first."""
-    import time
-
-    from transformers import AutoModelForImageTextToText
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForImageTextToText.from_pretrained(
-        source, dtype=dtype, device_map=device, attn_implementation="sdpa"
-    ).eval()
-    rows = load_file(ids)["input_ids"].to(device)
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    with torch.no_grad():
-        for row in rows[:2]:
-            model.model(input_ids=row[None], use_cache=False)
-        wait()
-        started = time.perf_counter()
-        for row in rows:
-            model.model(input_ids=row[None], use_cache=False)
-        wait()
-    return {"seconds": time.perf_counter() - started}
-
-
-def run(command: list[str]) -> dict[str, Any]:
-    """Run a command that prints one JSON document."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    document: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
-    return document
-
-
-def show(report: dict[str, Any]) -> None:
-    """A table."""
-    print(f"{report['machine']}, torch {report['torch']}: {report['layers']} layers, {report['tokens']:,} tokens")
-    forward = report["plain_forward"]["seconds"]
-    print(f"{'plain forward':<16} {forward:7.1f} s")
-    for quantizer in ("rtn", "mse"):
-        result = report[quantizer]
-        host, gpu = result["peak_host_bytes"] / 1e9, result["peak_gpu_bytes"] / 1e9
-        speed = f"{result['seconds']:7.1f} s {result['seconds'] / forward:6.2f} x forward"
-        print(f"{'convert ' + quantizer:<16} {speed}, host {host:.2f} GB, GPU {gpu:.2f} GB")
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Stop before any work where source and output do not fit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise SystemExit(
+            f"{folder} has {free / 1e9:.1f} GB free and {needed_bytes / 1e9:.1f} GB are needed: use another"
+        )
 
 
 if __name__ == "__main__":
