@@ -183,7 +183,7 @@ def merge_partials(name: str, parts: Sequence[ObserverPartial]) -> InputStatisti
         total = torch.zeros_like(squares[0])
         for square in squares:
             total += square
-        mean_square = (total / tokens).cpu()
+        mean_square = total.cpu() / tokens  # on the CPU: a GPU multiplies by the reciprocal instead
     histogram = torch.stack([part.histogram for part in parts]).sum(0)
     return InputStatistics(amax, low_percentile(histogram), mean_square, tokens)
 

@@ -3,9 +3,10 @@ range, never mapped."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 READ_CHUNK_BYTES = 64 << 20
 COPY_CHUNK_BYTES = 16 << 20
+MOST_READERS = 4  # threads that read at once: one alone does not fill a fast disk
+MOST_GAP_BYTES = 64 << 10  # is read sooner than skipped
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,10 @@ class Checkpoint:
         self.read_into(name, tensor_bytes(tensor))
         return tensor
 
-    def read_rows(self, name: str, rows: list[int]) -> torch.Tensor:
-        """Only some rows (along the first axis), in the given order; neighbours are read at once.
+    def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Only some rows (along the first axis), in the given order.
+
+        Rows that lie near each other are read at once with what lies between, and several threads read.
 
         Raises:
             IndexError: there is no such row.
@@ -112,13 +117,17 @@ class Checkpoint:
 
         info = self.info(name)
         tensor = torch.empty((len(rows), *info.shape[1:]), dtype=torch_dtype(info.dtype))
-        flat = tensor_bytes(tensor)
         row_bytes = info.nbytes // max(1, info.shape[0])
-        start = 0
-        for end in range(1, len(rows) + 1):
-            if end == len(rows) or rows[end] != rows[end - 1] + 1:
-                self.read_into(name, flat[start * row_bytes : end * row_bytes], rows[start] * row_bytes)
-                start = end
+        wanted = torch.as_tensor(rows, dtype=torch.int64)
+
+        def read(begin: int, end: int) -> None:
+            first, last = int(wanted[begin]), int(wanted[end - 1])
+            near = torch.empty((last - first + 1, *info.shape[1:]), dtype=tensor.dtype)
+            self.read_into(name, tensor_bytes(near), first * row_bytes)
+            torch.index_select(near, 0, wanted[begin:end] - first, out=tensor[begin:end])
+
+        with ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1), "rows") as readers:
+            list(readers.map(read, *zip(*_near_rows(wanted, row_bytes), strict=True)) if len(rows) else ())
         return tensor
 
 
@@ -231,6 +240,23 @@ def torch_dtype(name: str) -> torch.dtype:
         "U64": torch.uint64,
     }
     return table[name]
+
+
+def _near_rows(rows: torch.Tensor, row_bytes: int) -> list[tuple[int, int]]:
+    """Ranges of positions in `rows` (int64 [n]) whose rows ascend with small gaps, each at most a chunk of the file."""
+    import torch
+
+    gaps = rows.diff()
+    breaks = ((gaps < 1) | ((gaps - 1) * row_bytes > MOST_GAP_BYTES)).nonzero().flatten() + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    ranges = []
+    most = max(1, COPY_CHUNK_BYTES // max(1, row_bytes))  # rows of the file in a range
+    for begin, end in itertools.pairwise(edges):
+        while begin < end:
+            stop = int(torch.searchsorted(rows[begin:end], rows[begin] + most)) + begin
+            ranges.append((begin, stop))
+            begin = stop
+    return ranges
 
 
 def _is(kind: Callable[[Path], bool], path: Path) -> bool:

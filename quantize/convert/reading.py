@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.source import Checkpoint, tensor_bytes, torch_dtype
+from ..checkpoint.source import MOST_READERS, Checkpoint, tensor_bytes, torch_dtype
 from ..errors import InputError
 from ..plan.plan import Plan
 from .trace import Trace
 
 SLOTS = 2
-MOST_READERS = 4
 PIECE_BYTES = 16 << 20
 ALIGNMENT = (
     512  # of tensors in a buffer; a product's bits may depend on it on some processors, so it is always the same

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from nvquant.checkpoint import source
 from nvquant.checkpoint.source import (
     INDEX_NAME,
     READ_CHUNK_BYTES,
@@ -114,12 +115,24 @@ def test_rows_are_read_in_the_order_asked_for(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "reads"),
-    [([0, 1, 2, 3, 4, 5], 1), ([1, 2, 4, 5], 2), ([5, 4, 3], 3), ([2, 2, 3], 2), ([0, 2, 4], 3), ([], 0)],
+    ("rows", "gap", "reads"),
+    [
+        ([0, 1, 2, 3, 4, 5], 0, 1),
+        ([1, 2, 4, 5], 0, 2),
+        ([1, 2, 4, 5], 1, 1),
+        ([5, 4, 3], 1, 3),
+        ([2, 2, 3], 1, 2),
+        ([0, 2, 4], 0, 3),
+        ([0, 2, 5], 1, 2),
+        ([0, 2, 5], 2, 1),
+        ([], 1, 0),
+    ],
 )
-def test_neighbouring_rows_are_read_at_once(
-    folder: Path, rows: list[int], reads: int, monkeypatch: pytest.MonkeyPatch
+def test_rows_near_each_other_are_read_at_once(
+    folder: Path, rows: list[int], gap: int, reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    weight = tensors()["a.weight"]
+    monkeypatch.setattr(source, "MOST_GAP_BYTES", gap * weight[0].nbytes)
     checkpoint = open_checkpoint(folder)
     seen: list[int] = []
     real = os.preadv
@@ -129,9 +142,23 @@ def test_neighbouring_rows_are_read_at_once(
         return real(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", counting)
-    found = checkpoint.read_rows("a.weight", rows)
-    assert torch.equal(found, tensors()["a.weight"][rows])
+    assert torch.equal(checkpoint.read_rows("a.weight", rows), weight[rows])
     assert len(seen) == reads
+
+
+def test_a_piece_holds_no_more_rows_than_a_chunk_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = tensors()["a.weight"]
+    monkeypatch.setattr(source, "COPY_CHUNK_BYTES", 2 * weight[0].nbytes)
+    seen: list[int] = []
+    real = source.read_range
+
+    def noting(path: Path, begin: int, buffer: memoryview, known: Any) -> None:
+        seen.append(len(buffer))
+        real(path, begin, buffer, known)
+
+    monkeypatch.setattr(source, "read_range", noting)
+    assert torch.equal(open_checkpoint(folder).read_rows("a.weight", [0, 1, 2, 3, 5]), weight[[0, 1, 2, 3, 5]])
+    assert max(seen) == 2 * weight[0].nbytes
 
 
 @pytest.mark.parametrize("rows", [[0, 6], [0, -1], [0, 10**9], [4, 5, 6], [-1, 0], [6]])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvquant.checkpoint.source import Checkpoint
+from nvquant.checkpoint.source import MOST_READERS, Checkpoint
 from nvquant.convert import reading
 from nvquant.convert.reading import LayerReader, layer_digest
 from nvquant.convert.trace import Trace
@@ -271,7 +271,7 @@ def test_what_is_left_of_a_layer_is_not_read_when_nobody_wants_it(
         until(lambda: len(source.seen()) > 10)
         monkeypatch.setattr(reader, "_has_left", Told(is_left))
     assert threads() == set()
-    assert len(source.seen()) <= 10 + reading.MOST_READERS
+    assert len(source.seen()) <= 10 + MOST_READERS
 
 
 def test_an_error_that_nobody_waited_for_ends_the_threads_too(tiny: TinyModels, tmp_path: Path) -> None:
