@@ -36,7 +36,7 @@ from .output import (
     publish,
     remove_partial,
 )
-from .stop import STOPPED
+from .stop import STOPPED, Stopped
 from .watch import Watch
 
 
@@ -199,11 +199,15 @@ def assert_as_planned(plan: Plan, folder: Path) -> None:
 
 def _leave(plan: Plan, options: ConvertOptions, journal: Journal, error: BaseException) -> None:
     """Keep the layers that are whole for the next run, and say so; leave nothing where there are none."""
-    if options.ranks.rank != 0 or not journal.folder.exists():
+    if not journal.folder.exists():
         return
     try:
         records = journal.records(plan.shards)
     except CheckFailed:  # says itself what to do
+        return
+    if isinstance(error, Stopped):
+        error.count(_layers_in(records), len(plan.layers))
+    if options.ranks.rank != 0:
         return
     if not _layers_in(records):
         if options.ranks.size == 1:  # others may still be writing

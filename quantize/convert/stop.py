@@ -13,9 +13,14 @@ STOPPED = 128  # and above it the exit codes of runs that a signal ended
 class Stopped(NvquantError):
     """The run was asked to end; the exit code is that of the signal, as shells give it."""
 
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
+    def __init__(self, number: int, layers_done: int, layers: int) -> None:
+        super().__init__("")
         self.exit_code = STOPPED + number
+        self.count(layers_done, layers)
+
+    def count(self, layers_done: int, layers: int) -> None:
+        """Say how many layers are whole; those on their way to the disk become so while the run ends."""
+        self.args = (f"Stopped after layer {layers_done} of {layers}; run the same command again to continue.",)
 
 
 class StopRequest:

@@ -71,10 +71,7 @@ class Watch:
         """
         number = self._options.stop.number
         if number is not None:
-            raise Stopped(
-                f"Stopped after layer {self.layers_done} of {self._layers}; run the same command again to continue.",
-                number,
-            )
+            raise Stopped(number, self.layers_done, self._layers)
         self._tokens += tokens
         if time.monotonic() - self._last >= TELL_SECONDS:
             self._tell()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nvquant.convert.snapshot
+import nvquant.convert.watch
 import pytest
 import torch
 from nvquant.calibrate.hidden import HiddenBudget, HiddenStates
@@ -24,12 +25,14 @@ from support.conversions import TinyModels, calibration_of, contents, planned, r
 from torch import Tensor
 
 LAYERS_BEFORE = 3
+TOKENS = sum(map(len, random_samples()))
 
 
 @pytest.fixture(autouse=True)
 def at_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A snapshot behind every layer, however short the run."""
+    """A snapshot behind every layer, however short the run, and word of every batch."""
     monkeypatch.setattr(nvquant.convert.snapshot, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(nvquant.convert.watch, "TELL_SECONDS", 0.0)
     monkeypatch.setattr(nvquant.convert.snapshot, "SHARE_OF_TIME", float("inf"))
 
 
@@ -44,11 +47,11 @@ class Run:
         self.trace = Trace()
 
     def __call__(self, output: Path | None = None, stop_after: int | None = None) -> ConvertResult:
-        """Run; with `stop_after`, ask for the end when so many layers are whole."""
+        """Run; with `stop_after`, ask for the end once the walk has begun with the layer behind so many."""
         self.trace, stop = Trace(keep_events=True), StopRequest()
 
         def sink(now: Progress) -> None:
-            if now.layers_done == stop_after:
+            if stop_after is not None and now.layers_skipped * TOKENS + now.tokens_done > stop_after * TOKENS:
                 stop.number = signal.SIGTERM
 
         options = ConvertOptions(output or self.output, "mse", progress=sink, trace=self.trace, stop=stop)
@@ -95,7 +98,7 @@ def test_a_continued_run_begins_behind_the_snapshot(gemma4: Run) -> None:
     gemma4.end_early()
     behind, _ = snapshot_in(gemma4)
     result = gemma4()
-    assert result.layers_resumed == behind + 1 >= LAYERS_BEFORE
+    assert result.layers_resumed == behind + 1 == LAYERS_BEFORE
     assert "replay" not in result.phases
     assert gemma4.spans("read") == layers(range(behind + 1, 6))
     assert contents(gemma4.output) == expected
@@ -103,13 +106,11 @@ def test_a_continued_run_begins_behind_the_snapshot(gemma4: Run) -> None:
 
 def test_a_run_may_be_continued_from_snapshots_again_and_again(gemma4: Run) -> None:
     expected = gemma4.undisturbed()
-    made = []
     for count in (1, 3, 5):
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped, match=f"Stopped after layer {count} of 6"):
             gemma4(stop_after=count)
-        made.append(snapshot_in(gemma4)[0] + 1)
-    assert made == sorted(made)
-    assert gemma4().layers_resumed == made[-1]
+        assert snapshot_in(gemma4)[0] == count - 1
+    assert gemma4().layers_resumed == 5
     assert contents(gemma4.output) == expected
 
 
@@ -145,7 +146,7 @@ def test_a_damaged_snapshot_costs_only_time(gemma4: Run, damage: Callable[[Path,
     _, snapshot = snapshot_in(gemma4)
     damage(snapshot, gemma4.state / RECORD_NAME)
     result = gemma4()
-    assert result.layers_resumed >= LAYERS_BEFORE
+    assert result.layers_resumed == LAYERS_BEFORE
     assert gemma4.spans("read") == layers(range(6))
     assert gemma4.spans("replay") == layers(range(result.layers_resumed))
     assert contents(gemma4.output) == expected
