@@ -218,6 +218,9 @@ def join_ranks(device: str) -> tuple[str, Ranks]:
     """
     if not all(name in os.environ for name in _LAUNCHED) or _number("WORLD_SIZE", 1) < 2:
         return device, Ranks()
+    # Its functions take the group that exists when they are imported for a default, and would keep it alive for ever:
+    # Gloo's threads would go on while the interpreter ends, and abort it now and then.
+    import torch.distributed.nn
     from torch.distributed.rendezvous import rendezvous
 
     local_rank, local_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)

@@ -83,6 +83,25 @@ def test_only_the_first_rank_speaks(tiny: TinyModels, ids: Path, tmp_path: Path)
     assert [rank.stderr for rank in ended[1:]] == ["", ""]
 
 
+# The real command; what it registers to do at exit is done before this, and is heard of last.
+LAST_THREADS = """
+import atexit, pathlib, sys
+atexit.register(lambda: print("threads", len(list(pathlib.Path("/proc/self/task").iterdir())), file=sys.stderr))
+from nvquant.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_no_thread_of_the_connections_is_left_when_the_interpreter_ends(
+    tiny: TinyModels, ids: Path, tmp_path: Path
+) -> None:
+    """One that wants to run then aborts the process, after a run that went well."""
+    ended = StartedRanks(2, [sys.executable, "-c", LAST_THREADS, *convert(tiny("gemma4"), ids, 6)], tmp_path).wait()
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert [rank.stderr.splitlines()[-1] for rank in ended] == ["threads 1", "threads 1"]
+
+
 def wait_for_layer(folder: Path, started: StartedRanks) -> None:
     """Wait until a layer is whole, in a run that still goes on."""
     deadline = time.monotonic() + DEADLINE_SECONDS
