@@ -161,16 +161,30 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
-def convert(source: Path, output: Path, ids: Path, options: argparse.Namespace, quantizer: str) -> Json:
-    """`nvquant convert` in a process of its own; what stood at `output` before is removed."""
+def convert(
+    source: Path, output: Path, ids: Path, options: argparse.Namespace, quantizer: str, processes: int = 1
+) -> Json:
+    """`nvquant convert` in a process of its own, or in several; what stood at `output` before is removed."""
     for old in (output, output.with_name(output.name + ".partial")):
         shutil.rmtree(old, ignore_errors=True)
-    command = [sys.executable, "-m", "nvquant", "convert", source, "--recipe", options.recipe]
+    command: list[object] = [sys.executable]
+    if processes > 1:
+        command += [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_machines",
+            "1",
+            "--num_processes",
+            processes,
+        ]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["-m", "nvquant", "convert", source, "--recipe", options.recipe]
     command += ["--quantizer", quantizer, "--calibration", ids, "--samples", options.samples]
     command += ["--sequence-length", options.sequence_length, "--device", options.device, "-o", output, "--json"]
     if options.profile:
         command += ["--profile", options.profile / f"profile-{quantizer}"]
-    return run_child(command, label=f"nvquant {quantizer}")
+    return run_child(command, label=f"nvquant {quantizer}, {processes} process{'es' if processes > 1 else ''}")
 
 
 def peer(name: str, source: Path, output: Path, ids: Path, options: argparse.Namespace) -> Json:
