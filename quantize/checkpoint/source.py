@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from . import uncached
 from .headers import Header, TensorInfo, read_header
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def read_range(path: Path, begin: int, buffer: memoryview, known: Header | None 
             if known is not None:
                 _refuse_changed(path, os.fstat(descriptor), known)
             while done < len(buffer):
-                got = os.preadv(descriptor, [buffer[done : done + READ_CHUNK_BYTES]], begin + done)
+                got = uncached.read(descriptor, buffer[done : done + READ_CHUNK_BYTES], begin + done)
                 if not got:
                     raise InputError(f"{path} ended early, at byte {begin + done:,}: the file changed during the run.")
                 done += got

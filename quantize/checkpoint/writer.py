@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckFailed, InputError
+from . import uncached
 from .headers import DTYPE_BYTES
 
 ALIGNMENT = 8
@@ -72,16 +73,18 @@ def write_shard(
         CheckFailed: an entry's pieces do not add up to its size.
         InputError: the disk is full or cannot be written to.
     """
-    digest = hashlib.sha256()
+    digest, position = hashlib.sha256(), 0
     # Hashing takes as long as writing, and both let go of the interpreter: a piece is hashed while it is written.
     with _replacing(path) as descriptor, ThreadPoolExecutor(1, "hash") as hasher:
 
         def put(piece: memoryview) -> None:
+            nonlocal position
             hashed = hasher.submit(digest.update, piece)
             try:
-                _write(descriptor, piece)
+                _write(descriptor, piece, position)
             finally:
                 hashed.result()
+            position += len(piece)
 
         put(memoryview(build_header(entries)))
         for entry in entries:
@@ -108,7 +111,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         InputError: the disk is full or cannot be written to.
     """
     with _replacing(path) as descriptor:
-        _write(descriptor, memoryview(data))
+        _write(descriptor, memoryview(data), 0)
 
 
 def sync_folder(folder: Path) -> None:
@@ -140,6 +143,7 @@ def _replacing(path: Path) -> Iterator[int]:
         raise
 
 
-def _write(descriptor: int, piece: memoryview) -> None:
-    while len(piece):
-        piece = piece[os.write(descriptor, piece) :]
+def _write(descriptor: int, piece: memoryview, begin: int) -> None:
+    done = 0
+    while done < len(piece):
+        done += uncached.write(descriptor, piece[done:], begin + done)

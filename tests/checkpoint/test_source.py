@@ -135,13 +135,13 @@ def test_rows_near_each_other_are_read_at_once(
     monkeypatch.setattr(source, "MOST_GAP_BYTES", gap * weight[0].nbytes)
     checkpoint = open_checkpoint(folder)
     seen: list[int] = []
-    real = os.preadv
+    real = source.read_range
 
-    def counting(descriptor: int, buffers: Any, offset: int) -> int:
-        seen.append(offset)
-        return real(descriptor, buffers, offset)
+    def counting(path: Path, begin: int, buffer: memoryview, known: Any) -> None:
+        seen.append(begin)
+        real(path, begin, buffer, known)
 
-    monkeypatch.setattr(os, "preadv", counting)
+    monkeypatch.setattr(source, "read_range", counting)
     assert torch.equal(checkpoint.read_rows("a.weight", rows), weight[rows])
     assert len(seen) == reads
 

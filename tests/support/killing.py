@@ -1,8 +1,8 @@
 """A process that is warm (everything imported, one conversion done) and forks a child for each run of `convert`, so
 that hundreds of runs can be killed in a minute. `Warm` is the test's side; this file run as a module is the process.
 
-In a child every write boundary is counted: each os.write and os.fsync, and each rename, mkdir, unlink and rmdir. At the
-given one the child kills itself, a write half done.
+In a child every write boundary is counted: each os.pwritev and os.fsync, and each rename, mkdir, unlink and rmdir. At
+the given one the child kills itself, a write half done.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
 
@@ -85,8 +85,8 @@ class _Boundaries:
     def __init__(self, kill_at: int | None) -> None:
         self.count, self._kill_at = 0, kill_at
         self._lock = threading.Lock()
-        self._write, self._fsync = os.write, os.fsync
-        os.write, os.fsync = self._counted_write, self._counted_fsync
+        self._write, self._fsync = os.pwritev, os.fsync
+        os.pwritev, os.fsync = self._counted_write, self._counted_fsync
         sys.addaudithook(lambda event, _arguments: self._passed() if event in CHANGES else None)
 
     def _is_last(self) -> bool:
@@ -98,11 +98,11 @@ class _Boundaries:
         if self._is_last():
             _kill_self()
 
-    def _counted_write(self, descriptor: int, data: Any) -> int:
+    def _counted_write(self, descriptor: int, pieces: Sequence[memoryview], begin: int, flags: int = 0) -> int:
         if self._is_last():
-            self._write(descriptor, memoryview(data)[: len(data) // 2])
+            self._write(descriptor, [pieces[0][: len(pieces[0]) // 2]], begin)
             _kill_self()
-        return self._write(descriptor, data)
+        return self._write(descriptor, pieces, begin, flags)
 
     def _counted_fsync(self, descriptor: int) -> None:
         self._passed()
@@ -129,13 +129,12 @@ def _convert(run: Run) -> None:
 def _child(run: Run, words: int) -> None:
     """Do it, write the number of boundaries (or the error) into the pipe, end; never returns."""
     code = 0
-    write = os.write
     try:
         boundaries = _Boundaries(run.kill_at)
         _convert(run)
-        write(words, str(boundaries.count).encode())
+        os.write(words, str(boundaries.count).encode())
     except BaseException:
-        write(words, traceback.format_exc()[-4000:].encode())
+        os.write(words, traceback.format_exc()[-4000:].encode())
         code = 1
     os._exit(code)
 
