@@ -1,7 +1,7 @@
 """Quantize-and-pack, amax and input statistics of one matrix, against the bytes that must move and against
 compressed-tensors.
 
-usage: python benchmarks/kernels.py [--rows 21504] [--cols 5376] [--tokens 2048] [--device cpu|cuda] [--repeats 7]
+usage: python benchmarks/kernel_speed.py [--rows 21504] [--cols 5376] [--tokens 2048] [--device cpu|cuda] [--repeats 7]
            [--threads N] [--json FILE]
 
 Every number is the median of the repeats, the tasks taken in turn (ours, theirs, ours, ...) in one process on the same
