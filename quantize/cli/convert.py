@@ -26,6 +26,7 @@ from .output import emit_json, gigabytes, say
 if TYPE_CHECKING:
     from ..calibrate.samples import CalibrationSet
     from ..convert.options import ConvertOptions, ConvertResult
+    from ..convert.stop import StopRequest
 
 EXAMPLES = """
 \b
@@ -124,7 +125,7 @@ def command(
             how = f"recipe {recipe.name}, {chosen}, {plan.layout.name}"
             say(f"nvquant {__version__}: {plan.model} -> {target}, {how}, {where}")
         else:
-            logging.getLogger("nvquant").setLevel(logging.ERROR)
+            _be_quiet(stop)
         loaded = None
         if recipe.needs_calibration:
             with trace.span("samples"):
@@ -140,6 +141,11 @@ def command(
             trace.write(profile)
     if is_first:
         _report(plan, result.as_json(), profile, as_json)
+
+
+def _be_quiet(stop: StopRequest) -> None:
+    logging.getLogger("nvquant").setLevel(logging.ERROR)
+    stop.is_quiet = True
 
 
 def _load(

@@ -33,6 +33,7 @@ def hidden_budget(plan: Plan, batches: Sequence[Tensor], options: ConvertOptions
     given = options.memory_budget_bytes
     available = available_host_bytes() or UNKNOWN_HOST_BYTES
     host = given if given is not None else int(SHARE_OF_AVAILABLE_HOST * available)
+    host //= options.ranks.local_size  # ranks of one host share its memory
     gpu = 0
     if is_gpu:
         free = int(SHARE_OF_FREE_GPU * torch.cuda.mem_get_info(options.device)[0])

@@ -5,13 +5,15 @@ What is loaded late costs the first layer half a second and more; here it is don
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 import torch
 
 from ..calibrate.statistics import InputObserver
+from ..errors import EnvironmentLack
 from ..format.scales import global_scale
 from ..quantizers.base import Quantizer
 
@@ -33,6 +35,22 @@ class DeviceStart(AbstractContextManager[None]):
         self._pool.shutdown()
         if self._start is not None and kind is None:
             self._start.result()
+
+
+@contextmanager
+def telling_of_full_gpu(what: str) -> Iterator[None]:
+    """Say in one sentence what the GPU's memory did not hold.
+
+    Raises:
+        EnvironmentLack: the block ran out of the GPU's memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentLack(
+            f"the GPU's memory does not hold {what}: end what else uses it, leave less of it to hidden states with "
+            f"--memory-budget, or use --device cpu."
+        ) from error
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from ..plan.plan import Plan, PlannedShard
 from ..quantizers.base import Quantizer
 from ..recipe.groups import FusedGroup
 from .budget import hidden_budget
+from .device import telling_of_full_gpu
 from .journal import Journal
 from .matrices import group_scalars, groups_of_layer, packed_shapes, quantize_group
 from .memory import give_back_free_memory
@@ -171,7 +172,7 @@ class Engine:
             with self._trace.span("gather") if ranks.size > 1 else nullcontext():
                 inputs = ranks.merge(observers, self._sequences, squares)
         output, records = self._quantize(groups, loaded, inputs)
-        with ranks.step():
+        with ranks.step(), telling_of_full_gpu(f"what is written of layer {loaded.layer}"):
             if self._ranks.owns(self._index[loaded.layer]):
                 for group in groups:
                     output.update(group_scalars(self._plan, group, records[group.name], self._quantizer))
@@ -209,7 +210,11 @@ class Engine:
         makers = ranks.share_out(sizes)
         made: dict[str, Tensor] = {}
         own: dict[str, dict[str, Any]] = {}
-        with ranks.step(), timed(self._trace, "quantize", f"layer {loaded.layer}"):
+        with (
+            ranks.step(),
+            timed(self._trace, "quantize", f"layer {loaded.layer}"),
+            telling_of_full_gpu(f"the quantization of layer {loaded.layer}"),
+        ):
             self._watch.before_batch(0)
             for group in groups:
                 if makers[group.name] == ranks.rank:

@@ -199,16 +199,14 @@ def assert_as_planned(plan: Plan, folder: Path) -> None:
 
 def _leave(plan: Plan, options: ConvertOptions, journal: Journal, error: BaseException) -> None:
     """Keep the layers that are whole for the next run, and say so; leave nothing where there are none."""
-    if not journal.folder.exists():
+    if options.ranks.rank != 0 or not journal.folder.exists():
         return
     try:
         records = journal.records(plan.shards)
     except CheckFailed:  # says itself what to do
         return
-    if isinstance(error, Stopped):
+    if isinstance(error, Stopped) and options.ranks.size == 1:  # several all say what one of them counted
         error.count(_layers_in(records), len(plan.layers))
-    if options.ranks.rank != 0:
-        return
     if not _layers_in(records):
         if options.ranks.size == 1:  # others may still be writing
             remove_partial(journal.partial)

@@ -59,10 +59,11 @@ class Ranks:
     Attributes:
         rank: its number.
         size: how many there are.
+        local_size: how many of them share this host.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1) -> None:
+        self.rank, self.size, self.local_size = rank, size, local_size
         self._is_lost = False
 
     def owns(self, index: int) -> bool:
@@ -223,19 +224,19 @@ def join_ranks(device: str) -> tuple[str, Ranks]:
     import torch.distributed.nn
     from torch.distributed.rendezvous import rendezvous
 
-    local_rank, local_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+    local_rank, local_size = _number("LOCAL_RANK", 0), max(1, _number("LOCAL_WORLD_SIZE", 1))
     if device == "cuda":
         device = f"cuda:{local_rank % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     elif os.environ.get("OMP_NUM_THREADS") == "1":  # a launcher's caution; the cores are there to be used
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_size)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     try:
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         store, rank, size = next(rendezvous("env://", timeout=_MEETING))
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RankLost(f"the ranks do not find each other ({str(error).splitlines()[0]}): start them again.") from error
-    ranks = Ranks(rank, size)
+    ranks = Ranks(rank, size, local_size)
     atexit.register(ranks.leave)
     return device, ranks
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..checkpoint.source import MOST_READERS, Checkpoint, tensor_bytes, torch_dtype
 from ..errors import InputError
 from ..plan.plan import Plan
+from .device import telling_of_full_gpu
 from .trace import Trace
 
 SLOTS = 2
@@ -76,6 +77,7 @@ class LayerReader:
         self._pieces = threading.local()
         self._pool = ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1), "read")
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
+        self._lock = threading.Lock()
         self.bytes_read = 0
 
     def __enter__(self) -> LayerReader:
@@ -107,7 +109,7 @@ class LayerReader:
 
     def _run(self) -> None:
         try:
-            with self._trace.span("make buffers"):
+            with self._trace.span("make buffers"), telling_of_full_gpu("two decoder layers"):
                 size = max((_layout(self._source, self._names[layer])[1] for layer in self._layers), default=0)
                 for _ in range(min(SLOTS, len(self._layers))):
                     self._free.put(_Slot(torch.empty(size, dtype=torch.uint8, device=self._device)))
@@ -159,7 +161,8 @@ class LayerReader:
                     self._source.read_into(name, piece, at)
                     if is_hashed:
                         digest.update(piece)
-                self.bytes_read += count
+                with self._lock:
+                    self.bytes_read += count
         finally:
             way.finish()
         return digest.hexdigest() if is_hashed else ""

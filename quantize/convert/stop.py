@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from types import FrameType
 
 from ..errors import NvquantError
 
+HEARD = b"Stopping; layers that are whole are kept. Ctrl-C once more ends the run at once.\n"
 STOPPED = 128  # and above it the exit codes of runs that a signal ended
 
 
@@ -25,10 +28,16 @@ class Stopped(NvquantError):
 
 class StopRequest:
     """Whether the run shall end. As a context it listens to SIGINT and SIGTERM: the first one ends the run in order,
-    a second SIGINT at once."""
+    a second SIGINT at once.
+
+    Attributes:
+        number: of the signal that was heard.
+        is_quiet: whether nobody is told on stderr that it was heard.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.is_quiet = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -43,4 +52,7 @@ class StopRequest:
     def _listen(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.number is None and not self.is_quiet:
+            with contextlib.suppress(OSError):  # past Python's buffers, which the signal may have interrupted
+                os.write(2, HEARD)
         self.number = number

@@ -13,6 +13,7 @@ from nvquant.convert.budget import UNKNOWN_HOST_BYTES, hidden_budget
 from nvquant.convert.memory import available_host_bytes
 from nvquant.convert.options import ConvertOptions
 from nvquant.convert.pipeline import convert
+from nvquant.convert.ranks import Ranks
 from nvquant.plan.forecast import fixed_memory
 from nvquant.plan.plan import Plan
 from support.conversions import TinyModels, calibration_of, contents, planned, random_samples, write_ids
@@ -42,6 +43,17 @@ def test_a_given_budget_is_what_the_whole_run_may_take(plan: Plan) -> None:
 @pytest.mark.parametrize("given", [0, 1, 500_000_000])
 def test_a_budget_below_what_the_run_itself_needs_leaves_nothing_and_is_not_negative(plan: Plan, given: int) -> None:
     assert budget_of(plan, make_batches(random_samples(), 1), memory_budget_bytes=given) == HiddenBudget(0, 0, FOLDER)
+
+
+def test_ranks_of_one_host_share_its_memory(plan: Plan) -> None:
+    batches = make_batches(random_samples(), 1)
+    fixed = fixed_memory(plan, 40, gpu=False)
+    alone, shared = (
+        budget_of(plan, batches, memory_budget_bytes=4 * GIGABYTE, ranks=Ranks(0, 4, local_size)).host_bytes
+        for local_size in (1, 2)
+    )
+    assert alone + fixed.host_bytes == 4 * GIGABYTE
+    assert shared + fixed.host_bytes == 2 * GIGABYTE
 
 
 def test_larger_batches_leave_less(plan: Plan) -> None:

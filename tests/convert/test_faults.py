@@ -6,6 +6,7 @@ and the same command finishes the run with the bytes of one that nothing happene
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -15,8 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import nvquant.convert.engine
 import pytest
+import torch
 from nvquant.checkpoint.source import read_range
 from nvquant.convert.journal import STATE_FOLDER, Journal, file_sha256
 from nvquant.convert.options import ConvertOptions, ConvertResult
@@ -24,7 +28,7 @@ from nvquant.convert.output import partial_folder
 from nvquant.convert.pipeline import convert
 from nvquant.convert.progress import Progress, ProgressSink
 from nvquant.convert.stop import Stopped, StopRequest
-from nvquant.errors import InputError
+from nvquant.errors import EnvironmentLack, InputError
 from support.conversions import calibration_of, contents, planned, random_samples, write_ids
 from support.tiny_models import tiny_llama
 
@@ -346,3 +350,28 @@ def test_a_shard_that_vanishes_between_plan_and_run_is_named(source: Path, tmp_p
 def test_an_input_output_error_is_told_with_the_file() -> None:
     error = refused(lambda: read_range(Path("/proc/self/mem"), 0, memoryview(bytearray(16))))
     assert error == "/proc/self/mem cannot be read (Input/output error): restore the file and run the command again."
+
+
+def test_a_gpu_whose_memory_ends_while_matrices_are_quantized_is_told_in_one_sentence(
+    source: Path, tmp_path: Path, whole: Callable[[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch raises there, raised here: a CPU's memory has no such end."""
+    real, calls = nvquant.convert.engine.quantize_group, itertools.count(1)
+
+    def ending(*arguments: Any) -> Any:
+        if next(calls) == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+        return real(*arguments)
+
+    output = tmp_path / "out"
+    monkeypatch.setattr(nvquant.convert.engine, "quantize_group", ending)
+    with pytest.raises(EnvironmentLack) as caught:
+        run(source, output)
+    assert re.match(
+        r"the GPU's memory does not hold the quantization of layer \d: end what else uses it", str(caught.value)
+    )
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    kept = assert_kept(str(caught.value), output)
+    assert run(source, output).layers_resumed == kept
+    assert contents(output) == whole("nvfp4-full")

@@ -16,7 +16,7 @@ from typing import IO
 
 import pytest
 from nvquant.convert.journal import STATE_FOLDER
-from nvquant.convert.stop import Stopped, StopRequest
+from nvquant.convert.stop import HEARD, Stopped, StopRequest
 from support.conversions import contents, random_samples, write_ids
 from support.tiny_models import tiny_llama
 
@@ -102,6 +102,7 @@ def test_a_signal_ends_the_run_in_order_and_the_same_command_goes_on(
         stdout, stderr = process.communicate()
     assert process.returncode == code, stderr
     assert stdout == ""
+    assert stderr.count(HEARD.decode()) == 1
     last = stderr.splitlines()[-1]
     found = re.fullmatch(
         rf"(?:Error: )?Stopped after layer (\d+) of {LAYERS}; run the same command again to continue\.", last

@@ -1,0 +1,110 @@
+"""Bring the kept results into the documentation: the tables of docs/benchmarks.md and the plot docs/benchmarks.svg.
+
+usage: python benchmarks/plot.py [--check]
+
+Reads benchmarks/results/*.json and writes the part of the page between its two marks, and the plot (which needs the
+extra `plot`). With --check nothing is written: the exit code is 1 where the page does not say what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import common
+
+ROOT = common.HERE.parent
+PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
+BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
+ORDER = ("gemma4_slice", "whole_31b", "scale_out", "smollm2_cpu", "kernels")
+COLOURS = {"nvquant": "#2f7d4f", "plain": "#8a8f98"}
+PEER_COLOUR = "#c9cdd3"
+
+
+def main() -> None:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    reports = load_reports(common.HERE / "results")
+    text = PAGE.read_text(encoding="utf-8")
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    wanted = head + BEGIN + "\n".join(section(report) for report in reports) + END + tail
+    if options.check:
+        if text != wanted:
+            sys.exit(f"{PAGE} does not say what benchmarks/results says: run python benchmarks/plot.py")
+        return
+    PAGE.write_text(wanted, encoding="utf-8")
+    plot([report for report in reports if any(peer in report.get("runs", {}) for peer in common.PEERS)])
+
+
+def load_reports(folder: Path) -> list[common.Json]:
+    """All results, in the order in which the page shows them."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda report: ORDER.index(report["benchmark"]))
+
+
+def section(report: common.Json) -> str:
+    """Heading, machine and table of one result, as Markdown."""
+    info, found = report["machine"], dict(report["versions"])
+    for run in report.get("runs", {}).values():
+        found |= {name: version for name, version in run.get("versions", {}).items() if name not in found}
+    where = info["gpu"] or f"{info['cpu']}, {info['cores']} cores"
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    lines = [f"### {report['work']['description']}", "", f"{where}. {versions}.", ""]
+    lines += kernel_table(report) if report["benchmark"] == "kernels" else run_table(report)
+    return "\n".join(lines) + "\n"
+
+
+def run_table(report: common.Json) -> list[str]:
+    """Seconds, ratios and memory of every run; the floor below."""
+    header = ["", "seconds", "x forward", "x ours", "process s", "host GB", "GPU GB"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in common.run_rows(report)]
+    if report.get("floor"):
+        parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report["floor"].items())
+        lines += ["", f"Floor (bytes and operations over the measured speeds, all at once): {parts}."]
+    return lines
+
+
+def kernel_table(report: common.Json) -> list[str]:
+    """Time of each kernel and how many times its bytes over the memory's speed that is."""
+    floors = report["floor_seconds"]
+    lines = ["| kernel | ms | x memory floor |", "|---|---|---|"]
+    for name, seconds in report["seconds"].items():
+        floor = floors[next(kind for kind in floors if name.startswith(kind))]
+        lines.append(f"| {name} | {1e3 * seconds:.2f} | {seconds / floor:.1f} |")
+    return lines
+
+
+def plot(reports: list[common.Json]) -> None:
+    """One panel a result: a bar a run, longest last."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "nvquant"  # the same results give the same file
+    figure, panels = pyplot.subplots(len(reports), 1, figsize=(8, 2.3 * len(reports)), squeeze=False)
+    for panel, report in zip(panels[:, 0], reports, strict=True):
+        runs = {name: run["seconds"] for name, run in report["runs"].items() if "seconds" in run}
+        runs = dict(sorted(runs.items(), key=lambda item: -item[1]))
+        colours = [COLOURS.get(name.split()[0], PEER_COLOUR) for name in runs]
+        bars = panel.barh(list(runs), list(runs.values()), color=colours)
+        panel.bar_label(bars, [f"{seconds:.1f} s" for seconds in runs.values()], padding=4, fontsize=9)
+        info = report["machine"]
+        where = info["gpu"] or f"CPU, {info['cores']} cores"
+        panel.set_title(f"{report['work']['description']}; {where}", fontsize=10, loc="left")
+        panel.set_xlim(0, 1.12 * max(runs.values()))
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_xlabel("seconds", fontsize=9)
+        panel.tick_params(labelsize=9)
+    figure.tight_layout()
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
