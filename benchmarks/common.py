@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 PACKAGES = ("nvquant", "torch", "transformers", "accelerate", "safetensors", "compressed-tensors")
 PEERS = {"llmcompressor": "llmcompressor", "modelopt": "nvidia-modelopt"}
 POLL_SECONDS = 0.02
+DATA_FREE = "nvfp4-a16"
 Json = dict[str, Any]
 
 
@@ -180,8 +181,9 @@ def convert(
         ]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["-m", "nvquant", "convert", source, "--recipe", options.recipe]
-    command += ["--quantizer", quantizer, "--calibration", ids, "--samples", options.samples]
-    command += ["--sequence-length", options.sequence_length, "--device", options.device, "-o", output, "--json"]
+    command += ["--quantizer", quantizer, "--device", options.device, "-o", output, "--json"]
+    if options.recipe != DATA_FREE:
+        command += ["--calibration", ids, "--samples", options.samples, "--sequence-length", options.sequence_length]
     if options.profile:
         command += ["--profile", options.profile / f"profile-{quantizer}"]
     return run_child(command, label=f"nvquant {quantizer}, {processes} process{'es' if processes > 1 else ''}")
@@ -207,8 +209,9 @@ def floor_seconds(work: Mapping[str, Any], output_bytes: int, measured: Mapping[
     floor = {
         "read": work["source_bytes"] / 1e9 / measured["read GB/s"],
         "write": output_bytes / 1e9 / measured["write GB/s"],
-        "matrix products": work["matmul_flop"] / 1e12 / measured["matmul TFLOP/s"],
     }
+    if work.get("recipe") != DATA_FREE:
+        floor["matrix products"] = work["matmul_flop"] / 1e12 / measured["matmul TFLOP/s"]
     if "host to GPU GB/s" in measured:
         floor["host to GPU"] = work["decoder_bytes"] / 1e9 / measured["host to GPU GB/s"]
     return floor
@@ -216,7 +219,7 @@ def floor_seconds(work: Mapping[str, Any], output_bytes: int, measured: Mapping[
 
 def add_tool_options(parser: argparse.ArgumentParser, *, peers: str, recipe: str, repeats: int) -> None:
     """Options that say which tools run, how and where the result goes."""
-    parser.add_argument("--recipe", choices=["nvfp4", "nvfp4-full"], default=recipe)
+    parser.add_argument("--recipe", choices=["nvfp4", "nvfp4-full", DATA_FREE], default=recipe)
     parser.add_argument("--quantizers", type=split_commas, default=["rtn", "mse"])
     parser.add_argument("--peers", type=split_commas, default=split_commas(peers), help="llmcompressor,modelopt or ''")
     parser.add_argument("--python-peer", type=_peer_python, action="append", default=[], metavar="PEER=PYTHON")

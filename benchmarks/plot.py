@@ -18,7 +18,7 @@ import common
 ROOT = common.HERE.parent
 PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
-ORDER = ("gemma4_slice", "whole_31b", "scale_out", "smollm2_cpu", "kernels")
+ORDER = ("gemma4_slice", "whole_31b", "data_free", "scale_out", "smollm2_cpu", "kernels")
 COLOURS = {"nvquant": "#2f7d4f", "plain": "#8a8f98"}
 PEER_COLOUR = "#c9cdd3"
 
