@@ -26,7 +26,10 @@ HERE = Path(__file__).parent
 PACKAGES = ("nvquant", "torch", "transformers", "accelerate", "safetensors", "compressed-tensors")
 PEERS = {"llmcompressor": "llmcompressor", "modelopt": "nvidia-modelopt"}
 POLL_SECONDS = 0.02
+RUN_HEADER = ("", "seconds", "x forward", "x ours", "process s", "host GB", "GPU GB")
+KERNEL_HEADER = ("", "ms", "floor ms", "x floor")
 DATA_FREE = "nvfp4-a16"
+LAUNCHER = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no".split()
 Json = dict[str, Any]
 
 
@@ -162,6 +165,23 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Stop before any work where so much does not fit; makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise SystemExit(
+            f"{folder} has {free / 1e9:.1f} GB free and {needed_bytes / 1e9:.1f} GB are needed: use another"
+        )
+
+
+def make_source(source: Path, options: argparse.Namespace) -> Json:
+    """Write a checkpoint of Gemma 4 31B's shapes, and token ids beside it, in a process of its own."""
+    command = [sys.executable, HERE / "gemma4.py", source, "--layers", options.layers]
+    command += ["--samples", options.samples, "--sequence-length", options.sequence_length]
+    return run_child(command, label="writing the source")
+
+
 def convert(
     source: Path, output: Path, ids: Path, options: argparse.Namespace, quantizer: str, processes: int = 1
 ) -> Json:
@@ -170,16 +190,7 @@ def convert(
         shutil.rmtree(old, ignore_errors=True)
     command: list[object] = [sys.executable]
     if processes > 1:
-        command += [
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_machines",
-            "1",
-            "--num_processes",
-            processes,
-        ]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += [*LAUNCHER, "--num_processes", processes]
     command += ["-m", "nvquant", "convert", source, "--recipe", options.recipe]
     command += ["--quantizer", quantizer, "--device", options.device, "-o", output, "--json"]
     if options.recipe != DATA_FREE:
@@ -215,6 +226,20 @@ def floor_seconds(work: Mapping[str, Any], output_bytes: int, measured: Mapping[
     if "host to GPU GB/s" in measured:
         floor["host to GPU"] = work["decoder_bytes"] / 1e9 / measured["host to GPU GB/s"]
     return floor
+
+
+def add_work_options(parser: argparse.ArgumentParser, *, layers: int) -> None:
+    """Options that say how much is converted."""
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=2048)
+
+
+def work_words(options: argparse.Namespace) -> str:
+    """The work in words."""
+    tokens = f"{options.samples} x {options.sequence_length} tokens"
+    data = "no calibration" if options.recipe == DATA_FREE else tokens
+    return f"{options.layers} layers of Gemma 4 31B, {options.recipe}, {data}"
 
 
 def add_tool_options(parser: argparse.ArgumentParser, *, peers: str, recipe: str, repeats: int) -> None:
@@ -262,13 +287,27 @@ def write_report(report: Json, target: Path | None) -> None:
     print(f"wrote {path}", file=sys.stderr)
 
 
+def machine_words(info: Mapping[str, Any]) -> str:
+    """The GPU, else the CPU and its cores."""
+    return str(info["gpu"] or f"{info['cpu']}, {info['cores']} cores")
+
+
+def kernel_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """One row a kernel: name, ms, ms of its bytes at the memory's speed, the ratio."""
+    floors = report["floor_seconds"]
+    rows = []
+    for name, seconds in report["seconds"].items():
+        floor = floors[next(kind for kind in floors if name.startswith(kind))]
+        rows.append([name, f"{seconds * 1e3:.3f}", f"{floor * 1e3:.3f}", f"{seconds / floor:.2f}"])
+    return rows
+
+
 def print_report(report: Mapping[str, Any]) -> None:
     """A title and the table of the runs."""
-    info, found = report["machine"], report["versions"]
-    where = info["gpu"] or f"{info['cpu']}, {info['cores']} cores"
+    found, where = report["versions"], machine_words(report["machine"])
     words = [f"{name} {found[name]}" for name in ("nvquant", "torch", "transformers") if name in found]
     print(f"{report['benchmark']} on {where}; {', '.join(words)}; {report['work']['description']}")
-    print(format_table(["", "seconds", "x forward", "x ours", "process s", "host GB", "GPU GB"], run_rows(report)))
+    print(format_table(RUN_HEADER, run_rows(report)))
     if report.get("floor"):
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in report["floor"].items())
         speeds = ", ".join(f"{name} {value:.3g}" for name, value in report["speeds"].items())

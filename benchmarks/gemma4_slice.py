@@ -23,9 +23,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--sequence-length", type=int, default=2048)
+    common.add_work_options(parser, layers=6)
     parser.add_argument("--batches", default="1,16", help="of the plain forward; the first is the one compared with")
     parser.add_argument("--keep", action="store_true", help="leave the source, for a second run in the same folder")
     common.add_tool_options(parser, peers="llmcompressor,modelopt", recipe="nvfp4", repeats=2)
@@ -33,7 +31,7 @@ def main() -> None:
     info = common.machine()
     options.device = "cuda" if info["gpu"] else "cpu"
     work = census(options.layers, options.samples * options.sequence_length)
-    check_room(options.folder, 2 * work["source_bytes"])
+    common.check_room(options.folder, 2 * work["source_bytes"])
     source, output, ids = options.folder / "source", options.folder / "out", options.folder / IDS_NAME
     try:
         runs, speeds = measure(options, source, output, ids)
@@ -48,8 +46,7 @@ def main() -> None:
         "machine": info,
         "versions": common.versions(),
         "work": {
-            "description": f"{options.layers} layers of Gemma 4 31B, {options.recipe}, "
-            f"{options.samples} x {options.sequence_length} tokens",
+            "description": common.work_words(options),
             "recipe": options.recipe,
             "tokens": options.samples * options.sequence_length,
             "output_bytes": output_bytes,
@@ -68,9 +65,7 @@ def measure(
 ) -> tuple[dict[str, common.Json], dict[str, float]]:
     """All runs, and the speeds of the devices."""
     if not (options.keep and source.exists()):
-        make = [sys.executable, common.HERE / "gemma4.py", source, "--layers", options.layers]
-        make += ["--samples", options.samples, "--sequence-length", options.sequence_length]
-        common.run_child(make, label="writing the source")
+        common.make_source(source, options)
     floors = [sys.executable, common.HERE / "floors.py", source, options.folder, "--device", options.device]
     speeds = common.speeds(common.run_child(floors, label="speeds of the devices"))
     forward = [sys.executable, common.HERE / "forward.py", source, ids, "--device", options.device]
@@ -85,16 +80,6 @@ def measure(
     for name in options.peers:
         runs[name] = common.peer(name, source, output, ids, options)
     return runs, speeds
-
-
-def check_room(folder: Path, needed_bytes: int) -> None:
-    """Stop before any work where source and output do not fit."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise SystemExit(
-            f"{folder} has {free / 1e9:.1f} GB free and {needed_bytes / 1e9:.1f} GB are needed: use another"
-        )
 
 
 if __name__ == "__main__":

@@ -153,11 +153,7 @@ def show(report: common.Json) -> None:
     where = info["gpu"] or f"{info['cpu']}, {report['work']['threads']} threads"
     print(f"kernels on {where}; torch {report['versions']['torch']}; {report['work']['description']}")
     print(f"copy: {report['copy_bytes_per_second'] / 1e9:.1f} GB/s, bytes read and written")
-    rows = []
-    for name, seconds in report["seconds"].items():
-        floor = next(value for key, value in report["floor_seconds"].items() if name.startswith(key))
-        rows.append([name, f"{seconds * 1e3:.3f}", f"{floor * 1e3:.3f}", f"{seconds / floor:.2f}"])
-    print(common.format_table(["", "ms", "floor ms", "x floor"], rows))
+    print(common.format_table(common.KERNEL_HEADER, common.kernel_rows(report)))
 
 
 if __name__ == "__main__":

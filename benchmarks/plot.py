@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import common
@@ -49,35 +50,28 @@ def load_reports(folder: Path) -> list[common.Json]:
 
 def section(report: common.Json) -> str:
     """Heading, machine and table of one result, as Markdown."""
-    info, found = report["machine"], dict(report["versions"])
+    found = dict(report["versions"])
     for run in report.get("runs", {}).values():
         found |= {name: version for name, version in run.get("versions", {}).items() if name not in found}
-    where = info["gpu"] or f"{info['cpu']}, {info['cores']} cores"
     versions = ", ".join(f"{name} {version}" for name, version in found.items())
-    lines = [f"### {report['work']['description']}", "", f"{where}. {versions}.", ""]
-    lines += kernel_table(report) if report["benchmark"] == "kernels" else run_table(report)
+    lines = [f"### {report['work']['description']}", "", f"{common.machine_words(report['machine'])}. {versions}.", ""]
+    is_of_kernels = report["benchmark"] == "kernels"
+    lines += markdown(common.KERNEL_HEADER, common.kernel_rows(report)) if is_of_kernels else run_table(report)
     return "\n".join(lines) + "\n"
 
 
 def run_table(report: common.Json) -> list[str]:
     """Seconds, ratios and memory of every run; the floor below."""
-    header = ["", "seconds", "x forward", "x ours", "process s", "host GB", "GPU GB"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in common.run_rows(report)]
+    lines = markdown(common.RUN_HEADER, common.run_rows(report))
     if report.get("floor"):
         parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report["floor"].items())
         lines += ["", f"Floor (bytes and operations over the measured speeds, all at once): {parts}."]
     return lines
 
 
-def kernel_table(report: common.Json) -> list[str]:
-    """Time of each kernel and how many times its bytes over the memory's speed that is."""
-    floors = report["floor_seconds"]
-    lines = ["| kernel | ms | x memory floor |", "|---|---|---|"]
-    for name, seconds in report["seconds"].items():
-        floor = floors[next(kind for kind in floors if name.startswith(kind))]
-        lines.append(f"| {name} | {1e3 * seconds:.2f} | {seconds / floor:.1f} |")
-    return lines
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def plot(reports: list[common.Json]) -> None:

@@ -13,13 +13,12 @@ how many threads share one.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
-import sys
 from pathlib import Path
 
 import common
 from gemma4 import IDS_NAME, census
+from nvquant.convert.journal import file_sha256
 
 
 def main() -> None:
@@ -27,27 +26,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--processes", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2])
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--sequence-length", type=int, default=2048)
+    common.add_work_options(parser, layers=6)
     common.add_tool_options(parser, peers="", recipe="nvfp4", repeats=1)
     options = parser.parse_args()
     info = common.machine()
     options.device = "cuda" if info["gpu"] else "cpu"
+    work = census(options.layers, options.samples * options.sequence_length)
+    common.check_room(options.folder, 2 * work["source_bytes"])
     source, output, ids = options.folder / "source", options.folder / "out", options.folder / IDS_NAME
-    options.folder.mkdir(parents=True, exist_ok=True)
-    make = [sys.executable, common.HERE / "gemma4.py", source, "--layers", options.layers]
-    make += ["--samples", options.samples, "--sequence-length", options.sequence_length]
     runs: dict[str, common.Json] = {}
     try:
-        common.run_child(make, label="writing the source")
+        common.make_source(source, options)
         for quantizer in options.quantizers:
             for processes in options.processes:
                 turns = [
                     common.convert(source, output, ids, options, quantizer, processes) for _ in range(options.repeats)
                 ]
-                run = common.median_run(turns)
-                runs[f"{quantizer}, {processes}"] = run | {"processes": processes, "sha256": shards_sha256(output)}
+                runs[f"{quantizer}, {processes}"] = common.median_run(turns) | {"sha256": shards_sha256(output)}
     finally:
         for folder in (source, output):
             shutil.rmtree(folder, ignore_errors=True)
@@ -56,34 +51,33 @@ def main() -> None:
         "benchmark": "scale_out",
         "machine": info,
         "versions": common.versions(),
-        "work": {
-            "description": f"{options.layers} layers of Gemma 4 31B, {options.recipe}, "
-            f"{options.samples} x {options.sequence_length} tokens",
-            **census(options.layers, options.samples * options.sequence_length),
-        },
+        "work": {"description": common.work_words(options), "recipe": options.recipe, **work},
         "runs": runs,
     }
     common.write_report(report, options.json)
     common.print_report(report)
-    for quantizer in options.quantizers:
-        first, *others = [runs[f"{quantizer}, {processes}"] for processes in options.processes]
-        for other in others:
-            same = "the same bytes" if other["sha256"] == first["sha256"] else "OTHER BYTES"
-            print(
-                f"{quantizer}: {other['processes']} processes {first['seconds'] / other['seconds']:.2f} x as fast as "
-                f"{first['processes']}, {same}"
-            )
-    if len({runs[name]["sha256"] for name in runs if name.startswith(options.quantizers[0])}) > 1:
+    if not all([compare(runs, quantizer, options.processes) for quantizer in options.quantizers]):
         raise SystemExit("the bytes depend on the number of processes")
 
 
-def shards_sha256(folder: Path) -> str:
-    """One digest of all shards of a checkpoint, by name."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+def shards_sha256(folder: Path) -> dict[str, str]:
+    """sha256 of every shard of a checkpoint, by name."""
+    return {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def compare(runs: dict[str, common.Json], quantizer: str, processes: list[int]) -> bool:
+    """Print how much faster the larger numbers of processes are than the first; whether all gave the same bytes."""
+    first = runs[f"{quantizer}, {processes[0]}"]
+    is_equal = True
+    for count in processes[1:]:
+        other = runs[f"{quantizer}, {count}"]
+        is_same = other["sha256"] == first["sha256"]
+        is_equal &= is_same
+        print(
+            f"{quantizer}: {count} processes {first['seconds'] / other['seconds']:.2f} x as fast as {processes[0]}, "
+            f"{'the same bytes' if is_same else 'OTHER BYTES'}"
+        )
+    return is_equal
 
 
 if __name__ == "__main__":

@@ -40,9 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--layers", type=int, default=WHOLE)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--sequence-length", type=int, default=2048)
+    common.add_work_options(parser, layers=WHOLE)
     parser.add_argument("--steps", type=common.split_commas, default=list(STEPS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     common.add_tool_options(parser, peers="", recipe="nvfp4", repeats=1)
@@ -66,13 +64,11 @@ def main() -> None:
 def start_report(options: argparse.Namespace) -> common.Json:
     """Machine, versions and the work, before any step."""
     tokens = options.samples * options.sequence_length
-    is_calibrated = options.recipe != common.DATA_FREE
-    data = f"{options.samples} x {options.sequence_length} tokens" if is_calibrated else "no calibration"
-    words = f"{options.layers} layers of Gemma 4 31B, {options.recipe}, {data}, from a cold disk"
+    words = f"{common.work_words(options)}, from a cold disk"
     work = {"description": words, "recipe": options.recipe, "layers": options.layers, "tokens": tokens}
     work.update(census(options.layers, tokens))
     return {
-        "benchmark": "whole_31b" if is_calibrated else "data_free",
+        "benchmark": "data_free" if options.recipe == common.DATA_FREE else "whole_31b",
         "machine": common.machine(),
         "versions": common.versions(),
         "work": work,
@@ -83,14 +79,9 @@ def start_report(options: argparse.Namespace) -> common.Json:
 
 def make(options: argparse.Namespace, report: common.Json) -> None:
     """Write the source where it is not there yet."""
-    options.source.mkdir(parents=True, exist_ok=True)
-    needed, free = report["work"]["source_bytes"], shutil.disk_usage(options.source).free
     present = sum(path.stat().st_blocks * 512 for path in options.model.glob("*.safetensors"))
-    if free + present < needed:
-        raise SystemExit(f"{options.source} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed.")
-    command = [sys.executable, common.HERE / "gemma4.py", options.model, "--layers", options.layers]
-    command += ["--samples", options.samples, "--sequence-length", options.sequence_length]
-    report["make"] = common.run_child(command, label="writing the source")
+    common.check_room(options.source, report["work"]["source_bytes"] - present)
+    report["make"] = common.make_source(options.model, options)
     print(f"written in {report['make']['seconds']:.0f} s", file=sys.stderr)
 
 

@@ -10,30 +10,26 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
 
 RWF_DONTCACHE = 0x80  # the os module has no name for it
 
 
 def read(descriptor: int, buffer: memoryview, begin: int) -> int:
     """Fill `buffer` from the file's byte `begin` on, as preadv does; returns how many bytes came, 0 at the end."""
-    if sys.platform == "linux":
-        try:
-            return os.preadv(descriptor, [buffer], begin, RWF_DONTCACHE)
-        except OSError as error:
-            _raise_if_real(error)
-    return os.preadv(descriptor, [buffer], begin)
+    return _past_cache(os.preadv, descriptor, buffer, begin)
 
 
 def write(descriptor: int, data: memoryview, begin: int) -> int:
     """Write `data` at the file's byte `begin`, as pwritev does; returns how many bytes were taken."""
+    return _past_cache(os.pwritev, descriptor, data, begin)
+
+
+def _past_cache(call: Callable[..., int], descriptor: int, data: memoryview, begin: int) -> int:
     if sys.platform == "linux":
         try:
-            return os.pwritev(descriptor, [data], begin, RWF_DONTCACHE)
+            return call(descriptor, [data], begin, RWF_DONTCACHE)
         except OSError as error:
-            _raise_if_real(error)
-    return os.pwritev(descriptor, [data], begin)
-
-
-def _raise_if_real(error: OSError) -> None:
-    if error.errno != errno.EOPNOTSUPP:
-        raise error
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+    return call(descriptor, [data], begin)
