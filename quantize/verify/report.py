@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 SHOWN_FAULTS = 5
+MOST_FAULTS = 1000  # in a document
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,30 @@ class Check:
 
     def as_json(self) -> dict[str, Any]:
         """The check in the document of `verify --json`."""
-        return {"stage": self.stage, "name": self.name, "passed": self.passed, "detail": self.detail}
+        return {
+            "stage": self.stage,
+            "name": self.name,
+            "passed": self.passed,
+            "detail": self.detail,
+            "looked_at": self.finding.looked_at,
+            "faults": list(self.finding.faults[:MOST_FAULTS]),
+        }
 
 
 @dataclass(frozen=True)
 class Report:
-    """The verdict over all checks, in the order in which they were done."""
+    """The verdict over all checks, in the order in which they were done.
+
+    Attributes:
+        checkpoint: what was proved: its name, layout, recipe and sizes by group.
+        numerics: what the stage `numerics` measured; None where it did not run.
+        serve: what the stage `serve` saw; None where it did not run.
+    """
 
     checks: tuple[Check, ...]
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    numerics: Mapping[str, Any] | None = None
+    serve: Mapping[str, Any] | None = None
 
     @property
     def passed(self) -> bool:
@@ -65,7 +82,13 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The document of `verify --json`."""
-        return {"passed": self.passed, "checks": [check.as_json() for check in self.checks]}
+        return {
+            "passed": self.passed,
+            "checks": [check.as_json() for check in self.checks],
+            "checkpoint": dict(self.checkpoint),
+            "numerics": self.numerics,
+            "serve": self.serve,
+        }
 
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:

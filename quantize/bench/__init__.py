@@ -1,0 +1,1 @@
+"""Serving speed, measured by the load generators that people compare with."""

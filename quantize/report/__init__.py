@@ -1,0 +1,1 @@
+"""A verdict for people and machines: one HTML page, Markdown, JUnit XML, annotations."""

@@ -1,0 +1,1 @@
+"""Running a real server on a checkpoint, and understanding what it says."""
