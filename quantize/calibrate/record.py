@@ -87,7 +87,7 @@ class _Recorder(nn.Module):
             hidden, args = args[0], args[1:]
         else:
             hidden = kwargs.pop("hidden_states")
-        self._log.note(hidden, LayerCall(args, kwargs))
+        hidden = self._log.note(hidden, LayerCall(args, kwargs))
         return (hidden,) if self._log.as_tuple else hidden
 
     def __getattr__(self, name: str) -> Any:
@@ -98,18 +98,28 @@ class _Recorder(nn.Module):
 
 
 class _Log:
-    def __init__(self, as_tuple: bool) -> None:
-        self.as_tuple = as_tuple
+    """What the recorders saw.
+
+    Attributes:
+        given: takes the place of what enters the first layer.
+        output: of the model.
+    """
+
+    def __init__(self, as_tuple: bool, given: Tensor | None) -> None:
+        self.as_tuple, self.given = as_tuple, given
         self.hidden: Tensor | None = None
+        self.output: Any = None
         self.calls: list[LayerCall] = []
         self.is_chain = True
         self.error: Exception | None = None
 
-    def note(self, hidden: Tensor, call: LayerCall) -> None:
+    def note(self, hidden: Tensor, call: LayerCall) -> Tensor:
+        """Take note of a layer's call; returns what the layer hands on."""
         if self.hidden is None:
-            self.hidden = hidden
+            self.hidden = hidden = hidden if self.given is None else self.given
         self.is_chain = self.is_chain and hidden is self.hidden
         self.calls.append(call)
+        return hidden
 
 
 def record_batches(skeleton: Skeleton, batches: Sequence[Tensor]) -> Iterator[RecordedBatch]:
@@ -134,16 +144,9 @@ def record_batches(skeleton: Skeleton, batches: Sequence[Tensor]) -> Iterator[Re
         if is_usual and shape.is_settled:
             yield RecordedBatch(_embed(skeleton, batch), shape.fresh_calls())
             continue
-        log = _run(skeleton, batch, as_tuple)
-        if not log.is_chain and not as_tuple:  # layers of this model may return tuples
-            as_tuple = True
-            log = _run(skeleton, batch, as_tuple)
-        if not log.is_chain or log.hidden is None or len(log.calls) != len(skeleton.layers):
-            name = type(skeleton.decoder).__name__
-            raise InputError(
-                f"{name} computes between its decoder layers, which the layer-by-layer walk cannot follow: use "
-                f"a weight-only recipe."
-            ) from log.error
+        log = _run_chain(skeleton, batch, as_tuple)
+        as_tuple = log.as_tuple
+        assert log.hidden is not None
         recorded = RecordedBatch(log.hidden, pool.share(log.calls))
         if is_usual:
             shape.learn(skeleton, batch, recorded)
@@ -220,6 +223,22 @@ def fresh(calls: Sequence[LayerCall]) -> list[LayerCall]:
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
+def finish_batch(skeleton: Skeleton, batch: Tensor, hidden: Tensor) -> Tensor:
+    """What the model's own forward makes of what the last decoder layer gave: its final norm, as a rule.
+
+    Args:
+        batch: int64 [sequences, tokens]; `load_outer` has been called with its ids.
+        hidden: [sequences, tokens, hidden size], on the model's device.
+    Returns:
+        [sequences, tokens, hidden size], what the head multiplies.
+    Raises:
+        InputError: the model computes between its layers.
+    """
+    log = _run_chain(skeleton, batch, as_tuple=False, given=hidden)
+    finished: Tensor = log.output.last_hidden_state
+    return finished
+
+
 def _placeholder_ids(skeleton: Skeleton) -> set[int]:
     """Ids at which a model may do something of its own, such as the place of an image."""
     ids = set()
@@ -238,14 +257,27 @@ def _embed(skeleton: Skeleton, batch: Tensor) -> Tensor:
     return hidden
 
 
+def _run_chain(skeleton: Skeleton, batch: Tensor, as_tuple: bool, given: Tensor | None = None) -> _Log:
+    log = _run(skeleton, batch, as_tuple, given)
+    if not log.is_chain and not as_tuple:  # layers of this model may return tuples
+        log = _run(skeleton, batch, True, given)
+    if not log.is_chain or log.hidden is None or len(log.calls) != len(skeleton.layers):
+        name = type(skeleton.decoder).__name__
+        raise InputError(
+            f"{name} computes between its decoder layers, which the layer-by-layer walk cannot follow: use "
+            f"a weight-only recipe."
+        ) from log.error
+    return log
+
+
 @torch.no_grad()
-def _run(skeleton: Skeleton, batch: Tensor, as_tuple: bool) -> _Log:
-    log = _Log(as_tuple)
+def _run(skeleton: Skeleton, batch: Tensor, as_tuple: bool, given: Tensor | None) -> _Log:
+    log = _Log(as_tuple, given)
     layers = list(skeleton.layers)
     try:
         for at, layer in enumerate(layers):
             skeleton.layers[at] = _Recorder(layer, log)
-        skeleton.model(input_ids=batch.to(skeleton.device), use_cache=False)
+        log.output = skeleton.model(input_ids=batch.to(skeleton.device), use_cache=False)
     except (TypeError, IndexError, AttributeError) as error:
         if not log.calls:
             raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Skeleton:
     """A model on the meta device.
 
     Attributes:
+        full: the model with its head.
         model: what is called in the recording pass: the base model, without a head.
         decoder: the text decoder.
         layers: its decoder layers.
@@ -38,6 +39,7 @@ class Skeleton:
     """
 
     source: Checkpoint
+    full: nn.Module
     model: nn.Module
     decoder: nn.Module
     layers: nn.ModuleList
@@ -45,6 +47,7 @@ class Skeleton:
     layer_prefix: str
     device: torch.device
     dtype: torch.dtype
+    _lookups: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list, repr=False)
 
     def layer_tensors(self, layer: int) -> dict[str, str]:
         """Names inside of a layer to names in the checkpoint, for every parameter and buffer that the layer has."""
@@ -75,14 +78,14 @@ def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype:
             f"architecture."
         )
     root = prefix.removesuffix("layers")
-    skeleton = Skeleton(source, full.base_model, decoder, layers, root, prefix, device, dtype)
+    skeleton = Skeleton(source, full, full.base_model, decoder, layers, root, prefix, device, dtype)
     _check_tensors(skeleton)
     return skeleton
 
 
 def load_outer(skeleton: Skeleton, token_ids: Tensor) -> None:
     """Fill what surrounds the decoder's layers: small tensors whole, embeddings only with the rows that `token_ids`
-    needs.
+    needs. May be called again, for other ids.
 
     Args:
         token_ids: int64, any shape: every id that calibration will embed.
@@ -91,6 +94,9 @@ def load_outer(skeleton: Skeleton, token_ids: Tensor) -> None:
     """
     # Exactly this class: learned positions are a subclass of nn.Embedding in some models, and not asked for token ids.
     decoder: Any = skeleton.decoder
+    for lookup in skeleton._lookups:
+        lookup.remove()
+    skeleton._lookups.clear()
     by_token: type[nn.Embedding] = type(decoder.get_input_embeddings())
     modules = dict(_outer_modules(skeleton))
     embeddings = {
@@ -250,7 +256,7 @@ def _load_embedding_rows(skeleton: Skeleton, name: str, embedding: nn.Embedding,
             raise InputError(f"{name} is asked for ids that calibration does not hold: use a weight-only recipe.")
         return rows, *args[1:]
 
-    embedding.register_forward_pre_hook(look_up)
+    skeleton._lookups.append(embedding.register_forward_pre_hook(look_up))
 
 
 def _padding_id(skeleton: Skeleton, rows: int) -> Tensor:

@@ -19,6 +19,8 @@ from .skeleton import Skeleton, load_outer, loaded_layer
 from .statistics import InputObserver
 
 Span = Callable[[str], AbstractContextManager[Any]]
+Watch = Callable[[int, Tensor, Tensor, LayerCall], None]
+"""Is told of each batch that went through a layer: its number, the hidden state before and after, the call."""
 
 
 def _no_span(_phase: str) -> AbstractContextManager[Any]:
@@ -33,6 +35,7 @@ class Walk:
         budget: where hidden states may wait between layers.
         span: told of the phases `record` and `forward`, each a context.
         before_batch: called before each batch of each layer, with its number of tokens; may raise to end the walk.
+        keeps_last: whether what the last layer gives is wanted too; calibration has no use for it.
     Raises:
         InputError: see `record_batches`.
     """
@@ -44,9 +47,10 @@ class Walk:
         budget: HiddenBudget,
         span: Span = _no_span,
         before_batch: Callable[[int], None] = lambda tokens: None,
+        keeps_last: bool = False,
     ) -> None:
         self.skeleton = skeleton
-        self._span, self._before_batch = span, before_batch
+        self._span, self._before_batch, self._keeps_last = span, before_batch, keeps_last
         self._tokens = [batch.numel() for batch in batches]
         self._calls: list[list[LayerCall]] = []
         self.hidden = HiddenStates(skeleton.device, budget)
@@ -80,7 +84,12 @@ class Walk:
 
     @torch.no_grad()
     def step(
-        self, layer: int, tensors: Mapping[str, Tensor], groups: Sequence[FusedGroup], wants_mean_square: bool
+        self,
+        layer: int,
+        tensors: Mapping[str, Tensor],
+        groups: Sequence[FusedGroup] = (),
+        wants_mean_square: bool = False,
+        watch: Watch | None = None,
     ) -> dict[str, InputObserver]:
         """Send every batch through a layer.
 
@@ -88,13 +97,14 @@ class Walk:
             layer: its number; layers are walked in order.
             tensors: its tensors by their names in the checkpoint, on the device.
             groups: the fused groups of this layer whose inputs are wanted; none to bring the hidden states on.
+            watch: see `Watch`.
         Returns:
             what was observed, by the group's name.
         Raises:
             InputError: not even one batch fits the device's memory.
         """
         observers = {group.name: InputObserver(group.name, wants_mean_square) for group in groups}
-        is_last = layer == len(self.skeleton.layers) - 1
+        is_last = layer == len(self.skeleton.layers) - 1 and not self._keeps_last
         if is_last and not groups:  # nobody asks for what it would give
             return observers
         with self._span("forward"), loaded_layer(self.skeleton, layer, tensors) as module:
@@ -103,6 +113,8 @@ class Walk:
                 prefix = f"{self.skeleton.layer_prefix}.{layer}."
                 with suppress(_SeenAll), _observed(module, prefix, groups, observers, is_last):
                     hidden = self._run_within_memory(module, at, calls[layer], observers)
+                    if watch is not None:
+                        watch(at, self.hidden.fetch(at), hidden, calls[layer])
                 for observer in observers.values():
                     observer.commit()
                 if not is_last:

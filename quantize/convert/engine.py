@@ -81,7 +81,9 @@ class Engine:
         self._watch.begin(len(self._shards), len(self._shards) - len(todo))
         with (
             ThreadPoolExecutor(1, "copy") as copier,
-            LayerReader(self._plan, layers, self._device, self._is_hashed, self._trace) as reader,
+            LayerReader(
+                self._plan.source, self._plan.tensors_by_layer(), layers, self._device, self._is_hashed, self._trace
+            ) as reader,
             ShardWriter(self._journal.partial, self._device, self._trace) as writer,
         ):
             self._watch.follow(reader, writer, self._layers_on_disk if self._ranks.size > 1 else None)

@@ -12,7 +12,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..checkpoint.source import MOST_READERS, Checkpoint, tensor_bytes, torch_dtype
 from ..errors import InputError
-from ..plan.plan import Plan
 from .device import telling_of_full_gpu
 from .trace import Trace
 
@@ -60,16 +59,22 @@ class LayerReader:
     """Reads layers in the given order, one ahead of the one in use.
 
     Args:
+        names: of each layer's tensors in the checkpoint.
         layers: numbers of the layers to read, in the order of the walk.
         is_hashed: whether a layer's source bytes are wanted as a hash.
     """
 
     def __init__(
-        self, plan: Plan, layers: Sequence[int], device: torch.device, is_hashed: Callable[[int], bool], trace: Trace
+        self,
+        source: Checkpoint,
+        names: Mapping[int, Sequence[str]],
+        layers: Sequence[int],
+        device: torch.device,
+        is_hashed: Callable[[int], bool],
+        trace: Trace,
     ) -> None:
-        self._source, self._layers, self._is_hashed = plan.source, list(layers), is_hashed
+        self._source, self._names, self._layers, self._is_hashed = source, names, list(layers), is_hashed
         self._device, self._trace = device, trace
-        self._names = plan.tensors_by_layer()
         self._ready: queue.Queue[LoadedLayer | BaseException] = queue.Queue()
         self._free: queue.Queue[_Slot | None] = queue.Queue()
         self._idle = threading.Event()

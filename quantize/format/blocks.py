@@ -115,9 +115,14 @@ def dequantize_blocks(packed: Tensor, scales: Tensor, scale: Tensor, dtype: torc
     Returns:
         [rows, cols] in `dtype`, on the device of `packed`.
     """
-    values = decode_e2m1(unpack_codes(packed)).view(packed.shape[0], -1, BLOCK)
-    step = decode_e4m3(scales) / scale.to(scales.device)
-    return values.mul_(step.unsqueeze(-1)).flatten(1).to(dtype)
+    rows, cols = packed.shape[0], packed.shape[1] * 2
+    matrix = torch.empty((rows, cols), dtype=dtype, device=packed.device)
+    scale = scale.to(packed.device)
+    for begin, end in _strips(rows, cols, packed.device.type):
+        values = decode_e2m1(unpack_codes(packed[begin:end])).view(end - begin, -1, BLOCK)
+        step = decode_e4m3(scales[begin:end]) / scale
+        matrix[begin:end] = values.mul_(step.unsqueeze(-1)).flatten(1)
+    return matrix
 
 
 def _strips(rows: int, cols: int, device: str) -> Iterator[tuple[int, int]]:

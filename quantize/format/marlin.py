@@ -25,17 +25,28 @@ def scale_histogram(scales: Tensor) -> Tensor:
     return torch.bincount(scales.view(torch.uint8).flatten().int(), minlength=256).cpu()
 
 
+def flushed_bytes(histogram: Tensor) -> Tensor:
+    """Which E4M3 bytes Marlin turns to zero.
+
+    Args:
+        histogram: int64 [256], `scale_histogram` summed over the members of a fused tensor.
+    Returns:
+        bool [256], on the CPU.
+    """
+    flushed = torch.zeros(256, dtype=torch.bool)
+    values = decode_e4m3(torch.arange(127, dtype=torch.uint8))
+    present = histogram[:127] > 0
+    if bool(present.any()):
+        top = values[present].max()
+        factor = torch.floor(torch.log2(E4M3_MAX / top)).exp2() if 0 < top < E4M3_MAX else torch.ones(())
+        flushed[:127] = (values > 0) & (values * factor < _SMALLEST_KEPT)
+    return flushed
+
+
 def count_flushed_blocks(histogram: Tensor) -> int:
     """Number of blocks that Marlin serves as zeros.
 
     Args:
         histogram: int64 [256], `scale_histogram` summed over the members of a fused tensor.
     """
-    values = decode_e4m3(torch.arange(127, dtype=torch.uint8))
-    present = histogram[:127] > 0
-    if not bool(present.any()):
-        return 0
-    top = values[present].max()
-    factor = torch.floor(torch.log2(E4M3_MAX / top)).exp2() if 0 < top < E4M3_MAX else torch.ones(())
-    flushed = present & (values > 0) & (values * factor < _SMALLEST_KEPT)
-    return int(histogram[:127][flushed].sum())
+    return int(histogram[flushed_bytes(histogram)].sum())

@@ -169,7 +169,7 @@ class Noting(nn.Module):
 def skeleton_with(loop: Callable[[nn.ModuleList, Tensor], Tensor]) -> Skeleton:
     decoder = Decoder(loop)
     source = Checkpoint(Path(), {}, {}, {})
-    return Skeleton(source, decoder, decoder, decoder.layers, "", "layers", CPU, torch.float32)
+    return Skeleton(source, decoder, decoder, decoder, decoder.layers, "", "layers", CPU, torch.float32)
 
 
 def takes_tuples(layers: nn.ModuleList, hidden: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def plan_of(tiny: TinyModels, name: str) -> Plan:
 def reader_of(
     plan: Plan, layers: list[int], is_hashed: Callable[[int], bool] = lambda layer: True, device: torch.device = CPU
 ) -> LayerReader:
-    return LayerReader(plan, layers, device, is_hashed, Trace())
+    return LayerReader(plan.source, plan.tensors_by_layer(), layers, device, is_hashed, Trace())
 
 
 def threads() -> set[str]:
