@@ -1,0 +1,75 @@
+"""The document that every form of a report is written from: `Report.as_json()` and the benchmark, fit to publish."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from ..verify.report import Report
+
+STAGES = ("structure", "numerics", "serve")
+_PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+([^\s/'\"]+)/?")
+
+
+def document(report: Report, bench: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The report and the benchmark as plain JSON values.
+
+    JSON has no NaN and no infinity: they become the strings "NaN", "Infinity" and "-Infinity", which no comparison
+    with a limit takes for a small number, as it would take null. The server's command loses the folders of its paths
+    and its host, so that the same checkpoint gives the same document on every machine and no user's name is published.
+    """
+    whole = {**report.as_json(), "bench": bench}
+    served = whole["serve"]
+    if isinstance(served, Mapping) and isinstance(served.get("server"), Mapping):
+        server = {key: _portable(key, value) for key, value in served["server"].items()}
+        whole["serve"] = {**served, "server": server}
+    found: dict[str, Any] = _plain(whole)
+    return found
+
+
+def at(values: Any, *keys: str) -> Any:
+    """What lies under these keys, or None where one of them is missing."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
+
+
+def rows(values: Any) -> list[Mapping[str, Any]]:
+    """A list's mappings; nothing where there is no list."""
+    is_list = isinstance(values, Sequence) and not isinstance(values, str | bytes)
+    return [value for value in values if isinstance(value, Mapping)] if is_list else []
+
+
+def numeric(value: Any) -> Any:
+    """A number of the document, its strings for what JSON cannot hold taken back."""
+    return (
+        {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}.get(value) if isinstance(value, str) else value
+    )
+
+
+def stages_run(whole: Mapping[str, Any]) -> list[str]:
+    """The stages that did anything, in their order, those of other names last."""
+    names = {check["stage"] for check in whole["checks"]} | {name for name in STAGES if whole.get(name)}
+    return [*(name for name in STAGES if name in names), *sorted(names - set(STAGES))]
+
+
+def _portable(key: str, value: Any) -> Any:
+    if key == "url":
+        return None if value is None else "a server that was already running"
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"(--host|--port|--uds)[ =]\S+", r"\1 …", value)
+    return _PATH.sub(lambda match: PurePosixPath(match[0]).name, value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

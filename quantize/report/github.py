@@ -1,0 +1,76 @@
+"""What GitHub shows of a report: annotations on the run, and the summary of the step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..verify.report import Check, Report
+from .document import document
+from .markdown import render_markdown
+from .page import page_of
+from .words import visible
+
+MOST_ANNOTATIONS = 10  # GitHub shows ten of a kind and a step
+MOST_SUMMARY_BYTES = 900_000  # GitHub drops a step's whole summary over 1 MiB
+_FILE = re.compile(r"[\w.-]+\.(?:safetensors|json|jinja|model|txt)\b")
+
+
+def github_annotations(report: Report, folder: Path) -> list[str]:
+    """Workflow commands that name the failing checks, one a line of the log.
+
+    Args:
+        folder: the checkpoint; a file of it that a check names is linked if it lies in the workspace.
+    """
+    failed = [check for check in report.checks if not check.passed]
+    shown = failed if len(failed) <= MOST_ANNOTATIONS else failed[: MOST_ANNOTATIONS - 1]
+    lines = [_annotation(check, folder) for check in shown]
+    if len(failed) > len(shown):
+        names = ", ".join(f"{check.name} ({check.stage})" for check in failed[len(shown) :])
+        lines.append(_command({"title": f"nvquant: {len(failed) - len(shown)} more checks failed"}, names))
+    return lines
+
+
+def write_step_summary(report: Report, path: Path, bench: Mapping[str, Any] | None = None) -> None:
+    """Append the report to the file that $GITHUB_STEP_SUMMARY names; the details stay away where it would grow too
+    large."""
+    page = page_of(document(report, bench))
+    written = path.stat().st_size if path.exists() else 0
+    for with_details in (True, False):
+        text = render_markdown(page, with_details=with_details) + "\n"
+        if written + len(text.encode()) <= MOST_SUMMARY_BYTES:
+            break
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+def _annotation(check: Check, folder: Path) -> str:
+    properties: dict[str, Any] = {}
+    file = _named_file(check, folder)
+    if file is not None:
+        properties["file"] = file
+    properties["title"] = f"nvquant: {check.name} failed ({check.stage})"
+    return _command(properties, "\n".join([*check.shown_faults, check.finding.looked_at]))
+
+
+def _named_file(check: Check, folder: Path) -> str | None:
+    """The first file of the checkpoint that a fault names, relative to the workspace."""
+    for fault in check.finding.faults:
+        for found in _FILE.finditer(fault):
+            path = (folder / found[0]).resolve()
+            if path.is_file() and path.is_relative_to(Path.cwd()):
+                return path.relative_to(Path.cwd()).as_posix()
+    return None
+
+
+def _command(properties: dict[str, Any], message: str) -> str:
+    stated = ",".join(
+        f"{key}={_escaped(value).replace(':', '%3A').replace(',', '%2C')}" for key, value in properties.items()
+    )
+    return f"::error {stated}::{_escaped(message)}"
+
+
+def _escaped(text: str) -> str:
+    return visible(text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A"))

@@ -1,0 +1,108 @@
+"""A document's parts in the order of the page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from .. import __version__
+from .document import at, rows, stages_run
+from .measured import (
+    accuracy_notes,
+    accuracy_table,
+    accuracy_tiles,
+    layers_of,
+    matrices_of,
+    size_tile,
+    sizes_of,
+    value_at,
+)
+from .parts import Page
+from .served import served_of, served_tiles
+from .speed import speed_tables
+from .verdict import check_lines, verdict_of
+from .words import ABSENT, number, one_line
+
+SCHEMES = {"max_kl": "--max-kl", "min_top1": "--min-top1"}
+
+
+def page_of(whole: Mapping[str, Any]) -> Page:
+    """Everything that a page shows, out of the document."""
+    checkpoint, numerics, serve = whole["checkpoint"], whole["numerics"], whole["serve"]
+    name = one_line(checkpoint.get("name") or "checkpoint")
+    return Page(
+        title=name,
+        subtitle=_subtitle(checkpoint),
+        verdict=verdict_of(whole),
+        tiles=tuple([*accuracy_tiles(numerics), *size_tile(checkpoint), *served_tiles(serve)]),
+        accuracy=accuracy_table(numerics),
+        accuracy_notes=accuracy_notes(numerics),
+        layers=layers_of(numerics),
+        sizes=sizes_of(checkpoint),
+        served=served_of(serve),
+        speed=speed_tables(whole.get("bench")),
+        checks=check_lines(whole["checks"]),
+        matrices=matrices_of(numerics),
+        command=_command(whole),
+        reproduce=_known(_reproduce(whole)),
+        machine=_known(_machine(whole)),
+    )
+
+
+def _subtitle(checkpoint: Mapping[str, Any]) -> str:
+    parts = [
+        f"{one_line(checkpoint['layout'])} layout" if checkpoint.get("layout") else "",
+        f"recipe {one_line(checkpoint['recipe'])}" if checkpoint.get("recipe") else "",
+        f"quantizer {one_line(checkpoint['quantizer'])}" if checkpoint.get("quantizer") else "",
+        f"made by {one_line(checkpoint['made_by'])}" if checkpoint.get("made_by") else "",
+        f"from {one_line(checkpoint['source'])}" if checkpoint.get("source") else "",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _command(whole: Mapping[str, Any]) -> str:
+    """The command that gives this report, as far as the document tells."""
+    words = ["nvquant", "verify", str(whole["checkpoint"].get("name") or "CHECKPOINT")]
+    source = whole["checkpoint"].get("source") or at(whole, "numerics", "source")
+    if source:
+        words += ["--against", str(source)]
+    for stage in stages_run(whole):
+        words += ["--stage", stage]
+    for key, option in SCHEMES.items():
+        limit = value_at(whole, "numerics", "thresholds", key)
+        if limit is not None:
+            words += [option, f"{limit:g}"]
+    return shlex.join(one_line(word) for word in words)
+
+
+def _reproduce(whole: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    numerics = whole["numerics"]
+    limits = at(numerics, "thresholds") or {}
+    words = {"max_kl": "mean KL at most", "min_top1": "same next token at least", "max_delta_nll": "ΔNLL at most"}
+    stated = [
+        f"{words.get(key, key)} {number(value_at(limits, key)) if limits[key] is not None else '(no limit)'}"
+        for key in limits
+    ]
+    return [
+        ("nvquant", __version__),
+        ("vLLM", at(whole, "serve", "server", "vllm")),
+        ("Server's command", at(whole, "serve", "server", "command")),
+        ("Limits", ", ".join(stated)),
+        ("Text", at(numerics, "text", "name")),
+        ("Text's sha256", at(numerics, "text", "sha256")),
+    ]
+
+
+def _machine(whole: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    gpus = [one_line(gpu.get("name", "")) for gpu in rows(at(whole, "bench", "machine", "gpus"))]
+    device, dtype = at(whole, "numerics", "device"), at(whole, "numerics", "dtype")
+    return [
+        ("Numbers measured on", f"{device}, {dtype}" if device and dtype else device),
+        ("Served by", at(whole, "serve", "kernel", "class")),
+        ("GPUs", ", ".join(gpus)),
+    ]
+
+
+def _known(facts: list[tuple[str, Any]]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, one_line(value)) for name, value in facts if value and value != ABSENT)

@@ -1,0 +1,159 @@
+"""The parts of a report, as words and numbers to be shown: HTML and Markdown are written from the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+State = Literal["passed", "failed", "absent"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A table's column; `code` is for names out of files, `number` for what is aligned to the right."""
+
+    title: str
+    kind: Literal["text", "code", "number"] = "number"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of finished strings.
+
+    Attributes:
+        swatches: the colour's number for each row, where a chart beside the table uses colours.
+    """
+
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    swatches: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's part of the verdict: `structure`, passed, `all 20 checks held`."""
+
+    name: str
+    state: State
+    words: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failed check in the verdict: where, and the first fault."""
+
+    stage: str
+    name: str
+    fault: str
+    more: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said first."""
+
+    state: State
+    word: str
+    words: str
+    failures: tuple[Failure, ...]
+    stages: tuple[Stage, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline number."""
+
+    label: str
+    value: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a chart: (layer, value), NaN and infinities included."""
+
+    name: str
+    points: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The errors of the decoder's layers."""
+
+    own: tuple[Series, ...]
+    accumulated: tuple[Series, ...]
+    worst: tuple[str, ...]
+    table: Table
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A stacked bar: (group, bytes, the colour's number)."""
+
+    name: str
+    segments: tuple[tuple[str, float, int], ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Where the bytes are, before and after."""
+
+    words: str
+    bars: tuple[Bar, ...]
+    table: Table
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server said to a prompt."""
+
+    prompt: str
+    text: str
+    words: str
+    fault: str | None
+
+
+@dataclass(frozen=True)
+class CheckLine:
+    """A check in the list of all; `state` is absent where it had nothing to look at."""
+
+    stage: str
+    name: str
+    state: State
+    looked_at: str
+    faults: tuple[str, ...]
+    more: int
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the real server did."""
+
+    facts: tuple[tuple[str, str], ...]
+    answers: tuple[Answer, ...]
+    hints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report."""
+
+    title: str
+    subtitle: str
+    verdict: Verdict
+    tiles: tuple[Tile, ...] = ()
+    accuracy: Table | None = None
+    accuracy_notes: tuple[str, ...] = ()
+    layers: Layers | None = None
+    sizes: Sizes | None = None
+    served: Served | None = None
+    speed: tuple[Table, ...] = ()
+    checks: tuple[CheckLine, ...] = ()
+    matrices: Table | None = None
+    command: str = ""
+    reproduce: tuple[tuple[str, str], ...] = ()
+    machine: tuple[tuple[str, str], ...] = field(default=())
+    absent: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,87 @@
+"""Numbers and strings as people read them: meaningful digits, units, nothing invisible."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+ABSENT = "\u2013"  # an en dash
+# XML and HTML cannot hold these, or do not show them; answers of a damaged model are full of them.
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
+def visible(text: object) -> str:
+    """Text without control characters, direction overrides and lone surrogates: each becomes a sign for itself."""
+    return _UNPRINTABLE.sub(_sign, str(text).replace("\r\n", "\n"))
+
+
+def one_line(text: object) -> str:
+    """Visible text on one line."""
+    return " ".join(visible(text).split())
+
+
+def as_float(value: Any) -> float | None:
+    """A number, or None for anything that is none; NaN and infinities are numbers."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that can be drawn."""
+    number = as_float(value)
+    return number is not None and math.isfinite(number)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with that many meaningful digits: `0.0831`, `32.1`, `1,728`, `2.1e-6`."""
+    found = as_float(value)
+    if found is None:
+        return ABSENT
+    if not math.isfinite(found):
+        return "not a number" if math.isnan(found) else "infinite" if found > 0 else "minus infinite"
+    if isinstance(value, int) or (found == int(found) and 1000 <= abs(found) < 1e15):
+        return f"{int(found):,}"
+    size = abs(found)
+    if size and not 1e-4 <= size < 10**6:
+        mantissa, exponent = f"{found:.{digits - 2}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    places = digits - 1 - math.floor(math.log10(size)) if size else 0
+    return f"{found:,.{max(places, 0)}f}"
+
+
+def fixed(value: Any, places: int, unit: str = "") -> str:
+    """A number with that many decimals and its unit."""
+    return f"{value:,.{places}f}{unit and ' ' + unit}" if is_finite(value) else number(value)
+
+
+def percent(value: Any, places: int = 1) -> str:
+    """A share of 1 as a percentage; a share that is not quite none or all is never shown as such."""
+    if not is_finite(value):
+        return number(value)
+    while places < 4 and 0 < value < 1 and float(f"{value * 100:.{places}f}") in (0.0, 100.0):
+        places += 1
+    return f"{value * 100:.{places}f} %"
+
+
+def plus_minus(value: str, error: str) -> str:
+    """A value with its standard error, where there is one."""
+    return value if error == ABSENT or value == ABSENT else f"{value} ± {error}"
+
+
+def size(value: Any) -> str:
+    """Bytes as GB, MB or kB of a thousand."""
+    if not is_finite(value):
+        return number(value)
+    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(value) >= divisor:
+            return f"{number(value / divisor)} {unit}"
+    return f"{value:,.0f} bytes"
+
+
+def _sign(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)  # control pictures: one a control character
+    return "␡" if code == 0x7F else "\ufffd" if 0xD800 <= code <= 0xDFFF or code > 0xFFFD else f"⟨U+{code:04X}⟩"

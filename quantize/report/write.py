@@ -1,0 +1,40 @@
+"""Write a report: one HTML page, Markdown, JSON and JUnit XML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..verify.report import Report
+from .document import document
+from .html import render_html
+from .junit import write_junit
+from .markdown import render_markdown
+from .page import page_of
+
+
+def write_report(report: Report, folder: Path, bench: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write `report.html`, `report.md`, `report.json` and `junit.xml`; the folder is made where it is missing.
+
+    The same report gives the same bytes: no time, host or absolute path is written that the report does not hold as a
+    measurement.
+
+    Args:
+        bench: the document of `nvquant bench --json`, for the table of speeds.
+    Returns:
+        the files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = document(report, bench)
+    page = page_of(whole)
+    texts = {
+        "report.html": render_html(page),
+        "report.md": render_markdown(page),
+        "report.json": json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+    }
+    for name, text in texts.items():
+        # A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
+        (folder / name).write_bytes(text.encode("utf-8", errors="replace"))
+    return [*(folder / name for name in texts), write_junit(report, folder / "junit.xml")]
