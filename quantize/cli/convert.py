@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import __version__
-from ..errors import EnvironmentLack
 from ..plan.plan import Plan
 from .options import (
     calibration_options,
     debug_option,
+    device_option,
     format_option,
     json_option,
     make_plan,
     parse_bytes,
     recipe_option,
+    resolve_device,
 )
 from .output import emit_json, gigabytes, say
 
@@ -55,7 +56,7 @@ Examples:
 )
 @calibration_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of calibration samples.")
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@device_option
 @click.option(
     "--memory-budget",
     callback=parse_bytes,
@@ -118,7 +119,7 @@ def command(
             from ..convert.ranks import join_ranks
 
             check_output(target, plan.file_bytes, plan.source.folder)
-            device, ranks = join_ranks(_resolve_device(device))
+            device, ranks = join_ranks(resolve_device(device))
         is_first = ranks.rank == 0
         if is_first:  # it speaks for all
             where = f"{device}, {ranks.size} ranks" if ranks.size > 1 else device
@@ -177,17 +178,6 @@ def _run(plan: Plan, options: ConvertOptions, loaded: CalibrationSet | None, eng
 
     with progress_display() as sink:
         return run(plan, replace(options, progress=sink), loaded)
-
-
-def _resolve_device(device: str) -> str:
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentLack(
-            f"--device cuda: torch {torch.__version__} sees no CUDA device: use --device cpu, or install a CUDA "
-            f"build of torch."
-        )
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _report(plan: Plan, result: dict[str, Any], profile: Path | None, as_json: bool) -> None:

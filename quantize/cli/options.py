@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..errors import InputError
+from ..errors import EnvironmentLack, InputError
 from ..format.layouts import FORMAT_NAMES, LAYOUTS
 from ..plan.plan import Plan, compute_plan
 from ..recipe.load import load_recipe
@@ -51,6 +51,33 @@ def json_option(function: F) -> F:
 def debug_option(function: F) -> F:
     """`--debug`, so that it may also stand behind the command; `main` looks for it."""
     return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(function)
+
+
+def device_option(function: F) -> F:
+    """`--device`."""
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cuda", "cpu"]),
+        default="auto",
+        show_default=True,
+        help="Where to compute.",
+    )(function)
+
+
+def resolve_device(device: str) -> str:
+    """The device that `--device` names, for torch; a GPU where there is one.
+
+    Raises:
+        EnvironmentLack: a GPU is asked for, and torch sees none.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentLack(
+            f"--device cuda: torch {torch.__version__} sees no CUDA device: use --device cpu, or install a CUDA "
+            f"build of torch."
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def calibration_options(function: F) -> F:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ..checkpoint.source import Checkpoint
-from ..verify.report import Check, Report
-from .options import debug_option, json_option, open_model
-from .output import emit_json, progress_reporter
+from ..errors import InputError
+from .options import debug_option, device_option, json_option, open_model, resolve_device
+from .output import emit_json, progress_reporter, say
 
-STAGES = ("structure",)
+if TYPE_CHECKING:
+    from ..verify.report import Check, Report
+    from ..verify.run import VerifyOptions
+
+STAGES = ("structure", "numerics", "serve")
 EXAMPLES = """
 \b
 Examples:
   nvquant verify ./gemma-4-31b-nvfp4
-  nvquant verify ./gemma-4-31b-nvfp4 --against ./gemma-4-31b
+  nvquant verify ./gemma-4-31b-nvfp4 --against ./gemma-4-31b --report ./proof
+  nvquant verify ./out --against ./model --stage numerics --max-kl 0.2 --min-top1 0.8
   nvquant verify ./out --against ./model --json > verdict.json
 """
 
@@ -31,25 +36,73 @@ Examples:
     "stages",
     type=click.Choice(STAGES),
     multiple=True,
-    default=STAGES,
-    show_default=True,
-    help="What to prove.",
+    help="What to prove; may be given several times. By default structure, and numerics where --against is given.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Measure on this text, conversations or token ids instead of the shipped held-out text.",
+)
+@click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences measured.")
+@click.option(
+    "--sequence-length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each, at most."
+)
+@click.option("--max-kl", type=click.FloatRange(min=0), metavar="NATS", help="Fail above this mean KL divergence.")
+@click.option(
+    "--min-top1",
+    type=click.FloatRange(min=0, max=1),
+    metavar="SHARE",
+    help="Fail below this share of tokens with the same likeliest next token; 0.5 unless the recipe asks for more.",
+)
+@device_option
+@click.option(
+    "--report",
+    "report_folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write report.html, report.md, report.json and junit.xml there.",
+)
+@click.option(
+    "--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the checks as JUnit XML."
 )
 @json_option
 @debug_option
-def command(checkpoint: Path, model: str | None, stages: tuple[str, ...], as_json: bool) -> int:
-    """Prove CHECKPOINT: its files, its configs under vLLM's rules, its scales, and its weights against MODEL.
+def command(
+    checkpoint: Path,
+    model: str | None,
+    stages: tuple[str, ...],
+    report_folder: Path | None,
+    junit: Path | None,
+    as_json: bool,
+    **measured: object,
+) -> int:
+    """Prove CHECKPOINT, stage by stage.
 
-    Tensors are read a piece at a time, so memory stays small. Exits with 1 where a check failed.
+    \b
+    structure  its files, its configs under vLLM's rules, its scales, and its weights against MODEL
+    numerics   KL divergence, perplexity and top-1 agreement against MODEL, and each layer's error
+    serve      a real server loads it and answers
+
+    Tensors are read a piece at a time and layers one after the other, so memory stays small. Exits with 1 where a
+    check failed.
     """
+    from ..verify.run import Verification
+
+    for folder in (report_folder, None if junit is None else junit.parent):
+        _check_writable(folder)
     source = None if model is None else open_model(model)
-    checks = []
-    for check in _run(checkpoint, source, stages):
-        checks.append(check)
+    options = _options(stages or (("structure",) if model is None else ("structure", "numerics")), measured)
+    progress = progress_reporter()
+    verification = Verification(
+        checkpoint, source, options, lambda done, total, phase: progress(done, total, f"{phase}: {done} of {total}")
+    )
+    for check in verification.run():
         _clear_live_line()
         if not as_json:
             _print_check(check)
-    report = Report(tuple(checks))
+    report = verification.report()
+    _write(report, checkpoint, report_folder, junit)
     if as_json:
         emit_json(report.as_json())
     else:
@@ -57,14 +110,41 @@ def command(checkpoint: Path, model: str | None, stages: tuple[str, ...], as_jso
     return 0 if report.passed else 1
 
 
-def _run(folder: Path, source: Checkpoint | None, stages: tuple[str, ...]) -> Iterator[Check]:
-    from ..verify.structure import structure_checks
+def _options(stages: tuple[str, ...], measured: dict[str, object]) -> VerifyOptions:
+    from ..verify.numerics.stage import NumericsOptions
+    from ..verify.run import STAGES as IN_ORDER
+    from ..verify.run import VerifyOptions
 
-    report = progress_reporter()
-    if "structure" in stages:
-        yield from structure_checks(
-            folder, source, lambda done, total, phase: report(done, total, f"{phase}: {done} of {total}")
-        )
+    measured["device"] = resolve_device(str(measured["device"]))
+    numerics = NumericsOptions(**measured)  # type: ignore[arg-type]
+    return VerifyOptions(tuple(stage for stage in IN_ORDER if stage in stages), numerics)
+
+
+def _check_writable(folder: Path | None) -> None:
+    """Refuse, before hours of work, a place where nothing can be written."""
+    if folder is None:
+        return
+    there = folder
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"{folder} cannot be written to: name another folder for the report.")
+
+
+def _write(report: Report, checkpoint: Path, folder: Path | None, junit: Path | None) -> None:
+    from ..report import github_annotations, write_junit, write_report, write_step_summary
+
+    if folder is not None:
+        write_report(report, folder)
+        say(f"Report: {folder / 'report.html'}")
+    if junit is not None:
+        junit.parent.mkdir(parents=True, exist_ok=True)
+        write_junit(report, junit)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in github_annotations(report, checkpoint):
+            say(line)
+        if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+            write_step_summary(report, Path(summary))
 
 
 def _clear_live_line() -> None:

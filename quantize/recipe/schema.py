@@ -81,6 +81,20 @@ class Calibration(_Strict):
     sequence_length: int = Field(default=2048, ge=2)
 
 
+class Verify(_Strict):
+    """What the numbers of the converted model must keep to; options of `nvquant verify` win.
+
+    Attributes:
+        max_kl: mean KL divergence to the source in nats; null for no limit.
+        min_top1: share of tokens for which both models hold the same one for the likeliest.
+        max_delta_nll: increase of the mean negative log-likelihood in nats.
+    """
+
+    max_kl: float | None = Field(default=None, gt=0)
+    min_top1: float = Field(default=0.5, ge=0, le=1)
+    max_delta_nll: float = Field(default=1.0, gt=0)
+
+
 def _none_is_default(value: object) -> object:
     return {} if value is None else value
 
@@ -104,6 +118,7 @@ class Recipe(_Strict):
     activations: Annotated[Activations, BeforeValidator(_none_is_default)] = Activations()
     kv_cache: Annotated[KvCache, BeforeValidator(_none_is_default)] = KvCache()
     calibration: Annotated[Calibration, BeforeValidator(_none_is_default)] = Calibration()
+    verify: Annotated[Verify, BeforeValidator(_none_is_default)] = Verify()
 
     @property
     def needs_calibration(self) -> bool:

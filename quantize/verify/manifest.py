@@ -45,10 +45,12 @@ class Manifest:
     """What the manifest says of a run.
 
     Attributes:
+        version: of the nvquant that ran.
         framing: how the calibration's samples were made; None without calibration.
         files: sha256 by file name.
     """
 
+    version: str
     format: str
     quantizer: str
     recipe: Recipe
@@ -77,6 +79,7 @@ def read_manifest(folder: Path) -> Manifest | str | None:
 def _parse(document: Mapping[str, Any]) -> Manifest:
     calibration = document["calibration"]
     return Manifest(
+        version=str(document["nvquant"]),
         format=str(document["format"]),
         quantizer=str(document["quantizer"]),
         recipe=Recipe.model_validate(document["recipe"]),

@@ -10,7 +10,6 @@ from ..plan.plan import refuse_quantized
 from . import against, configs, files, recorded, scales, weights
 from .report import Check, Finding, Report
 from .subject import Subject, open_subject
-from .threads import Progress
 
 STAGE = "structure"
 # In the order in which they are worth reading: what stands first explains what fails further down.
@@ -43,22 +42,19 @@ AGAINST: dict[str, Callable[[Subject, Checkpoint], Finding]] = {
 def verify_structure(folder: Path, against: Path | None = None) -> Report:
     """Prove a checkpoint, alone or against the folder of its source; see `structure_checks`."""
     source = None if against is None else open_checkpoint(against)
-    return Report(tuple(structure_checks(folder, source)))
+    return Report(tuple(structure_checks(open_subject(folder), source)))
 
 
-def structure_checks(folder: Path, source: Checkpoint | None, progress: Progress | None = None) -> Iterator[Check]:
+def structure_checks(subject: Subject, source: Checkpoint | None) -> Iterator[Check]:
     """Prove a checkpoint, one check after the other, each yielded when it is done.
 
     Args:
-        folder: of the checkpoint.
         source: what it was made from; without it only what the checkpoint says of itself is checked.
-        progress: called with (done, total, phase) by what takes long.
     Raises:
-        InputError: the folder holds no NVFP4 checkpoint, or the source is quantized itself.
+        InputError: the source is quantized itself.
     """
     if source is not None:
         refuse_quantized(source, str(source.folder))
-    subject = open_subject(folder, progress)
     headers = Check(STAGE, "headers", files.check_headers(subject))
     yield headers
     if not headers.passed:

@@ -1,0 +1,67 @@
+"""What a checkpoint consists of, for reports: its name, layout, recipe, and its bytes by group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..checkpoint.headers import TensorInfo
+from ..checkpoint.source import Checkpoint
+from ..recipe.roles import Role, role_of
+from .manifest import Manifest
+from .subject import Subject
+
+
+def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str, Any]:
+    """The part `checkpoint` of a report's document.
+
+    Returns:
+        names without folders; `recipe`, `quantizer` and `made_by` are None where no manifest tells; `groups` are roles,
+        with the bytes that they take here and took in the source.
+    """
+    manifest = subject.manifest if isinstance(subject.manifest, Manifest) else None
+    groups: dict[str, dict[str, Any]] = {}
+    before = {} if source is None else source.infos()
+    counted: set[str] = set()
+    for name, label, info in _tensors(subject):
+        group = groups.setdefault(label, {"name": label, "tensors": 0, "bytes": 0, "source_bytes": None})
+        group["tensors"] += 1
+        group["bytes"] += info.nbytes
+        if name in before and name not in counted:
+            group["source_bytes"] = (group["source_bytes"] or 0) + before[name].nbytes
+            counted.add(name)
+    return {
+        "name": subject.folder.resolve().name,
+        "layout": subject.layout.name,
+        "recipe": None if manifest is None else manifest.recipe.name,
+        "quantizer": None if manifest is None else manifest.quantizer,
+        "made_by": None if manifest is None else f"nvquant {manifest.version}",
+        "tensors": len(subject.infos),
+        "bytes": sum(info.nbytes for info in subject.infos.values()),
+        "matrices": len(subject.matrices),
+        "source": None if source is None else source.folder.resolve().name,
+        "source_bytes": None if source is None else sum(info.nbytes for info in before.values()),
+        "groups": sorted(groups.values(), key=lambda group: -group["bytes"]),
+    }
+
+
+def _tensors(subject: Subject) -> Iterator[tuple[str, str, TensorInfo]]:
+    """Each tensor with the name that it has in the source, and the group that it is counted to."""
+    for module, matrix in subject.matrices.items():
+        scheme = "NVFP4 W4A4" if matrix.has_input_scale else "NVFP4, weights only"
+        label = f"{_words(role_of(f'{module}.weight', (1, 1)))}, {scheme}"
+        for info in matrix.parts.values():
+            yield f"{module}.weight", label, info
+    for name, role in subject.roles.items():
+        yield name, f"{_words(role)}, {_dtype(subject.infos[name], role)}", subject.infos[name]
+
+
+def _words(role: Role) -> str:
+    return {"text MLP": "MLP", "text attention": "attention", "other text": "norms and scalars"}.get(
+        role.value, role.value
+    )
+
+
+def _dtype(info: TensorInfo, role: Role) -> str:
+    names: Mapping[str, str] = {"BF16": "BF16", "F16": "FP16", "F32": "FP32"}
+    return "unquantized" if role is Role.OTHER else names.get(info.dtype, info.dtype)

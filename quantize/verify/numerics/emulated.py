@@ -1,0 +1,33 @@
+"""What a right server answers, from the checkpoint's files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..subject import Subject
+from .measure import SideBySide
+from .predictions import predict
+from .served import Arithmetic, ServedModel
+
+
+def emulated_logprobs(subject: Subject, ids: Sequence[int], arithmetic: Arithmetic, device: str = "cpu") -> list[float]:
+    """Natural-log likelihood of each id but the first, given all before it.
+
+    Args:
+        subject: a checkpoint whose structure holds.
+        ids: two at least.
+        arithmetic: of the server: with rounded inputs where the checkpoint asks for it, or with quantized weights only.
+    Raises:
+        InputError, EnvironmentLack: see `SideBySide`.
+    """
+    sample = torch.tensor(list(ids), dtype=torch.int64)
+    run = SideBySide(ServedModel(subject), None, [sample], [arithmetic], device, lambda *_: None)
+    try:
+        run.run()
+        logits, _ = predict(run, lambda *_: None)
+    finally:
+        run.close()
+    values: list[float] = (-logits[arithmetic].nll).tolist()
+    return values

@@ -1,0 +1,111 @@
+"""The head of a model, a part of its vocabulary at a time.
+
+The model's own forward is run with its decoder replaced by what the decoder gave and with a part of the head's rows, so
+that what it does to its logits (caps, factors) is done as it does it; all of that works on each logit alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...calibrate.skeleton import Skeleton
+from ...errors import InputError
+
+PART_BYTES = 64 << 20  # of the head's rows in float32
+
+
+class Head:
+    """The head of a skeleton's model.
+
+    Raises:
+        InputError: the model has no head that nvquant knows, or its weight is not stored.
+    """
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._skeleton = skeleton
+        full: Any = skeleton.full
+        head = full.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise InputError(f"{type(full).__name__} has no head with logits: its numbers cannot be measured.")
+        self._module = head
+        name = next(name for name, module in full.named_modules() if module is head)
+        self._name = self._stored_name(f"{name}.weight")
+        self._bias = self._stored_bias(f"{name}.bias") if head.bias is not None else None
+        self.rows, self.cols = skeleton.source.info(self._name).shape
+
+    def _stored_name(self, name: str) -> str:
+        """Where the head's rows are: under its own name, or in the embedding of a tied model."""
+        skeleton = self._skeleton
+        decoder: Any = skeleton.decoder
+        embedding = decoder.get_input_embeddings()
+        tied = next(name for name, module in skeleton.decoder.named_modules() if module is embedding)
+        for stored in (name, f"{skeleton.root}{tied}.weight"):
+            if stored in skeleton.source.files:
+                return stored
+        raise InputError(f"{skeleton.source.folder} stores no {name}: the checkpoint is incomplete.")
+
+    def _stored_bias(self, name: str) -> Tensor | None:
+        source = self._skeleton.source
+        return source.read(name).float() if name in source.files else None
+
+    def parts(self) -> Iterator[tuple[int, Tensor]]:
+        """The head's rows in parts: number of the first row, and the rows as stored, on the CPU."""
+        height = max(1, PART_BYTES // (4 * self.cols))
+        for first in range(0, self.rows, height):
+            yield first, self._skeleton.source.read_rows(self._name, range(first, min(self.rows, first + height)))
+
+    @torch.no_grad()
+    def logits(self, finished: Tensor, first: int, rows: Tensor) -> Tensor:
+        """Logits of a part of the vocabulary.
+
+        Args:
+            finished: float32 [tokens, hidden size], what `finish_batch` gives.
+            first: number of the first row.
+            rows: float32 [part, hidden size], on the device of `finished`.
+        Returns:
+            float32 [tokens, part].
+        """
+        full: Any = self._skeleton.full
+        prefix = str(full.base_model_prefix)
+        base = getattr(full, prefix)
+        module = self._module
+        weight, bias = module.weight, module.bias
+        try:
+            setattr(full, prefix, _Gives(finished.unsqueeze(0)))
+            module.weight = nn.Parameter(rows, requires_grad=False)
+            if self._bias is not None:
+                part = self._bias[first : first + len(rows)].to(rows.device)
+                module.bias = nn.Parameter(part, requires_grad=False)
+            output: Any = full(input_ids=torch.zeros((1, len(finished)), dtype=torch.int64, device=finished.device))
+        finally:
+            setattr(full, prefix, base)
+            module.weight, module.bias = weight, bias
+        logits: Tensor = output.logits[0]
+        if logits.shape != (len(finished), len(rows)):
+            raise InputError(f"{type(full).__name__} makes no logits of its head's rows that nvquant could follow.")
+        return logits.float()
+
+
+class _Gives(nn.Module):
+    """Stands in for the base model and gives its result."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self._output = _Output(last_hidden_state=hidden)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self._output
+
+
+class _Output(dict[str, Any]):
+    """A base model's output, in which everything but the hidden state is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.get("last_hidden_state") if key == 0 else self.get(key)

@@ -1,0 +1,295 @@
+"""The two models side by side, one decoder layer of each in memory.
+
+The source and the checkpoint go through their layers together, on the same tokens. Each way of computing is a lane with
+hidden states of its own: the source, the source once more in the noise of BF16 (the floor), the checkpoint with rounded
+inputs (W4A4), the checkpoint with quantized weights alone. Beside the lanes, each of the checkpoint's layers is given
+what the source's layer was given, so that its own error shows apart from what it inherited.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...calibrate.hidden import HiddenBudget
+from ...calibrate.record import LayerCall, finish_batch
+from ...calibrate.skeleton import Skeleton, build_skeleton, loaded_layer
+from ...calibrate.walk import Walk, make_batches, run_layer
+from ...checkpoint.source import Checkpoint
+from ...convert.memory import available_host_bytes, give_back_free_memory
+from ...convert.reading import LayerReader, LoadedLayer
+from ...convert.trace import Trace
+from ...errors import InputError
+from ...recipe.roles import decoder_prefix, layer_index
+from ..threads import Progress
+from .errors import LayerError, StreamError, bfloat16_outputs, matrix_numbers
+from .served import Arithmetic, InputNumbers, InputRounding, ServedModel
+
+LaneName = Literal["source", "floor", "w4a4", "weight_only"]
+EQUAL_INPUT_TOKENS = 2048  # are enough to measure a layer's own error
+SHARE_OF_MEMORY = 0.5  # of what is free, for the hidden states of all lanes
+
+
+@dataclass
+class Lane:
+    """One way of computing the model, on its way through the layers."""
+
+    name: LaneName
+    walk: Walk
+
+    def finished(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """What the head multiplies, [tokens, hidden size] for each sequence but for its last token; on the device."""
+        rows = []
+        for at, batch in enumerate(batches):
+            given = finish_batch(self.walk.skeleton, batch, self.walk.hidden.fetch(at))
+            rows += [sequence[:-1] for sequence in given]
+        return rows
+
+
+@dataclass
+class LayerNumbers:
+    """What was measured of a layer, by arithmetic."""
+
+    layer: int
+    own: dict[Arithmetic, LayerError] = field(default_factory=dict)
+    stream: dict[Arithmetic, StreamError] = field(default_factory=dict)
+
+
+@dataclass
+class Kept:
+    """A batch before and after the source's layer, and how the layer was called."""
+
+    before: Tensor
+    after: Tensor
+    call: LayerCall
+
+
+class SideBySide:
+    """All lanes, from the embedding to what the head multiplies.
+
+    Args:
+        served: the checkpoint.
+        source: what it was made from; without it only the checkpoint's own lanes run.
+        samples: int64 [tokens] each.
+        arithmetics: the checkpoint's lanes.
+        progress: called with (layers done, layers, words).
+    Raises:
+        InputError, EnvironmentLack: see `build_skeleton` and `Walk`; the two models are not of the same shape.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        source: Checkpoint | None,
+        samples: Sequence[Tensor],
+        arithmetics: Sequence[Arithmetic],
+        device: str,
+        progress: Progress,
+    ) -> None:
+        self.served, self.source, self.arithmetics = served, source, tuple(arithmetics)
+        self.device = torch.device(device)
+        # A CPU computes BF16 products slowly, and a GPU is to compute as the server does.
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.batches = make_batches(samples, 1)
+        # Neighbours of equal length share a batch, so that products get another shape.
+        self.floor_batches = self.batches if self.device.type == "cpu" else make_batches(samples, 2)
+        self.rounding = InputRounding(served)
+        self.layers: list[LayerNumbers] = []
+        self.matrices: list[dict[str, Any]] = []
+        self._progress = progress
+        self._quantized = build_skeleton(served.checkpoint, served.prefix, self.device, self.dtype)
+        self._original = self._build_source()
+        self.lanes = self._open_lanes()
+
+    @property
+    def floor_words(self) -> str:
+        """How the floor's noise was made."""
+        if self.device.type == "cpu":
+            return "the source with every module's output rounded to BF16, against float32"
+        return "the source in BF16, two sequences at a time, against one at a time"
+
+    @property
+    def inputs(self) -> dict[str, InputNumbers]:
+        """What became of the inputs of W4A4 layers, by the fused layer's name."""
+        return self.rounding.numbers
+
+    def close(self) -> None:
+        """Give back what hidden states take."""
+        for lane in self.lanes.values():
+            lane.walk.hidden.close()
+
+    def _build_source(self) -> Skeleton | None:
+        if self.source is None:
+            return None
+        prefix = decoder_prefix({name: info.shape for name, info in self.source.infos().items()}) or ""
+        skeleton = build_skeleton(self.source, prefix, self.device, self.dtype)
+        if len(skeleton.layers) != len(self._quantized.layers):
+            raise InputError(
+                f"{self.source.folder} has {len(skeleton.layers)} decoder layers, {self.served.subject.folder} has "
+                f"{len(self._quantized.layers)}: name the model that the checkpoint was made from."
+            )
+        return skeleton
+
+    def _open_lanes(self) -> dict[LaneName, Lane]:
+        plan: list[tuple[LaneName, Skeleton, Sequence[Tensor]]] = []
+        if self._original is not None:
+            plan += [("source", self._original, self.batches), ("floor", self._original, self.floor_batches)]
+        plan += [(name, self._quantized, self.batches) for name in self.arithmetics]
+        budget = self._budget(len(plan))
+        lanes: dict[LaneName, Lane] = {}
+        with ExitStack() as opened:
+            for name, skeleton, batches in plan:
+                lanes[name] = Lane(name, Walk(skeleton, batches, budget, keeps_last=True))
+                opened.callback(lanes[name].walk.hidden.close)
+            opened.pop_all()
+        return lanes
+
+    def _budget(self, lanes: int) -> HiddenBudget:
+        host = int(SHARE_OF_MEMORY * (available_host_bytes() or 8 << 30))
+        gpu = 0
+        if self.device.type == "cuda":
+            # Two buffers of each model's layers, one decoded layer, and what the computation itself takes.
+            needs = 3 * self._layer_bytes(self.source) + 2 * self._layer_bytes(self.served.subject.checkpoint)
+            gpu = max(0, int(SHARE_OF_MEMORY * (torch.cuda.mem_get_info(self.device)[0] - needs)))
+        return HiddenBudget(gpu // lanes, host // lanes, Path(tempfile.gettempdir()))
+
+    def _layer_bytes(self, checkpoint: Checkpoint | None) -> int:
+        if checkpoint is None:
+            return 0
+        names = _names_by_layer(checkpoint, self.served.prefix)
+        return max(sum(checkpoint.info(name).nbytes for name in part) for part in names.values())
+
+    def run(self) -> None:
+        """Send every lane through all layers.
+
+        Raises:
+            InputError: a shard vanished or changed; not even one sequence fits the device's memory.
+        """
+        count = len(self._quantized.layers)
+        stored = self._reader(self.served.subject.checkpoint, self.served.stored_names(), count)
+        original = nullcontext() if self.source is None else self._reader(
+            self.source, _names_by_layer(self.source, self._source_prefix), count
+        )  # fmt: skip
+        with stored as reader, original as source_reader:
+            originals: Iterator[LoadedLayer] | None = None if source_reader is None else iter(source_reader)
+            for loaded in reader:
+                self._progress(loaded.layer + 1, count, "comparing layers")
+                beside = None if originals is None else next(originals)
+                self._layer(loaded, beside)
+                loaded.release()
+                if beside is not None:
+                    beside.release()
+                if self.device.type == "cpu":
+                    give_back_free_memory()
+
+    @property
+    def _source_prefix(self) -> str:
+        assert self._original is not None
+        return self._original.layer_prefix
+
+    def _reader(self, checkpoint: Checkpoint, names: dict[int, list[str]], count: int) -> LayerReader:
+        return LayerReader(checkpoint, names, range(count), self.device, lambda layer: False, Trace())
+
+    def _layer(self, loaded: LoadedLayer, beside: LoadedLayer | None) -> None:
+        layer = loaded.layer
+        numbers = LayerNumbers(layer)
+        kept = [] if beside is None else self._source_layer(layer, beside)
+        decoded = self.served.decoded(layer, loaded.tensors, self.dtype)
+        self._matrix_numbers(layer, decoded, beside)
+        for arithmetic in self.arithmetics:
+            self.served.flush(layer, loaded.tensors, decoded, arithmetic)
+            rounding = self._rounding(layer, arithmetic)
+            with rounding(True):
+                self.lanes[arithmetic].walk.step(layer, decoded)
+            if beside is not None:
+                with rounding(False):
+                    numbers.own[arithmetic] = self._own_error(layer, decoded, kept)
+                numbers.stream[arithmetic] = self._stream_error(arithmetic)
+        self.layers.append(numbers)
+
+    def _rounding(self, layer: int, arithmetic: Arithmetic) -> Callable[[bool], Any]:
+        if arithmetic == "weight_only":
+            return lambda is_counted: nullcontext()
+        return lambda is_counted: self.rounding.on(self._quantized.layers[layer], layer, is_counted)
+
+    def _source_layer(self, layer: int, beside: LoadedLayer) -> list[Kept]:
+        assert self._original is not None
+        kept: list[Kept] = []
+
+        def keep(_at: int, before: Tensor, after: Tensor, call: LayerCall) -> None:
+            if sum(item.before.shape[1] for item in kept) < EQUAL_INPUT_TOKENS:
+                kept.append(Kept(before, after, with_own_stores(call)))
+
+        self.lanes["source"].walk.step(layer, beside.tensors, watch=keep)
+        with rounded_to_bfloat16(self._original.layers[layer]) if self.device.type == "cpu" else nullcontext():
+            self.lanes["floor"].walk.step(layer, beside.tensors)
+        return kept
+
+    @torch.no_grad()
+    def _own_error(self, layer: int, decoded: dict[str, Tensor], kept: Sequence[Kept]) -> LayerError:
+        error = LayerError()
+        with loaded_layer(self._quantized, layer, decoded) as module:
+            for batch in kept:
+                got = run_layer(module, batch.before, with_own_stores(batch.call))
+                error.add(batch.before, batch.after, got)
+        return error
+
+    def _stream_error(self, arithmetic: Arithmetic) -> StreamError:
+        error = StreamError()
+        source, lane = self.lanes["source"].walk.hidden, self.lanes[arithmetic].walk.hidden
+        for at in range(len(self.batches)):
+            error.add(source.fetch(at), lane.fetch(at))
+        return error
+
+    def _matrix_numbers(self, layer: int, decoded: dict[str, Tensor], beside: LoadedLayer | None) -> None:
+        for module, served in self.served.matrices_of(layer).items():
+            weight = decoded[f"{module}.weight"]
+            source = None if beside is None else beside.tensors.get(self._source_name(module))
+            histogram = self.served.subject.histograms[module]
+            self.matrices.append(matrix_numbers(module, layer, served, source, weight, histogram))
+
+    def _source_name(self, module: str) -> str:
+        """A matrix of the checkpoint as the source calls it, whose prefix may differ."""
+        return f"{self._source_prefix}{module.removeprefix(self.served.prefix)}.weight"
+
+
+def with_own_stores(call: LayerCall) -> LayerCall:
+    """The call with copies of its stores of shared keys and values, so that running it again changes no other's."""
+    copied: dict[int, Any] = {}
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, MutableMapping):
+            return value
+        if id(value) not in copied:
+            store: Any = type(value)
+            copied[id(value)] = store(value)
+        return copied[id(value)]
+
+    return LayerCall(tuple(map(copy, call.args)), {key: copy(value) for key, value in call.kwargs.items()})
+
+
+@contextmanager
+def rounded_to_bfloat16(module: nn.Module) -> Iterator[None]:
+    """See `bfloat16_outputs`, while the block runs."""
+    handles = bfloat16_outputs(module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _names_by_layer(checkpoint: Checkpoint, prefix: str) -> dict[int, list[str]]:
+    layers: dict[int, list[str]] = {}
+    for name in checkpoint.files:
+        layer = layer_index(name, prefix)
+        if layer is not None:
+            layers.setdefault(layer, []).append(name)
+    return layers

@@ -1,0 +1,108 @@
+"""What each lane predicts for the next token, one part of the vocabulary at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ...calibrate.skeleton import Skeleton
+from ...errors import InputError
+from ..threads import Progress
+from .head import Head
+from .measure import Lane, LaneName, SideBySide
+from .tokens import RunningDivergence, RunningLogits, TokenScores
+
+BLOCK_ELEMENTS = 1 << 24  # of logits at a time
+
+
+def predict(run: SideBySide, progress: Progress) -> tuple[dict[LaneName, RunningLogits], dict[LaneName, TokenScores]]:
+    """Run the head over what every lane gave.
+
+    Returns:
+        each lane's own reduction; and each lane against the source, where there is a source.
+    Raises:
+        InputError: no head, or heads of different sizes.
+    """
+    samples = [row for batch in run.batches for row in batch]
+    targets = torch.cat([sample[1:] for sample in samples]).to(run.device)
+    lengths = [len(sample) - 1 for sample in samples]
+    finished = {name: _finished(lane, run) for name, lane in run.lanes.items()}
+    run.close()
+    logits = {name: RunningLogits(targets) for name in run.lanes}
+    others = {name: other for name, other in logits.items() if name != "source"} if "source" in logits else {}
+    divergence: dict[LaneName, RunningDivergence] = {
+        name: RunningDivergence(logits["source"], other) for name, other in others.items()
+    }
+    heads = _Heads(run.lanes)
+    for first, weights in heads.parts(run.device, progress):
+        height = max(1, BLOCK_ELEMENTS // max(len(part) for part in weights.values()))
+        for begin in range(0, len(targets), height):
+            rows = slice(begin, min(len(targets), begin + height))
+            _add_part(rows, first, heads.logits(rows, first, weights, finished), logits, divergence)
+    scores: dict[LaneName, TokenScores] = {
+        name: TokenScores(logits[name].nll.cpu(), part.kl.cpu(), part.agrees.cpu(), lengths)
+        for name, part in divergence.items()
+    }
+    return logits, scores
+
+
+def _finished(lane: Lane, run: SideBySide) -> Tensor:
+    """What the head multiplies, float [scored tokens, hidden size]; on the device while there is room."""
+    batches = run.floor_batches if lane.name == "floor" else run.batches
+    rows = torch.cat(lane.finished(batches))
+    if run.device.type == "cuda" and rows.nbytes * len(run.lanes) > torch.cuda.mem_get_info(run.device)[0] // 3:
+        return rows.cpu()
+    return rows
+
+
+def _add_part(
+    rows: slice,
+    first: int,
+    part: Mapping[LaneName, Tensor],
+    logits: Mapping[LaneName, RunningLogits],
+    divergence: Mapping[LaneName, RunningDivergence],
+) -> None:
+    shrink = {name: logits[name].add(rows, values, first) for name, values in part.items()}
+    if not divergence:
+        return
+    source = part["source"]
+    weights = (source - logits["source"].top[rows][:, None]).exp_()
+    for name, running in divergence.items():
+        running.add(rows, weights, shrink["source"], source - part[name])
+
+
+class _Heads:
+    """The head of each model, read side by side."""
+
+    def __init__(self, lanes: Mapping[LaneName, Lane]) -> None:
+        skeletons: dict[int, Skeleton] = {id(lane.walk.skeleton): lane.walk.skeleton for lane in lanes.values()}
+        self._heads = {key: Head(skeleton) for key, skeleton in skeletons.items()}
+        self._of = {name: id(lane.walk.skeleton) for name, lane in lanes.items()}
+        sizes = {(head.rows, head.cols) for head in self._heads.values()}
+        if len(sizes) > 1:
+            raise InputError(f"the heads of the two models have different shapes {sorted(sizes)}: compare like models.")
+        self.rows = sizes.pop()[0]
+
+    def parts(self, device: torch.device, progress: Progress) -> Iterator[tuple[int, dict[int, Tensor]]]:
+        """Number of the first row, and each model's rows from there on, float32 on the device."""
+        keys = list(self._heads)
+        for together in zip(*(head.parts() for head in self._heads.values()), strict=True):
+            first = together[0][0]
+            progress(first, self.rows, "comparing predictions, vocabulary")
+            weights = {key: rows for key, (_, rows) in zip(keys, together, strict=True)}
+            if len(keys) == 2 and torch.equal(*weights.values()):
+                shared = weights[keys[0]].to(device).float()
+                yield first, dict.fromkeys(keys, shared)
+            else:
+                yield first, {key: rows.to(device).float() for key, rows in weights.items()}
+
+    def logits(
+        self, rows: slice, first: int, weights: Mapping[int, Tensor], finished: Mapping[LaneName, Tensor]
+    ) -> dict[LaneName, Tensor]:
+        """Each lane's logits of a part of the vocabulary for some of the tokens."""
+        return {
+            name: self._heads[key].logits(finished[name][rows].to(weights[key].device).float(), first, weights[key])
+            for name, key in self._of.items()
+        }

@@ -1,0 +1,242 @@
+"""The checkpoint as a server computes it: its matrices decoded, the inputs of W4A4 matrices rounded.
+
+What a server does with a fused layer's global scales is done here too: of several divisors it keeps the largest, of
+several multipliers likewise, and reads every part by that one (vLLM 0.33, compressed_tensors_w4a4_nvfp4.py and
+modelopt.py). In a good checkpoint they are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint.headers import Header, TensorInfo
+from ...checkpoint.source import Checkpoint
+from ...errors import InputError
+from ...format.activations import quantize_dequantize
+from ...format.blocks import dequantize_blocks
+from ...format.constants import BLOCK, E4M3_MAX, SCALE_RANGE
+from ...format.marlin import flushed_bytes
+from ...plan.plan import Part
+from ...recipe.groups import FusedGroup, fused_name
+from ...recipe.roles import decoder_prefix, layer_index
+from ..matrices import Matrix
+from ..served import W4A4, scheme_of
+from ..subject import Subject
+
+Arithmetic = Literal["w4a4", "weight_only"]
+
+
+@dataclass(frozen=True)
+class ServedMatrix:
+    """A quantized matrix as a server reads it.
+
+    Attributes:
+        group: name of its fused layer.
+        divisor: float32 scalar, the weight global scale that the server keeps for the fused layer.
+        input_divisor: the input global scale, float32 scalar; None where the server does not round the input.
+        flushed: bool [256], the block scales that Marlin turns to zero.
+    """
+
+    matrix: Matrix
+    group: str
+    divisor: Tensor
+    input_divisor: Tensor | None
+    flushed: Tensor
+
+
+class ServedModel:
+    """What a server builds of a checkpoint, read a layer at a time.
+
+    Args:
+        subject: its `matrices` check holds.
+    Raises:
+        InputError: it has no decoder layers, or a quantized matrix outside of them.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        shapes = {name: info.shape for name, info in subject.infos.items()}
+        prefix = decoder_prefix(shapes)
+        if prefix is None:
+            raise InputError(f"{subject.folder} has no decoder layers: its numbers cannot be measured.")
+        self.prefix = prefix
+        outside = next((module for module in subject.sound if layer_index(f"{module}.", prefix) is None), None)
+        if outside is not None:
+            raise InputError(f"{subject.folder}: {outside} is quantized but in no decoder layer: leave it in BF16.")
+
+    @property
+    def has_w4a4(self) -> bool:
+        """Whether a server with FP4 units rounds any input."""
+        return any(served.input_divisor is not None for served in self.matrices.values())
+
+    @cached_property
+    def matrices(self) -> dict[str, ServedMatrix]:
+        """The quantized matrices by module."""
+        return {module: made for group in self.subject.groups for module, made in self._group(group)}
+
+    def _group(self, group: FusedGroup) -> Iterator[tuple[str, ServedMatrix]]:
+        subject = self.subject
+        rounds = scheme_of(group.name, subject.quantization) == W4A4
+        histogram = torch.stack([subject.histograms[module] for module in group.members]).sum(0)
+        for module in group.members:
+            yield (
+                module,
+                ServedMatrix(
+                    subject.sound[module],
+                    group.name,
+                    self._kept(group, "weight_global"),
+                    self._kept(group, "input_global") if rounds else None,
+                    flushed_bytes(histogram),
+                ),
+            )
+
+    def _kept(self, group: FusedGroup, part: Part) -> Tensor:
+        """The one global scale of a fused layer's that a server keeps, as a divisor."""
+        stored = [self.subject.scalars[module, part] for module in group.members]
+        kept = torch.tensor(max(stored), dtype=torch.float32)
+        return kept if self.subject.layout.divisor else 1.0 / kept
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint as if its matrices were not quantized: for building the model, whose names and shapes it has.
+        The matrices themselves cannot be read through it."""
+        parts = {info.name for matrix in self.subject.sound.values() for info in matrix.parts.values()}
+        files = {name: file for name, file in self.subject.checkpoint.files.items() if name not in parts}
+        shards = {
+            file: replace(header, tensors={name: info for name, info in header.tensors.items() if name not in parts})
+            for file, header in self.subject.headers.items()
+        }
+        for module, matrix in self.subject.sound.items():
+            name = f"{module}.weight"
+            files[name] = self.subject.checkpoint.files[matrix.parts["packed"].name]
+            header: Header = shards[files[name]]
+            info = TensorInfo(name, "BF16", (matrix.rows, matrix.cols), 0, 0)
+            shards[files[name]] = replace(header, tensors={**header.tensors, name: info})
+        config = {key: value for key, value in self.subject.config.items() if key != "quantization_config"}
+        return Checkpoint(self.subject.folder, config, shards, files)
+
+    def stored_names(self) -> dict[int, list[str]]:
+        """Names of the tensors as stored, by layer."""
+        layers: dict[int, list[str]] = {}
+        for name in self.subject.checkpoint.files:
+            layer = layer_index(name, self.prefix)
+            if layer is not None:
+                layers.setdefault(layer, []).append(name)
+        return dict(sorted(layers.items()))
+
+    def matrices_of(self, layer: int) -> dict[str, ServedMatrix]:
+        """The quantized matrices of a layer, by module."""
+        begin = f"{self.prefix}.{layer}."
+        return {module: served for module, served in self.matrices.items() if module.startswith(begin)}
+
+    def decoded(self, layer: int, stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """A layer's tensors under the names that they have in the unquantized model.
+
+        Args:
+            stored: as stored, on the device.
+            dtype: of decoded matrices; arithmetic is float32.
+        """
+        matrices = self.matrices_of(layer)
+        parts = {info.name for served in matrices.values() for info in served.matrix.parts.values()}
+        tensors = {name: tensor for name, tensor in stored.items() if name not in parts}
+        for module, served in matrices.items():
+            packed = stored[served.matrix.parts["packed"].name]
+            scales = stored[served.matrix.parts["scales"].name]
+            tensors[f"{module}.weight"] = dequantize_blocks(packed, scales, served.divisor, dtype)
+        return tensors
+
+    def flush(
+        self, layer: int, stored: Mapping[str, Tensor], decoded: dict[str, Tensor], arithmetic: Arithmetic
+    ) -> None:
+        """Zero, in the decoded matrices, the blocks that Marlin loses: of every matrix where weights alone are
+        quantized, else of those that are served so on any GPU."""
+        for module, served in self.matrices_of(layer).items():
+            goes_through_marlin = arithmetic == "weight_only" or served.input_divisor is None
+            if not goes_through_marlin or not bool(self.subject.histograms[module][served.flushed].any()):
+                continue
+            scales = stored[served.matrix.parts["scales"].name].view(torch.uint8)
+            lost = served.flushed.to(scales.device)[scales.int()].unsqueeze(-1)
+            weight = decoded[f"{module}.weight"]
+            weight.view(weight.shape[0], -1, BLOCK).masked_fill_(lost, 0)
+
+
+@dataclass
+class InputNumbers:
+    """What became of the inputs of a fused layer, over all that was computed.
+
+    Attributes:
+        blocks: how many blocks of 16 there were.
+        clipped: how many had an element beyond the calibrated amax.
+        lost: how many were not zero and became zeros.
+        amax: the largest magnitude.
+        calibrated: the largest magnitude that is not clipped.
+    """
+
+    calibrated: float
+    blocks: int = 0
+    clipped: int = 0
+    lost: int = 0
+    amax: float = 0.0
+
+
+class InputRounding:
+    """Rounds the inputs of W4A4 matrices as the server does, and counts what is clipped or lost."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self.numbers: dict[str, InputNumbers] = {}
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @contextmanager
+    def on(self, module: nn.Module, layer: int, is_counted: bool = True) -> Iterator[None]:
+        """Round the inputs of a decoder layer's matrices while the block runs."""
+        prefix = f"{self._model.prefix}.{layer}."
+        handles = []
+        for name, served in self._model.matrices_of(layer).items():
+            if served.input_divisor is not None:
+                linear = module.get_submodule(name.removeprefix(prefix))
+                # The first member of a fused layer counts for all: they share the input.
+                counts = is_counted and fused_members(self._model, served.group)[0] == name
+                handles.append(linear.register_forward_pre_hook(self._hook(served, served.input_divisor, counts)))
+        try:
+            yield
+        finally:
+            self._last = None
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, served: ServedMatrix, divisor: Tensor, counts: bool) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+            inputs = args[0]
+            if self._last is None or self._last[0] is not inputs or self._last[1] is not divisor:
+                rounded = quantize_dequantize(inputs, divisor).to(inputs.dtype)
+                self._last = inputs, divisor, rounded
+            if counts:
+                self._count(served.group, inputs, self._last[2], float(divisor))
+            return (self._last[2], *args[1:])
+
+        return hook
+
+    def _count(self, group: str, inputs: Tensor, rounded: Tensor, divisor: float) -> None:
+        numbers = self.numbers.setdefault(group, InputNumbers(SCALE_RANGE / divisor if divisor else float("inf")))
+        amaxes = inputs.float().reshape(-1, BLOCK).abs().amax(-1)
+        # A block is clipped where its scale would round to more than 448: beyond half a step above it.
+        limit = numbers.calibrated * (E4M3_MAX + 16) / E4M3_MAX
+        gone = (rounded.reshape(-1, BLOCK).abs().amax(-1) == 0) & (amaxes > 0)
+        counted = torch.stack([(amaxes > limit).sum(), gone.sum()]).tolist()
+        numbers.blocks += amaxes.numel()
+        numbers.clipped += counted[0]
+        numbers.lost += counted[1]
+        numbers.amax = max(numbers.amax, float(amaxes.max()))
+
+
+def fused_members(model: ServedModel, group: str) -> list[str]:
+    """Modules of a fused layer that are quantized."""
+    return [module for module in model.matrices if fused_name(module) == group]

@@ -1,0 +1,42 @@
+"""The tokens on which numbers are measured: held-out text, framed as the model wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...calibrate.samples import CalibrationSet, load_calibration
+from ...calibrate.specs import shipped_folder
+from ...errors import InputError
+
+HELDOUT = "heldout.jsonl.xz"
+REFERENCE_TOKENS = 512
+SEED = 1
+
+
+def load_text(
+    text: Path | None, folder: Path, config: Mapping[str, Any], samples: int, sequence_length: int
+) -> CalibrationSet:
+    """Samples of the shipped held-out text, which shares no document with the shipped calibration text, or of a file.
+
+    Args:
+        text: a file of text or conversations, or of token ids, as `--calibration` takes it; None for the shipped text.
+        folder: where the tokenizer and its chat template are: the checkpoint's own.
+    Raises:
+        InputError: see `load_calibration`.
+    """
+    name = str(text if text is not None else shipped_folder() / HELDOUT)
+    try:
+        return load_calibration(
+            name, model_folder=folder, config=config, samples=samples, sequence_length=sequence_length, seed=SEED
+        )
+    except InputError as error:
+        error.args = (str(error).replace("--calibration", "--text"),)
+        raise
+
+
+def reference_ids(folder: Path, config: Mapping[str, Any], tokens: int = REFERENCE_TOKENS) -> list[int]:
+    """Token ids of one sequence of the held-out text, for a question to a server."""
+    ids: list[int] = load_text(None, folder, config, 1, tokens).samples[0].tolist()
+    return ids

@@ -1,0 +1,97 @@
+"""All stages of a verification, one after the other, and the report over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..checkpoint.source import Checkpoint
+from ..errors import InputError
+from .contents import describe_checkpoint
+from .numerics.stage import NumericsOptions, NumericsStage
+from .report import Check, Finding, Report
+from .structure import STAGE as STRUCTURE
+from .structure import structure_checks
+from .subject import Subject, open_subject
+from .threads import Progress
+
+Stage = Literal["structure", "numerics", "serve"]
+STAGES: tuple[Stage, ...] = ("structure", "numerics", "serve")
+# Without these the tensors cannot be read for what they are, and no number means anything.
+READABLE = frozenset({"headers", "index", "layout", "matrices"})
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What to prove, and how.
+
+    Attributes:
+        stages: of `STAGES`, run in that order.
+        numerics: of the stage numerics, and of the emulation that the stage serve compares with.
+    """
+
+    stages: Sequence[Stage]
+    numerics: NumericsOptions = field(default_factory=NumericsOptions)
+
+
+class Verification:
+    """A checkpoint under proof.
+
+    Args:
+        folder: of the checkpoint.
+        source: what it was made from; the stage numerics needs it.
+        progress: called with (done, total, phase) by what takes long.
+    Raises:
+        InputError: the stage numerics without a source.
+    """
+
+    def __init__(self, folder: Path, source: Checkpoint | None, options: VerifyOptions, progress: Progress) -> None:
+        if source is None and "numerics" in options.stages:
+            raise InputError("--stage numerics compares with the source: name it with --against MODEL.")
+        self._folder, self._source, self._options, self._progress = folder, source, options, progress
+        self._checks: list[Check] = []
+        self._documents: dict[str, dict[str, Any] | None] = {"numerics": None, "serve": None}
+        self._subject: Subject | None = None
+
+    def run(self) -> Iterator[Check]:
+        """Every check, each yielded when it is done.
+
+        Raises:
+            InputError: the folder holds no NVFP4 checkpoint, or what a stage raises.
+        """
+        for check in self._stages():
+            self._checks.append(check)
+            yield check
+
+    def report(self) -> Report:
+        """What was found so far."""
+        checkpoint = {} if self._subject is None else describe_checkpoint(self._subject, self._source)
+        return Report(tuple(self._checks), checkpoint, self._documents["numerics"], self._documents["serve"])
+
+    def _stages(self) -> Iterator[Check]:
+        stages = self._options.stages
+        self._subject = open_subject(self._folder, self._progress)
+        if STRUCTURE in stages:
+            yield from structure_checks(self._subject, self._source)
+        if "numerics" in stages:
+            yield from self._numerics(self._subject)
+
+    def _numerics(self, subject: Subject) -> Iterator[Check]:
+        unreadable = self._unreadable(subject)
+        if unreadable:
+            yield Check("numerics", "predictions", Finding("not measured", unreadable))
+            return
+        assert self._source is not None
+        stage = NumericsStage(subject, self._source, self._options.numerics, self._progress)
+        yield from stage.run()
+        self._documents["numerics"] = stage.document
+
+    def _unreadable(self, subject: Subject) -> list[str]:
+        """Why the tensors cannot be read for what they are."""
+        failed = [check.name for check in self._checks if check.name in READABLE and not check.passed]
+        if failed:
+            return [f"the checks {', '.join(failed)} must hold first"]
+        damaged = [*subject.damaged, *(fault for matrix in subject.matrices.values() for fault in matrix.faults)]
+        return damaged[:1]
