@@ -9,10 +9,10 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from .parts import Bar, Series
-from .words import is_finite, number, size
+from .words import number, size
 
 LOG_FROM = 8.0  # largest over smallest, from which a logarithmic axis shows more
-LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 16.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 24.0, 34.0
 CHARACTER = 6.4  # an average character's width at the charts' font size
 
 
@@ -58,7 +58,7 @@ def line_chart(series: Sequence[Series], width: int, height: int, key: str, titl
     _text(root, (LEFT + width - RIGHT) / 2, height - 4, "layer", "middle")
     for at_place, line in enumerate(series):
         _line(root, line, at_place, x, y)
-    _label_worst(root, series[0], x, y, width)
+    _label_worst(root, series[0], x, y)
     _hover(root, series, layers, x, height)
     return ElementTree.tostring(root, encoding="unicode")
 
@@ -164,7 +164,7 @@ def _line(root: Element, line: Series, colour: int, x: Axis, y: Axis) -> None:
         if math.isfinite(value):
             run.append(f"{_px(x.at(layer))},{_px(y.at(value))}")
         elif layer >= 0:
-            left, top = x.at(layer), TOP - 4
+            left, top = x.at(layer), TOP - 4  # above every value
             path = f"M{_px(left - 4)} {_px(top - 4)}l8 8m0 -8l-8 8"
             SubElement(group, "path", {"d": path, "class": "cross"})
     radius = "3" if len(line.points) <= 70 else "2"
@@ -173,13 +173,20 @@ def _line(root: Element, line: Series, colour: int, x: Axis, y: Axis) -> None:
             SubElement(group, "circle", cx=_px(x.at(layer)), cy=_px(y.at(value)), r=radius)
 
 
-def _label_worst(root: Element, line: Series, x: Axis, y: Axis, width: int) -> None:
-    finite = [(value, layer) for layer, value in line.points if is_finite(value)]
+def _label_worst(root: Element, line: Series, x: Axis, y: Axis) -> None:
+    """Name the layer with the largest error, and the first one that has no error that could be drawn."""
+    finite = [(value, layer) for layer, value in line.points if math.isfinite(value)]
     if len(finite) > 2:
         value, layer = max(finite)
         left = x.at(layer)
-        anchor = "start" if left < LEFT + 40 else "end" if left > width - RIGHT - 40 else "middle"
+        anchor = "start" if left < x.start + 32 else "end" if left > x.end - 32 else "middle"
         _text(root, left, y.at(value) - 8, f"layer {layer}", anchor, "worst")
+    broken = [layer for layer, value in line.points if not math.isfinite(value)]
+    if broken:
+        left = x.at(broken[0])
+        is_right = left > x.end - 70
+        words = f"layer {broken[0]}" + (f" and {len(broken) - 1} more" if len(broken) > 1 else "")
+        _text(root, left + (-9 if is_right else 9), TOP, words, "end" if is_right else "start", "worst")
 
 
 def _hover(root: Element, series: Sequence[Series], layers: Sequence[int], x: Axis, height: int) -> None:

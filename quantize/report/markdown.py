@@ -113,7 +113,7 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
             f"- ❌ **{escaped(failure.name)}** ({escaped(failure.stage)}): {code(failure.fault)}"
             + (f" and {failure.more:,} more" if failure.more else "")
             for failure in verdict.failures
-        )
+        ) + (f"\n- and {verdict.more} more failed checks, below" if verdict.more else "")
     yield "\n".join(f"- {MARKS[stage.state]} {escaped(stage.name)}: {escaped(stage.words)}" for stage in verdict.stages)
 
 

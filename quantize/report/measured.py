@@ -9,7 +9,7 @@ from typing import Any
 
 from .document import at, numeric, rows
 from .parts import Bar, Column, Layers, Series, Sizes, Table, Tile
-from .words import ABSENT, as_float, fixed, number, one_line, percent, plus_minus, size
+from .words import ABSENT, as_float, fixed, number, one_line, percent, size, with_error
 
 ARITHMETICS = {"w4a4": "W4A4", "weight_only": "weight-only"}
 COLOURS = 8
@@ -33,21 +33,22 @@ def accuracy_tiles(numerics: Any) -> list[Tile]:
         return []
     own, floor = at(numerics, "arithmetics", names[0]), at(numerics, "arithmetics", "floor")
     kl, word = at(own, "kl"), ARITHMETICS[names[0]]
-    notes = [f"median {number(value_at(kl, 'median'))}, p99 {number(value_at(kl, 'p99'))}"]
-    agreement = plus_minus(
-        percent(value_at(own, "top1", "agreement")), percent(value_at(own, "top1", "standard_error"), 2)
-    )
+    agreement = at(own, "top1")
     before = value_at(numerics, "perplexity_source")
     return [
         Tile(
             f"KL divergence, {word}",
             fixed_unit(value_at(kl, "mean"), "nats"),
-            (*notes, *_floor(number(value_at(floor, "kl", "mean")))),
+            (
+                f"median {number(value_at(kl, 'median'))}",
+                f"p99 {number(value_at(kl, 'p99'))}",
+                *_floor(number(value_at(floor, "kl", "mean"))),
+            ),
         ),
         Tile(
             f"Same next token, {word}",
-            percent(value_at(own, "top1", "agreement")),
-            (agreement, *_floor(percent(value_at(floor, "top1", "agreement"), 2))),
+            percent(value_at(agreement, "agreement")),
+            (*_error(agreement), *_floor(percent(value_at(floor, "top1", "agreement")))),
         ),
         Tile(
             f"Perplexity, {word}",
@@ -79,12 +80,10 @@ def accuracy_table(numerics: Any) -> Table | None:
         lines.append(
             (
                 one_line(at(own, "words") or ARITHMETICS.get(name, "floor: BF16 against itself")),
-                plus_minus(number(value_at(kl, "mean")), number(value_at(kl, "standard_error"), 2)),
+                with_error(value_at(kl, "mean"), value_at(kl, "standard_error")),
                 number(value_at(kl, "median")),
                 number(value_at(kl, "p99")),
-                plus_minus(
-                    percent(value_at(own, "top1", "agreement")), percent(value_at(own, "top1", "standard_error"), 2)
-                ),
+                " ".join([percent(value_at(own, "top1", "agreement")), *_error(at(own, "top1"))]),
                 number(value_at(own, "perplexity")),
                 signed(value_at(own, "delta_nll")),
             )
@@ -159,16 +158,18 @@ def matrices_of(numerics: Any) -> Table | None:
         "input_amax_ratio": "input amax ratio",
     }
     keys = {key: title for key, title in keys.items() if any(as_float(value_at(row, key)) is not None for row in shown)}
+    schemes = {one_line(row.get("scheme", "")) for row in matrices}
     lines = [
         (
             one_line(row.get("name", "")),
-            one_line(row.get("scheme", "")),
+            *([one_line(row.get("scheme", ""))] if len(schemes) > 1 else []),
             *(_cell("clipped" if key == "input_clipped" else key, value_at(row, key)) for key in keys),
         )
         for row in shown
     ]
     caption = f"The {len(shown)} matrices of {len(matrices):,} with the largest weight error"
-    columns = (Column("matrix", "code"), Column("scheme", "text"), *(Column(title) for title in keys.values()))
+    scheme = (Column("scheme", "text"),) if len(schemes) > 1 else ()
+    columns = (Column("matrix", "code"), *scheme, *(Column(title) for title in keys.values()))
     return Table(caption if len(shown) < len(matrices) else "All matrices, worst first", columns, tuple(lines))
 
 
@@ -206,6 +207,11 @@ def signed(value: Any) -> str:
         if as_float(value) is not None and value > 0 and math.isfinite(value)
         else text.replace("-", "\u2212")
     )
+
+
+def _error(agreement: Any) -> tuple[str, ...]:
+    error = value_at(agreement, "standard_error")
+    return () if as_float(error) is None else (f"± {percent(error, 2)}",)
 
 
 def _floor(text: str) -> tuple[str, ...]:

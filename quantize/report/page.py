@@ -22,9 +22,9 @@ from .parts import Page
 from .served import served_of, served_tiles
 from .speed import speed_tables
 from .verdict import check_lines, verdict_of
-from .words import ABSENT, number, one_line
+from .words import ABSENT, is_finite, one_line
 
-SCHEMES = {"max_kl": "--max-kl", "min_top1": "--min-top1"}
+LIMITS = {"max_kl": "--max-kl", "min_top1": "--min-top1"}
 
 
 def page_of(whole: Mapping[str, Any]) -> Page:
@@ -69,9 +69,9 @@ def _command(whole: Mapping[str, Any]) -> str:
         words += ["--against", str(source)]
     for stage in stages_run(whole):
         words += ["--stage", stage]
-    for key, option in SCHEMES.items():
+    for key, option in LIMITS.items():
         limit = value_at(whole, "numerics", "thresholds", key)
-        if limit is not None:
+        if is_finite(limit):
             words += [option, f"{limit:g}"]
     return shlex.join(one_line(word) for word in words)
 
@@ -80,10 +80,7 @@ def _reproduce(whole: Mapping[str, Any]) -> list[tuple[str, Any]]:
     numerics = whole["numerics"]
     limits = at(numerics, "thresholds") or {}
     words = {"max_kl": "mean KL at most", "min_top1": "same next token at least", "max_delta_nll": "ΔNLL at most"}
-    stated = [
-        f"{words.get(key, key)} {number(value_at(limits, key)) if limits[key] is not None else '(no limit)'}"
-        for key in limits
-    ]
+    stated = [f"{words.get(key, key)} {_limit(value_at(limits, key))}" for key in limits]
     return [
         ("nvquant", __version__),
         ("vLLM", at(whole, "serve", "server", "vllm")),
@@ -92,6 +89,10 @@ def _reproduce(whole: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("Text", at(numerics, "text", "name")),
         ("Text's sha256", at(numerics, "text", "sha256")),
     ]
+
+
+def _limit(value: Any) -> str:
+    return f"{value:g}" if is_finite(value) else "(no limit)"
 
 
 def _machine(whole: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 State = Literal["passed", "failed", "absent"]
@@ -52,12 +51,18 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said first."""
+    """What is said first.
+
+    Attributes:
+        more: failed checks beyond the listed ones.
+        missing: what was not looked at: `not served`.
+    """
 
     state: State
     word: str
     words: str
     failures: tuple[Failure, ...]
+    more: int
     stages: tuple[Stage, ...]
     missing: tuple[str, ...]
 
@@ -155,5 +160,4 @@ class Page:
     matrices: Table | None = None
     command: str = ""
     reproduce: tuple[tuple[str, str], ...] = ()
-    machine: tuple[tuple[str, str], ...] = field(default=())
-    absent: Mapping[str, str] = field(default_factory=dict)
+    machine: tuple[tuple[str, str], ...] = ()

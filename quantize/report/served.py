@@ -31,7 +31,7 @@ def served_tiles(serve: Any) -> list[Tile]:
     if not is_finite(speed):
         return []
     version, words = at(serve, "server", "vllm"), at(serve, "kernel", "words")
-    notes = [f"vLLM {one_line(version)}" if version else "", one_line(words or "")]
+    notes = [f"vLLM {one_line(version)}" if version else "", one_line(words or "").partition(":")[0]]
     return [Tile("Decode, one user", f"{number(speed)} tok/s", tuple(note for note in notes if note))]
 
 

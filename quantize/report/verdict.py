@@ -12,7 +12,7 @@ from .parts import CheckLine, Failure, Stage, State, Verdict
 from .words import one_line
 
 SHOWN_FAILURES = 5
-SHOWN_FAULTS = 20
+SHOWN_FAULTS = 8
 
 
 def verdict_of(whole: Mapping[str, Any]) -> Verdict:
@@ -26,6 +26,7 @@ def verdict_of(whole: Mapping[str, Any]) -> Verdict:
         {"failed": "Failed", "passed": "Passed", "absent": "Nothing was checked"}[state],
         _words(len(checks), len(failed)),
         tuple(_failure(check) for check in failed[:SHOWN_FAILURES]),
+        max(len(failed) - SHOWN_FAILURES, 0),
         tuple(_stage(name, checks, ran) for name in [*ran, *(name for name in STAGES if name not in ran)]),
         tuple(words for name, words in NOT_RUN.items() if name not in ran),
     )

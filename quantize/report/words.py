@@ -14,8 +14,8 @@ _UNPRINTABLE = re.compile(
 
 
 def visible(text: object) -> str:
-    """Text without control characters, direction overrides and lone surrogates: each becomes a sign for itself."""
-    return _UNPRINTABLE.sub(_sign, str(text).replace("\r\n", "\n"))
+    """Text whose control characters, direction overrides and lone surrogates became escapes; None is empty."""
+    return "" if text is None else _UNPRINTABLE.sub(_sign, str(text).replace("\r\n", "\n"))
 
 
 def one_line(text: object) -> str:
@@ -43,11 +43,13 @@ def number(value: Any, digits: int = 3) -> str:
         return "not a number" if math.isnan(found) else "infinite" if found > 0 else "minus infinite"
     if isinstance(value, int) or (found == int(found) and 1000 <= abs(found) < 1e15):
         return f"{int(found):,}"
-    size = abs(found)
-    if size and not 1e-4 <= size < 10**6:
-        mantissa, exponent = f"{found:.{digits - 2}e}".split("e")
+    if found == 0:
+        return "0"
+    size = abs(float(f"{found:.{digits - 1}e}"))
+    if not 1e-4 <= size < 10**6:
+        mantissa, exponent = f"{found:.{max(digits - 2, 1)}e}".split("e")
         return f"{mantissa}e{int(exponent)}"
-    places = digits - 1 - math.floor(math.log10(size)) if size else 0
+    places = digits - 1 - math.floor(math.log10(size))
     return f"{found:,.{max(places, 0)}f}"
 
 
@@ -65,9 +67,13 @@ def percent(value: Any, places: int = 1) -> str:
     return f"{value * 100:.{places}f} %"
 
 
-def plus_minus(value: str, error: str) -> str:
-    """A value with its standard error, where there is one."""
-    return value if error == ABSENT or value == ABSENT else f"{value} ± {error}"
+def with_error(value: Any, error: Any) -> str:
+    """A value and its standard error, both with the decimals in which the error has one or two meaningful digits."""
+    if not (is_finite(value) and is_finite(error) and error > 0):
+        return number(value)
+    places = 1 - math.floor(math.log10(error))
+    places = min(max(places - (places > 5), 0), 9)
+    return f"{value:,.{places}f} ± {error:.{places}f}"
 
 
 def size(value: Any) -> str:
@@ -82,6 +88,4 @@ def size(value: Any) -> str:
 
 def _sign(match: re.Match[str]) -> str:
     code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)  # control pictures: one a control character
-    return "␡" if code == 0x7F else "\ufffd" if 0xD800 <= code <= 0xDFFF or code > 0xFFFD else f"⟨U+{code:04X}⟩"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
