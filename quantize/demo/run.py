@@ -1,19 +1,15 @@
-"""The demo: plan, convert, verify and compare SmolLM2-135M-Instruct, and say what came out."""
+"""The demo: plan, convert and verify SmolLM2-135M-Instruct, and say what came out."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..calibrate.samples import load_calibration, prose_samples
-from ..calibrate.text import Source, read_documents
-from ..calibrate.tokenizer import ModelTokenizer
+from ..calibrate.quiet import quiet_transformers
+from ..calibrate.samples import load_calibration
 from ..checkpoint.source import open_checkpoint
 from ..convert.options import ConvertOptions, ConvertResult
 from ..convert.pipeline import convert
@@ -21,16 +17,18 @@ from ..format.layouts import LAYOUTS
 from ..plan.forecast import as_json, forecast_memory
 from ..plan.plan import Plan, compute_plan
 from ..recipe.load import load_recipe
+from ..report import write_report
+from ..verify.numerics.emulated import likeliest_next
+from ..verify.numerics.stage import NumericsOptions
 from ..verify.report import Report
-from ..verify.structure import verify_structure
-from .compare import Comparison, compare, continue_prompt
+from ..verify.run import Verification, VerifyOptions
+from ..verify.subject import open_subject
 from .smollm2 import build_smollm2
 
 MODEL = "SmolLM2-135M-Instruct"
 SAMPLES, SEQUENCE_LENGTH = 16, 512
 HELD_OUT_SAMPLES, HELD_OUT_LENGTH = 12, 256
 PROMPT = "The capital of France is"
-PIECE_CHARACTERS = 4000
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class DemoResult:
     plan: dict[str, Any]
     converted: ConvertResult
     verified: Report
-    compared: Comparison
+    report: Path
     answer: str
     seconds: float
 
@@ -50,7 +48,7 @@ class DemoResult:
             "plan": self.plan,
             "convert": self.converted.as_json(),
             "verify": self.verified.as_json(),
-            "compare": asdict(self.compared),
+            "report": str(self.report),
             "answer": {"prompt": PROMPT, "text": self.answer},
             "seconds": round(self.seconds, 1),
         }
@@ -75,23 +73,31 @@ def run_demo(folder: Path, recipe_name: str, format_name: str, say: Callable[[st
     say(f"3/5 converting with recipe {recipe_name}, {plan.layout.name} layout")
     output = folder / f"{source.name}-{recipe_name}-{format_name}"
     converted = _convert(plan, output)
-    say("4/5 verifying structure and bytes against the source")
-    verified = verify_structure(output, source)
-    say(f"5/5 comparing on {HELD_OUT_SAMPLES} x {HELD_OUT_LENGTH} held-out tokens")
-    compared = compare(source, output, held_out(source))
-    answer = continue_prompt(output, source, PROMPT, 1)
+    say(f"4/5 verifying bytes and, on {HELD_OUT_SAMPLES} x {HELD_OUT_LENGTH} held-out tokens, numbers")
+    verified = _verify(output, source)
+    say("5/5 writing the report")
+    report = next(path for path in write_report(verified, folder / "report") if path.suffix == ".html")
+    answer = _answer(output)
     memory = forecast_memory(plan, SAMPLES, SEQUENCE_LENGTH, 1, gpu=False)
-    return DemoResult(as_json(plan, memory), converted, verified, compared, answer, time.monotonic() - started)
+    return DemoResult(as_json(plan, memory), converted, verified, report, answer, time.monotonic() - started)
 
 
-def held_out(model_folder: Path) -> list[torch.Tensor]:
-    """Held-out text that ships with nvquant, disjoint from the calibration text: BOS and packed prose, int64
-    [tokens]."""
-    text = resources.files("nvquant.calibration").joinpath("heldout.jsonl.xz")
-    documents = read_documents([Source(text)], seed=0, piece_characters=PIECE_CHARACTERS)
-    tokenizer = ModelTokenizer(model_folder)
-    samples = prose_samples(tokenizer, documents, samples=HELD_OUT_SAMPLES, sequence_length=HELD_OUT_LENGTH)
-    return [torch.tensor(sample) for sample in samples]
+def _verify(output: Path, source: Path) -> Report:
+    options = VerifyOptions(("structure", "numerics"), NumericsOptions(None, HELD_OUT_SAMPLES, HELD_OUT_LENGTH))
+    verification = Verification(output, open_checkpoint(source), options, lambda *_: None)
+    for _ in verification.run():
+        pass
+    return verification.report()
+
+
+def _answer(output: Path) -> str:
+    """What the checkpoint's weights hold for the likeliest token after the prompt, inputs in full precision."""
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(output, local_files_only=True)
+    ids = tokenizer(PROMPT)["input_ids"]
+    return str(tokenizer.decode([likeliest_next(open_subject(output), ids, "weight_only")]))
 
 
 def _plan(source: Path, recipe_name: str, format_name: str) -> Plan:

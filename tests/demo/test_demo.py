@@ -47,10 +47,15 @@ def test_demo_verifies_against_the_source(demo: dict[str, Any]) -> None:
 
 
 def test_demo_measures_a_loss_that_w4a4_explains(demo: dict[str, Any]) -> None:
-    compared = demo["compare"]
-    assert 0 < compared["kl_weight_only"] < compared["kl"] < 0.6
-    assert compared["perplexity_source"] < compared["perplexity_weight_only"] < compared["perplexity"]
-    assert 0.5 < compared["top1"] < 1
+    numbers = demo["verify"]["numerics"]
+    w4a4, weight_only = (numbers["arithmetics"][name] for name in ("w4a4", "weight_only"))
+    assert 0 < weight_only["kl"]["mean"] < w4a4["kl"]["mean"] < 0.6
+    assert numbers["perplexity_source"] < weight_only["perplexity"] < w4a4["perplexity"]
+    assert 0.5 < w4a4["top1"]["agreement"] < 1
+
+
+def test_demo_leaves_a_report(demo: dict[str, Any]) -> None:
+    assert "SmolLM2".lower() in Path(demo["report"]).read_text(encoding="utf-8").lower()
 
 
 def test_demo_answers(demo: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from ..subject import Subject
 from .measure import SideBySide
 from .predictions import predict
 from .served import Arithmetic, ServedModel
+from .tokens import RunningLogits
 
 
 def emulated_logprobs(subject: Subject, ids: Sequence[int], arithmetic: Arithmetic, device: str = "cpu") -> list[float]:
@@ -22,6 +23,16 @@ def emulated_logprobs(subject: Subject, ids: Sequence[int], arithmetic: Arithmet
     Raises:
         InputError, EnvironmentLack: see `SideBySide`.
     """
+    values: list[float] = (-_run(subject, ids, arithmetic, device).nll).tolist()
+    return values
+
+
+def likeliest_next(subject: Subject, ids: Sequence[int], arithmetic: Arithmetic, device: str = "cpu") -> int:
+    """The id that is likeliest after the given ones; arguments and errors as of `emulated_logprobs`."""
+    return int(_run(subject, [*ids, ids[-1]], arithmetic, device).top_at[-1])  # of the last id only the place counts
+
+
+def _run(subject: Subject, ids: Sequence[int], arithmetic: Arithmetic, device: str) -> RunningLogits:
     sample = torch.tensor(list(ids), dtype=torch.int64)
     run = SideBySide(ServedModel(subject), None, [sample], [arithmetic], device, lambda *_: None)
     try:
@@ -29,5 +40,4 @@ def emulated_logprobs(subject: Subject, ids: Sequence[int], arithmetic: Arithmet
         logits, _ = predict(run, lambda *_: None)
     finally:
         run.close()
-    values: list[float] = (-logits[arithmetic].nll).tolist()
-    return values
+    return logits[arithmetic]
