@@ -1,0 +1,58 @@
+"""The environment and the flags that a server gets where the user says nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+GIB = 1 << 30
+# These would lead the server's Python to nvquant's packages and settings.
+FOREIGN_PREFIXES = ("PYTHON", "VIRTUAL_ENV", "PYTEST_", "__PYVENV_LAUNCHER__")
+# Thread pools of nvquant's own computing; what a server needs is another matter.
+FOREIGN_NAMES = frozenset({"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"})
+# One eager pass without compilation: on a CPU, compiling takes minutes, and each request only tenths of a second.
+CPU_FLAGS = ("--enforce-eager",)
+
+
+def own_settings(is_cpu: bool, kv_cache_bytes: int, tensor_parallel: int, ready_seconds: float) -> dict[str, str]:
+    """Variables that the server gets unless the user's environment sets them.
+
+    Args:
+        is_cpu: whether the server computes on a CPU.
+        kv_cache_bytes: what the longest request needs.
+    """
+    settings = {
+        "PYTHONSAFEPATH": "1",  # a folder named vllm where the user stands is not vLLM
+        "HF_HUB_OFFLINE": "1",  # the checkpoint is a folder
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(max(600, round(ready_seconds))),
+    }
+    if not is_cpu:
+        return settings
+    settings |= {
+        # With as many threads as cores, vLLM's worker and its own server starve each other: fourteen times slower on
+        # two busy cores. Half of them is also the number of real cores where each shows as two.
+        "OMP_NUM_THREADS": str(max(1, _cores() // 2)),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, -(-2 * kv_cache_bytes // GIB))),
+        # vLLM compiles the function that ranks prompt logprobs at the first request, for three seconds.
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+    if tensor_parallel == 1:
+        # The worker lives in the engine's process: one import of vLLM less, a third of the start-up time.
+        settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return settings
+
+
+def server_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """The environment of this process without what concerns nvquant alone, and with `settings` where it has none."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(FOREIGN_PREFIXES) and name not in FOREIGN_NAMES
+    }
+    return {**settings, **kept}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

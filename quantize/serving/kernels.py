@@ -1,0 +1,68 @@
+"""What a server computes with, by the class that vLLM logs: which arithmetic, and in which words to say so.
+
+Source of the table: vLLM 0.32.0, model_executor/kernels/linear/__init__.py (`_POSSIBLE_NVFP4_KERNELS`) and the classes
+named there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Arithmetic = Literal["w4a4", "weight_only"]
+
+NATIVE = "native FP4: weights and inputs are multiplied as FP4 by the GPU's FP4 units"
+WEIGHT_ONLY = "weights only: decoded to 16 bits, inputs as they are"
+EMULATION = "emulation: weights decoded, inputs rounded to FP4 in software, multiplied in 16 bits"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel for linear layers.
+
+    Attributes:
+        name: vLLM's class.
+        arithmetic: None for a class that this version of nvquant does not know.
+        words: what it does, for a reader.
+    """
+
+    name: str
+    arithmetic: Arithmetic | None
+    words: str
+
+
+def _native(label: str) -> tuple[Arithmetic, str]:
+    return "w4a4", f"{NATIVE} ({label})"
+
+
+_KNOWN: dict[str, tuple[Arithmetic, str]] = {
+    "FlashInferCuteDslNvFp4LinearKernel": _native("FlashInfer, CuTe DSL"),
+    "FlashInferCutlassNvFp4LinearKernel": _native("FlashInfer, CUTLASS"),
+    "FlashInferB12xNvFp4LinearKernel": _native("FlashInfer, for consumer Blackwell"),
+    "FlashInferTrtllmNvFp4LinearKernel": _native("FlashInfer, TensorRT-LLM"),
+    "FlashInferCudnnNvFp4LinearKernel": _native("FlashInfer, cuDNN"),
+    "CutlassNvFp4LinearKernel": _native("CUTLASS"),
+    "FbgemmNvFp4LinearKernel": _native("FBGEMM"),
+    "B12xNvFp4LinearKernel": _native("for consumer Blackwell"),
+    "TorchNvFp4LinearKernel": _native("PyTorch"),
+    "FlashInferCuteDslNvFp4W4A16LinearKernel": ("weight_only", f"{WEIGHT_ONLY} (FlashInfer, CuTe DSL)"),
+    "B12xNvFp4W4A16LinearKernel": ("weight_only", f"{WEIGHT_ONLY} (for consumer Blackwell)"),
+    "MarlinNvFp4LinearKernel": ("weight_only", f"{WEIGHT_ONLY} (Marlin)"),
+    "HummingNvFp4LinearKernel": ("weight_only", f"{WEIGHT_ONLY} (Humming)"),
+    "EmulationNvFp4LinearKernel": ("w4a4", f"{EMULATION} (vLLM's own, slow)"),
+    "CpuNvFp4LinearKernel": ("w4a4", f"{EMULATION} (nvquant's plugin for the CPU)"),
+    "CpuNvFp4WeightOnlyLinearKernel": ("weight_only", f"{WEIGHT_ONLY} (nvquant's plugin for the CPU)"),
+    "CpuNvFp4PackedWeightOnlyLinearKernel": (
+        "weight_only",
+        f"{WEIGHT_ONLY}, at each use (nvquant's plugin for the CPU, slow)",
+    ),
+}
+# In memory these keep decoded weights, so a forecast from the file says nothing of them.
+DECODED_IN_MEMORY = frozenset({"CpuNvFp4LinearKernel", "CpuNvFp4WeightOnlyLinearKernel"})
+
+
+def kernel_named(name: str) -> Kernel:
+    """The kernel of a class; one that is not in the table has words, but no arithmetic."""
+    if name in _KNOWN:
+        return Kernel(name, *_KNOWN[name])
+    return Kernel(name, None, f"{name}, which this version of nvquant does not know")

@@ -1,0 +1,175 @@
+"""Reading vLLM's log: facts of a start, the phase that it is in, and why it failed.
+
+Source of the lines: vLLM 0.24.0 and 0.32.0, seen in real starts; those of GPUs also in its code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .kernels import Kernel, kernel_named
+
+GIB = 1 << 30
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_PROCESS = re.compile(r"^\((?P<name>[A-Za-z]\w*?)(?:[-_]\w+)* pid=\d+\) ?")
+_STAMP = re.compile(r"^(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line without its prefixes.
+
+    Attributes:
+        process: `APIServer`, `EngineCore`, `Worker`; empty where the line does not say.
+        level: `INFO`, `ERROR`, …; empty where the line does not say.
+    """
+
+    process: str
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class LogFacts:
+    """What a log says of the server; None, or nothing, where it does not say.
+
+    Attributes:
+        kernels: of quantized linear layers, in the order in which they were chosen.
+        weights_bytes: of one worker, of the heaviest where there are several.
+        kv_bytes: of one worker's KV cache.
+        kv_tokens: that fit into the KV cache.
+        warnings: known to matter to the reader of a verification, in words.
+    """
+
+    version: str | None = None
+    kernels: tuple[Kernel, ...] = ()
+    weights_bytes: int | None = None
+    kv_bytes: int | None = None
+    kv_tokens: int | None = None
+    max_model_len: int | None = None
+    attention: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+# Phases that a user understands, each by a line with which it begins. The last that matches is the current one.
+PHASES: tuple[tuple[str, str], ...] = (
+    (r"non-default args", "reading the configuration"),
+    (r"Initializing a V1 LLM engine", "starting the engine"),
+    (r"Starting to load model", "building the model"),
+    (r"Loading [\w ]*shards?:\s*(\d+)%", "loading weights"),
+    (r"Loading weights took", "preparing weights"),
+    (r"Dynamo bytecode|Compiling a graph|torch\.compile takes|Start compiling", "compiling"),
+    (r"Initial profiling|Memory profiling|Profiling|Available KV cache memory|KV cache size", "measuring memory"),
+    (r"Capturing CUDA graphs?[^:]*:\s*(\d+)%|Capturing CUDA graphs?", "capturing CUDA graphs"),
+    (r"Starting vLLM (API )?server|Application startup", "opening the port"),
+)
+_PHASES = tuple((re.compile(pattern), words) for pattern, words in PHASES)
+
+WARNINGS: tuple[tuple[str, str], ...] = (
+    (
+        r"(weight|input) global scale is different for parallel layers|global scale is different",
+        "the parts of a fused layer (q, k, v; gate, up) have different global scales: vLLM takes one for all, and "
+        "decodes the others wrongly",
+    ),
+    (
+        r"Marlin requires thread-tile padding",
+        "Marlin pads weights whose shapes are no multiples of its tiles: more memory than the file has",
+    ),
+    (
+        r"falling back to the slow and unoptimized emulation",
+        "vLLM found no kernel for this GPU and emulates FP4 in software: slow",
+    ),
+    (
+        r"has no kernel for this linear layer type; using automatic selection",
+        "the linear backend that was asked for has no NVFP4 kernel here; vLLM chose another",
+    ),
+    (
+        r"Using KV cache scaling factor 1\.0",
+        "the FP8 KV cache has no calibrated scales; vLLM takes 1.0",
+    ),
+    (
+        r"not able to load|Unexpected key|were not used when initializing",
+        "vLLM did not use some tensors of the checkpoint",
+    ),
+)  # fmt: skip
+
+
+def read_line(raw: str) -> Line:
+    """A line of a log without colours, process and time."""
+    text = _ESCAPE.sub("", raw.rstrip("\r\n")).rpartition("\r")[2]
+    process = ""
+    if match := _PROCESS.match(text):
+        process, text = match["name"], text[match.end() :]
+    process = "Worker" if "Worker" in process else process
+    level = ""
+    if match := _STAMP.match(text):
+        level, text = match["level"], text[match.end() :]
+    return Line(process, level, text)
+
+
+def read_log(text: str) -> list[Line]:
+    """Every line of a log; of a progress bar, which writes each state over the last, the last."""
+    return [read_line(raw) for raw in text.split("\n")]
+
+
+def parse_log(text: str) -> LogFacts:
+    """The facts in a log, whole or as far as it goes."""
+    lines = [line.text for line in read_log(text)]
+    kernels = dict.fromkeys(_all(lines, r"Using (\w+) for NVFP4 GEMM"))
+    weights = _all(lines, r"Model loading took ([\d.,]+) GiB")
+    return LogFacts(
+        version=_first(lines, r"version (\d+\.\d+\S*)$") or _first(lines, r"LLM engine \(v([^)\s]+)\)"),
+        kernels=tuple(kernel_named(name) for name in kernels),
+        weights_bytes=max((_gib(value) for value in weights), default=None),
+        kv_bytes=_optional_gib(_first(lines, r"Available KV cache memory: ([\d.,]+) GiB")),
+        kv_tokens=_integer(_first(lines, r"KV cache size: ([\d,]+) tokens")),
+        max_model_len=_integer(
+            _first(lines, r"Auto-fit max_model_len: reduced from [\d,]+ to ([\d,]+)")
+            or _first(lines, r"Using max model len ([\d,]+)")
+        ),
+        attention=_attention(lines),
+        warnings=tuple(words for pattern, words in WARNINGS if _first(lines, f"({pattern})") is not None),
+    )
+
+
+def phase_of(line: str) -> str | None:
+    """The phase that a raw line announces, such as `loading weights 42 %`; None for any other line."""
+    text = read_line(line).text
+    found = None
+    for pattern, words in _PHASES:
+        if match := pattern.search(text):
+            percent = next((group for group in match.groups() if group and group.isdigit()), None)
+            found = f"{words} {percent} %" if percent else words
+    return found
+
+
+def _attention(lines: Iterable[str]) -> str | None:
+    lines = list(lines)
+    return (
+        _first(lines, r"Using (\w+) (?:attention )?backend(?: |\.|$)")
+        or _first(lines, r"Using AttentionBackendEnum\.(\w+) backend")
+        or _first(lines, r"forcing (\w+) backend")
+    )
+
+
+def _all(lines: Iterable[str], pattern: str) -> list[str]:
+    search = re.compile(pattern).search
+    return [match[1] for line in lines if (match := search(line))]
+
+
+def _first(lines: Iterable[str], pattern: str) -> str | None:
+    return next(iter(_all(lines, pattern)), None)
+
+
+def _integer(text: str | None) -> int | None:
+    return None if text is None else int(text.replace(",", ""))
+
+
+def _gib(text: str) -> int:
+    return round(float(text.replace(",", "")) * GIB)
+
+
+def _optional_gib(text: str | None) -> int | None:
+    return None if text is None else _gib(text)

@@ -1,0 +1,341 @@
+"""A vLLM server on a checkpoint: started, waited for, and ended whatever happens."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.source import read_json
+from ..errors import CheckFailed, InputError
+from ..plan.forecast import kv_cache_bytes
+from ..recipe.roles import text_config
+from .causes import root_cause
+from .client import Client, ServerError, ServerGone
+from .command import VllmCommand, find_vllm, has_gpu
+from .environment import CPU_FLAGS, own_settings, server_environment
+from .faults import LOAD_CHECK_REFUSES_WEIGHT_ONLY_MODELOPT, hint_for
+from .log import LogFacts, parse_log, phase_of
+from .process import ServerProcess
+
+Progress = Callable[[str], None]
+
+LOG_NAME = "vllm.log"
+HOST = "127.0.0.1"
+# Enough for a proof, and little enough for the KV cache beside any model that fits at all.
+DEFAULT_CONTEXT = 4096
+READY_SECONDS = 1800.0
+POLL_SECONDS = 0.25
+PORT_ATTEMPTS = 3
+DYING_SECONDS = 10.0  # an engine that died takes its server down with it, but not at once
+# Without it vLLM serves a checkpoint that lacks a tensor, from uninitialised memory and without a word.
+LOAD_CHECK = '--model-loader-extra-config={"enable_weights_track": true}'
+NO_LOAD_CHECK = (
+    "vLLM's check for tensors that were not loaded is off: it refuses every weight-only checkpoint in the modelopt "
+    "layout, because it expects an input scale there; the stage structure looks for missing tensors instead"
+)
+# What nvquant itself decides.
+_OWN_FLAGS = {
+    "--model": "the checkpoint is the argument",
+    "--host": "the server listens on this machine alone",
+    "--port": "a free one is taken",
+    "--served-model-name": "the checkpoint's name is taken",
+    "--tensor-parallel-size": "--tensor-parallel says it",
+    "-tp": "--tensor-parallel says it",
+    "--max-model-len": "nvquant's own --max-model-len says it",
+    "--kv-cache-dtype": "nvquant's own --kv-cache-dtype says it",
+    "--model-loader-extra-config": "the check for tensors that were not loaded is always on",
+}
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Which server, and how.
+
+    Attributes:
+        vllm: a command line; None for what `find_vllm` finds.
+        url: of a server that runs already; nothing is started then.
+        tensor_parallel: GPUs that share the weights.
+        max_model_len: tokens of the longest request; None for 4096, or the model's own limit where it is less.
+        kv_cache_dtype: vLLM's name.
+        flags: further ones, as `--name=value`, or name and value as two words.
+        ready_seconds: to wait for the server, at most.
+        request_seconds: to wait for one answer, at most.
+        port: a fixed one instead of a free one.
+    """
+
+    vllm: str | None = None
+    url: str | None = None
+    tensor_parallel: int = 1
+    max_model_len: int | None = None
+    kv_cache_dtype: str = "auto"
+    flags: tuple[str, ...] = ()
+    ready_seconds: float = READY_SECONDS
+    request_seconds: float = 600.0
+    port: int | None = None
+
+
+class ServerDied(CheckFailed):
+    """A server that ended before it was ready, or was not ready in time; the message says why and what to do.
+
+    Attributes:
+        cause: the line of its log that says why.
+        hint: what to do, where something is known.
+        log: the whole log.
+    """
+
+    def __init__(self, doing: str, cause: str, hint: str | None, log: Path) -> None:
+        ending = f"{cause.rstrip('.')}. {_capital(hint)}." if hint else f"{cause.rstrip('.')}. The log is {log}."
+        super().__init__(f"vLLM {doing}: {ending}")
+        self.cause, self.hint, self.log = cause, hint, log
+
+
+@dataclass
+class Server:
+    """A server that answers; lives as long as the `serving` block around it.
+
+    Attributes:
+        client: for asking it.
+        url: its address.
+        model: the name under which it serves.
+        command: the line that started it, settings first, as a shell would take it; empty for one that ran already.
+        log: of a server that was started here.
+        process: likewise.
+        ready_seconds: from the start until it answered; 0 for one that ran already.
+        is_cpu: whether it computes on a CPU; None where that is not known.
+        notes: what a reader of the results must know.
+    """
+
+    client: Client
+    url: str
+    model: str
+    command: str = ""
+    log: Path | None = None
+    process: ServerProcess | None = None
+    ready_seconds: float = 0.0
+    is_cpu: bool | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def facts(self) -> LogFacts:
+        """What the log says so far; of a server that ran already, what it tells when asked."""
+        if self.log is not None:
+            return parse_log(self.log.read_text(errors="replace"))
+        limit = next((model.get("max_model_len") for model in self.client.models()), None)
+        return LogFacts(
+            version=self.client.version(),
+            kv_tokens=self.client.kv_cache_tokens(),
+            max_model_len=limit if isinstance(limit, int) else None,
+        )
+
+    def explain(self, error: ServerError) -> CheckFailed:
+        """The error to report where a question failed: why the server ended, if it did."""
+        if self.process is None:
+            return error
+        deadline = time.monotonic() + DYING_SECONDS
+        while self.process.exit_code is None:
+            if time.monotonic() > deadline or (self.client.is_healthy() and not isinstance(error, ServerGone)):
+                return error
+            time.sleep(POLL_SECONDS)
+        return _death("ended while it was asked", self.process)
+
+
+@contextmanager
+def serving(checkpoint: Path, options: ServeOptions, folder: Path, progress: Progress) -> Iterator[Server]:
+    """A server for a checkpoint folder, ready to be asked, until the block ends.
+
+    All its processes are ended with the block, by an error or a signal too, and even if nvquant is killed.
+
+    Args:
+        folder: where its log is kept, as `vllm.log`; made if it does not exist.
+        progress: called with what the server is doing, in words.
+    Raises:
+        InputError: a flag that nvquant sets itself, no such program, an address where nobody answers, a port in use.
+        EnvironmentLack: no vLLM.
+        ServerDied: it ended, or was not ready in time.
+    """
+    if options.url is not None:
+        yield _running(options)
+        return
+    _refuse_own_flags(options.flags)
+    vllm = find_vllm(options.vllm)
+    folder.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, PORT_ATTEMPTS + 1):
+        server = _start(checkpoint.resolve(), vllm, options, folder.resolve())
+        assert server.process is not None
+        try:
+            try:
+                _wait(server, server.process, options, progress)
+            except _PortTaken as taken:
+                if attempt == PORT_ATTEMPTS or options.port is not None:
+                    raise taken.death from None
+                continue
+            yield server
+            return
+        finally:
+            server.process.end()
+
+
+class _PortTaken(Exception):
+    """Another program took the port between our choosing it and the server's."""
+
+    def __init__(self, death: ServerDied) -> None:
+        self.death = death
+
+
+def _running(options: ServeOptions) -> Server:
+    assert options.url is not None
+    client = Client(options.url, "", options.request_seconds)
+    try:
+        models = client.models()
+    except ServerGone as error:
+        raise InputError(f"--url {options.url}: no server answers there ({error})") from error
+    if not models:
+        raise InputError(f"--url {options.url}: the server there serves no model.")
+    client.model = str(models[0].get("id"))
+    return Server(client, client.url, client.model)
+
+
+def _start(checkpoint: Path, vllm: VllmCommand, options: ServeOptions, folder: Path) -> Server:
+    config = read_json(checkpoint / "config.json", "every checkpoint has one")
+    is_cpu = vllm.is_cpu_build or not has_gpu()
+    context = options.max_model_len or min(DEFAULT_CONTEXT, _own_limit(config))
+    port = options.port or _free_port()
+    if options.port is not None:
+        _refuse_taken(options.port)
+    name = checkpoint.name
+    flags = [
+        f"--host={HOST}",
+        f"--port={port}",
+        *("--served-model-name", name, _mark(port)),
+        f"--max-model-len={context}",
+        f"--kv-cache-dtype={options.kv_cache_dtype}",
+    ]
+    flags += [f"--tensor-parallel-size={options.tensor_parallel}"] if options.tensor_parallel > 1 else []
+    flags += [] if any((checkpoint / file).is_file() for file in _TOKENIZERS) else ["--skip-tokenizer-init"]
+    flags += CPU_FLAGS if is_cpu else ()
+    skips_check = LOAD_CHECK_REFUSES_WEIGHT_ONLY_MODELOPT and _is_weight_only_modelopt(checkpoint, config)
+    flags += [*options.flags, *([] if skips_check else [LOAD_CHECK])]
+    settings = own_settings(
+        is_cpu, kv_cache_bytes(config, context), options.tensor_parallel, options.ready_seconds
+    )  # fmt: skip
+    environment = server_environment(settings)
+    words = vllm.serve(str(checkpoint), flags)
+    shown = [*(f"{key}={environment[key]}" for key in settings), *words]
+    client = Client(f"http://{HOST}:{port}", name, options.request_seconds)
+    process = ServerProcess(words, environment, folder / LOG_NAME)
+    notes = [NO_LOAD_CHECK] if skips_check else []
+    return Server(client, client.url, name, shlex.join(shown), process.log, process, 0.0, is_cpu, notes)
+
+
+def _wait(server: Server, process: ServerProcess, options: ServeOptions, progress: Progress) -> None:
+    """Until the server answers, telling what it does meanwhile."""
+    started = time.monotonic()
+    watch = _LogWatch(process.log, progress)
+    progress("starting vLLM")
+    while not server.client.is_healthy():
+        watch.look()
+        if process.exit_code is not None:
+            death = _death(f"stopped while {watch.phase}", process)
+            raise _PortTaken(death) if "ddress already in use" in death.cause else death
+        if time.monotonic() - started > options.ready_seconds:
+            cause = f"it was still {watch.phase} after {options.ready_seconds:.0f} s"
+            raise ServerDied("was not ready in time", cause, "give it more with --ready-seconds", process.log)
+        time.sleep(POLL_SECONDS)
+    server.ready_seconds = time.monotonic() - started
+    if _mark(int(server.url.rpartition(":")[2])) not in {str(model.get("id")) for model in server.client.models()}:
+        cause = f"another program answers on port {server.url.rpartition(':')[2]}"
+        raise _PortTaken(ServerDied("could not listen", cause, "run it again", process.log))
+
+
+class _LogWatch:
+    """Reads what a log gained, and tells each new phase."""
+
+    def __init__(self, log: Path, progress: Progress) -> None:
+        self._log, self._progress = log, progress
+        self._at = 0
+        self._part = ""
+        self.phase = "starting"
+
+    def look(self) -> None:
+        with self._log.open("rb") as file:
+            file.seek(self._at)
+            content = file.read()
+        self._at += len(content)
+        lines = (self._part + content.decode(errors="replace")).replace("\r", "\n").split("\n")
+        self._part = lines.pop()
+        for line in lines:
+            phase = phase_of(line)
+            if phase is not None and phase != self.phase:
+                self.phase = phase
+                self._progress(f"vLLM: {phase}")
+
+
+def _death(doing: str, process: ServerProcess) -> ServerDied:
+    log = process.log.read_text(errors="replace")
+    cause = root_cause(log)
+    if cause is None and (name := process.signal_name):
+        cause = f"ended by {name}"
+    if cause is None:
+        last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "nothing was logged")
+        cause = f"it exited with code {process.exit_code} and these last words: {last[:300]}"
+    known = hint_for(cause)
+    return ServerDied(doing, cause, known.hint if known else None, process.log)
+
+
+def _refuse_own_flags(flags: tuple[str, ...]) -> None:
+    for flag in flags:
+        name = flag.partition("=")[0].replace("_", "-")
+        if name in _OWN_FLAGS:
+            raise InputError(f"--vllm-flag {flag}: {_OWN_FLAGS[name]}; leave it out.")
+
+
+def _is_weight_only_modelopt(checkpoint: Path, config: Mapping[str, Any]) -> bool:
+    stored = config.get("quantization_config")
+    if not isinstance(stored, Mapping) and (checkpoint / "hf_quant_config.json").is_file():
+        stored = {
+            "quant_method": "modelopt",
+            **(read_json(checkpoint / "hf_quant_config.json", "").get("quantization") or {}),
+        }
+    if not isinstance(stored, Mapping) or stored.get("quant_method") != "modelopt":
+        return False
+    groups = stored.get("config_groups")
+    groups = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
+    return str(stored.get("quant_algo")).upper() == "W4A16_NVFP4" or (
+        bool(groups) and all(group.get("input_activations") is None for group in groups)
+    )
+
+
+def _own_limit(config: Mapping[str, Any]) -> int:
+    return int(text_config(config).get("max_position_embeddings") or DEFAULT_CONTEXT)
+
+
+def _mark(port: int) -> str:
+    """A second name for the model, by which our server is told from another that has our port."""
+    return f"nvquant-{port}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _refuse_taken(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise InputError(f"Port {port} is in use by another program: take another, or end that one.") from error
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
