@@ -41,6 +41,7 @@ class LogFacts:
         kv_bytes: of one worker's KV cache.
         kv_tokens: that fit into the KV cache.
         warnings: known to matter to the reader of a verification, in words.
+        faults: words for warnings after which the server computes something else than the files say.
     """
 
     version: str | None = None
@@ -51,6 +52,7 @@ class LogFacts:
     max_model_len: int | None = None
     attention: str | None = None
     warnings: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
 
 # Phases that a user understands, each by a line with which it begins. The last that matches is the current one.
@@ -67,12 +69,18 @@ PHASES: tuple[tuple[str, str], ...] = (
 )
 _PHASES = tuple((re.compile(pattern), words) for pattern, words in PHASES)
 
-WARNINGS: tuple[tuple[str, str], ...] = (
+FAULTS: tuple[tuple[str, str], ...] = (
     (
-        r"(weight|input) global scale is different for parallel layers|global scale is different",
-        "the parts of a fused layer (q, k, v; gate, up) have different global scales: vLLM takes one for all, and "
-        "decodes the others wrongly",
+        r"weight global scale is different",
+        "the parts of a fused layer (q, k, v; gate, up) have different weight global scales: vLLM takes one for all, "
+        "and decodes the others wrongly",
     ),
+    (
+        r"input global scale is different",
+        "the parts of a fused layer (q, k, v; gate, up) have different input global scales: vLLM takes one for all",
+    ),
+)
+WARNINGS: tuple[tuple[str, str], ...] = (
     (
         r"Marlin requires thread-tile padding",
         "Marlin pads weights whose shapes are no multiples of its tiles: more memory than the file has",
@@ -89,11 +97,7 @@ WARNINGS: tuple[tuple[str, str], ...] = (
         r"Using KV cache scaling factor 1\.0",
         "the FP8 KV cache has no calibrated scales; vLLM takes 1.0",
     ),
-    (
-        r"not able to load|Unexpected key|were not used when initializing",
-        "vLLM did not use some tensors of the checkpoint",
-    ),
-)  # fmt: skip
+)
 
 
 def read_line(raw: str) -> Line:
@@ -130,7 +134,8 @@ def parse_log(text: str) -> LogFacts:
             or _first(lines, r"Using max model len ([\d,]+)")
         ),
         attention=_attention(lines),
-        warnings=tuple(words for pattern, words in WARNINGS if _first(lines, f"({pattern})") is not None),
+        warnings=_said(lines, WARNINGS),
+        faults=_said(lines, FAULTS),
     )
 
 
@@ -152,6 +157,10 @@ def _attention(lines: Iterable[str]) -> str | None:
         or _first(lines, r"Using AttentionBackendEnum\.(\w+) backend")
         or _first(lines, r"forcing (\w+) backend")
     )
+
+
+def _said(lines: list[str], known: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    return tuple(words for pattern, words in known if _first(lines, f"({pattern})") is not None)
 
 
 def _all(lines: Iterable[str], pattern: str) -> list[str]:

@@ -1,0 +1,124 @@
+"""Whether a server gives a prompt the likelihood that the checkpoint's files say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import mean, quantiles
+from typing import Any
+
+from ..recipe.roles import text_config
+from ..serving.client import Client
+from ..serving.kernels import Arithmetic
+from .report import Finding, not_applicable
+from .subject import Subject
+
+Emulate = Callable[[list[int], str], list[float]]
+
+# W4A4 is chaotic: one input that rounds the other way changes all after it, so right servers differ by 0.4 to 0.6 nat a
+# token, but by less than 0.1 in the mean over 200 tokens and more.
+LEAST_TOKENS = 200
+MOST_MEAN_W4A4 = 0.15
+# Weights alone leave the rounding of 16-bit sums: 0.04 nat a token, 0.2 at most, in models of 135M parameters. Logits
+# are rounded to BF16 too, by up to 0.06 at 16 to 32, so a few unlikely tokens may differ by more; a wrong model differs
+# everywhere. The tail is held at the 99th percentile, and nothing may be far off.
+MOST_MEAN_WEIGHT_ONLY = 0.1
+MOST_P99_WEIGHT_ONLY = 0.5
+MOST_EVER_WEIGHT_ONLY = 2.0
+# A model knows its text if it needs less than half of what guessing needs: ln(vocabulary) / 2 is 5.4 nats for 49,152
+# tokens, and 6.2 for 262,144. Models of 135M parameters need 3.5; swapped nibbles give 21, an inverted scale ln(V).
+KNOWS_TEXT = 0.5
+
+
+def check_logprobs(
+    subject: Subject,
+    client: Client,
+    arithmetic: Arithmetic | None,
+    possible: Sequence[Arithmetic],
+    ids: list[int],
+    emulate: Emulate,
+    source_nll: float | None,
+) -> tuple[Finding, dict[str, Any]]:
+    """Compare the likelihoods of a prompt, served and emulated.
+
+    Args:
+        arithmetic: of the server; None where it did not say, and then it may be any of the possible ones.
+        possible: the arithmetics that the checkpoint allows.
+        source_nll: of the model that it was made from, on a text of the same kind; None where it is not known.
+    Returns:
+        the verdict, and what was measured: see the document's `logprobs`.
+    """
+    served = client.prompt_logprobs(ids)
+    measured = [
+        _measure(name, served, emulate(ids, name)) for name in ((arithmetic,) if arithmetic is not None else possible)
+    ]
+    best = min(measured, key=lambda one: (len(_faults(one)), abs(one["mean_difference"])))
+    said = {"w4a4": "W4A4", "weight_only": "weights only"}[best["arithmetic"]]
+    looked_at = (
+        f"{best['tokens']} tokens: {best['nll_served']:.4f} nats each served, {best['nll_emulated']:.4f} emulated from "
+        f"the files ({said}); mean difference {best['mean_difference']:+.4f}, {best['mean_absolute_difference']:.3f} a "
+        f"token, at most {best['max_difference']:.2f}"
+    )
+    faults = _faults(best) + _knows_text(subject, best["nll_served"], source_nll)
+    return Finding(looked_at, faults), best
+
+
+def _measure(arithmetic: Arithmetic, served: Sequence[float], emulated: Sequence[float]) -> dict[str, Any]:
+    differences = [got - expected for got, expected in zip(served, emulated, strict=True)]
+    sizes = [abs(difference) for difference in differences]
+    return {
+        "arithmetic": arithmetic,
+        "tokens": len(served),
+        "nll_served": -mean(served),
+        "nll_emulated": -mean(emulated),
+        "mean_difference": -mean(differences),
+        "mean_absolute_difference": mean(sizes),
+        "p99_difference": quantiles(sizes, n=100, method="inclusive")[98] if len(sizes) > 1 else sizes[0],
+        "max_difference": max(sizes),
+    }
+
+
+def _faults(one: dict[str, Any]) -> list[str]:
+    if not math.isfinite(one["nll_served"]):
+        return ["the server's likelihoods hold a NaN or an infinity"]
+    if one["arithmetic"] == "w4a4":
+        limits = [("mean_difference", MOST_MEAN_W4A4, "the mean differs by")]
+    else:
+        limits = [
+            ("mean_absolute_difference", MOST_MEAN_WEIGHT_ONLY, "tokens differ by a mean of"),
+            ("p99_difference", MOST_P99_WEIGHT_ONLY, "one token in a hundred differs by"),
+            ("max_difference", MOST_EVER_WEIGHT_ONLY, "a token differs by"),
+        ]
+    return [
+        f"{words} {abs(one[key]):.3f} nats, at most {limit:g} is right: the server does not compute what the files say"
+        for key, limit, words in limits
+        if not abs(one[key]) <= limit
+    ]
+
+
+def _knows_text(subject: Subject, nll: float, source_nll: float | None) -> list[str]:
+    """Whether the served model predicts text better than chance; nothing where its source does not either."""
+    guessing = math.log(int(text_config(subject.config).get("vocab_size") or 2))
+    if nll <= KNOWS_TEXT * guessing or not math.isfinite(nll):
+        return []
+    if not source_nll_tells(subject, source_nll):
+        return []
+    return [
+        f"the text costs {nll:.2f} nats a token, guessing {guessing:.2f}: the weights are damaged or untrained, or the "
+        f"tokenizer is of another model"
+    ]
+
+
+def source_nll_tells(subject: Subject, source_nll: float | None) -> bool:
+    """Whether text can be asked of the checkpoint: its source predicts text, or is not known not to."""
+    guessing = math.log(int(text_config(subject.config).get("vocab_size") or 2))
+    return source_nll is None or source_nll <= KNOWS_TEXT * guessing
+
+
+def too_few(ids: Sequence[int] | None, arithmetics: Sequence[Arithmetic]) -> Finding | None:
+    """Why there is nothing to compare; None where there is."""
+    if ids is None or len(ids) < 2:
+        return not_applicable("there is no reference text for this checkpoint")
+    if "w4a4" in arithmetics and len(ids) <= LEAST_TOKENS:
+        return not_applicable(f"W4A4 is compared over {LEAST_TOKENS} tokens at least, and there are {len(ids) - 1}")
+    return None
