@@ -38,15 +38,18 @@ class Head:
         self.rows, self.cols = skeleton.source.info(self._name).shape
 
     def _stored_name(self, name: str) -> str:
-        """Where the head's rows are: under its own name, or in the embedding of a tied model."""
+        """Where the head's rows are: in the embedding of a tied model, whatever else it stores, else under its own
+        name."""
         skeleton = self._skeleton
-        decoder: Any = skeleton.decoder
-        embedding = decoder.get_input_embeddings()
-        tied = next(name for name, module in skeleton.decoder.named_modules() if module is embedding)
-        for stored in (name, f"{skeleton.root}{tied}.weight"):
-            if stored in skeleton.source.files:
-                return stored
-        raise InputError(f"{skeleton.source.folder} stores no {name}: the checkpoint is incomplete.")
+        full: Any = skeleton.full
+        if full.config.get_text_config().tie_word_embeddings:
+            decoder: Any = skeleton.decoder
+            embedding = decoder.get_input_embeddings()
+            inside = next(inside for inside, module in skeleton.decoder.named_modules() if module is embedding)
+            name = f"{skeleton.root}{inside}.weight"
+        if name not in skeleton.source.files:
+            raise InputError(f"{skeleton.source.folder} stores no {name}: the checkpoint is incomplete.")
+        return name
 
     def _stored_bias(self, name: str) -> Tensor | None:
         source = self._skeleton.source

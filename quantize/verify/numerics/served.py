@@ -85,16 +85,13 @@ class ServedModel:
         subject = self.subject
         rounds = scheme_of(group.name, subject.quantization) == W4A4
         histogram = torch.stack([subject.histograms[module] for module in group.members]).sum(0)
+        # One tensor for all members: by it an input that they share is known to be rounded already.
+        divisor = self._kept(group, "weight_global")
+        input_divisor = self._kept(group, "input_global") if rounds else None
         for module in group.members:
             yield (
                 module,
-                ServedMatrix(
-                    subject.sound[module],
-                    group.name,
-                    self._kept(group, "weight_global"),
-                    self._kept(group, "input_global") if rounds else None,
-                    flushed_bytes(histogram),
-                ),
+                ServedMatrix(subject.sound[module], group.name, divisor, input_divisor, flushed_bytes(histogram)),
             )
 
     def _kept(self, group: FusedGroup, part: Part) -> Tensor:
@@ -234,7 +231,7 @@ class InputRounding:
         numbers.blocks += amaxes.numel()
         numbers.clipped += counted[0]
         numbers.lost += counted[1]
-        numbers.amax = max(numbers.amax, float(amaxes.max()))
+        numbers.amax = float(torch.maximum(torch.tensor(numbers.amax), amaxes.max().cpu()))  # NaN stays NaN
 
 
 def fused_members(model: ServedModel, group: str) -> list[str]:

@@ -303,6 +303,9 @@ def _inputs(document: Mapping[str, Any]) -> Finding:
     if not inputs:
         return not_applicable("no input is quantized")
     faults = [
+        f"{one['name']}: its input holds a NaN or an infinity" for one in inputs if not math.isfinite(one["amax"])
+    ]
+    faults += [
         f"{one['name']}: {one['clipped']:.1%} of its input's blocks are clipped (amax {one['amax']:.4g}, calibrated "
         f"{one['calibrated_amax']:.4g}): the input global scale is too large"
         for one in inputs

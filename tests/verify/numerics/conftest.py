@@ -1,0 +1,28 @@
+"""Tiny models that the tests of this stage share, and a real one converted once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.conversions import TinyModels, converted
+from verify.numerics.measuring import Measured, held_out, measured
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """A tiny model's folder by its name; shared, so only to be read."""
+    return TinyModels(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_full(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with every linear layer in W4A4, its inputs calibrated on another text than it is measured on."""
+    samples = held_out(smollm2, 4, 256, seed=7)
+    return converted(smollm2, tmp_path_factory.mktemp("smollm2") / "nvfp4-full", samples=samples)
+
+
+@pytest.fixture(scope="session")
+def smollm2_measured(smollm2: Path, smollm2_full: Path) -> Measured:
+    """What was measured of it when nothing is wrong."""
+    return measured(smollm2_full, smollm2, held_out(smollm2, 3, 128))
