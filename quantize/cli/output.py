@@ -15,7 +15,7 @@ PLAIN_INTERVAL_SECONDS = 10.0
 
 def emit_json(document: Mapping[str, Any]) -> None:
     """One JSON document on stdout."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from ..verify.report import Report
+from ..verify.report import Report, plain_json
 
 STAGES = ("structure", "numerics", "serve")
 _PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+([^\s/'\"]+)/?")
@@ -17,16 +17,15 @@ _PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+([^\s/'\"]+)/?")
 def document(report: Report, bench: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The report and the benchmark as plain JSON values.
 
-    JSON has no NaN and no infinity: they become the strings "NaN", "Infinity" and "-Infinity", which no comparison
-    with a limit takes for a small number, as it would take null. The server's command loses the folders of its paths
-    and its host, so that the same checkpoint gives the same document on every machine and no user's name is published.
+    The server's command loses the folders of its paths and its host, so that the same checkpoint gives the same
+    document on every machine and no user's name is published.
     """
     whole = {**report.as_json(), "bench": bench}
     served = whole["serve"]
     if isinstance(served, Mapping) and isinstance(served.get("server"), Mapping):
         server = {key: _portable(key, value) for key, value in served["server"].items()}
         whole["serve"] = {**served, "server": server}
-    found: dict[str, Any] = _plain(whole)
+    found: dict[str, Any] = plain_json(whole)
     return found
 
 
@@ -63,13 +62,3 @@ def _portable(key: str, value: Any) -> Any:
         return value
     value = re.sub(r"(--host|--port|--uds)[ =]\S+", r"\1 …", value)
     return _PATH.sub(lambda match: PurePosixPath(match[0]).name, value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value

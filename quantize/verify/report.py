@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,14 +82,29 @@ class Report:
         return all(check.passed for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
-        """The document of `verify --json`."""
-        return {
-            "passed": self.passed,
-            "checks": [check.as_json() for check in self.checks],
-            "checkpoint": dict(self.checkpoint),
-            "numerics": self.numerics,
-            "serve": self.serve,
-        }
+        """The document of `verify --json`; see `plain_json`."""
+        document: dict[str, Any] = plain_json(
+            {
+                "passed": self.passed,
+                "checks": [check.as_json() for check in self.checks],
+                "checkpoint": self.checkpoint,
+                "numerics": self.numerics,
+                "serve": self.serve,
+            }
+        )
+        return document
+
+
+def plain_json(value: Any) -> Any:
+    """A value in JSON's own types. JSON has no NaN and no infinity: they become the strings "NaN", "Infinity" and
+    "-Infinity", which no comparison with a limit takes for a small number, as it would take null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [plain_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def counted(number: int, singular: str, plural: str | None = None) -> str:

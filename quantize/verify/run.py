@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoint.source import Checkpoint
-from ..errors import InputError
+from ..errors import EnvironmentLack, InputError
 from .contents import describe_checkpoint
 from .numerics.stage import NumericsOptions, NumericsStage
 from .report import Check, Finding, Report
@@ -85,7 +85,13 @@ class Verification:
             return
         assert self._source is not None
         stage = NumericsStage(subject, self._source, self._options.numerics, self._progress)
-        yield from stage.run()
+        try:
+            yield from stage.run()
+        except (InputError, EnvironmentLack) as refusal:
+            # A checkpoint that failed already is the likelier cause than the request: its verdict is not to be lost.
+            if all(check.passed for check in self._checks):
+                raise
+            yield Check("numerics", "predictions", Finding("not measured", [str(refusal)]))
         self._documents["numerics"] = stage.document
 
     def _unreadable(self, subject: Subject) -> list[str]:
