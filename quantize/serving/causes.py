@@ -56,5 +56,5 @@ def _message(lines: Sequence[Line], at: int) -> str:
         if line.process != lines[at].process or line.level != lines[at].level or _END_OF_MESSAGE.search(line.text):
             break
         parts.append(line.text.strip())
-    whole = re.sub(r"^\w+(?:\.\w+)+\.(?=\w+(?:Error|Exception))", "", " ".join(" ".join(parts).split()))
+    whole = re.sub(r"^(?:\w+\.)+(?=\w+(?:Error|Exception))", "", " ".join(" ".join(parts).split()))
     return whole if len(whole) <= MOST_CHARACTERS else f"{whole[:MOST_CHARACTERS].rstrip()} …"

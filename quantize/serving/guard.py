@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 GRACE_SECONDS = 10.0
+ORPHAN_SECONDS = 3.0
 POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -78,18 +79,27 @@ def _start(command: list[str]) -> int:
 
 
 def _end_all(reaper: _Reaper, command: int) -> None:
-    """Ask the command to end, give it and its children time to, and kill whatever is left."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(command, signal.SIGTERM)
+    """Ask the command to end, then what it left behind, and kill whatever does not.
+
+    The children are the command's to end: it may need them for ending in order.
+    """
+    _send([command], signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
-    while descendants(os.getpid()):
-        reaper.collect()
+    orphans_asked = False
+    while left := descendants(os.getpid()):
         if time.monotonic() > deadline:
-            for pid in descendants(os.getpid()):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+            _send(left, signal.SIGKILL)
+        elif reaper.status is not None and not orphans_asked:
+            _send(left, signal.SIGTERM)
+            orphans_asked, deadline = True, min(deadline, time.monotonic() + ORPHAN_SECONDS)
         time.sleep(POLL_SECONDS / 4)
-    reaper.collect()
+        reaper.collect()
+
+
+def _send(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
 
 
 def main(command: list[str]) -> int:
