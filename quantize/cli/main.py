@@ -16,6 +16,8 @@ COMMANDS = {
     "plan": "Sizes, memory and GPUs that fit, before any work.",
     "convert": "Turn a BF16 checkpoint into an NVFP4 checkpoint.",
     "verify": "Prove a checkpoint: structure, bytes, scales.",
+    "bench": "Serving speed: decode, prefill, users, contexts.",
+    "doctor": "What this machine can do, and what it lacks.",
     "relayout": "Rewrite an NVFP4 checkpoint in the other layout.",
     "recipes": "List the recipes, or show one.",
     "demo": "The whole chain on an embedded real model.",

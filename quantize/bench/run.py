@@ -1,0 +1,294 @@
+"""The benchmark: one server after the other, one point after the other, each on disk as soon as it is measured."""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckFailed, InputError
+from ..serving.client import LOCAL_HOSTS, Client
+from ..serving.faults import known_faults
+from ..serving.machine import Gpu, used_bytes
+from ..serving.server import ServeOptions, Server, ServerDied, serving
+from .ceiling import Ceiling
+from .document import Results
+from .grid import Grid, Point, Target
+from .load import Load, LoadFailed, LoadGenerator, Measured
+from .subject import Subject
+
+Progress = Callable[[str], None]
+AS_SERVED = "as served"
+WARM_UP_TOKENS = 8
+# A prompt that the server has seen before costs it nothing, which is not what is to be measured.
+NO_PREFIX_CACHE = "--no-enable-prefix-caching"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all servers have in common.
+
+    Attributes:
+        options: for starting them; the KV cache's dtype and the longest request come from `kv_cache_dtypes` and the
+            grid.
+        kv_cache_dtypes: each checkpoint is served once for each of them.
+        gpus: on which they compute.
+        bandwidth: bytes a second of all of these; None where it is not known.
+    """
+
+    options: ServeOptions
+    kv_cache_dtypes: tuple[str, ...]
+    grid: Grid
+    generator: LoadGenerator
+    gpus: Sequence[Gpu]
+    bandwidth: float | None
+
+
+class Bench:
+    """One run.
+
+    Args:
+        targets: the first is the checkpoint whose tokenizer counts for servers without a checkpoint here.
+        folder: for results and logs.
+        head: of the document.
+    Raises:
+        InputError: a point is too long, nobody answers at an address, or the folder holds results already.
+    """
+
+    def __init__(
+        self, targets: Sequence[Target], setting: Setting, folder: Path, head: Mapping[str, Any], progress: Progress
+    ) -> None:
+        self._targets, self._setting, self._folder, self._progress = targets, setting, folder, progress
+        self._seed = 0
+        self._refuse_too_long()
+        self.results = self._results = Results(folder, head)
+
+    def _refuse_too_long(self) -> None:
+        grid, options = self._setting.grid, self._setting.options
+        for target in self._targets:
+            if target.url is not None:
+                grid.refuse_longer_than(_served_limit(target.url), f"the limit of the server at {target.url},")
+            elif target.subject is not None:
+                grid.refuse_longer_than(options.max_model_len, "--max-model-len, the limit")
+                grid.refuse_longer_than(target.subject.longest_context, f"the limit of {target.name},")
+
+    def run(self) -> None:
+        """Measure everything. A server that does not start fails its points, and the others go on.
+
+        Raises:
+            InputError, EnvironmentLack: there is nothing to start servers or loads with.
+        """
+        for target in self._targets:
+            for dtype in self._setting.kv_cache_dtypes if target.url is None else (AS_SERVED,):
+                self._measure(target, dtype)
+        self._results.finish()
+
+    def _measure(self, target: Target, dtype: str) -> None:
+        served = _Served(target, dtype, self._targets[0], self._setting)
+        shown = target.name if dtype in ("auto", AS_SERVED) else f"{target.name}, {dtype} KV cache"
+        folder = self._folder / "servers" / served.slug
+        folder.mkdir(parents=True, exist_ok=True)
+        record = self._results.add_server(served.facts())
+        try:
+            with serving(served.checkpoint, served.options(), folder, lambda words: self._say(shown, words)) as server:
+                self._results.update(record, served.seen(server))
+                self._points(served, server, folder, record, shown)
+                self._results.update(record, served.seen(server))
+        except ServerDied as death:
+            self._results.update(record, {"failed": str(death)})
+            for point in self._setting.grid.points[self._results.measured_of(record) :]:
+                self._results.add_point(record, _row(served, point) | {"failed": str(death)})
+
+    def _points(self, served: _Served, server: Server, folder: Path, record: int, shown: str) -> None:
+        warm: int | None = None
+        for number, point in enumerate(self._setting.grid.points, 1):
+            words = f"{point.users} user{'s' * (point.users > 1)}" + (
+                f", context {point.context}" * bool(point.context)
+            )
+            self._say(shown, f"{words} ({number} of {len(self._setting.grid.points)})")
+            load = served.load(server, point)
+            try:
+                if number == 1 or warm != point.context:
+                    self._warm_up(load, folder, number == 1)
+                    warm = point.context
+                answers = self._one(load, folder)
+                prompts = self._one(load.changed(output_tokens=1), folder)
+            except LoadFailed as failure:
+                if server.process is not None and server.process.exit_code is not None:
+                    raise ServerDied("ended while it was measured", str(failure), None, server.process.log) from failure
+                self._results.add_point(record, _row(served, point) | {"failed": str(failure)})
+                continue
+            self._results.add_point(record, _row(served, point) | served.figures(server, load, answers, prompts))
+
+    def _warm_up(self, load: Load, folder: Path, is_first: bool) -> None:
+        """The first requests of a kind wait for kernels to be compiled or tuned; none of them is measured."""
+        users = max(self._setting.grid.users) if is_first else 1
+        self._one(load.changed(users=users, requests=users, output_tokens=WARM_UP_TOKENS), folder)
+
+    def _one(self, load: Load, folder: Path) -> Measured:
+        self._seed += 1
+        return self._setting.generator.run(load.changed(seed=self._seed), folder)
+
+    def _say(self, shown: str, words: str) -> None:
+        self._progress(f"{shown}: {words}")
+
+
+class _Served:
+    """One server of the run: what is known of it, and how its figures are read."""
+
+    def __init__(self, target: Target, dtype: str, first: Target, setting: Setting) -> None:
+        self.target, self.dtype, self._setting = target, dtype, setting
+        assert first.subject is not None
+        self._tokenizer: Subject = target.subject or first.subject
+        self._subject = target.subject
+        self._is_local = target.url is None or urllib.parse.urlsplit(target.url).hostname in LOCAL_HOSTS
+        self._is_vllm = True
+        self._ceiling: Ceiling | None = None
+        if self._subject is not None:
+            self._ceiling = self._subject.ceiling("auto" if dtype == AS_SERVED else dtype)
+
+    @property
+    def slug(self) -> str:
+        """Name of its folder for logs."""
+        words = f"{self.target.name}-{self.dtype}"
+        return "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in words).strip(".")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder that is served."""
+        return self._tokenizer.folder
+
+    def options(self) -> ServeOptions:
+        """How it is started."""
+        options = self._setting.options
+        if self.target.url is not None:
+            return replace(options, url=self.target.url, vllm=None, flags=())
+        own = () if any("prefix-caching" in flag for flag in options.flags) else (NO_PREFIX_CACHE,)
+        length = options.max_model_len or self._setting.grid.model_len(self._tokenizer)
+        return replace(
+            options, url=None, max_model_len=length, kv_cache_dtype=self.dtype, flags=(*options.flags, *own)
+        )  # fmt: skip
+
+    def facts(self) -> dict[str, Any]:
+        """What is known before it is started."""
+        subject = self._subject
+        return {
+            "name": self.target.name,
+            "kv_cache": self.dtype,
+            "scheme": subject.scheme if subject else None,
+            "checkpoint_bytes": subject.weights_bytes if subject else None,
+            "read_bytes_per_token": self._ceiling.weight_bytes if self._ceiling else None,
+        }
+
+    def seen(self, server: Server) -> dict[str, Any]:
+        """What it tells once it runs."""
+        facts = server.facts
+        self._is_vllm = facts.version is not None
+        if self._ceiling is None and not self._is_vllm:
+            self._ceiling = _ceiling_of_file(server.client, self._tokenizer)
+        on_gpu = self._is_local and not server.is_cpu and bool(self._setting.gpus)
+        hints = []
+        if self._subject is not None and (facts.version or server.process is not None):
+            capability = self._setting.gpus[0].capability if self._setting.gpus else None
+            situation = self._subject.situation(
+                facts.version, capability, bool(server.is_cpu), self.dtype, self._setting.options.tensor_parallel
+            )
+            hints = [f"{fault.hint} ({fault.source})" for fault in known_faults(situation)]
+        return {
+            "vllm": facts.version,
+            "command": server.command,
+            "url": self.target.url,
+            "ready_seconds": round(server.ready_seconds, 1) if server.process else None,
+            "kernel": "; ".join(kernel.words for kernel in facts.kernels) or None,
+            "kernel_class": ", ".join(kernel.name for kernel in facts.kernels) or None,
+            "attention": facts.attention,
+            "weights_bytes": facts.weights_bytes,
+            "kv_cache_tokens": facts.kv_tokens,
+            "max_model_len": facts.max_model_len,
+            "gpu_memory_bytes": used_bytes(self._setting.gpus) if on_gpu else None,
+            "process_memory_bytes": server.process.memory_bytes() if server.process else None,
+            "read_bytes_per_token": self._ceiling.weight_bytes if self._ceiling else None,
+            "hints": [*server.notes, *hints],
+        }
+
+    def load(self, server: Server, point: Point) -> Load:
+        """The load of a point."""
+        grid = self._setting.grid
+        return Load(
+            server.url, server.model, self.checkpoint, point.context, grid.output_tokens, point.users,
+            grid.requests_for(point.users), 0, grid.dataset, grid.dataset_path, self._is_vllm,
+        )  # fmt: skip
+
+    def figures(self, server: Server, load: Load, answers: Measured, prompts: Measured) -> dict[str, Any]:
+        """The row of a point.
+
+        Args:
+            answers: of the load itself.
+            prompts: of the same load with one token for an answer.
+        """
+        length, made = answers.input_tokens / answers.requests, answers.output_tokens / answers.requests
+        decode = load.users * 1000 / answers.tpot_mean_ms if answers.tpot_mean_ms > 0 else None
+        ceiling = None
+        if self._ceiling is not None and self._setting.bandwidth and self._is_local:
+            ceiling = self._ceiling.tokens_per_second(
+                self._setting.bandwidth, round(length + (made - 1) / 2), load.users
+            )
+        return {
+            "context": load.context if load.context is not None else round(length),
+            "decode_tokens_per_second": _rounded(decode),
+            "ceiling_tokens_per_second": _rounded(ceiling),
+            "share_of_ceiling": round(decode / ceiling, 3) if decode and ceiling else None,
+            "prefill_tokens_per_second": _rounded(prompts.input_tokens_per_second),
+            "output_tokens_per_second": _rounded(answers.output_tokens_per_second),
+            "ttft_p50_ms": _rounded(answers.ttft_p50_ms),
+            "ttft_p99_ms": _rounded(answers.ttft_p99_ms),
+            "itl_p50_ms": _rounded(answers.itl_p50_ms),
+            "itl_p99_ms": _rounded(answers.itl_p99_ms),
+            "requests": answers.requests,
+            "output_tokens": round(made, 1),
+            "note": _note(server.facts.kv_tokens, load, length + made, made),
+        }
+
+
+def _row(served: _Served, point: Point) -> dict[str, Any]:
+    return {
+        "name": served.target.name,
+        "kv_cache": served.dtype,
+        "context": point.context,
+        "users": point.users,
+    }
+
+
+def _note(kv_tokens: int | None, load: Load, length: float, made: float) -> str | None:
+    """What a reader must know to read the row."""
+    notes = []
+    if kv_tokens is not None and kv_tokens < load.users * length:
+        notes.append(f"the KV cache holds {kv_tokens / length:.1f} of {load.users} users at a time; the others wait")
+    if round(made) < load.output_tokens:
+        notes.append(f"answers of {made:.0f} tokens, not {load.output_tokens}")
+    return "; ".join(notes) or None
+
+
+def _rounded(value: float | None) -> float | None:
+    """To four meaningful digits, or all before the point."""
+    if value is None:
+        return None
+    return float(f"{value:.4g}") if abs(value) < 1000 else float(round(value))
+
+
+def _served_limit(url: str) -> int | None:
+    client = Client(url, "")
+    try:
+        limits = [model.get("max_model_len") for model in client.models()]
+    except CheckFailed as error:
+        raise InputError(f"{url}: no server answers there ({error})") from error
+    return next((limit for limit in limits if isinstance(limit, int)), None)
+
+
+def _ceiling_of_file(client: Client, subject: Subject) -> Ceiling | None:
+    """Of a llama.cpp server, which tells its file's size; its KV cache is taken for 16 bits."""
+    meta = next((model.get("meta") for model in client.models()), None)
+    size = meta.get("size") if isinstance(meta, dict) else None
+    return Ceiling(subject.config, size) if isinstance(size, int) and size > 0 else None

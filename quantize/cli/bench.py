@@ -1,0 +1,220 @@
+"""`nvquant bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import InputError
+from .options import debug_option, json_option
+from .output import emit_json, print_table, say
+from .serving_options import serving_options, take_serve_options
+
+if TYPE_CHECKING:
+    from ..bench.grid import Grid
+    from ..bench.load import LoadGenerator
+    from ..bench.run import Setting
+    from ..serving.server import ServeOptions
+
+EXAMPLES = """
+\b
+Examples:
+  nvquant bench ./gemma-4-31b-nvfp4
+  nvquant bench ./gemma-4-31b-nvfp4 --against ./gemma-4-31b --contexts 1024,16384,65536 --kv-cache-dtype auto,fp8
+  nvquant bench ./gemma-4-31b-nvfp4 --against Q4_K_M=http://127.0.0.1:8080 --users 1
+  nvquant bench ./gemma-4-31b-nvfp4 --url http://127.0.0.1:8000 --load-generator guidellm
+"""
+
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """`1,8,32` as numbers, each once."""
+    words = [word.strip() for word in value.split(",") if word.strip()]
+    if not words or not all(word.isdigit() and int(word) > 0 for word in words):
+        raise click.BadParameter(f"{value!r} is no list of numbers; write 1,8,32.", ctx, parameter)
+    return tuple(dict.fromkeys(int(word) for word in words))
+
+
+@click.command("bench", epilog=EXAMPLES)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="CHECKPOINT|URL",
+    help="Compare with another checkpoint folder, or with a server that runs at this address, such as llama.cpp's; "
+    "NAME=… names it. May be given several times.",
+)
+@click.option(
+    "--users", callback=_numbers, default="1,8,32", show_default=True, metavar="N,…", help="Users at the same time."
+)
+@click.option(
+    "--contexts",
+    callback=_numbers,
+    default="1024,4096,16384",
+    show_default=True,
+    metavar="TOKENS,…",
+    help="Lengths of the prompts.",
+)
+@click.option(
+    "--output-tokens", type=click.IntRange(min=2), default=200, show_default=True, help="Length of the answers."
+)
+@click.option(
+    "--prompts",
+    type=click.IntRange(min=1),
+    help="Requests for each point, rounded up to whole rounds of all users; by default 8, or two rounds where that is "
+    "more.",
+)
+@serving_options
+@click.option(
+    "--load-generator",
+    type=click.Choice(["vllm", "guidellm"]),
+    default="vllm",
+    show_default=True,
+    help="What sends the requests: `vllm bench serve` of the vLLM that serves, or guidellm.",
+)
+@click.option("--guidellm", metavar="COMMAND", help="The guidellm to take; by default the one on PATH.")
+@click.option(
+    "--dataset",
+    default="random",
+    show_default=True,
+    metavar="NAME",
+    help="Prompts, as `vllm bench serve --dataset-name` has them; with others than random, --contexts has no effect.",
+)
+@click.option("--dataset-path", metavar="PATH", help="Of the data set.")
+@click.option(
+    "--bandwidth",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB/S",
+    help="Memory bandwidth of all GPUs together, where the GPU's name is not known here.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("nvquant-bench"),
+    show_default=True,
+    help="Folder for bench.json, bench.md, plots and logs.",
+)
+@click.option("--plots/--no-plots", default=None, help="Draw SVG files; by default where matplotlib is installed.")
+@json_option
+@debug_option
+def command(
+    checkpoint: Path,
+    against: tuple[str, ...],
+    output: Path,
+    plots: bool | None,
+    as_json: bool,
+    **values: Any,
+) -> int:
+    """Measure how fast CHECKPOINT is served, alone or against others, point by point.
+
+    For every context and number of users: decode and prefill tokens a second, time to the first token and between
+    tokens (p50, p99), GPU memory and KV-cache capacity, and beside the decode rate the ceiling that the GPU's memory
+    sets. A server that does not start, or a request that fails, fails its point, and the others go on; then the exit
+    code is 1.
+    """
+    from ..bench.document import table_rows, where_of
+    from ..bench.grid import find_targets
+    from ..bench.plots import draw, need_matplotlib
+    from ..bench.run import Bench
+
+    draws = plots if plots is not None else _has_matplotlib()
+    if draws:
+        need_matplotlib()
+    url = values["url"]
+    targets = find_targets(checkpoint, url, against)
+    setting, head = _setting(values)
+    names = [target.name for target in targets]
+    bench = Bench(targets, setting, output, head | {"targets": names}, say)
+    results = bench.results
+    try:
+        bench.run()
+    finally:
+        if draws and results.points:
+            draw(results.points, output)
+    if as_json:
+        emit_json(results.document)
+    else:
+        print_table(*table_rows(results.points))
+        for point in results.points:
+            if point.get("failed"):
+                say(f"Failed: {where_of(point)}: {point['failed']}")
+    say(f"Results: {output / 'bench.md'}")
+    return 1 if results.failed else 0
+
+
+def _setting(values: dict[str, Any]) -> tuple[Setting, dict[str, Any]]:
+    from ..bench.document import head_of
+    from ..bench.run import Setting
+    from ..serving.machine import gpus
+
+    generator, options, dtypes = _server_and_generator(values)
+    grid = _grid(values)
+    used = gpus()[: options.tensor_parallel]
+    given = values["bandwidth"]
+    known = [gpu.bandwidth_bytes for gpu in used]
+    bandwidth = given * 1e9 if given else sum(filter(None, known)) if known and None not in known else None
+    settings = {
+        "load_generator": generator.name,
+        "contexts": list(grid.contexts),
+        "users": list(grid.users),
+        "output_tokens": grid.output_tokens,
+        "requests": grid.requests,
+        "dataset": grid.dataset,
+        "kv_cache_dtypes": list(dtypes),
+        "tensor_parallel": options.tensor_parallel,
+        "vllm_flags": list(options.flags),
+    }
+    setting = Setting(options, dtypes, grid, generator, used, bandwidth)
+    return setting, head_of(used, bandwidth, bool(given), settings)
+
+
+def _server_and_generator(values: dict[str, Any]) -> tuple[LoadGenerator, ServeOptions, tuple[str, ...]]:
+    """With --url, --vllm names the vLLM whose load generator is taken."""
+    from ..bench.guidellm_load import find_guidellm
+    from ..bench.vllm_load import bench_command
+    from ..serving.command import find_vllm
+
+    vllm, is_running = values["vllm"], values["url"] is not None
+    dtypes = tuple(dict.fromkeys(word.strip() for word in values["kv_cache_dtype"].split(",") if word.strip()))
+    if not dtypes:
+        raise InputError("--kv-cache-dtype is empty: write auto,fp8.")
+    if is_running:
+        if dtypes != ("auto",):
+            raise InputError(
+                "--url measures a server that runs already, whose KV cache is what it is: drop --kv-cache-dtype."
+            )
+        values["vllm"] = None
+    options = take_serve_options(values)
+    if values["load_generator"] == "guidellm" and values["dataset"] != "random":
+        raise InputError("guidellm is used for random prompts only: drop --dataset, or --load-generator guidellm.")
+    takes_guidellm, guidellm = values.pop("load_generator") == "guidellm", values.pop("guidellm")
+    if guidellm and not takes_guidellm:
+        raise InputError("--guidellm has no effect without --load-generator guidellm.")
+    generator: LoadGenerator = find_guidellm(guidellm) if takes_guidellm else bench_command(find_vllm(vllm))
+    return generator, replace(options, kv_cache_dtype=dtypes[0], url=None), dtypes
+
+
+def _grid(values: Mapping[str, Any]) -> Grid:
+    from ..bench.grid import Grid
+    from ..bench.load import RANDOM
+
+    if values["dataset"] != RANDOM and not values["dataset_path"]:
+        raise InputError(f"--dataset {values['dataset']} needs --dataset-path, the file or name of the data set.")
+    return Grid(
+        values["contexts"],
+        values["users"],
+        values["output_tokens"],
+        values["prompts"],
+        values["dataset"],
+        values["dataset_path"],
+    )
+
+
+def _has_matplotlib() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("matplotlib") is not None

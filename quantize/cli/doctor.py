@@ -1,0 +1,47 @@
+"""`nvquant doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import debug_option, json_option
+from .output import emit_json
+
+LACKS = 3
+
+
+@click.command("doctor")
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--context", type=click.IntRange(min=1), metavar="TOKENS", help="Length of the longest request.  [default: 8192]"
+)
+@click.option("--kv-cache-dtype", default="auto", show_default=True, metavar="DTYPE", help="Of the server, as fp8.")
+@click.option("--vllm", metavar="COMMAND", help="The vLLM to look at; by default the one that verify would start.")
+@json_option
+@debug_option
+def command(checkpoint: Path | None, context: int | None, kv_cache_dtype: str, vllm: str | None, as_json: bool) -> int:
+    """Say what this machine can do with NVFP4, whether CHECKPOINT fits, and what is lacking.
+
+    Nothing is started, downloaded or loaded. Exits with 3 where something needed lacks.
+    """
+    from ..bench.doctor import Doctor
+    from ..bench.doctor import as_json as document
+    from ..bench.subject import open_subject
+
+    subject = None if checkpoint is None else open_subject(checkpoint)
+    doctor = Doctor(subject, context, vllm, kv_cache_dtype)
+    findings = []
+    for finding in doctor.run():
+        findings.append(finding)
+        if not as_json:
+            click.echo(f"{finding.status:<8} {finding.name:<21} {finding.words}")
+            if finding.hint:
+                click.echo(f"{'':<30} {finding.hint}.")
+    if as_json:
+        emit_json(document(doctor, findings))
+    lacking = [finding.name for finding in findings if finding.status == "lacks"]
+    if lacking and not as_json:
+        click.echo(f"Lacking: {', '.join(dict.fromkeys(lacking))}.")
+    return LACKS if lacking else 0
