@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.sidefiles import side_files
-from ..checkpoint.source import Checkpoint, read_json
+from ..checkpoint.source import Checkpoint, read_json, tensor_bytes, torch_dtype
 from ..errors import InputError
 from ..recipe.roles import Role, role_of, unused_tensors
 from .matrices import KV_SCALES, split_name
@@ -18,13 +20,15 @@ from .subject import Subject, is_tied, pieces
 from .threads import map_in_threads
 
 # Which program wrote the file and where its input lay: other tools rewrite them, and nothing reads them.
-PROVENANCE_KEYS = frozenset({"transformers_version", "_name_or_path"})
+PROVENANCE_KEYS = frozenset({"transformers_version", "_name_or_path", "name_or_path", "is_local", "local_files_only"})
+DTYPE_KEYS = frozenset({"dtype", "torch_dtype"})
 
 
 def check_names(subject: Subject, source: Checkpoint) -> Finding:
     """Every tensor of the source is there, copied under its name or quantized; nothing is there that it lacks.
 
-    Other tools may leave out what no server reads: the head of a tied model, keys and values that no layer uses.
+    Other tools may leave out what no server reads: the head of a tied model, keys and values that no layer uses. They
+    may store what was BF16 or FP16 as FP32, which holds the same values.
     """
     faults = []
     copies = _copies(subject)
@@ -36,7 +40,7 @@ def check_names(subject: Subject, source: Checkpoint) -> Finding:
         module, leaf = split_name(name)
         copied = copies.get(name)
         if copied is not None:
-            if (copied.dtype, copied.shape) != (info.dtype, info.shape):
+            if not _is_same_type(copied, info) and not _is_widened(subject, copied, info):
                 faults.append(f"{name} is {copied.dtype} {list(copied.shape)}, was {info.dtype} {list(info.shape)}")
         elif leaf != "weight" or module not in subject.matrices:
             faults.append(f"{name} is missing")
@@ -47,6 +51,16 @@ def check_names(subject: Subject, source: Checkpoint) -> Finding:
                if f"{module}.weight" not in infos]  # fmt: skip
     words = f"{counted(len(infos), 'source tensor')}, {len(subject.matrices):,} of them quantized"
     return Finding(f"{words}, {len(left_out)} left out that no server reads" if left_out else words, faults)
+
+
+def _is_same_type(copied: TensorInfo, info: TensorInfo) -> bool:
+    return (copied.dtype, copied.shape) == (info.dtype, info.shape)
+
+
+def _is_widened(subject: Subject, copied: TensorInfo, info: TensorInfo) -> bool:
+    """Whether another tool stored a tensor in FP32 that the source has in half of it."""
+    is_wider = copied.dtype == "F32" and info.dtype in ("BF16", "F16")
+    return subject.manifest is None and is_wider and copied.shape == info.shape
 
 
 def _unread(source: Checkpoint) -> frozenset[str]:
@@ -70,12 +84,17 @@ def _is_kv_scale(subject: Subject, name: str) -> bool:
 
 
 def check_untouched(subject: Subject, source: Checkpoint) -> Finding:
-    """What is not quantized has the source's bytes, every one of them."""
+    """What is not quantized has the source's bytes, every one of them; what another tool stored in FP32, its values."""
     infos = source.infos()
+    copies = _copies(subject)
     names = [
         name
-        for name, info in _copies(subject).items()
-        if name in infos and (info.dtype, info.shape) == (infos[name].dtype, infos[name].shape)
+        for name, info in copies.items()
+        if name in infos
+        and (
+            (info.dtype, info.shape) == (infos[name].dtype, infos[name].shape)
+            or _is_widened(subject, info, infos[name])
+        )
     ]
     found = map_in_threads(
         lambda name: _first_difference(subject.checkpoint, source, name), names, subject.progress, "comparing tensors"
@@ -85,24 +104,43 @@ def check_untouched(subject: Subject, source: Checkpoint) -> Finding:
         for name, at in zip(names, found, strict=True)
         if at is not None
     ]
-    return Finding(f"{counted(len(names), 'tensor')}, {sum(infos[name].nbytes for name in names):,} bytes", faults)
+    size = sum(infos[name].nbytes for name in names)
+    more = sum(copies[name].nbytes for name in names) - size
+    widened = sum(_is_widened(subject, copies[name], infos[name]) for name in names)
+    words = f"{counted(len(names), 'tensor')}, {size:,} bytes"
+    return Finding(f"{words}; {widened} stored in FP32, {more:,} bytes for nothing" if widened else words, faults)
 
 
 def _first_difference(one: Checkpoint, other: Checkpoint, name: str) -> int | None:
-    for (at, left), (_, right) in zip(pieces(one, name), pieces(other, name), strict=True):
-        if left != right:
-            return at + next(i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b)
+    """Number of the first byte of `other`'s tensor whose value is another in `one`, where it may be stored in FP32."""
+    dtype = torch_dtype(other.info(name).dtype)
+    is_wider = one.info(name).nbytes > other.info(name).nbytes
+    for at, right in pieces(other, name):
+        left = bytearray(2 * len(right) if is_wider else len(right))
+        one.read_into(name, memoryview(left), 2 * at if is_wider else at)
+        wanted = tensor_bytes(torch.frombuffer(right, dtype=dtype).float()) if is_wider else right
+        if left != wanted:
+            differs = next(i for i, (a, b) in enumerate(zip(left, wanted, strict=True)) if a != b)
+            return at + (differs // 2 if is_wider else differs)
     return None
 
 
 def check_config_source(subject: Subject, source: Checkpoint) -> Finding:
     """config.json says of the model what the source's says; only `quantization_config` is new.
 
-    Of another tool's output, the keys that name the program that wrote the file may differ.
+    Of another tool's output, the keys that name the program that wrote the file may differ; the dtype too, where the
+    tensors have it.
     """
     allowed = {"quantization_config"} | (PROVENANCE_KEYS if subject.manifest is None else frozenset())
+    infos = source.infos()
+    if any(_is_widened(subject, info, infos[name]) for name, info in _copies(subject).items() if name in infos):
+        allowed |= DTYPE_KEYS
     differences = list(_differences(source.config, subject.config, ""))
-    faults = [words for key, words in differences if key.partition(".")[0] not in allowed]
+    faults = [
+        words
+        for key, words in differences
+        if key.partition(".")[0] not in allowed and key.rpartition(".")[2] not in DTYPE_KEYS & allowed
+    ]
     return Finding(counted(len(source.config), "key"), faults)
 
 

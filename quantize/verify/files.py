@@ -1,15 +1,12 @@
-"""Checks of the files themselves: headers, index, tokenizer, hashes."""
+"""Checks of the files themselves: headers, index, hashes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.sidefiles import TEMPLATE_FOLDER, side_files
 from ..checkpoint.source import INDEX_NAME, SINGLE_NAME, read_json
 from ..errors import InputError
 from .manifest import Manifest
@@ -17,10 +14,8 @@ from .report import Finding, counted, not_applicable
 from .subject import PIECE_BYTES, Subject
 from .threads import map_in_threads
 
-VOCABULARIES = (
-    "tokenizer.json", "tokenizer.model*", "*.tiktoken", "tekken.json", "spiece.model", "sentencepiece.bpe.model",
-    "vocab.json", "vocab.txt",
-)  # fmt: skip
+# Readers that know no index take what lies there under these names.
+OTHER_WEIGHTS = ("pytorch_model*.bin", "*.pth", "adapter_config.json", "*.gguf")
 
 
 def check_headers(subject: Subject) -> Finding:
@@ -35,12 +30,15 @@ def check_headers(subject: Subject) -> Finding:
 
 
 def check_index(subject: Subject) -> Finding:
-    """The index names every tensor, in the one file that holds it, names nothing else, and has the right total size."""
+    """The index names every tensor, in the one file that holds it, names nothing else, and has the right total size; no
+    other weights lie beside them, of which a reader might take these instead."""
+    beside = sorted(path.name for pattern in OTHER_WEIGHTS for path in subject.folder.glob(pattern))
+    strangers = [f"{name} lies beside the shards: some readers would load it" for name in beside]
     path = subject.folder / INDEX_NAME
     if not path.exists():
         others = [name for name in subject.headers if name != SINGLE_NAME]
         looked_at = f"no index, {counted(len(subject.headers), 'file')}"
-        return Finding(looked_at, [f"{name} needs {INDEX_NAME} beside it" for name in others])
+        return Finding(looked_at, [*(f"{name} needs {INDEX_NAME} beside it" for name in others), *strangers])
     try:
         index = read_json(path, "")
     except InputError as error:
@@ -54,7 +52,7 @@ def check_index(subject: Subject) -> Finding:
     total = sum(info.nbytes for header in subject.headers.values() for info in header.tensors.values())
     if stated != total:
         faults.append(f"total_size is {stated}, but the tensors have {total} bytes")
-    return Finding(f"{len(weight_map):,} entries, {total:,} bytes", faults)
+    return Finding(f"{len(weight_map):,} entries, {total:,} bytes", [*faults, *strangers])
 
 
 def _misplaced(subject: Subject, weight_map: Mapping[str, Any]) -> Iterator[str]:
@@ -78,38 +76,6 @@ def _unlisted(subject: Subject, weight_map: Mapping[str, Any]) -> Iterator[str]:
             if tensor in first:
                 yield f"{tensor} lies in {first[tensor]} and in {file}"
             first[tensor] = file
-
-
-def check_tokenizer(subject: Subject) -> Finding:
-    """Side files parse, a tokenizer's settings have a vocabulary, and a model calibrated on text or chats has both."""
-    names = side_files(subject.folder)
-    faults = [fault for name in names if name.endswith(".json") for fault in _unreadable_json(subject.folder / name)]
-    has_vocabulary = any(fnmatch(name, pattern) for name in names for pattern in VOCABULARIES)
-    framing = subject.manifest.framing if isinstance(subject.manifest, Manifest) else None
-    if not has_vocabulary and "tokenizer_config.json" in names:
-        faults.append("tokenizer_config.json has no vocabulary beside it, as tokenizer.json")
-    elif not has_vocabulary and framing in ("prose", "chat"):
-        faults.append("the manifest says that text was tokenized, but there is no tokenizer")
-    if framing == "chat" and not _has_chat_template(subject.folder, names):
-        faults.append("the manifest says that chats were framed, but there is no chat template")
-    return Finding(counted(len(names), "side file") if names else "no side files", faults)
-
-
-def _unreadable_json(path: Path) -> list[str]:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [f"{path.name} is not readable JSON ({error})"]
-    return []
-
-
-def _has_chat_template(folder: Path, names: list[str]) -> bool:
-    if any(name.startswith(("chat_template.", f"{TEMPLATE_FOLDER}/")) for name in names):
-        return True
-    try:
-        return "chat_template" in read_json(folder / "tokenizer_config.json", "")
-    except InputError:
-        return False
 
 
 def check_hashes(subject: Subject) -> Finding:

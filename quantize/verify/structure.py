@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..plan.plan import refuse_quantized
-from . import against, configs, files, recorded, scales, weights
+from . import against, architecture, configs, files, recorded, scales, tokenizer, weights
 from .report import Check, Finding, Report
 from .subject import Subject, open_subject
 
@@ -18,9 +18,11 @@ ALONE: dict[str, Callable[[Subject], Finding]] = {
     "layout": configs.check_layout,
     "matrices": configs.check_matrices,
     "config": configs.check_config,
+    "architecture": architecture.check_architecture,
     "protected": scales.check_protected,
     "kv_cache": configs.check_kv_cache,
-    "tokenizer": files.check_tokenizer,
+    "tokenizer": tokenizer.check_tokenizer,
+    "unquantized": architecture.check_unquantized,
     "block_scales": scales.check_block_scales,
     "global_scales": scales.check_global_scales,
     "fused_groups": scales.check_fused_groups,

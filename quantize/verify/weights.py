@@ -91,6 +91,13 @@ def _exact_faults(matrix: Matrix, tally: Tally) -> list[str]:
     return faults
 
 
+def most_poor_blocks(blocks: int) -> float:
+    """How many blocks of a sound matrix may be beyond the bounds: 1 %, and two standard deviations of such a count,
+    since a small matrix has a few by chance."""
+    share = (1 - BLOCK_SHARE) * blocks
+    return share + 2 * math.sqrt(share)
+
+
 def _bound_faults(matrix: Matrix, tally: Tally) -> list[str]:
     faults = []
     gain, rmse = tally.gain, tally.relative_rmse
@@ -99,7 +106,7 @@ def _bound_faults(matrix: Matrix, tally: Tally) -> list[str]:
             f"{matrix.module}: relative RMSE {rmse:.3g} and gain {gain:.3g}, where at most {RMSE_LIMIT} and "
             f"{GAIN_LIMITS[0]} to {GAIN_LIMITS[1]} are right"
         )
-    elif tally.poor_blocks > (1 - BLOCK_SHARE) * tally.blocks:
+    elif tally.poor_blocks > most_poor_blocks(tally.blocks):
         faults.append(
             f"{matrix.module}: {tally.poor_blocks:,} of {tally.blocks:,} blocks are beyond these bounds, over 1 %"
         )

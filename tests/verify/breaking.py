@@ -2,7 +2,9 @@
 
 A fault takes a copy of a good checkpoint and breaks it in one way, as a tool with that fault would have written it: the
 index and the manifest's hashes are brought up to date, unless the fault lies there. `fails` names the checks that must
-fail, and no other may; there is more than one only where the fault shows in more than one way, as the comment says.
+fail, and no other may; there is more than one only where the fault shows in more than one way, as the comment says. The
+first of them is the one that sees it first: alone where that is possible, else against the source. What no structure
+tells is in numerics/test_broken.py.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from nvquant.checkpoint.source import open_checkpoint
+from nvquant.verify.structure import ALONE
 from support.raw_safetensors import read_raw, write_index, write_raw
 
 MANIFEST = "nvquant_manifest.json"
@@ -64,6 +67,16 @@ class Fault:
     @property
     def name(self) -> str:
         return f"{self.apply.__name__}-{self.on}"
+
+    @property
+    def fails_alone(self) -> set[str]:
+        """The checks that fail without a source."""
+        return set(self.fails) & {"headers", *ALONE}
+
+    @property
+    def first(self) -> str:
+        """Where it is seen first: in the checkpoint alone, or against its source."""
+        return "alone" if self.fails_alone else "source"
 
 
 def listing(faults: list[Fault]) -> Callable[..., Callable[[Callable[[Path], str]], Callable[[Path], str]]]:

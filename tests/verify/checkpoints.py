@@ -15,9 +15,22 @@ from nvquant.format.layouts import LAYOUTS
 from nvquant.plan.plan import compute_plan
 from nvquant.recipe.load import load_recipe
 from nvquant.recipe.roles import text_config
-from support.tiny_models import tiny_gemma4, tiny_llama
+from support.tiny_models import tiny_gemma2, tiny_gemma4, tiny_llama, tiny_qwen2
 
-WRITERS = {"llama": tiny_llama, "gemma4": tiny_gemma4}
+
+def deep_llama(folder: Path) -> Path:
+    """With more than ten layers, so that text takes layer 1 for the beginning of layer 10."""
+    return tiny_llama(folder, num_layers=12, intermediate_size=64)
+
+
+def untied_llama(folder: Path) -> Path:
+    return tiny_llama(folder, tied=False)
+
+
+WRITERS = {
+    "llama": tiny_llama, "gemma4": tiny_gemma4, "gemma2": tiny_gemma2, "qwen2": tiny_qwen2, "deep": deep_llama,
+    "untied": untied_llama,
+}  # fmt: skip
 # Name: model, layout, recipe, quantizer, and whether the manifest is kept; without it another tool might have made it.
 GOOD = {
     "llama-ct": ("llama", "compressed-tensors", "nvfp4-full", "rtn", True),
@@ -29,6 +42,12 @@ GOOD = {
     "gemma4-a16-ct": ("gemma4", "compressed-tensors", "nvfp4-a16", "rtn", True),
     "gemma4-a16-mo": ("gemma4", "modelopt", "nvfp4-a16", "mse", True),
     "gemma4-mlp-ct": ("gemma4", "compressed-tensors", "nvfp4", "rtn", True),
+    "deep-a16-mo": ("deep", "modelopt", "nvfp4-a16", "rtn", True),
+    "deep-foreign": ("deep", "compressed-tensors", "nvfp4-a16", "rtn", False),
+    "gemma2-a16-ct": ("gemma2", "compressed-tensors", "nvfp4-a16", "rtn", True),
+    "qwen2-a16-ct": ("qwen2", "compressed-tensors", "nvfp4-a16", "rtn", True),
+    "untied-a16-ct": ("untied", "compressed-tensors", "nvfp4-a16", "rtn", True),
+    "llama-foreign-mo": ("llama", "modelopt", "nvfp4-full", "rtn", False),
     "llama-foreign": ("llama", "compressed-tensors", "nvfp4-full", "rtn", False),
 }
 

@@ -36,7 +36,7 @@ def test_a_good_checkpoint_exits_with_0_and_a_line_a_check(
     assert code == 0
     size = sum(path.stat().st_size for path in made.folder.glob("*.safetensors"))
     assert lines[0] == f"ok      headers        4 files, 92 tensors, {size:,} bytes"
-    assert lines[-1] == "Passed: all 21 checks."
+    assert lines[-1] == "Passed: all 23 checks."
     assert all(line.startswith("ok ") for line in lines[:-1])
 
 
@@ -49,7 +49,7 @@ def test_a_failed_check_exits_with_1_and_names_the_offender(
     code, out, _ = run(capsys, made.folder, "--against", made.source, "--stage", "structure")
     assert code == 1
     assert "FAILED  side_files     4 side files of the source\n           chat_template.jinja is missing\n" in out
-    assert out.endswith("FAILED: 2 of 21 checks: hashes, side_files.\n")
+    assert out.endswith("FAILED: 2 of 23 checks: hashes, side_files.\n")
 
 
 def test_json_is_one_document_with_six_keys_a_check(
@@ -79,7 +79,7 @@ def test_with_a_source_structure_and_numerics_are_proved(
     code, out, _ = run(capsys, good("llama-ct"), "--against", models["llama"], "--json", *FEW)
     document = json.loads(out)
     assert code == 0 and document["passed"]
-    assert [check["stage"] for check in document["checks"]] == ["structure"] * 21 + ["numerics"] * 7
+    assert [check["stage"] for check in document["checks"]] == ["structure"] * 23 + ["numerics"] * 7
     assert document["numerics"]["text"]["name"] == "heldout.jsonl.xz"
     assert document["numerics"]["text"]["sequences"] == 2
     assert document["numerics"]["thresholds"] == {"max_kl": None, "min_top1": 0.2, "max_delta_nll": 1.0}
@@ -144,7 +144,7 @@ def test_reports_are_written_whatever_the_verdict(
     suites = ElementTree.parse(junit).getroot()
     assert len(suites.findall(".//failure")) == 1
     run_ones = [case for case in suites.findall(".//testcase") if case.find("skipped") is None]
-    assert len(run_ones) == 28  # the stage serve was not asked for
+    assert len(run_ones) == 30  # the stage serve was not asked for
 
 
 @pytest.mark.parametrize("option", ["--report", "--junit"])
@@ -189,7 +189,7 @@ def test_what_cannot_be_walked_any_more_keeps_its_verdict(
     assert code == 1
     assert "FAILED  predictions    not measured\n" in out
     assert "lacks model.norm.weight" in out
-    assert out.endswith("FAILED: 2 of 22 checks: names, predictions.\n")
+    assert out.endswith("FAILED: 2 of 24 checks: names, predictions.\n")
     assert "Error" not in err
     code, out, err = run(capsys, made.folder, "--against", made.source, "--stage", "numerics", *FEW)
     assert code == 2 and "lacks model.norm.weight" in err

@@ -64,6 +64,10 @@ def test_a_fault_fails_exactly_its_checks(fault: Fault, copy: Callable[[str], Co
     report = verify_structure(made.folder, made.source)
     assert failed(report) == set(fault.fails)
     assert words in detail(report, fault.fails[0])
+    alone = verify_structure(made.folder)
+    assert failed(alone) == fault.fails_alone
+    if fault.first == "alone":
+        assert words in detail(alone, fault.fails[0])
 
 
 def test_every_check_has_a_fault_that_it_alone_finds() -> None:
@@ -74,8 +78,11 @@ def test_every_check_has_a_fault_that_it_alone_finds() -> None:
 
 
 # What these find shows elsewhere too: a bad scale does not decode to the source's weights, a side file that does not
-# parse is not the source's, and what must not be quantized is no target of the config either.
+# parse is not the source's, what must not be quantized is no target of the config either, and neither a config that
+# does not fit its tensors nor a NaN was in the source.
 NEEDS_COMPANY = {
+    "architecture",
+    "unquantized",
     "protected",
     "tokenizer",
     "block_scales",

@@ -319,8 +319,13 @@ def _inputs(document: Mapping[str, Any]) -> Finding:
     ]
     clipped = max(inputs, key=lambda one: one["clipped"])
     lost = max(inputs, key=lambda one: one["lost"])
+    beyond = [one for one in inputs if one["amax"] > one["calibrated_amax"]]
+    said = ""
+    if beyond:
+        ratios = [one["amax"] / one["calibrated_amax"] for one in beyond if one["calibrated_amax"]]
+        said = f", {len(beyond)} beyond their calibrated amax (up to {max(ratios, default=math.inf):.2f} times)"
     return Finding(
-        f"{counted(len(inputs), 'input')}; most clipped blocks {clipped['clipped']:.2%} ({clipped['name']}), most that "
-        f"become zeros {lost['lost']:.2%} ({lost['name']})",
+        f"{counted(len(inputs), 'input')}{said}; most clipped blocks {clipped['clipped']:.2%} ({clipped['name']}), "
+        f"most that become zeros {lost['lost']:.2%} ({lost['name']})",
         faults,
     )

@@ -1,0 +1,72 @@
+"""Checks of what config.json says of the model against the tensors that are there, and of these tensors' numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..calibrate.ids import config_value
+from ..checkpoint.headers import TensorInfo
+from ..checkpoint.source import torch_dtype
+from ..recipe.roles import Role, decoder_prefix, layer_index, text_config
+from .report import Finding, counted
+from .subject import Subject, pieces
+from .threads import map_in_threads
+
+FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+def check_architecture(subject: Subject) -> Finding:
+    """Every decoder layer that the config counts is there and no other, the embedding has a row for each token, and a
+    head that the config does not tie to it is stored."""
+    prefix = decoder_prefix({name: info.shape for name, info in subject.infos.items()})
+    layers = {layer_index(name, prefix) for name in subject.infos} - {None}
+    faults = [*_wrong_layers(subject, {layer for layer in layers if layer is not None}), *_wrong_vocabulary(subject)]
+    head = next((name for name, role in subject.roles.items() if role is Role.HEAD), None)
+    stated = [part.get("tie_word_embeddings") for part in (text_config(subject.config), subject.config)]
+    if head is None and False in stated and True not in stated:
+        faults.append("tie_word_embeddings is false, but no head is stored: servers would leave it uninitialized")
+    return Finding(counted(len(layers), "decoder layer"), faults)
+
+
+def _wrong_layers(subject: Subject, layers: set[int]) -> Iterator[str]:
+    count = config_value(subject.config, "num_hidden_layers")
+    if not isinstance(count, int) or not layers:
+        return
+    missing = sorted(set(range(count)) - layers)
+    if missing:
+        yield f"num_hidden_layers is {count}, but layer {missing[0]} is not stored ({len(missing)} missing)"
+    # Layers that only predict further tokens are stored behind the others (GLM 4.5, DeepSeek V3).
+    predicts_more = any("nextn" in key or "mtp" in key for key in text_config(subject.config))
+    if max(layers) >= count and not predicts_more:
+        yield f"num_hidden_layers is {count}, but layer {max(layers)} is stored"
+
+
+def _wrong_vocabulary(subject: Subject) -> Iterator[str]:
+    size = config_value(subject.config, "vocab_size")
+    for name, role in subject.roles.items():
+        if role is Role.EMBEDDING and name.endswith("embed_tokens.weight") and isinstance(size, int):
+            rows = subject.infos[name].shape[0]
+            if rows != size:
+                yield f"vocab_size is {size}, but {name} has {rows} rows"
+
+
+def check_unquantized(subject: Subject) -> Finding:
+    """No tensor that is not quantized holds a NaN."""
+    infos = [subject.infos[name] for name in subject.roles if subject.infos[name].dtype in FLOATS]
+    found = map_in_threads(lambda info: _first_nan(subject, info), infos, subject.progress, "reading other tensors")
+    faults = [f"{info.name} holds a NaN at element {at:,}" for info, at in zip(infos, found, strict=True) if at >= 0]
+    return Finding(f"{counted(len(infos), 'tensor')}, {sum(info.nbytes for info in infos):,} bytes", faults)
+
+
+def _first_nan(subject: Subject, info: TensorInfo) -> int:
+    """Number of the first element that is a NaN; -1 for none."""
+    dtype = torch_dtype(info.dtype)
+    for begin, piece in pieces(subject.checkpoint, info.name):
+        values = torch.frombuffer(piece, dtype=dtype)
+        if bool(values.sum(dtype=torch.float64).isnan()):  # quicker than asking each; infinities may cancel, too
+            nan = values.isnan().nonzero()
+            if len(nan):
+                return begin // dtype.itemsize + int(nan[0])
+    return -1
