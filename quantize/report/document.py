@@ -17,16 +17,14 @@ _PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+([^\s/'\"]+)/?")
 def document(report: Report, bench: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The report and the benchmark as plain JSON values.
 
-    The server's command loses the folders of its paths and its host, so that the same checkpoint gives the same
+    A server's command loses the folders of its paths and its host, so that the same checkpoint gives the same
     document on every machine and no user's name is published.
     """
-    whole = {**report.as_json(), "bench": bench}
-    served = whole["serve"]
-    if isinstance(served, Mapping) and isinstance(served.get("server"), Mapping):
-        server = {key: _portable(key, value) for key, value in served["server"].items()}
-        whole["serve"] = {**served, "server": server}
-    found: dict[str, Any] = plain_json(whole)
-    return found
+    whole: dict[str, Any] = plain_json({**report.as_json(), "bench": bench})
+    for server in [at(whole, "serve", "server"), *rows(at(whole, "bench", "servers"))]:
+        if isinstance(server, dict):
+            server.update({key: _portable(key, server[key]) for key in ("command", "url") if key in server})
+    return whole
 
 
 def at(values: Any, *keys: str) -> Any:

@@ -99,10 +99,11 @@ def _blocks(page: Page, with_details: bool) -> Iterator[str]:
     if page.speed:
         yield "### Speed"
         yield from (table(found) for found in page.speed)
+        yield from (escaped(note) for note in page.speed_notes)
     yield from _checks(page.checks, with_details)
     if page.matrices and with_details:
-        yield "### Matrices"
-        yield _details(page.matrices.caption, table(page.matrices))
+        yield "### Matrices and inputs"
+        yield from (_details(escaped(found.caption), table(found)) for found in page.matrices)
     yield from _reproduce(page)
 
 

@@ -11,9 +11,9 @@ from .document import at, numeric, rows
 from .parts import Bar, Column, Layers, Series, Sizes, Table, Tile
 from .words import ABSENT, as_float, fixed, number, one_line, percent, size, with_error
 
-ARITHMETICS = {"w4a4": "W4A4", "weight_only": "weight-only"}
+ARITHMETICS = {"w4a4": "W4A4", "weight_only": "weights only"}
 COLOURS = 8
-WORST_LAYERS, WORST_MATRICES = 3, 12
+WORST_LAYERS, WORST_MATRICES, WORST_INPUTS = 3, 10, 6
 
 
 def value_at(values: Any, *keys: str) -> Any:
@@ -79,7 +79,7 @@ def accuracy_table(numerics: Any) -> Table | None:
         kl = at(own, "kl")
         lines.append(
             (
-                one_line(at(own, "words") or ARITHMETICS.get(name, "floor: BF16 against itself")),
+                _arithmetic_words(name, own),
                 with_error(value_at(kl, "mean"), value_at(kl, "standard_error")),
                 number(value_at(kl, "median")),
                 number(value_at(kl, "p99")),
@@ -104,7 +104,7 @@ def accuracy_notes(numerics: Any) -> tuple[str, ...]:
             f"{number(value_at(text, 'sequences'))} sequences, framing: {framing}."
         )
     if at(numerics, "arithmetics", "floor") is not None:
-        notes.append("The floor is the source against itself at another batch shape: what lies below it is noise.")
+        notes.append("The floor compares the source with itself: what is not above it is noise.")
     return tuple(notes)
 
 
@@ -173,6 +173,40 @@ def matrices_of(numerics: Any) -> Table | None:
     return Table(caption if len(shown) < len(matrices) else "All matrices, worst first", columns, tuple(lines))
 
 
+def inputs_of(numerics: Any) -> Table | None:
+    """The quantized inputs that lost most: clipped, become zeros, or larger than in calibration."""
+
+    def badness(found: Mapping[str, Any]) -> tuple[float, float]:
+        lost = sum(as_float(value_at(found, key)) or 0.0 for key in ("clipped", "lost"))
+        return (math.inf if math.isnan(lost) else lost, _growth(found) or 0.0)
+
+    inputs = rows(at(numerics, "inputs"))
+    if not inputs:
+        return None
+    shown = sorted(inputs, key=badness, reverse=True)[:WORST_INPUTS]
+    titles = ("clipped blocks", "blocks become zeros", "amax here", "amax in calibration", "ratio")
+    lines = [
+        (
+            one_line(found.get("name")),
+            percent(value_at(found, "clipped"), 2),
+            percent(value_at(found, "lost"), 2),
+            number(value_at(found, "amax")),
+            number(value_at(found, "calibrated_amax")),
+            number(_growth(found), 2),
+        )
+        for found in shown
+    ]
+    caption = f"The {len(shown)} inputs of {len(inputs):,} that lost most to their scale"
+    columns = (Column("input of", "code"), *(Column(title) for title in titles))
+    return Table(caption if len(shown) < len(inputs) else "All inputs, worst first", columns, tuple(lines))
+
+
+def _growth(found: Mapping[str, Any]) -> float | None:
+    """The largest input over the largest in calibration."""
+    here, calibrated = (as_float(value_at(found, key)) for key in ("amax", "calibrated_amax"))
+    return here / calibrated if here is not None and calibrated else None
+
+
 def sizes_of(checkpoint: Mapping[str, Any]) -> Sizes | None:
     """The bytes by group, before and after; small groups beyond the colours are one."""
     groups = [group for group in rows(checkpoint.get("groups")) if as_float(value_at(group, "bytes")) is not None]
@@ -212,6 +246,11 @@ def signed(value: Any) -> str:
 def _error(agreement: Any) -> tuple[str, ...]:
     error = value_at(agreement, "standard_error")
     return () if as_float(error) is None else (f"± {percent(error, 2)}",)
+
+
+def _arithmetic_words(name: str, own: Any) -> str:
+    words = one_line(at(own, "words")) or ARITHMETICS.get(name, "the source against itself")
+    return words if name != "floor" or words.startswith("floor") else f"floor: {words}"
 
 
 def _floor(text: str) -> tuple[str, ...]:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import __version__
-from .document import at, rows, stages_run
+from .document import at, stages_run
 from .measured import (
     accuracy_notes,
     accuracy_table,
     accuracy_tiles,
+    inputs_of,
     layers_of,
     matrices_of,
     size_tile,
@@ -20,7 +21,7 @@ from .measured import (
 )
 from .parts import Page
 from .served import served_of, served_tiles
-from .speed import speed_tables
+from .speed import machine_facts, speed_notes, speed_tables
 from .verdict import check_lines, verdict_of
 from .words import ABSENT, is_finite, one_line
 
@@ -42,8 +43,9 @@ def page_of(whole: Mapping[str, Any]) -> Page:
         sizes=sizes_of(checkpoint),
         served=served_of(serve),
         speed=speed_tables(whole.get("bench")),
+        speed_notes=speed_notes(whole.get("bench")),
         checks=check_lines(whole["checks"]),
-        matrices=matrices_of(numerics),
+        matrices=tuple(table for table in (matrices_of(numerics), inputs_of(numerics)) if table),
         command=_command(whole),
         reproduce=_known(_reproduce(whole)),
         machine=_known(_machine(whole)),
@@ -96,12 +98,11 @@ def _limit(value: Any) -> str:
 
 
 def _machine(whole: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    gpus = [one_line(gpu.get("name", "")) for gpu in rows(at(whole, "bench", "machine", "gpus"))]
     device, dtype = at(whole, "numerics", "device"), at(whole, "numerics", "dtype")
     return [
         ("Numbers measured on", f"{device}, {dtype}" if device and dtype else device),
         ("Served by", at(whole, "serve", "kernel", "class")),
-        ("GPUs", ", ".join(gpus)),
+        *machine_facts(whole.get("bench")),
     ]
 
 

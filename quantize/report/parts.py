@@ -156,8 +156,9 @@ class Page:
     sizes: Sizes | None = None
     served: Served | None = None
     speed: tuple[Table, ...] = ()
+    speed_notes: tuple[str, ...] = ()
     checks: tuple[CheckLine, ...] = ()
-    matrices: Table | None = None
+    matrices: tuple[Table, ...] = ()
     command: str = ""
     reproduce: tuple[tuple[str, str], ...] = ()
     machine: tuple[tuple[str, str], ...] = ()

@@ -40,9 +40,11 @@ def _facts(serve: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("Server", _server(serve)),
         ("Kernel", one_line(at(serve, "kernel", "words") or at(serve, "kernel", "class") or "")),
+        ("Attention", one_line(serve.get("attention"))),
         ("Ready after", fixed_unit(value_at(serve, "server", "ready_seconds"), "s")),
         ("Weights in memory", _memory(reported, forecast)),
         ("KV cache", fixed_unit(value_at(serve, "memory", "kv_tokens"), "tokens")),
+        ("Longest request", fixed_unit(value_at(serve, "memory", "max_model_len"), "tokens")),
         ("Decode, one user", fixed_unit(value_at(serve, "decode_tokens_per_second"), "tok/s")),
         ("Log-likelihood of a prompt", _logprobs(serve)),
     ]

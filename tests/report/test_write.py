@@ -74,13 +74,14 @@ def test_a_good_report_says_the_numbers_in_the_promised_order(tmp_path: Path) ->
                 "0.0831 nats",
                 "89.2 %",
                 "0.0831 ± 0.0033",
-                "floor: BF16 against itself",
+                "floor: the source with every module",
                 "layer 20: 0.250 (4.1 times the median)",
                 "62.5 GB became 32.6 GB.",
                 "The capital of France is",
                 "Paris. The city lies",
                 "fused_groups",
                 "model.language_model.layers.1.mlp.down_proj",
+                "model.language_model.layers.21.mlp.gate_up_proj",
                 "nvquant verify gemma-4-31b-nvfp4 --against gemma-4-31b --stage structure --stage numerics",
                 "cuda, bfloat16",
             )
@@ -106,7 +107,7 @@ def test_what_was_not_run_is_said_beside_the_verdict(tmp_path: Path) -> None:
     assert document["numerics"] is None and document["serve"] is None and document["bench"] is None
     assert "All 3 checks held. Not part of this verdict: numbers not measured, not served." in page.text
     assert "numbers not measured" in markdown and "not served" in markdown
-    for heading in ("Accuracy", "Layers", "Size", "Served", "Speed", "Matrices"):
+    for heading in ("Accuracy", "Layers", "Size", "Served", "Speed", "Matrices and inputs"):
         assert f"{heading}\n" not in markdown and heading not in page.words
 
 
@@ -143,7 +144,9 @@ def test_values_that_are_no_numbers_are_said_and_are_valid_json(tmp_path: Path) 
     assert not re.search(r"\b(nan|None|inf)\b", re.sub(r"<style>.*?</style>", "", text, flags=re.S))
 
 
-@pytest.mark.parametrize("missing", ["arithmetics", "layers", "matrices", "text", "thresholds", "perplexity_source"])
+@pytest.mark.parametrize(
+    "missing", ["arithmetics", "layers", "matrices", "inputs", "text", "thresholds", "perplexity_source"]
+)
 @pytest.mark.parametrize("value", [None, "gone"])
 def test_missing_parts_of_the_numbers_are_left_out(tmp_path: Path, missing: str, value: str | None) -> None:
     whole = reports.good()
@@ -251,11 +254,24 @@ def test_no_folder_host_or_port_is_published(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["serve"]["server"]["command"] == "vllm serve m --port …"
 
 
-def test_a_benchmark_becomes_a_table(tmp_path: Path) -> None:
-    points = [{"users": 1, "decode_tokens_per_second": 74.83}, {"users": 8, "decode_tokens_per_second": math.nan}]
-    page, markdown, document = written(reports.bare(), tmp_path, {"points": points})
-    assert "74.8" in page.text and "not a number" in page.text and "| 74.8 |" in markdown
-    assert document["bench"]["points"][1]["decode_tokens_per_second"] == "NaN"
+def test_a_benchmark_becomes_tables(tmp_path: Path) -> None:
+    bench = reports.bench()
+    bench["points"][1]["itl_p99_ms"] = math.nan
+    page, markdown, document = written(reports.bare(), tmp_path, bench)
+    for text in (page.text, markdown.replace("\\", "")):
+        for words in ("decode, tok/s", "74.8", "1,721", "50 %", "33,950", "not a number", "weights only, by Marlin"):
+            assert words in text
+        assert "gemma-4-31b, context 65,536, 8 users: failed: CUDA out of memory" in text
+        assert "the KV cache holds 1.5 of 8 users at a time" in text
+        assert "NVIDIA H200 (151 GB)" in text and "4.80 TB/s" in text
+    assert document["bench"]["points"][1]["itl_p99_ms"] == "NaN"
+    assert document["bench"]["servers"][0]["command"] == "vllm serve m --port …"
+
+
+@pytest.mark.parametrize("bench", [{}, {"points": []}, {"points": None}, {"points": [{}]}, {"points": [{"users": 1}]}])
+def test_an_empty_benchmark_is_no_trouble(tmp_path: Path, bench: dict[str, Any]) -> None:
+    page, _, _ = written(reports.bare(), tmp_path, bench)
+    assert ("Speed" in page.words) == ("users" in str(bench))
 
 
 def test_more_groups_than_colours_are_still_told(tmp_path: Path) -> None:

@@ -18,6 +18,11 @@ ANSWER = (
     "stands the cathedral.\n\nThe city is divided into twenty districts, which are counted from the middle outwards in "
     "the form of a spiral, like the shell of a snail."
 )
+WORDS = {
+    "w4a4": "W4A4, as GPUs with FP4 units compute it",
+    "weight_only": "weights only, as Marlin computes it on Hopper, Ada and Ampere",
+    "floor": "the source with every module's output rounded to BF16, against float32",
+}
 STRUCTURE = {
     "headers": "12 shards, 1,728 tensors, no holes",
     "index": "1,728 tensors, 32,633,255,032 bytes",
@@ -71,8 +76,17 @@ def matrix(index: int, name: str, scheme: str = "W4A4") -> dict[str, Any]:
         "zero_blocks": index % 7,
         "clamped_blocks": index % 3,
         "flushed_blocks": 0,
-        "input_clipped": 0.0002,
-        "input_amax_ratio": 1.02 + 0.01 * (index % 9),
+    }
+
+
+def quantized_input(index: int, name: str) -> dict[str, Any]:
+    return {
+        "name": f"model.language_model.layers.{index}.mlp.{name}",
+        "layer": index,
+        "amax": 40.0 + index,
+        "calibrated_amax": 43.0,
+        "clipped": 0.0002 if index == 21 and name == "gate_up_proj" else 0.0,
+        "lost": 0.0,
     }
 
 
@@ -102,12 +116,17 @@ def numerics(layers: int = 60) -> dict[str, Any]:
         "nll_source": 2.1733,
         "perplexity_source": math.exp(2.1733),
         "arithmetics": {
-            "w4a4": arithmetic("W4A4, as on Blackwell", 0.0831, 0.8924, 0.0378),
-            "weight_only": arithmetic("weight-only, as on Hopper and older", 0.0317, 0.9341, 0.0124),
-            "floor": arithmetic("floor: BF16 against itself", 0.00021, 0.9962, 0.0001),
+            "w4a4": arithmetic(WORDS["w4a4"], 0.0831, 0.8924, 0.0378),
+            "weight_only": arithmetic(
+                "weights only, as Marlin computes it on Hopper, Ada and Ampere", 0.0317, 0.9341, 0.0124
+            ),
+            "floor": arithmetic(
+                "the source with every module's output rounded to BF16, against float32", 0.00021, 0.9962, 0.0001
+            ),
         },
         "layers": [layer(index, layers) for index in range(layers)],
         "matrices": [matrix(index, name) for index in range(layers) for name in ("gate_proj", "up_proj", "down_proj")],
+        "inputs": [quantized_input(index, name) for index in range(layers) for name in ("gate_up_proj", "down_proj")],
         "thresholds": {"max_kl": None, "min_top1": 0.5, "max_delta_nll": 1.0},
     }
 
@@ -125,7 +144,13 @@ def serve() -> dict[str, Any]:
             "arithmetic": "weight_only",
             "words": "weight-only (Marlin): weights are expanded to BF16, inputs stay BF16",
         },
-        "memory": {"reported_bytes": 32_450_000_000, "forecast_bytes": 32_633_255_032, "kv_tokens": 48_320},
+        "attention": "FLASH_ATTN",
+        "memory": {
+            "reported_bytes": 32_450_000_000,
+            "forecast_bytes": 32_633_255_032,
+            "kv_tokens": 48_320,
+            "max_model_len": 4096,
+        },
         "answers": [
             {
                 "prompt": "The capital of France is",
@@ -237,3 +262,59 @@ def bare() -> Report:
     """Structure alone, without a source."""
     found = {"headers": "1 shard, 12 tensors", "index": "12 tensors, 105,216 bytes"}
     return Report((*checks("structure", found), Check("structure", "kv_cache", not_applicable("no KV cache scheme"))))
+
+
+def bench() -> dict[str, Any]:
+    """Of `nvquant bench`: two models, one of whose points failed."""
+
+    def point(name: str, context: int, users: int, decode: float | None, **more: Any) -> dict[str, Any]:
+        figures = {"server": 0, "name": name, "kv_cache": "auto", "context": context, "users": users, **more}
+        if decode is None:
+            return figures
+        return figures | {
+            "decode_tokens_per_second": decode,
+            "ceiling_tokens_per_second": 149.2 * users,
+            "share_of_ceiling": round(decode / (149.2 * users), 3),
+            "prefill_tokens_per_second": 33950.0,
+            "ttft_p50_ms": 41.3,
+            "ttft_p99_ms": 188.0,
+            "itl_p50_ms": 1000 * users / decode,
+            "itl_p99_ms": 1200 * users / decode,
+        }
+
+    nvfp4, bf16 = "gemma-4-31b-nvfp4", "gemma-4-31b"
+    return {
+        "nvquant": "0.1.0",
+        "complete": True,
+        "machine": {
+            "gpus": [{"name": "NVIDIA H200", "capability": "9.0", "memory_bytes": 150_754_820_096}],
+            "driver": "570.86.15",
+            "fp4": "weights only, by Marlin",
+            "bandwidth_bytes_per_second": 4.8e12,
+            "cpu": "x86_64",
+            "cores": 16,
+        },
+        "settings": {"load_generator": "vllm bench serve", "output_tokens": 128},
+        "servers": [
+            {
+                "name": nvfp4,
+                "kv_cache": "auto",
+                "scheme": "NVFP4 W4A4",
+                "vllm": "0.32.0",
+                "command": "/home/ada/bin/vllm serve /data/m --port 43117",
+                "url": None,
+                "kernel": "weights only, by Marlin",
+                "checkpoint_bytes": 32_633_255_032,
+                "weights_bytes": 32_450_000_000,
+                "gpu_memory_bytes": 131_000_000_000,
+                "kv_cache_tokens": 98_320,
+            }
+        ],
+        "points": [
+            point(nvfp4, 1024, 1, 74.83),
+            point(nvfp4, 1024, 32, 1721.0),
+            point(nvfp4, 65536, 8, 210.4, note="the KV cache holds 1.5 of 8 users at a time; the others wait"),
+            point(bf16, 1024, 1, 53.1),
+            point(bf16, 65536, 8, None, failed="CUDA out of memory"),
+        ],
+    }
