@@ -124,7 +124,10 @@ class ServeStage:
             looked_at = f"vLLM {self._facts.version}" if self._facts.version else "vLLM"
             self._hints += [death.hint] if death.hint else []
             self._hints += self._known_faults()
-            yield Check(STAGE, "start", Finding(f"{looked_at} did not become ready", [str(death)]))
+            # vLLM does not say which file is damaged.
+            yield Check(
+                STAGE, "start", Finding(f"{looked_at} did not become ready", [str(death), *self._subject.damaged])
+            )
 
     def _ask(self, server: Server) -> Iterator[Check]:
         self._facts = server.facts

@@ -100,6 +100,10 @@ def check_tokens(
     """
     if not tokenizer.is_there:
         return not_applicable("the checkpoint has no tokenizer that transformers can load")
+    rows = int(text_config(subject.config).get("vocab_size") or 0)
+    if rows and tokenizer.size > rows:  # a server may die of ids beyond its table
+        fault = f"the tokenizer has {tokenizer.size:,} tokens, the model {rows:,}: it is another model's"
+        return Finding("the sizes of the vocabularies", [fault])
     served = list(client.complete(TEXT, 1).prompt_ids)
     looked_at = f"{len(served)} tokens of plain text"
     faults = _differences("plain text", served, tokenizer.encode(TEXT))
@@ -107,9 +111,6 @@ def check_tokens(
         asked = list(client.chat([{"role": "user", "content": QUESTION}], 1).prompt_ids)
         looked_at += f", {len(asked)} of a chat"
         faults += _differences("a chat", asked, tokenizer.encode_question(QUESTION))
-    rows = int(text_config(subject.config).get("vocab_size") or 0)
-    if rows and tokenizer.size > rows:
-        faults.append(f"the tokenizer has {tokenizer.size:,} tokens, the model {rows:,}: it is another model's")
     bos = tokenizer.bos_id
     if bos is not None:
         if served[:1] == [bos]:
