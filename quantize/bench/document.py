@@ -147,10 +147,11 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines = ["# Serving speed", ""]
     if not document["complete"]:
         lines += ["The run has not ended, or was interrupted: this is what was measured until then.", ""]
-    lines += [f"{where}. {_settings_words(settings)}.", "", *_table(COLUMNS, document["points"]), "", READING, ""]
+    lines += [f"{where}. {_settings_words(settings)}.", "", *_table(COLUMNS, document["points"]), "", READING]
+    notes: list[str] = []
     for name, key in (("Failed", "failed"), ("Note", "note")):
-        lines += [f"- {name}: {where_of(point)}: {point[key]}" for point in document["points"] if point.get(key)]
-    lines += ["", "## Servers", "", *_table(SERVER_COLUMNS, document["servers"]), ""]
+        notes += [f"- {name}: {where_of(point)}: {point[key]}" for point in document["points"] if point.get(key)]
+    lines += [*([""] if notes else []), *notes, "", "## Servers", "", *_table(SERVER_COLUMNS, document["servers"]), ""]
     for server in document["servers"]:
         said = [server.get("kernel"), f"attention {server['attention']}" if server.get("attention") else None]
         said += server.get("hints") or []
@@ -164,16 +165,23 @@ def where_of(point: Mapping[str, Any]) -> str:
     return f"{point['name']}, {point['kv_cache']} KV cache, context {_cell('context', point.get('context'))}, {users}"
 
 
-def table_rows(points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the points, for a terminal; columns without any figure are left out."""
+def plain_table(points: Sequence[Mapping[str, Any]]) -> str:
+    """The points for a terminal, the first column to the left; columns without any figure are left out."""
     columns = [(key, title) for key, title in COLUMNS if any(point.get(key) is not None for point in points)]
-    rows = [[_cell(key, point.get(key)) for key, _ in columns] for point in points]
-    return [title for _, title in columns], rows
+    rows = [[title for _, title in columns], *([_cell(key, point.get(key)) for key, _ in columns] for point in points)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if at else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
 
 
 def _settings_words(settings: Mapping[str, Any]) -> str:
     asked = f"{settings['output_tokens']} output tokens, {settings['dataset']} prompts"
-    return f"{settings['load_generator']}: {asked}, greedy, a request again as soon as one is answered"
+    return f"{settings['load_generator']}: {asked}, a request again as soon as one is answered"
 
 
 def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,6 +1,7 @@
 """guidellm as load generator.
 
-Source of the flags and of the result's keys: guidellm 0.8.1, seen in a real run.
+Its time between tokens is each answer's mean, so that p50 and p99 are over answers, not over tokens. It asks for no
+greedy choice of tokens. Source of the flags and of the result's keys: guidellm 0.8.1, seen in real runs.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def parse_result(result: Mapping[str, Any], load: Load) -> Measured:
         totals = metrics["request_totals"]
         answered, errored = int(totals["successful"]), int(totals["errored"]) + int(totals["incomplete"])
         if errored or answered < load.requests:
-            raise LoadFailed(f"{max(errored, load.requests - answered)} of {load.requests} requests failed.")
+            words = f"{max(errored, load.requests - answered)} of {load.requests} requests failed"
+            raise LoadFailed(f"{words}: {_first_error(benchmark)}")
 
         def of(name: str, figure: str) -> float:
             found = metrics[name]["successful"]
@@ -107,3 +109,12 @@ def parse_result(result: Mapping[str, Any], load: Load) -> Measured:
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise LoadFailed(f"guidellm gave a result of another form than is known here ({error!r}).") from error
+
+
+def _first_error(benchmark: Mapping[str, Any]) -> str:
+    errored = (benchmark.get("requests") or {}).get("errored") or [{}]
+    error = str((errored[0].get("info") or {}).get("error") or "it does not say why")
+    return (
+        error.encode().decode("unicode_escape", errors="replace").splitlines()[0].partition('("')[2][:300]
+        or error[:300]
+    )

@@ -111,10 +111,11 @@ class Bench:
             load = served.load(server, point)
             try:
                 if number == 1 or warm != point.context:
-                    self._warm_up(load, folder, number == 1)
+                    self._warm_up(load, folder / "warm-up", number == 1)
                     warm = point.context
-                answers = self._one(load, folder)
-                prompts = self._one(load.changed(output_tokens=1), folder)
+                own = folder / f"context-{point.context or 'any'}-users-{point.users}"
+                answers = self._one(load, own / "answers")
+                prompts = self._one(load.changed(output_tokens=1), own / "prompts")
             except LoadFailed as failure:
                 if server.process is not None and server.process.exit_code is not None:
                     raise ServerDied("ended while it was measured", str(failure), None, server.process.log) from failure
@@ -129,6 +130,7 @@ class Bench:
 
     def _one(self, load: Load, folder: Path) -> Measured:
         self._seed += 1
+        folder.mkdir(parents=True, exist_ok=True)
         return self._setting.generator.run(load.changed(seed=self._seed), folder)
 
     def _say(self, shown: str, words: str) -> None:
@@ -186,8 +188,9 @@ class _Served:
         """What it tells once it runs."""
         facts = server.facts
         self._is_vllm = facts.version is not None
-        if self._ceiling is None and not self._is_vllm:
-            self._ceiling = _ceiling_of_file(server.client, self._tokenizer)
+        file = {} if self._is_vllm else _meta(next(iter(server.client.models()), {}))
+        if self._ceiling is None and file.get("size"):  # its KV cache is taken for 16 bits
+            self._ceiling = Ceiling(self._tokenizer.config, int(file["size"]))
         on_gpu = self._is_local and not server.is_cpu and bool(self._setting.gpus)
         hints = []
         if self._subject is not None and (facts.version or server.process is not None):
@@ -196,7 +199,8 @@ class _Served:
                 facts.version, capability, bool(server.is_cpu), self.dtype, self._setting.options.tensor_parallel
             )
             hints = [f"{fault.hint} ({fault.source})" for fault in known_faults(situation)]
-        return {
+        told = {"scheme": f"GGUF {file.get('ftype', '')}".strip(), "checkpoint_bytes": file.get("size")} if file else {}
+        return told | {
             "vllm": facts.version,
             "command": server.command,
             "url": self.target.url,
@@ -206,7 +210,7 @@ class _Served:
             "attention": facts.attention,
             "weights_bytes": facts.weights_bytes,
             "kv_cache_tokens": facts.kv_tokens,
-            "max_model_len": facts.max_model_len,
+            "max_model_len": facts.max_model_len or file.get("n_ctx"),
             "gpu_memory_bytes": used_bytes(self._setting.gpus) if on_gpu else None,
             "process_memory_bytes": server.process.memory_bytes() if server.process else None,
             "read_bytes_per_token": self._ceiling.weight_bytes if self._ceiling else None,
@@ -281,14 +285,14 @@ def _rounded(value: float | None) -> float | None:
 def _served_limit(url: str) -> int | None:
     client = Client(url, "")
     try:
-        limits = [model.get("max_model_len") for model in client.models()]
+        model = next(iter(client.models()), {})
     except CheckFailed as error:
         raise InputError(f"{url}: no server answers there ({error})") from error
-    return next((limit for limit in limits if isinstance(limit, int)), None)
+    limit = model.get("max_model_len") or _meta(model).get("n_ctx")
+    return limit if isinstance(limit, int) else None
 
 
-def _ceiling_of_file(client: Client, subject: Subject) -> Ceiling | None:
-    """Of a llama.cpp server, which tells its file's size; its KV cache is taken for 16 bits."""
-    meta = next((model.get("meta") for model in client.models()), None)
-    size = meta.get("size") if isinstance(meta, dict) else None
-    return Ceiling(subject.config, size) if isinstance(size, int) and size > 0 else None
+def _meta(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a llama.cpp server tells of its file: `size` in bytes, `ftype`, `n_ctx` of one request."""
+    meta = model.get("meta")
+    return meta if isinstance(meta, Mapping) else {}

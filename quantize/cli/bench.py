@@ -11,7 +11,7 @@ import click
 
 from ..errors import InputError
 from .options import debug_option, json_option
-from .output import emit_json, print_table, say
+from .output import emit_json, say
 from .serving_options import serving_options, take_serve_options
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def command(
     sets. A server that does not start, or a request that fails, fails its point, and the others go on; then the exit
     code is 1.
     """
-    from ..bench.document import table_rows, where_of
+    from ..bench.document import plain_table, where_of
     from ..bench.grid import find_targets
     from ..bench.plots import draw, need_matplotlib
     from ..bench.run import Bench
@@ -138,7 +138,7 @@ def command(
     if as_json:
         emit_json(results.document)
     else:
-        print_table(*table_rows(results.points))
+        click.echo(plain_table(results.points))
         for point in results.points:
             if point.get("failed"):
                 say(f"Failed: {where_of(point)}: {point['failed']}")
