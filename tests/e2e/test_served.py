@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import correlation, mean
@@ -23,10 +21,12 @@ from statistics import correlation, mean
 import pytest
 import torch
 from filelock import FileLock
+from nvquant.serving.server import NO_LOAD_CHECK, ServerDied
 from safetensors.torch import load_file, save_file
+from support.converting import run_convert
 from support.emulation import load_emulation, token_logprobs
 from support.tiny_models import tiny_gemma4_text
-from support.vllm_server import ServerDied, serve, vllm_python
+from support.vllm_server import kernel_of, serve, vllm_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 pytestmark = pytest.mark.vllm
@@ -48,16 +48,6 @@ For almost a century a keeper lived in the two small rooms below the lamp, and h
 the clockwork that turned the lens, and to write down the weather every three hours. Since 1969 the lamp has been
 electric and the rooms have been empty, but the notebooks are kept in the town museum, where anyone may read them.
 """
-
-
-def run_convert(source: Path, recipe: str, layout: str, folder: Path) -> Path:
-    """Convert with the command line, as a user does."""
-    command = [sys.executable, "-m", "nvquant", "convert", source, "--recipe", recipe, "--format", layout, "-o", folder]
-    command += ["--quantizer", "rtn", "--samples", "16", "--sequence-length", "512", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -110,9 +100,9 @@ def test_served_w4a4_gives_the_likelihood_of_the_emulation(
     layout: str,
 ) -> None:
     checkpoint = convert(recipe, layout)
-    with serve(checkpoint, tmp_path / "vllm.log") as server:
-        served = server.prompt_logprobs(prompt_ids)
-    assert server.kernel == W4A4_KERNEL
+    with serve(checkpoint, tmp_path) as server:
+        served = server.client.prompt_logprobs(prompt_ids)
+    assert kernel_of(server) == W4A4_KERNEL
     assert_close(served, token_logprobs(load_emulation(checkpoint), prompt_ids))
     assert_close(served, source_logprobs, nll=0.6)
 
@@ -123,12 +113,13 @@ def test_served_weight_only_gives_each_token_the_likelihood_of_the_emulation(
     convert: Convert, prompt_ids: list[int], source_logprobs: list[float], tmp_path: Path, layout: str
 ) -> None:
     checkpoint = convert("nvfp4-a16", layout)
+    with serve(checkpoint, tmp_path) as server:
+        served = server.client.prompt_logprobs(prompt_ids)
+        answer = server.client.complete("The capital of Italy is Rome. The capital of France is", max_tokens=1)
+    assert kernel_of(server) == WEIGHT_ONLY_KERNEL
     # vLLM makes room for an input scale in every modelopt layer, weight-only or not, and its check then misses it.
-    with serve(checkpoint, tmp_path / "vllm.log", check_loaded=layout != "modelopt") as server:
-        served = server.prompt_logprobs(prompt_ids)
-        answer = server.complete("The capital of Italy is Rome. The capital of France is", max_tokens=1)
-    assert server.kernel == WEIGHT_ONLY_KERNEL
-    assert answer == " Paris"
+    assert server.notes == ([NO_LOAD_CHECK] if layout == "modelopt" else [])
+    assert answer.text == " Paris"
     emulated = token_logprobs(load_emulation(checkpoint), prompt_ids)
     differences = [abs(got - expected) for got, expected in zip(served, emulated, strict=True)]
     assert mean(differences) < 0.1
@@ -164,9 +155,9 @@ def test_served_gemma4_with_shared_keys_and_values_gives_the_likelihood_of_the_e
     source_model = load_emulation(source)
     ids = sample_ids(source_model, 500)
     checkpoint = run_convert(source, "nvfp4-full", "compressed-tensors", tmp_path / "converted")
-    with serve(checkpoint, tmp_path / "vllm.log") as server:
-        served = server.prompt_logprobs(ids)
-    assert server.kernel == W4A4_KERNEL
+    with serve(checkpoint, tmp_path) as server:
+        served = server.client.prompt_logprobs(ids)
+    assert kernel_of(server) == W4A4_KERNEL
     emulated = token_logprobs(load_emulation(checkpoint), ids)
     # Right servers reach 0.86 to 0.87 here; a silent MLP gives 0.70, lost layer scalars 0.32, a wrong K or V 0.31.
     assert_close(served, emulated, least_correlation=0.8)
@@ -206,5 +197,5 @@ def test_server_refuses_a_checkpoint_that_lacks_a_scale(convert: Convert, tmp_pa
     # Not a part of q, k, v or of gate, up: vLLM's check does not notice one that is missing from a fused layer.
     name = "model.layers.7.mlp.down_proj.weight_scale"
     broken = copy_without(convert("nvfp4-a16", "compressed-tensors"), name, tmp_path / "broken")
-    with pytest.raises(ServerDied, match=name), serve(broken, tmp_path / "vllm.log"):
+    with pytest.raises(ServerDied, match=name), serve(broken, tmp_path):
         pass
