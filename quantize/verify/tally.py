@@ -119,9 +119,9 @@ def _strips(checkpoint: Checkpoint, source: Checkpoint, matrix: Matrix) -> Itera
     height = max(1, STRIP_ELEMENTS // matrix.cols)
     for first in range(0, matrix.rows, height):
         rows = range(first, min(matrix.rows, first + height))
-        weight = _rows(source, f"{matrix.module}.weight", rows).reshape(-1, BLOCK)
-        packed = _rows(checkpoint, matrix.parts["packed"].name, rows).reshape(-1, BLOCK // 2).t().int().contiguous()
-        scales = _rows(checkpoint, matrix.parts["scales"].name, rows).view(torch.uint8).flatten()
+        weight = read_rows(source, f"{matrix.module}.weight", rows).reshape(-1, BLOCK)
+        packed = read_rows(checkpoint, matrix.parts["packed"].name, rows).reshape(-1, BLOCK // 2).t().int().contiguous()
+        scales = read_rows(checkpoint, matrix.parts["scales"].name, rows).view(torch.uint8).flatten()
         codes = torch.empty(BLOCK, packed.shape[1])
         for at in range(BLOCK // 2):
             torch.index_select(_LOW, 0, packed[at], out=codes[2 * at])
@@ -130,7 +130,8 @@ def _strips(checkpoint: Checkpoint, source: Checkpoint, matrix: Matrix) -> Itera
         yield Strip(first, blocks_a_row, turned, codes, scales)
 
 
-def _rows(checkpoint: Checkpoint, name: str, rows: range) -> Tensor:
+def read_rows(checkpoint: Checkpoint, name: str, rows: range) -> Tensor:
+    """Some rows of a tensor of a checkpoint, in its dtype."""
     info = checkpoint.info(name)
     tensor = torch.empty((len(rows), *info.shape[1:]), dtype=torch_dtype(info.dtype))
     checkpoint.read_into(name, tensor_bytes(tensor), rows.start * (info.nbytes // info.shape[0]))

@@ -14,8 +14,10 @@ import torch
 
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import Checkpoint
+from ..format.blocks import dequantize_blocks
 from ..format.constants import BLOCK
 from ..format.scales import global_scale
+from ..quantizers import QUANTIZERS
 from ..quantizers.base import Quantizer
 from ..recipe.groups import fused_name
 from .manifest import Manifest
@@ -23,10 +25,12 @@ from .matrices import Matrix
 from .recorded import BYTE_OFFSETS, own_quantizer
 from .report import Finding, counted
 from .subject import Subject
-from .tally import GAIN_LIMITS, RMSE_LIMIT, Rule, Tally, tally_matrix
+from .tally import GAIN_LIMITS, RMSE_LIMIT, Rule, Tally, read_rows, tally_matrix
 from .threads import map_in_threads
 
 BLOCK_SHARE = 0.99
+COMPARED_ROWS = 8
+MUCH_BETTER = 0.97  # of the error; what is nearer is not worth a word
 _NO_TENSOR = TensorInfo("", "", (), 0, 0)
 
 
@@ -58,7 +62,8 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     how = f"exact for {quantizer.name}" if quantizer is not None else "by bounds, since another tool made them"
     elements = sum(tally.blocks for tally in tallies) * BLOCK
     number = counted(len(matrices), "matrix", "matrices")
-    return Finding(f"{number}, {elements:,} elements, {how}{_worst(matrices, tallies)}", faults)
+    beside = _beside_mse(subject, source, matrices) if subject.manifest is None and not faults else ""
+    return Finding(f"{number}, {elements:,} elements, {how}{_worst(matrices, tallies)}{beside}", faults)
 
 
 def _worst(matrices: Sequence[Matrix], tallies: Sequence[Tally]) -> str:
@@ -68,6 +73,29 @@ def _worst(matrices: Sequence[Matrix], tallies: Sequence[Tally]) -> str:
     rmse = [math.inf if math.isnan(tally.relative_rmse) else tally.relative_rmse for tally in tallies]
     at = rmse.index(max(rmse))
     return f"; largest relative RMSE {tallies[at].relative_rmse:.4f} ({matrices[at].module})"
+
+
+def _beside_mse(subject: Subject, source: Checkpoint, matrices: Sequence[Matrix]) -> str:
+    """Words on how much of another tool's error nvquant's mse would leave, on a few rows of every matrix."""
+    mse = QUANTIZERS["mse"]
+    energy = error = least = 0.0
+    for matrix in matrices:
+        rows = range(matrix.rows // 2, min(matrix.rows, matrix.rows // 2 + COMPARED_ROWS))
+        weight = read_rows(source, f"{matrix.module}.weight", rows).float()
+        packed, scales = (read_rows(subject.checkpoint, matrix.parts[part].name, rows) for part in ("packed", "scales"))
+        divisor = subject.divisor(matrix.module)
+        searched = mse.quantize(weight, divisor / mse.headroom)
+        stored = dequantize_blocks(packed, scales, divisor)
+        best = dequantize_blocks(searched.packed, searched.scales, divisor / mse.headroom)
+        energy += float(weight.square().sum())
+        error += float((stored - weight).square().sum())
+        least += float((best - weight).square().sum())
+    if not energy or not least < MUCH_BETTER**2 * error:
+        return ""
+    return (
+        f"; block scales that are searched for (mse) would leave {math.sqrt(least / energy):.4f} where "
+        f"{math.sqrt(error / energy):.4f} is left, on {COMPARED_ROWS} rows of each"
+    )
 
 
 def _rule(subject: Subject, matrix: Matrix, quantizer: Quantizer | None) -> Rule | None:

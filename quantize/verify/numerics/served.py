@@ -57,7 +57,8 @@ class ServedModel:
     Args:
         subject: its `matrices` check holds.
     Raises:
-        InputError: it has no decoder layers, or a quantized matrix outside of them.
+        InputError: it has no decoder layers, or a quantized matrix outside of them; `matrices` raises it where an
+            input scale that the config asks for is not stored.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -87,6 +88,12 @@ class ServedModel:
         histogram = torch.stack([subject.histograms[module] for module in group.members]).sum(0)
         # One tensor for all members: by it an input that they share is known to be rounded already.
         divisor = self._kept(group, "weight_global")
+        lacking = [module for module in group.members if not subject.sound[module].has_input_scale]
+        if rounds and lacking:
+            raise InputError(
+                f"{subject.folder} makes {lacking[0]} W4A4 but stores no {subject.layout.input_global} for it: its "
+                f"numbers cannot be measured."
+            )
         input_divisor = self._kept(group, "input_global") if rounds else None
         for module in group.members:
             yield (
