@@ -85,11 +85,10 @@ def longest_context(subject: Subject, room_bytes: int, kv_value_bytes: int) -> i
 
 
 def ranks_that_fit(subject: Subject, context: int, memory_bytes: int, kv_value_bytes: int) -> int | None:
-    """The least number of such GPUs that serve it together; None where not even eight do."""
+    """The least number of such GPUs that serve it together, with vLLM's defaults; None where not even eight do."""
     heads = int(text_config(subject.config).get("num_attention_heads") or 1)
-    return next(
-        (n for n in _RANKS if heads % n == 0 and fit(subject, context, memory_bytes, kv_value_bytes, n).fits), None
-    )
+    possible = (fit(subject, context, memory_bytes, kv_value_bytes, n) for n in _RANKS if heads % n == 0)
+    return next((found.ranks for found in possible if found.fits_by_default), None)
 
 
 def _kv(subject: Subject, context: int, value_bytes: int) -> int:

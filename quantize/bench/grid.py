@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,4 +139,4 @@ def _is_folder(text: str) -> bool:
 
 
 def _folder_name(folder: Path) -> str:
-    return folder.resolve().name
+    return Path(os.path.abspath(folder)).name  # noqa: PTH100  # `.` has a name then, and a link keeps its own

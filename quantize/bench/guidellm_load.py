@@ -52,11 +52,11 @@ def find_guidellm(given: str | None) -> GuideLlm:
     Raises:
         EnvironmentLack: there is none.
     """
-    words = shlex.split(given) if given else ["guidellm"]
-    if not words or shutil.which(words[0]) is None:
+    words = shlex.split(given or "guidellm") or ["guidellm"]
+    if shutil.which(words[0]) is None:
         raise EnvironmentLack(
-            f"There is no program {words[0] if words else given!r}: install it in an environment of its own "
-            f"({INSTALL}) and name it with --guidellm."
+            f"There is no program {words[0]}: install it in an environment of its own ({INSTALL}) and name it with "
+            f"--guidellm."
         )
     return GuideLlm(tuple(words))
 
