@@ -95,7 +95,7 @@ def is_known_to_transformers(config: Mapping[str, Any]) -> bool | None:
         return None
     folder = Path(spec.submodule_search_locations[0], "models", "auto")
     texts = [path.read_text(errors="replace") for path in folder.glob("*.py")]
-    known = set(re.findall(r'\("([\w.-]+)",\s*"\w+Config"\)', "\n".join(texts)))
+    known = set(re.findall(r'"([\w.-]+)"[,:]\s*"\w+Config"', "\n".join(texts)))
     kinds = {str(part.get("model_type")) for part in (config, text_config(config)) if part.get("model_type")}
     return kinds <= known if known and kinds else None
 
