@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckFailed, InputError
-from ..serving.client import LOCAL_HOSTS, Client
+from ..serving.client import LOCAL_HOSTS, Client, ServerError
 from ..serving.faults import known_faults
 from ..serving.machine import Gpu, used_bytes
 from ..serving.server import ServeOptions, Server, ServerDied, serving
@@ -117,8 +117,9 @@ class Bench:
                 answers = self._one(load, own / "answers")
                 prompts = self._one(load.changed(output_tokens=1), own / "prompts")
             except LoadFailed as failure:
-                if server.process is not None and server.process.exit_code is not None:
-                    raise ServerDied("ended while it was measured", str(failure), None, server.process.log) from failure
+                reason = server.explain(ServerError(str(failure)))
+                if isinstance(reason, ServerDied):
+                    raise reason from failure
                 self._results.add_point(record, _row(served, point) | {"failed": str(failure)})
                 continue
             self._results.add_point(record, _row(served, point) | served.figures(server, load, answers, prompts))

@@ -6,7 +6,12 @@ its figures are not the claim here. tests/cli/test_bench_cli.py has the real one
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import shlex
+import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -264,3 +269,51 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written to"):
         Results(tmp_path / "file" / "out", head_of((), None, False, SETTINGS))
+
+
+# A program that answers as vLLM does until it is asked for /die: then it ends as an engine does that ran out of memory.
+MORTAL_SERVER = """\
+import http.server, json, os, sys
+at = sys.argv.index("--served-model-name")
+port = next(int(word.split("=")[1]) for word in sys.argv if word.startswith("--port="))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/die":
+            print("(EngineCore pid=7) ERROR 11-26 16:58:51 [core.py:1200] torch.OutOfMemoryError: CUDA out of memory.", flush=True)
+            os._exit(1)
+        models = {"data": [{"id": name, "max_model_len": 1024} for name in sys.argv[at + 1 : at + 3]]}
+        content = json.dumps(models if self.path == "/v1/models" else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+print("(APIServer pid=1) INFO 11-26 16:58:51 [utils.py:1] vLLM API server version 0.32.0", flush=True)
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""  # noqa: E501
+
+
+def test_a_server_that_ends_fails_what_is_left_of_its_points_and_the_next_is_measured(
+    model: Path, url: str, tmp_path: Path
+) -> None:
+    def script(load: Load) -> Measured:
+        if load.context == 64 and load.users == 2 and load.output_tokens == 16 and load.is_vllm:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                urllib.request.urlopen(f"{load.url}/die", timeout=10).read()
+            raise LoadFailed("2 of 2 requests failed: Server disconnected")
+        return steady(load)
+
+    program = tmp_path / "server.py"
+    program.write_text(MORTAL_SERVER)
+    generator = Scripted(script)
+    options = ServeOptions(vllm=shlex.join([sys.executable, str(program), "serve"]), ready_seconds=30)
+    setting = Setting(options, ("auto",), Grid((64, 128), (1, 2), 16, 2), generator, (), None)
+    targets = find_targets(model, None, (f"next={url}",))
+    Bench(targets, setting, tmp_path / "out", head_of((), None, False, SETTINGS), lambda words: None).run()
+    points = document(tmp_path / "out")["points"]
+    assert [(p["name"], bool(p.get("failed"))) for p in points] == [
+        ("llama", False), ("llama", True), ("llama", True), ("llama", True), *[("next", False)] * 4
+    ]  # fmt: skip
+    assert all("CUDA out of memory" in point["failed"] for point in points[1:4])
+    first, second = document(tmp_path / "out")["servers"]
+    assert first["vllm"] == "0.32.0" and "CUDA out of memory" in first["failed"]
+    assert "failed" not in second and document(tmp_path / "out")["complete"] is True
