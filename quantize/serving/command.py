@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from ..errors import EnvironmentLack, InputError
 from .environment import server_environment
+from .machine import gpus
 
 # The newest release whose behaviour nvquant knows.
 PINNED_VLLM = "0.33.0"
@@ -80,15 +80,12 @@ def find_vllm(given: str | None) -> VllmCommand:
 
 
 def has_gpu() -> bool:
-    """Whether a GPU that vLLM computes on can be seen; an empty CUDA_VISIBLE_DEVICES hides all."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
-        return False
-    for tool, listing in (("nvidia-smi", "-L"), ("rocm-smi", "--showid")):
-        if program := shutil.which(tool):
-            done = _run([program, listing])
-            if done is not None and done.returncode == 0 and "GPU" in done.stdout:
-                return True
-    return False
+    """Whether a GPU that vLLM computes on can be seen."""
+    if gpus():
+        return True
+    program = shutil.which("rocm-smi")
+    done = None if program is None else _run([program, "--showid"])
+    return done is not None and done.returncode == 0 and "GPU" in done.stdout
 
 
 def _split(given: str) -> list[str]:

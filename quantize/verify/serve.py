@@ -11,6 +11,7 @@ from ..serving.client import ServerError
 from ..serving.faults import Situation, known_faults
 from ..serving.kernels import Arithmetic
 from ..serving.log import LogFacts, parse_log
+from ..serving.machine import gpus
 from ..serving.server import ServeOptions, Server, ServerDied, serving
 from .degeneration import LEAST_TOKENS
 from .report import Check, Finding, not_applicable
@@ -48,7 +49,7 @@ class ServeStage:
         progress: called with what is going on, in words.
         source_nll: nats a token that the source needs for such a text, where it was measured: where the source knows no
             text either, as one with random weights, none is asked of the checkpoint.
-        capability: compute capability of the GPU, for hints about known faults.
+        capability: compute capability of the GPU, for hints about known faults; None for this machine's own.
     """
 
     def __init__(
@@ -132,7 +133,8 @@ class ServeStage:
     def _ask(self, server: Server) -> Iterator[Check]:
         self._facts = server.facts
         self._hints += server.notes + list(self._facts.warnings) + self._known_faults()
-        self._answers = Answers(self._subject, self._tokenizer, server.client, self._facts.max_model_len)
+        knows_text = source_nll_tells(self._subject, self._source_nll)
+        self._answers = Answers(self._subject, self._tokenizer, server.client, self._facts.max_model_len, knows_text)
         checks: dict[str, Callable[[], Finding]] = {
             "start": lambda: self._start(server),
             "kernel": self._kernel,
@@ -239,12 +241,17 @@ class ServeStage:
     def _read_log(self, log: Path) -> None:
         self._facts = parse_log(log.read_text(errors="replace"))
 
+    def _gpu_capability(self) -> tuple[int, int] | None:
+        if self._capability is not None or self._options.url is not None or (self._server and self._server.is_cpu):
+            return self._capability
+        return next((gpu.capability for gpu in gpus()), None)
+
     def _known_faults(self) -> list[str]:
         subject, options = self._subject, self._options
         roles = set(subject.roles.values())
         situation = Situation(
             vllm=self._facts.version,
-            capability=self._capability,
+            capability=self._gpu_capability(),
             is_cpu=bool(self._server and self._server.is_cpu),
             model_type=str(text_config(subject.config).get("model_type") or ""),
             layout=subject.layout.name,

@@ -44,6 +44,8 @@ class Answers:
     """The questions of one server, and what came of them.
 
     Attributes:
+        context: tokens of the longest request.
+        knows_text: False where not even the source does: then an answer need not be text.
         document: one entry an answer, for the stage's document.
         tokens_per_second: decoding for one user; None before it was measured.
     """
@@ -52,6 +54,7 @@ class Answers:
     tokenizer: OwnTokenizer
     client: Client
     context: int | None
+    knows_text: bool = True
     document: list[dict[str, Any]] = field(default_factory=list)
     tokens_per_second: float | None = None
 
@@ -64,12 +67,12 @@ class Answers:
         for prompt in PROMPTS:
             asked = framed(self.tokenizer, self.subject, prompt) if self.tokenizer.is_there else self._as_ids(prompt)
             answer = self.client.complete(asked, SHORT_TOKENS)
-            faults += self._judge(prompt, "completions", answer, _empty(answer, self.tokenizer))
+            faults += self._judge(prompt, "completions", answer, self._empty(answer))
             self._time(answer)
         chats = QUESTIONS if self.tokenizer.has_chat_template else ()
         for question in chats:
             answer = self.client.chat([{"role": "user", "content": question}], CHAT_TOKENS)
-            faults += self._judge(question, "chat", answer, _empty(answer, self.tokenizer))
+            faults += self._judge(question, "chat", answer, self._empty(answer))
         said = counted(len(PROMPTS), "completion")
         said += f", {counted(len(chats), 'chat')}" if chats else "; no chat, since there is no chat template"
         first = next((entry["text"] for entry in self.document), "")
@@ -111,6 +114,15 @@ class Answers:
         )
         return [] if fault is None else [f"{endpoint}, {prompt!r}: {fault}"]
 
+    def _empty(self, answer: Answer) -> str | None:
+        if not answer.ids and not answer.text:
+            return "an empty answer"
+        if not self.tokenizer.is_there or not self.knows_text:
+            return None
+        if not answer.text.strip():
+            return f"an answer without a visible character ({counted(len(answer.ids), 'token')})"
+        return fault_of(answer.text, ())
+
     def _time(self, answer: Answer) -> None:
         """The first token comes with the prompt; the longest answer so far tells best."""
         if len(answer.ids) > 1 and answer.seconds > 0:
@@ -140,12 +152,3 @@ def sampling_of(subject: Subject) -> dict[str, float]:
         if isinstance(settings.get(name), int | float) and not isinstance(settings[name], bool)
     }
     return {**DEFAULT_SAMPLING, **found} if found.get("temperature", 1) else {**found, **DEFAULT_SAMPLING}
-
-
-def _empty(answer: Answer, tokenizer: OwnTokenizer) -> str | None:
-    if not answer.ids and not answer.text:
-        return "an empty answer"
-    if tokenizer.is_there and not answer.text.strip():
-        return f"an answer without a visible character ({counted(len(answer.ids), 'token')})"
-    broken = fault_of(answer.text, ())
-    return broken

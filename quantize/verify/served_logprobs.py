@@ -59,7 +59,8 @@ def check_logprobs(
         f"the files ({said}); mean difference {best['mean_difference']:+.4f}, {best['mean_absolute_difference']:.3f} a "
         f"token, at most {best['max_difference']:.2f}"
     )
-    faults = _faults(best) + _knows_text(subject, best["nll_served"], source_nll)
+    # Damaged weights blow differences up too: what is damaged comes before what differs.
+    faults = _knows_text(subject, best["nll_served"], source_nll) + _faults(best)
     return Finding(looked_at, faults), best
 
 
