@@ -58,5 +58,8 @@ def _portable(key: str, value: Any) -> Any:
         return None if value is None else "a server that was already running"
     if not isinstance(value, str):
         return value
-    value = re.sub(r"(--host|--port|--uds)[ =]\S+", r"\1 …", value)
+    # The port is another one at every start, and part of a name that the server is asked for.
+    for port in re.findall(r"--port[ =](\d+)", value):
+        value = re.sub(rf"\b{port}\b", "…", value)
+    value = re.sub(r"(--host|--uds)([ =])\S+", r"\1\2…", value)
     return _PATH.sub(lambda match: PurePosixPath(match[0]).name, value)

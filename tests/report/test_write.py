@@ -241,7 +241,7 @@ def test_no_folder_host_or_port_is_published(tmp_path: Path) -> None:
     whole = reports.good()
     server = {
         "vllm": "0.32.0",
-        "command": "/home/ada/bin/vllm serve /data/m --port 43117",
+        "command": "X=1 /home/ada/bin/vllm serve --model=/data/m --host=box.lan --port=43117 --name m nv-43117",
         "url": "http://box.lan:8000",
     }
     write_report(
@@ -251,7 +251,9 @@ def test_no_folder_host_or_port_is_published(tmp_path: Path) -> None:
         text = path.read_text("utf-8")
         for secret in ("/home", "ada", "/data", "43117", "box.lan", str(tmp_path)):
             assert secret not in text, (path.name, secret)
-    assert json.loads((tmp_path / "report.json").read_text())["serve"]["server"]["command"] == "vllm serve m --port …"
+    assert json.loads((tmp_path / "report.json").read_text("utf-8"))["serve"]["server"]["command"] == (
+        "X=1 vllm serve --model=m --host=… --port=… --name m nv-…"
+    )
 
 
 def test_a_benchmark_becomes_tables(tmp_path: Path) -> None:
