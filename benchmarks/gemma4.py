@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.synthetic_gemma4 import tensor_shapes, write_synthetic_gemma4
+from support.tiny_tokenizer import write_tiny_tokenizer
 
 VOCABULARY = 4000  # ids below it: only these embedding rows are asked for
 OUTLIER_COLUMNS, OUTLIER_FACTOR = 8, 6.0
@@ -40,9 +41,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--text-only", action="store_true", help="the text model, with a tokenizer: what can be served")
     options = parser.parse_args()
     started = time.perf_counter()
-    write_checkpoint(options.folder, options.layers)
+    write_checkpoint(options.folder, options.layers, options.text_only)
+    if options.text_only:
+        write_tiny_tokenizer(options.folder, "gemma4", vocab_size=VOCABULARY, base=True)
     write_ids(options.folder.parent / IDS_NAME, options.samples, options.sequence_length, VOCABULARY)
     seconds = time.perf_counter() - started
     print(json.dumps({**census(options.layers, options.samples * options.sequence_length), "seconds": seconds}))
@@ -61,9 +65,9 @@ def census(layers: int, tokens: int) -> dict[str, Any]:
     }
 
 
-def write_checkpoint(folder: Path, layers: int) -> None:
+def write_checkpoint(folder: Path, layers: int, text_only: bool = False) -> None:
     """Sparse files first, then the data of every tensor into its place."""
-    write_synthetic_gemma4(folder, layers=layers, sparse=True)
+    write_synthetic_gemma4(folder, layers=layers, sparse=True, text_only=text_only)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     waiting = threading.Semaphore(2 * WRITERS)
     with ThreadPoolExecutor(WRITERS) as pool:

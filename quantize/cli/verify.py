@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..checkpoint.source import read_json
 from ..errors import InputError
 from .options import debug_option, device_option, json_option, open_model, resolve_device
 from .output import emit_json, progress_reporter, say
+from .serving_options import serving_options, take_serve_options
 
 if TYPE_CHECKING:
     from ..verify.report import Check, Report
@@ -24,7 +27,8 @@ Examples:
   nvquant verify ./gemma-4-31b-nvfp4
   nvquant verify ./gemma-4-31b-nvfp4 --against ./gemma-4-31b --report ./proof
   nvquant verify ./out --against ./model --stage numerics --max-kl 0.2 --min-top1 0.8
-  nvquant verify ./out --against ./model --json > verdict.json
+  nvquant verify ./out --against ./model --stage structure --stage numerics --stage serve --report ./proof
+  nvquant verify ./out --stage serve --vllm "uvx vllm@0.33.0"
 """
 
 
@@ -56,6 +60,14 @@ Examples:
     help="Fail below this share of tokens with the same likeliest next token; 0.5 unless the recipe asks for more.",
 )
 @device_option
+@serving_options
+@click.option(
+    "--bench",
+    "bench_file",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    metavar="FILE",
+    help="What `nvquant bench` wrote (bench.json), for the report's table of speeds.",
+)
 @click.option(
     "--report",
     "report_folder",
@@ -72,10 +84,11 @@ def command(
     checkpoint: Path,
     model: str | None,
     stages: tuple[str, ...],
+    bench_file: Path | None,
     report_folder: Path | None,
     junit: Path | None,
     as_json: bool,
-    **measured: object,
+    **measured: Any,
 ) -> int:
     """Prove CHECKPOINT, stage by stage.
 
@@ -92,17 +105,22 @@ def command(
     for folder in (report_folder, None if junit is None else junit.parent):
         _check_writable(folder)
     source = None if model is None else open_model(model)
-    options = _options(stages or (("structure",) if model is None else ("structure", "numerics")), measured)
+    asked = stages or (("structure",) if model is None else ("structure", "numerics"))
+    options = _options(asked, measured, report_folder)
+    bench = None if bench_file is None else read_json(bench_file, "nvquant bench writes it")
     progress = progress_reporter()
     verification = Verification(
-        checkpoint, source, options, lambda done, total, phase: progress(done, total, f"{phase}: {done} of {total}")
+        checkpoint,
+        source,
+        options,
+        lambda done, total, phase: progress(done, total, f"{phase}: {done} of {total}" if total else phase),
     )
     for check in verification.run():
         _clear_live_line()
         if not as_json:
             _print_check(check)
     report = verification.report()
-    _write(report, checkpoint, report_folder, junit)
+    _write(report, checkpoint, report_folder, junit, bench)
     if as_json:
         emit_json(report.as_json())
     else:
@@ -110,14 +128,15 @@ def command(
     return 0 if report.passed else 1
 
 
-def _options(stages: tuple[str, ...], measured: dict[str, object]) -> VerifyOptions:
+def _options(stages: tuple[str, ...], measured: dict[str, Any], log_folder: Path | None) -> VerifyOptions:
     from ..verify.numerics.stage import NumericsOptions
     from ..verify.run import STAGES as IN_ORDER
     from ..verify.run import VerifyOptions
 
     measured["device"] = resolve_device(str(measured["device"]))
-    numerics = NumericsOptions(**measured)  # type: ignore[arg-type]
-    return VerifyOptions(tuple(stage for stage in IN_ORDER if stage in stages), numerics)
+    serve = take_serve_options(measured)
+    numerics = NumericsOptions(**measured)
+    return VerifyOptions(tuple(stage for stage in IN_ORDER if stage in stages), numerics, serve, log_folder)
 
 
 def _check_writable(folder: Path | None) -> None:
@@ -131,11 +150,13 @@ def _check_writable(folder: Path | None) -> None:
         raise InputError(f"{folder} cannot be written to: name another folder for the report.")
 
 
-def _write(report: Report, checkpoint: Path, folder: Path | None, junit: Path | None) -> None:
+def _write(
+    report: Report, checkpoint: Path, folder: Path | None, junit: Path | None, bench: Mapping[str, Any] | None
+) -> None:
     from ..report import github_annotations, write_junit, write_report, write_step_summary
 
     if folder is not None:
-        write_report(report, folder)
+        write_report(report, folder, bench)
         say(f"Report: {folder / 'report.html'}")
     if junit is not None:
         junit.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +11,14 @@ from typing import Any, Literal
 
 from ..checkpoint.source import Checkpoint
 from ..errors import EnvironmentLack, InputError
+from ..serving.server import ServeOptions
 from .contents import describe_checkpoint
+from .numerics.emulated import emulated_logprobs
 from .numerics.stage import NumericsOptions, NumericsStage
+from .numerics.text import reference_ids
 from .report import Check, Finding, Report
+from .serve import ServeStage
+from .served_logprobs import Emulate
 from .structure import STAGE as STRUCTURE
 from .structure import structure_checks
 from .subject import Subject, open_subject
@@ -29,11 +36,15 @@ class VerifyOptions:
 
     Attributes:
         stages: of `STAGES`, run in that order.
-        numerics: of the stage numerics, and of the emulation that the stage serve compares with.
+        numerics: of the stage numerics; the emulation that the stage serve compares with runs on its device.
+        serve: of the stage serve.
+        log_folder: where the server's log is kept; a temporary folder that stays where a check failed, if not given.
     """
 
     stages: Sequence[Stage]
     numerics: NumericsOptions = field(default_factory=NumericsOptions)
+    serve: ServeOptions = field(default_factory=ServeOptions)
+    log_folder: Path | None = None
 
 
 class Verification:
@@ -77,6 +88,8 @@ class Verification:
             yield from structure_checks(self._subject, self._source)
         if "numerics" in stages:
             yield from self._numerics(self._subject)
+        if "serve" in stages:
+            yield from self._serve(self._subject)
 
     def _numerics(self, subject: Subject) -> Iterator[Check]:
         unreadable = self._unreadable(subject)
@@ -94,10 +107,52 @@ class Verification:
             yield Check("numerics", "predictions", Finding("not measured", [str(refusal)]))
         self._documents["numerics"] = stage.document
 
+    def _serve(self, subject: Subject) -> Iterator[Check]:
+        failed = self._failed_readable()
+        if failed:  # no server is started for minutes on what cannot be read
+            yield Check("serve", "start", Finding("not started", failed))
+            return
+        folder = self._options.log_folder or Path(tempfile.mkdtemp(prefix="nvquant-serve-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = self._documents["numerics"]
+        stage = ServeStage(
+            subject,
+            self._options.serve,
+            self._emulate(subject),
+            _reference_ids(subject),
+            folder,
+            lambda words: self._progress(0, 0, words),
+            None if numbers is None else numbers["nll_source"],
+        )
+        has_failed = False
+        for check in stage.run():
+            has_failed |= not check.passed
+            yield check
+        self._documents["serve"] = stage.document
+        if self._options.log_folder is None and not has_failed:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _emulate(self, subject: Subject) -> Emulate:
+        device = self._options.numerics.device
+        return lambda ids, arithmetic: emulated_logprobs(subject, ids, arithmetic, device)
+
+    def _failed_readable(self) -> list[str]:
+        failed = [check.name for check in self._checks if check.name in READABLE and not check.passed]
+        return [f"the checks {', '.join(failed)} must hold first"] if failed else []
+
     def _unreadable(self, subject: Subject) -> list[str]:
         """Why the tensors cannot be read for what they are."""
-        failed = [check.name for check in self._checks if check.name in READABLE and not check.passed]
+        failed = self._failed_readable()
         if failed:
-            return [f"the checks {', '.join(failed)} must hold first"]
+            return failed
         damaged = [*subject.damaged, *(fault for matrix in subject.matrices.values() for fault in matrix.faults)]
         return damaged[:1]
+
+
+def _reference_ids(subject: Subject) -> list[int] | None:
+    """A reference text in the checkpoint's own tokens; None where its tokenizer cannot make one, which the stage's own
+    check tells of."""
+    try:
+        return reference_ids(subject.folder, subject.config)
+    except InputError:
+        return None

@@ -13,7 +13,7 @@ from ..serving.kernels import Arithmetic
 from .report import Finding, not_applicable
 from .subject import Subject
 
-Emulate = Callable[[list[int], str], list[float]]
+Emulate = Callable[[list[int], Arithmetic], list[float]]
 
 # W4A4 is chaotic: one input that rounds the other way changes all after it, so right servers differ by 0.4 to 0.6 nat a
 # token, but by less than 0.1 in the mean over 200 tokens and more.

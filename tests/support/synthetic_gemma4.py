@@ -71,6 +71,20 @@ def _vision() -> Iterator[tuple[str, Shape]]:
     yield "model.embed_vision.embedding_projection.weight", (HIDDEN, VISION_HIDDEN)
 
 
+def text_shapes(layers: int = 60) -> dict[str, Shape]:
+    """The text model alone, under the names that it has where it is a model of its own."""
+    whole = tensor_shapes(layers)
+    return {
+        name.replace("language_model.", ""): shape for name, shape in whole.items() if name.startswith("model.language")
+    }
+
+
+def text_config(layers: int = 60) -> dict[str, Any]:
+    """The content of the text model's config.json."""
+    text: dict[str, Any] = config(layers)["text_config"]
+    return {"architectures": ["Gemma4ForCausalLM"], **text}
+
+
 def tensor_shapes(layers: int = 60) -> dict[str, Shape]:
     """Every tensor on disk with its shape; all are BF16. The tied head is not stored."""
     shapes: dict[str, Shape] = {"model.language_model.embed_tokens.weight": (VOCAB, HIDDEN)}
@@ -182,10 +196,18 @@ def write_shards(folder: Path, shapes: dict[str, Shape], *, sparse: bool, shard_
 
 
 def write_synthetic_gemma4(
-    folder: Path, *, layers: int = 60, sparse: bool = True, shard_bytes: int = 5_000_000_000, seed: int = 0
+    folder: Path,
+    *,
+    layers: int = 60,
+    sparse: bool = True,
+    shard_bytes: int = 5_000_000_000,
+    seed: int = 0,
+    text_only: bool = False,
 ) -> Path:
     """Write config, index and shards of the 31B cut to `layers` decoder layers; see `write_shards`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_shards(folder, tensor_shapes(layers), sparse=sparse, shard_bytes=shard_bytes, seed=seed)
-    (folder / "config.json").write_text(json.dumps(config(layers), indent=2))
+    shapes = text_shapes(layers) if text_only else tensor_shapes(layers)
+    write_shards(folder, shapes, sparse=sparse, shard_bytes=shard_bytes, seed=seed)
+    content = text_config(layers) if text_only else config(layers)
+    (folder / "config.json").write_text(json.dumps(content, indent=2))
     return folder
