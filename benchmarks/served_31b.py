@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--vllm-flag", action="append", default=[])
     parser.add_argument("--users", default="1,8,32")
     parser.add_argument("--contexts", default="256,1024")
+    parser.add_argument("--prompts", type=int, help="bench: requests for each point")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--without-source", action="store_true", help="bench: leave the BF16 model out")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -109,6 +110,8 @@ def bench(options: argparse.Namespace, report: common.Json) -> None:
     for other in [*others, *([] if options.without_source else [options.model])]:
         command += ["--against", other]
     command += ["--contexts", options.contexts, "--kv-cache-dtype", options.kv_cache_dtype, "--json"]
+    if options.prompts:
+        command += ["--prompts", options.prompts]
     run = common.try_child([*command, "--vllm", options.vllm, *flags(options)], label="bench")
     kept = folder / "bench.json"
     report["bench"] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else run

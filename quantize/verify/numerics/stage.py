@@ -32,7 +32,7 @@ WORDS: Mapping[str, str] = {
     "weight_only": "weights only, as Marlin computes it on Hopper, Ada and Ampere",
 }
 SHORT: Mapping[str, str] = {"w4a4": "W4A4", "weight_only": "weights only"}
-# A sound W4A4 layer has 0.1 to 0.35 (SmolLM2-135M, the worst of five models measured; docs/verification.md).
+# Sound W4A4 layers of SmolLM2-135M have 0.1 to 0.32 (docs/verification.md).
 MOST_LAYER_ERROR = 0.6
 MOST_CLIPPED = 0.01  # share of an input's blocks; calibration with head-room leaves none
 MOST_LOST = 0.1  # share of an input's blocks that become zeros; a scale ten thousand times too large does it
