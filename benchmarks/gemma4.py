@@ -46,7 +46,7 @@ def main() -> None:
     started = time.perf_counter()
     write_checkpoint(options.folder, options.layers, options.text_only)
     if options.text_only:
-        write_tiny_tokenizer(options.folder, "gemma4", vocab_size=VOCABULARY, base=True)
+        write_tiny_tokenizer(options.folder, "gemma4", vocab_size=VOCABULARY)
     write_ids(options.folder.parent / IDS_NAME, options.samples, options.sequence_length, VOCABULARY)
     seconds = time.perf_counter() - started
     print(json.dumps({**census(options.layers, options.samples * options.sequence_length), "seconds": seconds}))

@@ -2,9 +2,9 @@
 
 usage: python benchmarks/judged.py FOLDER [--samples 12] [--sequence-length 512] [--recipe nvfp4-full] [--json FILE]
 
-FOLDER gets SmolLM2-135M and its conversion, where they are not there. The judge (`tests/support/emulation.py`) shares no
-code with nvquant: it reads the files with safetensors, loads the model with transformers, and computes in float32, the
-whole model at once. Both get the token ids of the shipped held-out text.
+FOLDER gets SmolLM2-135M and its conversion, where they are not there. The judge (`tests/support/emulation.py`) shares
+no code with nvquant: it reads the files with safetensors, loads the model with transformers, and computes in float32,
+the whole model at once. Both get the token ids of the shipped held-out text.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from .numerics.stage import NumericsOptions, NumericsStage
 from .numerics.text import reference_ids
 from .report import Check, Finding, Report
 from .serve import ServeStage
-from .served_logprobs import Emulate
+from .served_logprobs import Emulate, SourceFigures
 from .structure import STAGE as STRUCTURE
 from .structure import structure_checks
 from .subject import Subject, open_subject
@@ -114,7 +114,6 @@ class Verification:
             return
         folder = self._options.log_folder or Path(tempfile.mkdtemp(prefix="nvquant-serve-"))
         folder.mkdir(parents=True, exist_ok=True)
-        numbers = self._documents["numerics"]
         stage = ServeStage(
             subject,
             self._options.serve,
@@ -122,7 +121,7 @@ class Verification:
             _reference_ids(subject),
             folder,
             lambda words: self._progress(0, 0, words),
-            None if numbers is None else numbers["nll_source"],
+            self._source_figures(),
         )
         has_failed = False
         for check in stage.run():
@@ -131,6 +130,12 @@ class Verification:
         self._documents["serve"] = stage.document
         if self._options.log_folder is None and not has_failed:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _source_figures(self) -> SourceFigures | None:
+        numbers = self._documents["numerics"]
+        if numbers is None:
+            return None
+        return SourceFigures(numbers["nll_source"], numbers["arithmetics"]["floor"]["nll_difference"])
 
     def _emulate(self, subject: Subject) -> Emulate:
         device = self._options.numerics.device

@@ -16,7 +16,7 @@ from ..serving.server import ServeOptions, Server, ServerDied, serving
 from .degeneration import LEAST_TOKENS
 from .report import Check, Finding, not_applicable
 from .served_answers import Answers
-from .served_logprobs import Emulate, check_logprobs, source_nll_tells, too_few
+from .served_logprobs import Emulate, SourceFigures, check_logprobs, knows_text, too_few
 from .served_memory import check_memory, forecast_weights
 from .served_tokens import OwnTokenizer, check_tokens
 from .subject import Subject, is_tied
@@ -47,8 +47,8 @@ class ServeStage:
         ids: a reference text, framed as the model wants it; None where there is none.
         folder: where the server's log is kept.
         progress: called with what is going on, in words.
-        source_nll: nats a token that the source needs for such a text, where it was measured: where the source knows no
-            text either, as one with random weights, none is asked of the checkpoint.
+        source: what was measured of the source: where it knows no text, as with random weights, none is asked of the
+            checkpoint, and where its own tokens are noise in 16 bits, none is held.
         capability: compute capability of the GPU, for hints about known faults; None for this machine's own.
     """
 
@@ -60,13 +60,13 @@ class ServeStage:
         ids: Sequence[int] | None,
         folder: Path,
         progress: Callable[[str], None],
-        source_nll: float | None = None,
+        source: SourceFigures | None = None,
         capability: tuple[int, int] | None = None,
     ) -> None:
         self._subject, self._options, self._emulate = subject, options, emulate
         self._ids = None if ids is None else list(ids)
         self._folder, self._progress = folder, progress
-        self._source_nll, self._capability = source_nll, capability
+        self._source, self._capability = source, capability
         self._hints: list[str] = []
         self._tokenizer = OwnTokenizer(subject.folder)
         self._facts = LogFacts()
@@ -133,8 +133,8 @@ class ServeStage:
     def _ask(self, server: Server) -> Iterator[Check]:
         self._facts = server.facts
         self._hints += server.notes + list(self._facts.warnings) + self._known_faults()
-        knows_text = source_nll_tells(self._subject, self._source_nll)
-        self._answers = Answers(self._subject, self._tokenizer, server.client, self._facts.max_model_len, knows_text)
+        is_literate = knows_text(self._subject, self._source)
+        self._answers = Answers(self._subject, self._tokenizer, server.client, self._facts.max_model_len, is_literate)
         checks: dict[str, Callable[[], Finding]] = {
             "start": lambda: self._start(server),
             "kernel": self._kernel,
@@ -200,15 +200,15 @@ class ServeStage:
             return not_applicable("the checkpoint's numbers cannot be computed here")
         assert ids is not None
         finding, self._logprobs = check_logprobs(
-            self._subject, server.client, arithmetic, possible, ids, self._emulate, self._source_nll
+            self._subject, server.client, arithmetic, possible, ids, self._emulate, self._source
         )
         return finding
 
     def _degeneration(self) -> Finding:
         assert self._answers is not None
-        if not source_nll_tells(self._subject, self._source_nll):
+        if self._source is not None and not knows_text(self._subject, self._source):
             return not_applicable(
-                f"the source itself knows no text ({self._source_nll:.2f} nats a token), so none is asked for"
+                f"the source itself knows no text ({self._source.nll:.2f} nats a token), so none is asked for"
             )
         if self._facts.max_model_len is not None and self._facts.max_model_len < 2 * LEAST_TOKENS:
             return not_applicable(f"requests of {self._facts.max_model_len} tokens are too short to judge")

@@ -1,7 +1,8 @@
 """The stage `serve` with a real vLLM: good checkpoints pass it, and each broken one fails the check that can see it.
 
-Random tiny models start as fast as a server can and know no text, which the stage is told (`source_nll`); what is said
-of text is tested on SmolLM2. The judge of likelihoods is the tests' own emulation, which shares no code with nvquant.
+Random tiny models start as fast as a server can and know no text, which the stage is told (`SourceFigures`); what is
+said of text is tested on SmolLM2. The judge of likelihoods is the tests' own emulation, which shares no code with the
+package.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from nvquant.serving.server import NO_LOAD_CHECK, ServeOptions
 from nvquant.verify.numerics.text import reference_ids
 from nvquant.verify.report import Check
 from nvquant.verify.serve import ServeStage, serve_checks
+from nvquant.verify.served_logprobs import SourceFigures
 from nvquant.verify.subject import open_subject
 from safetensors.torch import load_file, save_file
 from support.converting import run_convert
@@ -40,7 +42,7 @@ pytestmark = pytest.mark.vllm
 
 ALL = ["start", "kernel", "memory", "tokens", "answers", "logprobs", "degeneration"]
 # Nats a token of a model that guesses among 512; text cannot be asked of it.
-GUESSING = math.log(512)
+GUESSING = SourceFigures(math.log(512))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,12 +90,12 @@ def stage(
     checkpoint: Path,
     folder: Path,
     ids: Sequence[int] | None = None,
-    source_nll: float | None = None,
+    source: SourceFigures | None = None,
     options: ServeOptions | None = None,
 ) -> ServeStage:
     subject = open_subject(checkpoint)
     chosen = small_options() if options is None else options
-    return ServeStage(subject, chosen, emulation_of(checkpoint), ids, folder, lambda _: None, source_nll)
+    return ServeStage(subject, chosen, emulation_of(checkpoint), ids, folder, lambda _: None, source)
 
 
 def verdicts(checks: list[Check]) -> dict[str, bool]:

@@ -34,6 +34,7 @@ from .served import Arithmetic, InputNumbers, InputRounding, ServedModel
 
 LaneName = Literal["source", "floor", "w4a4", "weight_only"]
 EQUAL_INPUT_TOKENS = 2048  # are enough to measure a layer's own error
+FLOOR_ROWS = 16
 SHARE_OF_MEMORY = 0.5  # of what is free, for the hidden states of all lanes
 
 
@@ -98,8 +99,6 @@ class SideBySide:
         # A CPU computes BF16 products slowly, and a GPU is to compute as the server does.
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.batches = make_batches(samples, 1)
-        # Neighbours of equal length share a batch, so that products get another shape.
-        self.floor_batches = self.batches if self.device.type == "cpu" else make_batches(samples, 2)
         self.rounding = InputRounding(served)
         self.layers: list[LayerNumbers] = []
         self.matrices: list[dict[str, Any]] = []
@@ -113,7 +112,7 @@ class SideBySide:
         """How the floor's noise was made."""
         if self.device.type == "cpu":
             return "the source with every module's output rounded to BF16, against float32"
-        return "the source in BF16, two sequences at a time, against one at a time"
+        return f"the source in BF16, its products {FLOOR_ROWS} tokens at a time, against whole sequences"
 
     @property
     def inputs(self) -> dict[str, InputNumbers]:
@@ -140,7 +139,7 @@ class SideBySide:
     def _open_lanes(self) -> dict[LaneName, Lane]:
         plan: list[tuple[LaneName, Skeleton, Sequence[Tensor]]] = []
         if self._original is not None:
-            plan += [("source", self._original, self.batches), ("floor", self._original, self.floor_batches)]
+            plan += [("source", self._original, self.batches), ("floor", self._original, self.batches)]
         plan += [(name, self._quantized, self.batches) for name in self.arithmetics]
         budget = self._budget(len(plan))
         lanes: dict[LaneName, Lane] = {}
@@ -228,7 +227,8 @@ class SideBySide:
                 kept.append(Kept(before, after, with_own_stores(call)))
 
         self.lanes["source"].walk.step(layer, beside.tensors, watch=keep)
-        with rounded_to_bfloat16(self._original.layers[layer]) if self.device.type == "cpu" else nullcontext():
+        disturbed = rounded_to_bfloat16 if self.device.type == "cpu" else in_small_products
+        with disturbed(self._original.layers[layer]):
             self.lanes["floor"].walk.step(layer, beside.tensors)
         return kept
 
@@ -284,6 +284,26 @@ def rounded_to_bfloat16(module: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def in_small_products(module: nn.Module) -> Iterator[None]:
+    """Let every linear of the module take a few tokens at a time, as a server that decodes does, while the block runs:
+    its products then get other kernels, which add in another order."""
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+
+    def small(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.cat(
+            [nn.functional.linear(rows, linear.weight, linear.bias) for rows in x.split(FLOOR_ROWS, dim=-2)], dim=-2
+        )
+
+    for linear in linears:
+        linear.__dict__["forward"] = small(linear)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.__dict__["forward"]
 
 
 def _names_by_layer(checkpoint: Checkpoint, prefix: str) -> dict[int, list[str]]:

@@ -50,8 +50,7 @@ def predict(run: SideBySide, progress: Progress) -> tuple[dict[LaneName, Running
 
 def _finished(lane: Lane, run: SideBySide) -> Tensor:
     """What the head multiplies, float [scored tokens, hidden size]; on the device while there is room."""
-    batches = run.floor_batches if lane.name == "floor" else run.batches
-    rows = torch.cat(lane.finished(batches))
+    rows = torch.cat(lane.finished(run.batches))
     if run.device.type == "cuda" and rows.nbytes * len(run.lanes) > torch.cuda.mem_get_info(run.device)[0] // 3:
         return rows.cpu()
     return rows

@@ -127,7 +127,8 @@ def measure(
         logits, scores = predict(run, progress)
     finally:
         run.close()
-    nll = float(logits["source"].nll.mean())
+    nll_of_tokens = logits["source"].nll.cpu()
+    nll = float(nll_of_tokens.mean())
     words = {**WORDS, "floor": run.floor_words}
     thresholds = thresholds_of(subject).tightened(options.max_kl, options.min_top1)
     return {
@@ -144,7 +145,7 @@ def measure(
         "dtype": str(run.dtype).removeprefix("torch."),
         "nll_source": nll,
         "perplexity_source": perplexity(nll),
-        "arithmetics": {name: {"words": words[name], **score.as_json(nll)} for name, score in scores.items()},
+        "arithmetics": {name: {"words": words[name], **score.as_json(nll_of_tokens)} for name, score in scores.items()},
         "layers": [_layer_json(layer, run) for layer in run.layers],
         "matrices": run.matrices,
         "inputs": [_input_json(name, run) for name in run.inputs],

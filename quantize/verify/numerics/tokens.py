@@ -114,8 +114,12 @@ class TokenScores:
     agrees: Tensor
     lengths: Sequence[int]
 
-    def as_json(self, nll_source: float) -> dict[str, Any]:
-        """Means with their standard errors over sequences, median and 99th percentile."""
+    def as_json(self, nll_source: Tensor) -> dict[str, Any]:
+        """Means with their standard errors over sequences, median and 99th percentile.
+
+        Args:
+            nll_source: of the reference, float64 [tokens].
+        """
         nll = float(self.nll.mean())
         return {
             "kl": {
@@ -125,7 +129,8 @@ class TokenScores:
                 "p99": quantile(self.kl, 0.99),
             },
             "nll": nll,
-            "delta_nll": nll - nll_source,
+            "delta_nll": nll - float(nll_source.mean()),
+            "nll_difference": float((self.nll - nll_source).abs().mean()),
             "perplexity": perplexity(nll),
             "top1": {
                 "agreement": float(self.agrees.double().mean()),

@@ -14,14 +14,14 @@ from nvquant.calibrate.hidden import HiddenBudget
 from nvquant.checkpoint.source import open_checkpoint
 from nvquant.errors import InputError
 from nvquant.verify.numerics import measure as measuring
-from nvquant.verify.numerics.measure import SideBySide
+from nvquant.verify.numerics.measure import FLOOR_ROWS, SideBySide, in_small_products
 from nvquant.verify.numerics.served import ServedModel
 from nvquant.verify.subject import open_subject
 from safetensors.torch import save_file
 from support.conversions import Conversions, TinyModels, random_samples
 from support.emulation import decode_tensors, load_emulation, read_tensors
 from support.tiny_models import tiny_llama
-from torch import Tensor
+from torch import Tensor, nn
 from verify.breaking import LAYER, change_scalar, edit_tensors
 from verify.checkpoints import Copy
 from verify.numerics.measuring import (
@@ -246,3 +246,24 @@ def test_a_head_of_another_size_is_refused(conversions: Conversions, tmp_path: P
     other = tiny_llama(tmp_path / "other", vocab_size=640)
     with pytest.raises(InputError, match="the heads of the two models have different shapes"):
         measured(conversions("llama"), other, SAMPLES)
+
+
+def test_small_products_are_the_same_products_until_the_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    heights: list[int] = []
+    linear = nn.functional.linear
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        heights.append(x.shape[-2])
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", watched)
+    module = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4, bias=False))
+    x = torch.randn(1, 2 * FLOOR_ROWS + 3, 8, generator=torch.Generator().manual_seed(0))
+    whole = module(x)
+    heights.clear()
+    with in_small_products(module):
+        torch.testing.assert_close(module(x), whole)
+    assert heights == [FLOOR_ROWS, FLOOR_ROWS, 3] * 2
+    heights.clear()
+    assert torch.equal(module(x), whole)
+    assert heights == [2 * FLOOR_ROWS + 3] * 2

@@ -172,8 +172,9 @@ def test_scores_are_means_over_tokens() -> None:
         agrees=torch.tensor([True, True, False]),
         lengths=[2, 1],
     )
-    found = scores.as_json(nll_source=2.5)
+    found = scores.as_json(torch.tensor([1.5, 2.0, 4.0], dtype=torch.float64))
     assert found["nll"] == 3.0 and found["delta_nll"] == 0.5
+    assert found["nll_difference"] == pytest.approx(2.5 / 3)
     assert found["perplexity"] == pytest.approx(math.exp(3))
     assert found["kl"]["mean"] == pytest.approx(0.2)
     assert found["kl"]["median"] == 0.1 and found["kl"]["p99"] == 0.5
