@@ -42,7 +42,10 @@ def main() -> None:
         "benchmark": "judged",
         "machine": common.machine(),
         "versions": common.versions(),
-        "work": {"model": source.name, "recipe": options.recipe, "tokens": sum(map(len, tokens))},
+        "work": {
+            "description": f"KL of SmolLM2-135M, {options.recipe}, {options.samples} sequences: two implementations",
+            "tokens": sum(map(len, tokens)),
+        },
         "runs": {"nvquant": ours, "judge": theirs},
     }
     print(f"{'':<12}" + "".join(f"{column:>30}" for column in COLUMNS))

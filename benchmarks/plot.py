@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import common
@@ -19,7 +19,7 @@ import common
 ROOT = common.HERE.parent
 PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
-ORDER = ("gemma4_slice", "whole_31b", "data_free", "scale_out", "smollm2_cpu", "kernels")
+ORDER = ("gemma4_slice", "whole_31b", "data_free", "scale_out", "smollm2_cpu", "kernels", "served_31b", "judged")
 COLOURS = {"nvquant": "#2f7d4f", "plain": "#8a8f98"}
 PEER_COLOUR = "#c9cdd3"
 
@@ -55,9 +55,60 @@ def section(report: common.Json) -> str:
         found |= {name: version for name, version in run.get("versions", {}).items() if name not in found}
     versions = ", ".join(f"{name} {version}" for name, version in found.items())
     lines = [f"### {report['work']['description']}", "", f"{common.machine_words(report['machine'])}. {versions}.", ""]
-    is_of_kernels = report["benchmark"] == "kernels"
-    lines += markdown(common.KERNEL_HEADER, common.kernel_rows(report)) if is_of_kernels else run_table(report)
+    lines += TABLES.get(report["benchmark"], run_table)(report)
     return "\n".join(lines) + "\n"
+
+
+def kernel_table(report: common.Json) -> list[str]:
+    """Every kernel beside what the memory allows."""
+    return markdown(common.KERNEL_HEADER, common.kernel_rows(report))
+
+
+def served_tables(report: common.Json) -> list[str]:
+    """Conversions, stages of the proof, and rates of the servers."""
+    conversions = [
+        (f"convert, {recipe}", f"{run['wall_seconds']:.1f}", f"{run['peak_rss_bytes'] / 1e9:.2f}", _gigabytes(run))
+        for recipe, run in report["convert"].items()
+    ]
+    proofs = [
+        (f"verify, {stages}", f"{run['wall_seconds']:.1f}", f"{run['peak_rss_bytes'] / 1e9:.2f}", _verdict(run))
+        for stages, run in report["verify"].items()
+    ]
+    servers = {server["name"]: server for server in report["bench"]["servers"]}
+    rates = [
+        (
+            *(point["name"], servers[point["name"]]["scheme"], str(point["context"]), str(point["users"])),
+            *(f"{point[key]:,.0f}" for key in ("decode_tokens_per_second", "ceiling_tokens_per_second")),
+            f"{point['prefill_tokens_per_second']:,.0f}",
+            *(f"{point[key]:,.1f}" for key in ("ttft_p50_ms", "itl_p50_ms")),
+        )
+        for point in report["bench"]["points"]
+    ]
+    header = ("model", "weights", "context", "users", "decode tok/s", "ceiling", "prefill tok/s", "TTFT ms", "token ms")
+    vllm = report["bench"]["servers"][0]["vllm"]
+    return [
+        *markdown(("", "process s", "host GB", ""), [*conversions, *proofs]),
+        *("", f"`nvquant bench`, vLLM {vllm}, 200 output tokens, medians of TTFT and inter-token time:", ""),
+        *markdown(header, rates),
+    ]
+
+
+def _gigabytes(run: common.Json) -> str:
+    return f"{run['tensor_bytes'] / 1e9:.2f} GB of tensors"
+
+
+def _verdict(run: common.Json) -> str:
+    return f"{sum(check['passed'] for check in run['checks'])} of {len(run['checks'])} checks passed"
+
+
+def judged_table(report: common.Json) -> list[str]:
+    """What the stage numerics says beside what the judge says."""
+    rows = [
+        (name, *(f"{of[name][key]:.4f}" for key in ("kl", "top1", "nll") for of in report["runs"].values()))
+        for name in report["runs"]["judge"]
+    ]
+    header = ("", *(f"{words}, {of}" for words in ("KL", "top-1", "NLL") for of in report["runs"]))
+    return markdown(header, rows)
 
 
 def run_table(report: common.Json) -> list[str]:
@@ -72,6 +123,13 @@ def run_table(report: common.Json) -> list[str]:
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table."""
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+TABLES: dict[str, Callable[[common.Json], list[str]]] = {
+    "kernels": kernel_table,
+    "served_31b": served_tables,
+    "judged": judged_table,
+}
 
 
 def plot(reports: list[common.Json]) -> None:

@@ -52,7 +52,11 @@ def main() -> None:
         report = json.loads(kept.read_text(encoding="utf-8"))
     else:
         head = {"benchmark": "served_31b", "machine": common.machine(), "versions": common.versions()}
-        report = {**head, "layers": options.layers, "convert": {}}
+        work = {
+            "description": f"The text model of Gemma 4 31B, {options.layers} layers: converted, proved, served",
+            "tokens": SAMPLES * SEQUENCE_LENGTH,
+        }
+        report = {**head, "work": work, "convert": {}}
     for step in [step for step in STEPS if step in options.steps]:
         STEPS[step](options, report)
         kept.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -93,12 +97,19 @@ def verify(options: argparse.Namespace, report: common.Json) -> None:
         run = common.try_child(command, label=f"verify {', '.join(stages)}")
         document = options.output / "proof" / "report.json"
         found = json.loads(document.read_text(encoding="utf-8")) if document.exists() else {}
-        report["verify"]["+".join(stages)] = {**run, **found}
+        report["verify"]["+".join(stages)] = {**run, **without_lists(found)}
         for check in found.get("checks", []):
             word = "ok" if check["passed"] else "FAILED"
             print(f"{word:<7} {check['stage']:<10} {check['name']:<14} {check['detail'][:300]}", file=sys.stderr)
         gigabytes = run.get("peak_rss_bytes", 0) / 1e9
         print(f"{run['wall_seconds']:.1f} s, peak {gigabytes:.2f} GB of host memory", file=sys.stderr)
+
+
+def without_lists(found: common.Json) -> common.Json:
+    """A report of `nvquant verify` without what it says of each layer, matrix and input."""
+    numbers = found.get("numerics") or {}
+    kept = {key: value for key, value in numbers.items() if key not in ("layers", "matrices", "inputs")}
+    return {**found, "numerics": kept or None}
 
 
 def bench(options: argparse.Namespace, report: common.Json) -> None:

@@ -1,6 +1,7 @@
 """Known faults of vLLM, as data: by version, GPU and checkpoint, and by what a failed start says.
 
-An issue or PR without a repository is of vllm-project/vllm. "Seen" means seen in a real start of vLLM 0.24.0 or 0.32.0.
+An issue or PR without a repository is of vllm-project/vllm. "Seen" means seen in a real start of vLLM 0.24.0 or 0.32.0;
+all other bounds of versions are read from the dates of reports and fixes, and may be off by a release.
 """
 
 from __future__ import annotations
