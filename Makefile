@@ -7,16 +7,20 @@ BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 NEWEST_VENV ?= .venv-newest
 # Two processes of one thread each: small tensors gain nothing from more threads, and lose much where cores are busy.
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint vllm test-newest clean
+.PHONY: demo test test-thorough lint vllm test-newest clean
 
 demo: $(VENV)/.demo
 	env -u OMP_NUM_THREADS $(BIN)/nvquant demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# Every test, the repetitions with other parameters too.
+test-thorough: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "thorough or not thorough"
 
 lint: $(VENV)/.test build/types/nvquant
 	$(BIN)/ruff check .
@@ -28,7 +32,7 @@ vllm: $(VLLM_VENV)/.installed
 
 # The streamed path with the newest transformers and without llm-compressor.
 test-newest: $(NEWEST_VENV)/.installed
-	$(NEWEST_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/calibrate tests/convert -m "not slow"
+	$(NEWEST_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/calibrate tests/convert -m "not slow and not thorough"
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

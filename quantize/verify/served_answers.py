@@ -34,7 +34,7 @@ SEED = 1
 # Sampling as the model's authors set it, since a small healthy model loops when it may not choose.
 DEFAULT_SAMPLING: Mapping[str, float] = {"temperature": 0.7}
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# A healthy model degenerates in one answer of seventy; in two of four, once in two thousand runs. A destroyed one does
+# A healthy model degenerated in one answer of seventy (docs/serving.md), so hardly in two of four. A destroyed one does
 # so in each.
 MOST_DEGENERATE = 0.5
 

@@ -88,7 +88,7 @@ class Target:
         self.clear()
 
 
-@pytest.fixture(scope="module", params=[*list(CASES)[:2], pytest.param("gemma4-full", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[*list(CASES)[:2], pytest.param("gemma4-full", marks=pytest.mark.thorough)])
 def target(request: pytest.FixtureRequest, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Target:
     return Target(warm, CASES[request.param], tmp_path_factory.mktemp(request.param))
 

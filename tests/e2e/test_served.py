@@ -34,7 +34,6 @@ pytestmark = pytest.mark.vllm
 Convert = Callable[[str, str], Path]
 
 W4A4_KERNEL, WEIGHT_ONLY_KERNEL = "CpuNvFp4LinearKernel", "CpuNvFp4WeightOnlyLinearKernel"
-LAYOUTS = ("compressed-tensors", "modelopt")
 
 PROMPT = """\
 The harbour of the old town faces north, and for most of the winter its water lies in the shadow of the cliffs. Fishing
@@ -88,8 +87,15 @@ def assert_close(got: list[float], expected: list[float], *, nll: float = 0.15, 
     assert correlation(got, expected) > least_correlation
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("recipe", ["nvfp4-full", "nvfp4"])
+@pytest.mark.parametrize(
+    ("recipe", "layout"),
+    [
+        ("nvfp4", "modelopt"),
+        pytest.param("nvfp4", "compressed-tensors", marks=pytest.mark.thorough),
+        pytest.param("nvfp4-full", "modelopt", marks=pytest.mark.thorough),
+        pytest.param("nvfp4-full", "compressed-tensors", marks=pytest.mark.thorough),  # verify/test_serve.py has it
+    ],
+)
 @pytest.mark.usefixtures("vllm_environment")
 def test_served_w4a4_gives_the_likelihood_of_the_emulation(
     convert: Convert,
@@ -107,7 +113,7 @@ def test_served_w4a4_gives_the_likelihood_of_the_emulation(
     assert_close(served, source_logprobs, nll=0.6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["compressed-tensors", pytest.param("modelopt", marks=pytest.mark.thorough)])
 @pytest.mark.usefixtures("vllm_environment")
 def test_served_weight_only_gives_each_token_the_likelihood_of_the_emulation(
     convert: Convert, prompt_ids: list[int], source_logprobs: list[float], tmp_path: Path, layout: str
@@ -165,7 +171,14 @@ def test_served_gemma4_with_shared_keys_and_values_gives_the_likelihood_of_the_e
     assert_close(served, token_logprobs(source_model, ids), nll=0.75, least_correlation=0.55)
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4-full", "nvfp4", "nvfp4-a16"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "nvfp4-full",
+        pytest.param("nvfp4", marks=pytest.mark.thorough),
+        pytest.param("nvfp4-a16", marks=pytest.mark.thorough),
+    ],
+)
 def test_transformers_reads_the_compressed_tensors_layout(convert: Convert, prompt_ids: list[int], recipe: str) -> None:
     pytest.importorskip("compressed_tensors", reason="transformers reads this layout with compressed-tensors")
     checkpoint = convert(recipe, "compressed-tensors")

@@ -53,7 +53,7 @@ def test_the_document_has_the_keys_that_readers_rely_on(document: dict[str, Any]
     assert set(document["text"]) == {"name", "framing", "sequences", "tokens", "scored", "sha256"}
     assert set(document["arithmetics"]) == {"w4a4", "weight_only", "floor"}
     for numbers in document["arithmetics"].values():
-        assert set(numbers) == {"words", "kl", "nll", "delta_nll", "perplexity", "top1"}
+        assert set(numbers) == {"words", "kl", "nll", "delta_nll", "nll_difference", "perplexity", "top1"}
         assert set(numbers["kl"]) == {"mean", "median", "p99", "standard_error"}
         assert set(numbers["top1"]) == {"agreement", "standard_error"}
     assert [layer["layer"] for layer in document["layers"]] == [0, 1, 2]
