@@ -197,7 +197,9 @@ def convert(
         command += ["--calibration", ids, "--samples", options.samples, "--sequence-length", options.sequence_length]
     if options.profile:
         command += ["--profile", options.profile / f"profile-{quantizer}"]
-    return run_child(command, label=f"nvquant {quantizer}, {processes} process{'es' if processes > 1 else ''}")
+    run = run_child(command, label=f"nvquant {quantizer}, {processes} process{'es' if processes > 1 else ''}")
+    del run["output"]  # a path of this machine
+    return run
 
 
 def peer(name: str, source: Path, output: Path, ids: Path, options: argparse.Namespace) -> Json:

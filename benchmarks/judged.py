@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 import common
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from nvquant.demo.smollm2 import build_smollm2
 from support.emulation import load_emulation
+from verify.numerics.measuring import Samples, held_out, measured, original, whole_models
 
 Figures = dict[str, dict[str, float]]
 COLUMNS = ("kl", "top1", "nll")
@@ -36,15 +36,16 @@ def main() -> None:
     source = options.folder / "smollm2"
     checkpoint = options.folder / f"smollm2-{options.recipe}"
     prepare(source, checkpoint, options.recipe)
-    ours, tokens = measured(source, checkpoint, options)
-    theirs = judged(source, checkpoint, tokens)
+    samples = held_out(source, options.samples, options.sequence_length)
+    ours = stage_says(source, checkpoint, samples)
+    theirs = judge_says(source, checkpoint, samples)
     report = {
         "benchmark": "judged",
         "machine": common.machine(),
         "versions": common.versions(),
         "work": {
             "description": f"KL of SmolLM2-135M, {options.recipe}, {options.samples} sequences: two implementations",
-            "tokens": sum(map(len, tokens)),
+            "tokens": sum(map(len, samples)),
         },
         "runs": {"nvquant": ours, "judge": theirs},
     }
@@ -59,60 +60,33 @@ def prepare(source: Path, checkpoint: Path, recipe: str) -> None:
     """The model and its conversion, where they are not there."""
     source.parent.mkdir(parents=True, exist_ok=True)
     if not (source / "config.json").exists():
-        code = (
-            "import sys; from pathlib import Path; from nvquant.demo.smollm2 import build_smollm2; "
-            "build_smollm2(Path(sys.argv[1])); print('{}')"
-        )
-        common.run_child([sys.executable, "-c", code, source], label="model")
+        build_smollm2(source)
     if not checkpoint.exists():
         command = [sys.executable, "-m", "nvquant", "convert", source, "--recipe", recipe, "--quantizer", "rtn"]
         command += ["--samples", 16, "--sequence-length", 512, "-o", checkpoint, "--json"]
         common.run_child(command, label="conversion")
 
 
-def measured(source: Path, checkpoint: Path, options: argparse.Namespace) -> tuple[Figures, list[list[int]]]:
-    """What the stage says of each arithmetic, and the ids that it was measured on."""
-    from nvquant.verify.numerics.text import load_text
-    from nvquant.verify.subject import open_subject
-
-    command = [sys.executable, "-m", "nvquant", "verify", checkpoint, "--against", source, "--stage", "structure"]
-    command += ["--stage", "numerics", "--samples", options.samples, "--sequence-length", options.sequence_length]
-    document = common.run_child([*command, "--device", "cpu", "--json"], label="verify")
-    found = {
+def stage_says(source: Path, checkpoint: Path, samples: Samples) -> Figures:
+    """The stage's figures for each arithmetic."""
+    arithmetics = measured(checkpoint, source, samples).document["arithmetics"]
+    return {
         name: {"kl": one["kl"]["mean"], "top1": one["top1"]["agreement"], "nll": one["nll"]}
-        for name, one in document["numerics"]["arithmetics"].items()
+        for name, one in arithmetics.items()
         if name != "floor"
     }
-    subject = open_subject(checkpoint)
-    text = load_text(None, checkpoint, subject.config, options.samples, options.sequence_length)
-    return found, [sample.tolist() for sample in text.samples]
 
 
-@torch.no_grad()
-def judged(source: Path, checkpoint: Path, tokens: list[list[int]]) -> Figures:
-    """What the judge says, mean over all positions but the last of each sequence."""
-    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    served = load_emulation(checkpoint)
-    w4a4 = _compare(original, served, tokens)
-    for module in served.modules():
-        module._forward_pre_hooks.clear()  # the rounding of inputs
-    return {"w4a4": w4a4, "weight_only": _compare(original, served, tokens)}
-
-
-def _compare(original: PreTrainedModel, served: PreTrainedModel, tokens: list[list[int]]) -> dict[str, float]:
-    sums = torch.zeros(len(COLUMNS), dtype=torch.float64)
-    count = 0
-    for ids in tokens:
-        row = torch.tensor(ids)
-        right, got = (
-            model(input_ids=row[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
-            for model in (original, served)
-        )
-        sums[0] += (right.exp() * (right - got)).sum()
-        sums[1] += (right.argmax(-1) == got.argmax(-1)).sum()
-        sums[2] -= got.gather(1, row[1:, None]).sum()
-        count += len(ids) - 1
-    return dict(zip(COLUMNS, (sums / count).tolist(), strict=True))
+def judge_says(source: Path, checkpoint: Path, samples: Samples) -> Figures:
+    """The same from the whole models."""
+    model, emulation = original(source), load_emulation(checkpoint)
+    found: Figures = {}
+    for name in ("w4a4", "weight_only"):
+        kl, nll, top1 = whole_models(model, emulation, samples)
+        found[name] = {"kl": kl, "top1": top1, "nll": nll}
+        for module in emulation.modules():
+            module._forward_pre_hooks.clear()  # the rounding of inputs
+    return found
 
 
 if __name__ == "__main__":

@@ -66,29 +66,26 @@ def kernel_table(report: common.Json) -> list[str]:
 
 def served_tables(report: common.Json) -> list[str]:
     """Conversions, stages of the proof, and rates of the servers."""
-    conversions = [
-        (f"convert, {recipe}", f"{run['wall_seconds']:.1f}", f"{run['peak_rss_bytes'] / 1e9:.2f}", _gigabytes(run))
-        for recipe, run in report["convert"].items()
+    runs = [(f"convert, {recipe}", run, _gigabytes(run)) for recipe, run in report["convert"].items()]
+    runs += [(f"verify, {stages}", run, _verdict(run)) for stages, run in report["verify"].items()]
+    processes = [
+        (name, f"{run['wall_seconds']:.1f}", f"{run['peak_rss_bytes'] / 1e9:.2f}", words) for name, run, words in runs
     ]
-    proofs = [
-        (f"verify, {stages}", f"{run['wall_seconds']:.1f}", f"{run['peak_rss_bytes'] / 1e9:.2f}", _verdict(run))
-        for stages, run in report["verify"].items()
-    ]
-    servers = {server["name"]: server for server in report["bench"]["servers"]}
+    bench = report["bench"]
     rates = [
         (
-            *(point["name"], servers[point["name"]]["scheme"], str(point["context"]), str(point["users"])),
+            *(point["name"], bench["servers"][point["server"]]["scheme"], str(point["context"]), str(point["users"])),
             *(f"{point[key]:,.0f}" for key in ("decode_tokens_per_second", "ceiling_tokens_per_second")),
             f"{point['prefill_tokens_per_second']:,.0f}",
             *(f"{point[key]:,.1f}" for key in ("ttft_p50_ms", "itl_p50_ms")),
         )
-        for point in report["bench"]["points"]
+        for point in bench["points"]
     ]
     header = ("model", "weights", "context", "users", "decode tok/s", "ceiling", "prefill tok/s", "TTFT ms", "token ms")
-    vllm = report["bench"]["servers"][0]["vllm"]
+    vllm, length = bench["servers"][0]["vllm"], bench["settings"]["output_tokens"]
     return [
-        *markdown(("", "process s", "host GB", ""), [*conversions, *proofs]),
-        *("", f"`nvquant bench`, vLLM {vllm}, 200 output tokens, medians of TTFT and inter-token time:", ""),
+        *markdown(("", "process s", "host GB", ""), processes),
+        *("", f"`nvquant bench`, vLLM {vllm}, {length} output tokens, medians of TTFT and inter-token time:", ""),
         *markdown(header, rates),
     ]
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import common
 from gemma4 import IDS_NAME
+from nvquant.report.document import publishable
 
 SAMPLES, SEQUENCE_LENGTH = 16, 512
 
@@ -79,6 +80,7 @@ def convert(options: argparse.Namespace, report: common.Json) -> None:
         command += ["--calibration", options.source / IDS_NAME, "--samples", SAMPLES]
         command += ["--sequence-length", SEQUENCE_LENGTH, "--device", options.device, "--json"]
         run = common.run_child(command, label=f"convert {recipe}")
+        del run["output"]  # a path of this machine
         report["convert"][recipe] = run
         print(f"{recipe}: {run['tensor_bytes']:,} bytes in {run['wall_seconds']:.0f} s", file=sys.stderr)
 
@@ -125,7 +127,9 @@ def bench(options: argparse.Namespace, report: common.Json) -> None:
         command += ["--prompts", options.prompts]
     run = common.try_child([*command, "--vllm", options.vllm, *flags(options)], label="bench")
     kept = folder / "bench.json"
-    report["bench"] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else run
+    if kept.exists():
+        run = publishable({"bench": json.loads(kept.read_text(encoding="utf-8"))})["bench"]
+    report["bench"] = run
     if (folder / "bench.md").exists():
         print((folder / "bench.md").read_text(encoding="utf-8"), file=sys.stderr)
 

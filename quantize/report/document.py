@@ -15,12 +15,13 @@ _PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+([^\s/'\"]+)/?")
 
 
 def document(report: Report, bench: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The report and the benchmark as plain JSON values.
+    """The report and the benchmark as plain JSON values, fit to publish."""
+    return publishable(plain_json({**report.as_json(), "bench": bench}))
 
-    A server's command loses the folders of its paths and its host, so that the same checkpoint gives the same
-    document on every machine and no user's name is published.
-    """
-    whole: dict[str, Any] = plain_json({**report.as_json(), "bench": bench})
+
+def publishable(whole: dict[str, Any]) -> dict[str, Any]:
+    """The document with every server's command without the folders of its paths and without its host, so that the same
+    checkpoint gives the same document on every machine and no user's name is published. Changes it in place."""
     for server in [at(whole, "serve", "server"), *rows(at(whole, "bench", "servers"))]:
         if isinstance(server, dict):
             server.update({key: _portable(key, server[key]) for key in ("command", "url") if key in server})

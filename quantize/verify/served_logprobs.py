@@ -30,7 +30,7 @@ MOST_EVER_WEIGHT_ONLY = 2.0
 # tokens, and 6.2 for 262,144. Models of 135M parameters need 3.5; swapped nibbles give 21, an inverted scale ln(V).
 KNOWS_TEXT = 0.5
 # A model whose own tokens move by more than this between two 16-bit computations cannot be held token by token. Random
-# weights of 60 layers move by a nat; models of 135M parameters by 0.01.
+# weights of 60 layers move by a nat; SmolLM2-135M by 0.02.
 MOST_NOISE = MOST_MEAN_WEIGHT_ONLY / 2
 STANDARD_ERRORS = 5
 
@@ -81,7 +81,7 @@ def check_logprobs(
     if noise > MOST_NOISE:
         looked_at += f"; held by the mean alone, since the source's own tokens move by {noise:.3f} nats in 16 bits"
     # Damaged weights blow differences up too: what is damaged comes before what differs.
-    faults = _knows_text(subject, best["nll_served"], source) + _faults(best, noise)
+    faults = _text_faults(subject, best["nll_served"], source) + _faults(best, noise)
     return Finding(looked_at, faults), best
 
 
@@ -120,12 +120,10 @@ def _faults(one: dict[str, Any], noise: float) -> list[str]:
     ]
 
 
-def _knows_text(subject: Subject, nll: float, source: SourceFigures | None) -> list[str]:
+def _text_faults(subject: Subject, nll: float, source: SourceFigures | None) -> list[str]:
     """Whether the served model predicts text better than chance; nothing where its source does not either."""
-    guessing = math.log(int(text_config(subject.config).get("vocab_size") or 2))
-    if nll <= KNOWS_TEXT * guessing or not math.isfinite(nll):
-        return []
-    if not knows_text(subject, source):
+    guessing = _guessing(subject)
+    if nll <= KNOWS_TEXT * guessing or not math.isfinite(nll) or not knows_text(subject, source):
         return []
     return [
         f"the text costs {nll:.2f} nats a token, guessing {guessing:.2f}: the weights are damaged or untrained, or the "
@@ -135,8 +133,12 @@ def _knows_text(subject: Subject, nll: float, source: SourceFigures | None) -> l
 
 def knows_text(subject: Subject, source: SourceFigures | None) -> bool:
     """Whether text can be asked of the checkpoint: its source predicts text, or is not known not to."""
-    guessing = math.log(int(text_config(subject.config).get("vocab_size") or 2))
-    return source is None or source.nll <= KNOWS_TEXT * guessing
+    return source is None or source.nll <= KNOWS_TEXT * _guessing(subject)
+
+
+def _guessing(subject: Subject) -> float:
+    """Nats a token of a model that knows nothing."""
+    return math.log(int(text_config(subject.config).get("vocab_size") or 2))
 
 
 def too_few(ids: Sequence[int] | None, arithmetics: Sequence[Arithmetic]) -> Finding | None:

@@ -176,7 +176,6 @@ def test_the_tokenizer_of_another_model_is_found_by_the_likelihood_of_text(smoll
     assert "tokenizer is of another model" in fault
 
 
-@pytest.mark.thorough
 def test_a_larger_tokenizer_is_found_before_it_kills_the_server(broken: Path, smollm2: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(smollm2 / name, broken / name)
@@ -234,7 +233,6 @@ def test_weight_only_in_the_modelopt_layout_is_served_without_the_load_check_and
     assert run.document["hints"] == [NO_LOAD_CHECK]
 
 
-@pytest.mark.thorough
 def test_a_server_that_is_killed_is_a_failed_check_with_its_cause(tiny: Path, tmp_path: Path) -> None:
     run = stage(tiny, tmp_path, random_ids(300), GUESSING)
     checks = []

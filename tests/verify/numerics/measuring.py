@@ -108,6 +108,17 @@ def log_probabilities(model: Any, ids: Tensor) -> Tensor:
     return logits.double().log_softmax(-1)
 
 
+def whole_models(model: Any, emulation: Any, samples: Samples) -> tuple[float, float, float]:
+    """KL divergence, NLL and top-1 agreement from the whole logits of both models."""
+    kl, agrees = [], []
+    for ids in samples:
+        a, b = log_probabilities(model, ids), log_probabilities(emulation, ids)
+        kl.append((a.exp() * (a - b)).sum(-1))
+        agrees.append((a.argmax(-1) == b.argmax(-1)).double())
+    nll = -float(likelihoods(emulation, samples).mean())
+    return float(torch.cat(kl).mean()), nll, float(torch.cat(agrees).mean())
+
+
 def likelihoods(model: Any, samples: Samples) -> Tensor:
     """Natural-log likelihood of each id that has one before it, float64 [all scored tokens]."""
     parts = [log_probabilities(model, ids).gather(1, ids[1:, None])[:, 0] for ids in samples]

@@ -26,13 +26,12 @@ from verify.breaking import LAYER, change_scalar, edit_tensors
 from verify.checkpoints import Copy
 from verify.numerics.measuring import (
     Measured,
-    Samples,
     likelihoods,
-    log_probabilities,
     measured,
     no_progress,
     original,
     predicted,
+    whole_models,
 )
 
 MODELS = ("llama", "gemma4", "gemma4_e2b", "gemma3_text", "phi3")
@@ -43,25 +42,13 @@ def conversions(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> C
     return Conversions(tiny, tmp_path_factory.mktemp("converted"))
 
 
-def by_whole_models(source: Path, checkpoint: Path, samples: Samples) -> tuple[float, float, float]:
-    """KL divergence, NLL and top-1 agreement from the whole logits of both models."""
-    model, emulation = original(source), load_emulation(checkpoint)
-    kl, agrees = [], []
-    for ids in samples:
-        a, b = log_probabilities(model, ids), log_probabilities(emulation, ids)
-        kl.append((a.exp() * (a - b)).sum(-1))
-        agrees.append((a.argmax(-1) == b.argmax(-1)).double())
-    nll = -float(likelihoods(emulation, samples).mean())
-    return float(torch.cat(kl).mean()), nll, float(torch.cat(agrees).mean())
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_kl_nll_and_top1_are_those_of_whole_models(name: str, conversions: Conversions, tiny: TinyModels) -> None:
     samples = random_samples()
     checkpoint = conversions(name, "nvfp4-a16", "modelopt", "mse")
     document = measured(checkpoint, tiny(name), samples).document
     found = document["arithmetics"]["weight_only"]
-    kl, nll, top1 = by_whole_models(tiny(name), checkpoint, samples)
+    kl, nll, top1 = whole_models(original(tiny(name)), load_emulation(checkpoint), samples)
     assert kl > 1e-4  # else nothing is compared
     assert found["kl"]["mean"] == pytest.approx(kl, rel=5e-3, abs=1e-6)
     assert found["nll"] == pytest.approx(nll, abs=1e-5)
