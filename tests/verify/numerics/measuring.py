@@ -110,13 +110,13 @@ def log_probabilities(model: Any, ids: Tensor) -> Tensor:
 
 def whole_models(model: Any, emulation: Any, samples: Samples) -> tuple[float, float, float]:
     """KL divergence, NLL and top-1 agreement from the whole logits of both models."""
-    kl, agrees = [], []
+    kl, nll, agrees = [], [], []
     for ids in samples:
         a, b = log_probabilities(model, ids), log_probabilities(emulation, ids)
         kl.append((a.exp() * (a - b)).sum(-1))
+        nll.append(-b.gather(1, ids[1:, None])[:, 0])
         agrees.append((a.argmax(-1) == b.argmax(-1)).double())
-    nll = -float(likelihoods(emulation, samples).mean())
-    return float(torch.cat(kl).mean()), nll, float(torch.cat(agrees).mean())
+    return float(torch.cat(kl).mean()), float(torch.cat(nll).mean()), float(torch.cat(agrees).mean())
 
 
 def likelihoods(model: Any, samples: Samples) -> Tensor:
