@@ -1,41 +1,49 @@
-"""A small Hub on 127.0.0.1, enough for the real huggingface_hub client to list, inspect and download repositories.
+"""A Hub on 127.0.0.1 for the real huggingface_hub client: lists, files, byte ranges, redirects, refusals, and faults.
 
     with HubServer() as hub:
-        commit = hub.add("dataset", "org/name", {"data/train.jsonl": b"..."}, tags=("v1",))
-        HfApi(endpoint=hub.endpoint).list_repo_files("org/name", repo_type="dataset")
+        commit = hub.add("model", "org/name", {"config.json": b"{}", "model.safetensors": path}, tags=("v1",))
+        hub.fail("*/resolve/*/model.safetensors", Drop(after=1000), times=2)        # see hub_faults
+        HfApi(endpoint=hub.endpoint).model_info("org/name", files_metadata=True)
+        hub.bytes_sent("org/name"), hub.sent_twice("org/name")
 
-It knows models and data sets with branch `main` and tags, byte ranges and gated repositories, and remembers what it was
-asked. huggingface_hub reads HF_ENDPOINT when it is imported, so pass `endpoint=` where the client takes it, or set the
+As on the real Hub, files of Git LFS (*.safetensors, and all above 10 MB) come from another host, here localhost with
+another port, by a redirect to an address with a signature. That host takes no token; it refuses a request that carries
+one, and `leaks` remembers it. A repository that is renamed, or asked for in another case, answers 307; one that is
+private or missing answers 401 without token and 404 with one. Anybody sees the list of a gated one; its files answer
+401 and 403.
+
+huggingface_hub reads HF_ENDPOINT when it is imported, so pass `endpoint=` where the client takes it, or set the
 variable for a subprocess.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import socket
+import secrets
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
-Content = bytes | Path
+from support.hub_faults import Fault, Status
+from support.hub_hosts import Cdn, Hub, Renamed, Signed
+from support.hub_http import Listener, Request
+from support.hub_repos import Content, Refused, Repo, make_blob
 
 
-@dataclass(frozen=True)
-class Commit:
-    """One state of a model or data set; `names` are its revisions: the commit, `main`, tags."""
+@dataclass
+class Planned:
+    """A fault that is still to come."""
 
-    commit: str
-    files: Mapping[str, Content]
-    digests: Mapping[str, str]
-    names: frozenset[str]
-    token: str | None
+    pattern: str
+    fault: Fault
+    times: int
+    method: str | None
+
+    def meets(self, request: Request, of_body: bool) -> bool:
+        """Whether it is that request's turn to fail."""
+        named = self.method in (None, request.method) and fnmatchcase(request.path, self.pattern)
+        return named and self.times > 0 and self.fault.of_body == of_body
 
 
 @dataclass
@@ -43,35 +51,53 @@ class HubServer:
     """The server; a context manager.
 
     Attributes:
-        requests: (method, path without query) of every request, in order.
-        failures: path → HTTP status to answer with instead, for faults.
+        log: every request, in order.
+        failures: path → HTTP status to answer with instead, always.
+        on_request: called with every request before it is answered, in the server's thread.
+        cdn_expires_after: how many requests an address at the CDN serves; then 403, until a new resolve gives another.
+        secrets: the signatures of all addresses at the CDN, which no log and no file may contain.
+        leaks: paths of requests to the CDN that carried a token.
+        sent: (first byte, end) of each answer with bytes of a file, by (repository, file): what really left.
     """
 
-    requests: list[tuple[str, str]] = field(default_factory=list)
+    log: list[Request] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
-    _commits: dict[tuple[str, str], list[Commit]] = field(default_factory=dict)
-    _connections: set[socket.socket] = field(default_factory=set)
+    on_request: Callable[[Request], object] | None = None
+    cdn_expires_after: int | None = None
+    secrets: list[str] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    sent: dict[tuple[str, str], list[tuple[int, int]]] = field(default_factory=dict)
+    _repos: dict[tuple[str, str], Repo] = field(default_factory=dict)
+    _renamed: dict[tuple[str, str], str] = field(default_factory=dict)
+    _planned: list[Planned] = field(default_factory=list)
+    _signed: dict[str, Signed] = field(default_factory=dict)
+    _downloads: list[str] = field(default_factory=list)
+    _errors: list[BaseException] = field(default_factory=list)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _stopping: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> HubServer:
-        handler = type("BoundHandler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        self._thread.start()
+        self._hub, self._cdn = (
+            Listener(type("Bound", (handler,), {"hub": self}), self._errors) for handler in (Hub, Cdn)
+        )
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        for connection in list(self._connections):  # a client that keeps its connection must find it gone
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._stopping.set()
+        for listener in (self._hub, self._cdn):
+            listener.stop()
+        if self._errors and kind is None:  # the server's own, or those of on_request
+            raise self._errors[0]
 
     @property
     def endpoint(self) -> str:
         """What HF_ENDPOINT or `endpoint=` takes; still known, and refusing, after the server has stopped."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return self._hub.url
+
+    @property
+    def requests(self) -> list[tuple[str, str]]:
+        """(method, path without query) of every request, in order."""
+        return [(request.method, request.path) for request in self.log]
 
     def add(
         self,
@@ -80,166 +106,173 @@ class HubServer:
         files: Mapping[str, Content] | Path,
         *,
         tags: tuple[str, ...] = (),
+        branch: str = "main",
         token: str | None = None,
+        gated: str | None = None,
+        private: bool = False,
     ) -> str:
-        """Publish a commit of a model or data set, which is `main` from now on.
+        """Publish a commit of a model or data set, which is `main` (or another branch) from now on.
 
         Args:
             kind: `model` or `dataset`.
             name: `org/name`.
-            files: contents or paths by name, or a folder of which all files are taken.
+            files: contents or paths by name, or a folder of which all files are taken; the commit has no others.
             tags: other revisions that name this commit.
-            token: makes it gated: only requests with this token are served.
+            token: makes it gated (or private): only with this token are its files served.
+            gated: `auto` or `manual`.
+            private: without the token there is no such repository.
 
         Returns:
-            The commit, 40 hexadecimal digits that depend on the content alone.
+            The commit, 40 hexadecimal digits that depend on the contents of this and earlier commits alone.
         """
         if isinstance(files, Path):
             folder = files
             files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        digests = {path: hashlib.sha256(_read(files[path])).hexdigest() for path in sorted(files)}
-        commit = hashlib.sha1(json.dumps([kind, name, digests]).encode()).hexdigest()
-        names = frozenset({commit, "main", *tags})
-        self._commits.setdefault((kind, name), []).insert(0, Commit(commit, dict(files), digests, names, token))
+        blobs = {path: make_blob(path, content) for path, content in files.items()}
+        with self._lock:
+            repo = self._repos.setdefault((kind, name), Repo(kind, name))
+            repo.private = repo.private or private
+            repo.token = token or repo.token
+            repo.gated = gated or repo.gated or ("auto" if token and not private else None)
+            commit = repo.add(blobs, branch=branch).commit
+            repo.tags |= dict.fromkeys(tags, commit)
         return commit
 
-    def find(self, kind: str, name: str, revision: str, token: str | None) -> Commit:
-        """The newest commit of that name; raises the refusal that the Hub would send."""
-        commits = self._commits.get((kind, name))
-        if not commits:
-            raise Refused(404, "RepoNotFound")
-        if commits[0].token not in (None, token):
-            raise Refused(401, "GatedRepo")
-        for commit in commits:
-            if revision in commit.names:
-                return commit
-        raise Refused(404, "RevisionNotFound")
+    def repo(self, name: str, kind: str = "model") -> Repo:
+        """What the server holds under that name, to look at or to change (`wrong_case`, `gated`, `private`, …)."""
+        return self._repos[kind, name]
+
+    def rename(self, old: str, new: str, kind: str = "model") -> None:
+        """Give a repository another name; the old one answers with a redirect."""
+        with self._lock:
+            repo = self._repos.pop((kind, old))
+            repo.name = new
+            self._repos[kind, new] = repo
+            self._renamed[kind, old] = new
+
+    def fail(self, pattern: str, fault: Fault, *, times: int = 1, method: str | None = None) -> None:
+        """Let the next requests for a path of that pattern fail; see hub_faults."""
+        with self._lock:
+            self._planned.append(Planned(pattern, fault, times, method))
+
+    def files(self, name: str, revision: str = "main", kind: str = "model") -> dict[str, bytes]:
+        """The contents of a repository, by path."""
+        return {path: blob.read() for path, blob in self.repo(name, kind).find(revision).files.items()}
 
     def downloads(self) -> list[str]:
         """Files of which bytes were sent, in order."""
-        gets = [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
-        return [path.split("/resolve/", 1)[1].split("/", 1)[1] for path in gets]
+        return list(self._downloads)
 
+    def bytes_sent_of(self, name: str, file: str) -> int:
+        """How many bytes of a file left the server, those sent again included."""
+        with self._lock:
+            return sum(end - first for first, end in self.sent.get((name, file), ()))
 
-class Refused(Exception):
-    """An answer other than success, with the Hub's own error code."""
+    def bytes_sent(self, name: str) -> int:
+        """How many bytes of a repository's files left the server; not what the API said of them."""
+        with self._lock:
+            return sum(self.bytes_sent_of(*key) for key in self.sent if key[0] == name)
 
-    def __init__(self, status: int, code: str) -> None:
-        super().__init__(code)
-        self.status, self.code = status, code
+    def sent_twice(self, name: str) -> list[tuple[str, int, int]]:
+        """(file, first byte, end) of what left the server more than once, each stretch once."""
+        found: list[tuple[str, int, int]] = []
+        with self._lock:
+            for (repo, file), ranges in sorted(self.sent.items()):
+                reached = told = 0
+                for first, end in sorted(ranges) if repo == name else ():
+                    begin, stop = max(first, told), min(reached, end)
+                    if begin < stop:
+                        found.append((file, begin, stop))
+                        told = stop
+                    reached = max(reached, end)
+        return found
 
+    # What follows is for the handlers.
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    hub: HubServer
+    def arrived(self, request: Request) -> Fault:
+        """Note a request; the fault that it meets, or none."""
+        with self._lock:
+            self.log.append(request)
+        if self.on_request:
+            self.on_request(request)
+        if request.path in self.failures:
+            return Status(self.failures[request.path])
+        return self.take_fault(request) or Fault()
 
-    def setup(self) -> None:
-        super().setup()
-        self.hub._connections.add(self.connection)
+    def take_fault(self, request: Request, of_body: bool = False) -> Fault | None:
+        """The next fault that is planned for such a request."""
+        with self._lock:
+            for planned in self._planned:
+                if planned.meets(request, of_body):
+                    planned.times -= 1
+                    return planned.fault
+        return None
 
-    def finish(self) -> None:
-        self.hub._connections.discard(self.connection)
-        super().finish()
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not beyond the server's end."""
+        self._stopping.wait(seconds)
 
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append((self.command, path))
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        try:
-            if path in self.hub.failures:
-                raise Refused(self.hub.failures[path], "")
-            if path.startswith("/api/"):
-                self._send_json(self._api(path.removeprefix("/api/"), body))
-            else:
-                self._resolve(path.lstrip("/"))
-        except Refused as refusal:
-            self._send(refusal.status, b"", {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code})
+    def open(self, kind: str, name: str, token: str | None, *, files: bool = False) -> Repo:
+        """The repository, if the token may see it (or read its files); raises Renamed and the Hub's refusals."""
+        with self._lock:
+            repo = self._named(kind, name)
+        if repo is None or (repo.private and not self.may_read(repo, token)):
+            raise Refused(404 if token else 401, "RepoNotFound", "Repository not found")
+        if repo.name != name:
+            raise Renamed(repo.name)
+        if files and repo.gated and not self.may_read(repo, token):
+            raise Refused(403 if token else 401, "GatedRepo", f"Access to {kind} {name} is restricted.")
+        return repo
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
+    def may_read(self, repo: Repo, token: str | None) -> bool:
+        """Whether that token opens a private or gated repository."""
+        return token is not None and token == repo.token
 
-    def do_POST(self) -> None:
-        self.do_GET()
+    def listed(self, kind: str, query: Mapping[str, list[str]], token: str | None) -> list[Repo]:
+        """The repositories of an author whose name contains a word, whatever its case."""
+        author, word = (query.get(key, [""])[0] for key in ("author", "search"))
+        found = [
+            repo
+            for repo in list(self._repos.values())
+            if repo.kind == kind and author in ("", repo.name.split("/")[0]) and word.lower() in repo.name.lower()
+            if not repo.private or self.may_read(repo, token)
+        ]
+        return found[: int(query.get("limit", [len(found)])[0])]
 
-    def log_message(self, *_: object) -> None:
-        """Tests are silent."""
+    def sign(self, signed: Signed) -> str:
+        """An address at the CDN."""
+        secret = secrets.token_hex(16)
+        with self._lock:
+            self.secrets.append(secret)
+            self._signed[secret] = signed
+        return f"{self._cdn.url.replace('127.0.0.1', 'localhost')}/repos/{signed.blob.sha256}?X-Amz-Expires=3600&X-Amz-Signature={secret}"
 
-    def _api(self, path: str, body: bytes) -> Any:
-        """What JSON answers a path below /api/."""
-        match = re.fullmatch(r"(model|dataset)s/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path)
-        if match is None:
-            raise Refused(404, "")
-        kind, name, verb, revision, below = match.groups()
-        commit = self._commit(kind, name, revision or "main")
-        if verb == "tree":
-            query = parse_qs(urlsplit(self.path).query)
-            return _tree(commit, below or "", query.get("recursive", ["false"])[0].lower() == "true")
-        if verb == "paths-info":
-            return [_entry(commit, path) for path in _paths(body, self.headers) if path in commit.files]
-        siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        about = {"private": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
-        return {"id": name, "sha": commit.commit, **about}
+    def signed(self, secret: str) -> Signed | None:
+        """What an address's signature stands for."""
+        return self._signed.get(secret)
 
-    def _resolve(self, path: str) -> None:
-        """Send a file, or the range of it that was asked for."""
-        match = re.fullmatch(r"(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        if match is None:
-            raise Refused(404, "")
-        commit, file = self._commit("dataset" if match[1] else "model", match[2], match[3]), match[4]
-        if file not in commit.files:
-            raise Refused(404, "EntryNotFound")
-        data, status = _read(commit.files[file]), 200
-        headers = {"ETag": f'"{commit.digests[file]}"', "X-Repo-Commit": commit.commit, "Accept-Ranges": "bytes"}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if wanted:
-            first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-            data, status = data[first : last + 1], 206
-        self._send(status, data, headers)
+    def account(self, repo: str, file: str, first: int) -> Callable[[int], None]:
+        """Begin to count an answer's bytes."""
+        with self._lock:
+            self._downloads.append(file)
 
-    def _commit(self, kind: str, name: str, revision: str) -> Commit:
-        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-        return self.hub.find(kind, name, revision, token)
+        place: int | None = None
 
-    def _send_json(self, value: Any) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        def count(done: int) -> None:
+            nonlocal place
+            with self._lock:
+                ranges = self.sent.setdefault((repo, file), [])
+                if place is None:
+                    place = len(ranges)
+                    ranges.append((first, first))
+                ranges[place] = (first, ranges[place][1] + done)
 
-    def _send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        return count
 
-
-def _read(content: Content) -> bytes:
-    return content.read_bytes() if isinstance(content, Path) else content
-
-
-def _paths(body: bytes, headers: Any) -> list[str]:
-    """The paths of a paths-info request, which is a form or JSON."""
-    if "json" in (headers.get("Content-Type") or ""):
-        return [str(path) for path in json.loads(body)["paths"]]
-    return parse_qs(body.decode())["paths"]
-
-
-def _entry(commit: Commit, path: str) -> dict[str, Any]:
-    return {"type": "file", "path": path, "size": len(_read(commit.files[path])), "oid": commit.digests[path][:40]}
-
-
-def _tree(commit: Commit, below: str, recursive: bool) -> list[dict[str, Any]]:
-    """Files and folders under a folder; without `recursive` only those directly in it."""
-    prefix = f"{below.rstrip('/')}/" if below else ""
-    entries: dict[str, dict[str, Any]] = {}
-    for path in sorted(commit.files):
-        if not path.startswith(prefix):
-            continue
-        parts = path.removeprefix(prefix).split("/")
-        for depth in range(1, len(parts) if recursive else min(len(parts), 2)):
-            folder = prefix + "/".join(parts[:depth])
-            entries[folder] = {"type": "directory", "path": folder, "size": 0, "oid": "0" * 40}
-        if recursive or len(parts) == 1:
-            entries[path] = _entry(commit, path)
-    return list(entries.values())
+    def _named(self, kind: str, name: str) -> Repo | None:
+        while (kind, name) in self._renamed and (kind, name) not in self._repos:
+            name = self._renamed[kind, name]
+        if (kind, name) in self._repos:
+            return self._repos[kind, name]
+        alike = (repo for repo in self._repos.values() if repo.kind == kind and repo.name.lower() == name.lower())
+        return next((repo for repo in alike if repo.wrong_case == 307), None)
