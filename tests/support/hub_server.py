@@ -245,7 +245,10 @@ class HubServer:
         with self._lock:
             self.secrets.append(secret)
             self._signed[secret] = signed
-        return f"{self._cdn.url.replace('127.0.0.1', 'localhost')}/repos/{signed.blob.sha256}?X-Amz-Expires=3600&X-Amz-Signature={secret}"
+        host = self._cdn.url.replace(
+            "127.0.0.1", "localhost"
+        )  # not even the same name: clients differ in what is a host
+        return f"{host}/repos/{signed.blob.sha256}?X-Amz-Expires=3600&X-Amz-Signature={secret}"
 
     def signed(self, secret: str) -> Signed | None:
         """What an address's signature stands for."""
