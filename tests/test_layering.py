@@ -16,7 +16,7 @@ ROOT = Path(nvquant.__file__).parent
 # In the order in which a tensor meets them; a room may import those to its left. errors.py may be used by all.
 ROOMS = [
     *("format", "checkpoint", "recipe", "plan", "calibrate", "quantizers"),
-    *("convert", "serving", "verify", "report", "bench", "demo", "cli"),
+    *("convert", "serving", "verify", "report", "bench", "publish", "demo", "cli"),
 ]
 COMMON = {"", "errors"}
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))

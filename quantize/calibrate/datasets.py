@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from ..checkpoint.hub.errors import hub_errors, network_error
 from ..errors import InputError
 from .rows import TABLE_SUFFIXES, TEXT_SUFFIX, data_suffix
 
@@ -17,6 +17,8 @@ logger = logging.getLogger("nvquant.calibrate.datasets")
 
 # Files that describe a data set and are no part of it.
 DESCRIPTIONS = ("readme", "dataset_infos", "dataset_dict", "licen", "state.json", "croissant")
+
+OTHERWISE = "calibrate with the shipped set `offline` or a local file"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class HubDataset:
         fetch = partial(
             hf_hub_download, self.repo, file, repo_type="dataset", endpoint=self.endpoint, cache_dir=self.cache
         )
-        with _hub_errors(self.repo, self.revision):
+        with hub_errors("data set", self.repo, self.revision, OTHERWISE):
             # By the name first: only so does the cache learn which commit the name means, for times without the Hub.
             path = Path(fetch(revision=self.revision))
             return path if self.commit in path.parts else Path(fetch(revision=self.commit))
@@ -90,18 +92,17 @@ def find_dataset(
 
 def _listing(repo: str, revision: str | None, endpoint: str | None, cache: Path | None) -> tuple[str, list[str]]:
     """Commit and file names, from the Hub or, without it, from the cache."""
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     api = HfApi(endpoint=endpoint)
-    with _hub_errors(repo, revision):
+    with hub_errors("data set", repo, revision, OTHERWISE):
         try:
             commit = api.dataset_info(repo, revision=revision).sha
             return str(commit), api.list_repo_files(repo, repo_type="dataset", revision=commit)
         except HfHubHTTPError:
             raise
-        except (httpx.HTTPError, OfflineModeIsEnabled):
+        except (network_error(), OfflineModeIsEnabled):
             cached = _cached(repo, revision, cache)
             if cached is None:
                 raise
@@ -136,36 +137,3 @@ def _training_files(names: list[str]) -> list[str]:
         if of_kind:
             return [name for name in of_kind if "train" in name.lower()] or of_kind
     return []
-
-
-@contextmanager
-def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Say in one sentence what the Hub said in many."""
-    import httpx
-    from huggingface_hub import errors
-
-    where = f"{repo}@{revision}" if revision else repo
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"Hub data set {repo} is gated: accept its terms on its page and run `hf auth login`."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"Hub data set {repo} does not exist or is private: check the name, or run `hf auth login`."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(
-            f"Hub data set {repo} has no revision {revision}: give a commit, branch or tag of it."
-        ) from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no status"
-        raise InputError(
-            f"The Hub refused data set {where} (HTTP {status}): try again, or give a local file."
-        ) from error
-    except (httpx.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        raise InputError(
-            f"The Hub cannot be reached for data set {where}, and the cache lacks it: check the network, "
-            "or calibrate with the shipped set `offline` or a local file."
-        ) from error

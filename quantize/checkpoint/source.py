@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from . import uncached
 from .headers import Header, TensorInfo, read_header
+from .shard_bytes import LocalBytes, ReadingOrder, ShardBytes
 
 if TYPE_CHECKING:
     import torch
 
+    from .hub.repository import HubModel
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-READ_CHUNK_BYTES = 64 << 20
 COPY_CHUNK_BYTES = 16 << 20
 MOST_READERS = 4  # threads that read at once: one alone does not fill a fast disk
 MOST_GAP_BYTES = 64 << 10  # is read sooner than skipped
@@ -35,12 +36,21 @@ class Checkpoint:
         config: the JSON of config.json as it stands.
         shards: header of each shard, by file name, in the order of the names.
         files: file name of each tensor.
+        content: where the shards are read from.
+        hub: the model on the Hub that this is; None for a folder.
     """
 
     folder: Path
     config: Mapping[str, Any]
     shards: Mapping[str, Header]
     files: Mapping[str, str] = field(repr=False)
+    content: ShardBytes = field(default_factory=LocalBytes, repr=False)
+    hub: HubModel | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """`org/name` of a model on the Hub, else the folder's own name."""
+        return self.folder.resolve().name if self.hub is None else self.hub.repo
 
     def info(self, name: str) -> TensorInfo:
         """Where the tensor lies in its shard; KeyError where there is none."""
@@ -64,7 +74,11 @@ class Checkpoint:
         info = self.info(name)
         if not 0 <= begin <= info.nbytes - len(buffer):
             raise IndexError(f"bytes {begin} to {begin + len(buffer)} of {name}, which has {info.nbytes}")
-        read_range(self.path(name), info.begin + begin, buffer, self.shards[self.files[name]])
+        self.content.fill(name, self.shards[self.files[name]], info.begin + begin, buffer)
+
+    def begin(self, order: ReadingOrder) -> None:
+        """Say what a run is going to read, so that it can be fetched ahead; `content.end` ends the run."""
+        self.content.begin(order, {name: self.shards[file] for name, file in self.files.items()})
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """The tensor's bytes in pieces of at most 16 MiB, read one ahead; each is valid until the next is asked for.
@@ -143,7 +157,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_json(folder / "config.json", "every Hugging Face model folder has one")
     index_path = folder / INDEX_NAME
     if _is(Path.exists, index_path):
-        files = _read_index(index_path)
+        files = read_index(index_path)
     elif _is(Path.exists, folder / SINGLE_NAME):
         files = dict.fromkeys(read_header(folder / SINGLE_NAME).tensors, SINGLE_NAME)
     else:
@@ -153,7 +167,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if not _is(Path.is_file, folder / name):
             raise InputError(f"{folder}: shard {name} is missing although the index names it: download it again.")
         shards[name] = read_header(folder / name)
-    _check_index(folder, files, shards)
+    check_index(str(folder), files, shards)
     return Checkpoint(folder, config, shards, files)
 
 
@@ -172,41 +186,6 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object: download it again.")
     return value
-
-
-def read_range(path: Path, begin: int, buffer: memoryview, known: Header | None = None) -> None:
-    """Fill `buffer` from the file's byte `begin` on, with pread: what is read does not count as the process's memory
-    twice.
-
-    Args:
-        known: the file's header as it was read before; the file must still have its size and time of modification.
-    Raises:
-        InputError: the file vanished, changed or cannot be read.
-    """
-    done = 0
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # in place of a file there may be a pipe by now
-        try:
-            if known is not None:
-                _refuse_changed(path, os.fstat(descriptor), known)
-            while done < len(buffer):
-                got = uncached.read(descriptor, buffer[done : done + READ_CHUNK_BYTES], begin + done)
-                if not got:
-                    raise InputError(f"{path} ended early, at byte {begin + done:,}: the file changed during the run.")
-                done += got
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}): restore the file and run the command again."
-        ) from error
-
-
-def _refuse_changed(path: Path, now: os.stat_result, known: Header) -> None:
-    if known.mtime_ns and (now.st_size, now.st_mtime_ns) != (known.file_bytes, known.mtime_ns):
-        raise InputError(
-            f"{path} changed while it was being read: let whatever writes it finish, and run the command again."
-        )
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -268,7 +247,12 @@ def _is(kind: Callable[[Path], bool], path: Path) -> bool:
         return False
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, as an index tells it.
+
+    Raises:
+        InputError: it is damaged, or names what is no safetensors file of its folder.
+    """
     weight_map = read_json(path, "it lists the shards").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path} has no weight_map: download it again.")
@@ -286,7 +270,12 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(folder: Path, files: Mapping[str, str], shards: Mapping[str, Header]) -> None:
+def check_index(folder: str, files: Mapping[str, str], shards: Mapping[str, Header]) -> None:
+    """Hold an index against the headers, in both directions.
+
+    Raises:
+        InputError: they contradict each other.
+    """
     for tensor, name in files.items():
         if tensor not in shards[name].tensors:
             raise InputError(

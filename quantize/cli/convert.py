@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import __version__
+from ..errors import InputError
 from ..plan.plan import Plan
 from .options import (
     calibration_options,
@@ -21,6 +22,7 @@ from .options import (
     parse_bytes,
     recipe_option,
     resolve_device,
+    revision_option,
 )
 from .output import emit_json, gigabytes, say
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 EXAMPLES = """
 \b
 Examples:
+  nvquant convert google/gemma-4-31b --recipe nvfp4
+  nvquant convert google/gemma-4-31b --recipe nvfp4 --low-disk
   nvquant convert ./gemma-4-31b --recipe nvfp4
   nvquant convert ./gemma-4-31b --recipe nvfp4-full --format modelopt -o out --samples 256
   nvquant convert ./model --recipe nvfp4-a16 --device cpu
@@ -80,6 +84,12 @@ Examples:
     show_default=True,
     help="llmcompressor: a second opinion.",
 )
+@revision_option
+@click.option(
+    "--low-disk",
+    is_flag=True,
+    help="Fetch the weights of a MODEL on the Hub by ranges as the walk needs them, and keep none on the disk.",
+)
 @json_option
 @debug_option
 def command(
@@ -98,33 +108,43 @@ def command(
     resume: bool,
     profile: Path | None,
     engine: str,
+    revision: str | None,
+    low_disk: bool,
     as_json: bool,
 ) -> None:
-    """Convert MODEL, layer by layer. The output folder appears only when it is whole and exactly as planned; a run that
-    ended early goes on when the same command is run again."""
-    plan, recipe = make_plan(model, recipe_name, format_name)
+    """Convert MODEL, a folder or a model on the Hub, layer by layer.
+
+    The output folder appears only when it is whole and exactly as planned; a run that ended early goes on when the same
+    command is run again.
+    """
+    if low_disk and engine != "nvquant":
+        raise InputError(f"--low-disk: --engine {engine} reads the whole model from the disk; go without one of them.")
+    plan, recipe = make_plan(model, recipe_name, format_name, revision, low_disk)
     from ..convert.stop import StopRequest
     from ..convert.trace import Trace, prepare_folder
     from ..quantizers import get_quantizer
 
     chosen = get_quantizer(quantizer or recipe.quantizer).name
-    target = output or Path(f"{plan.source.folder.resolve().name}-{recipe.name}")
+    target = output or Path(f"{plan.source.name.rpartition('/')[2]}-{recipe.name}")
     if profile is not None:
         prepare_folder(profile)
     with StopRequest() as stop:
         trace = Trace(keep_events=profile is not None)
         with trace.span("import"):
             from ..convert.options import ConvertOptions
-            from ..convert.output import check_output
+            from ..convert.output import check_cache, check_output
             from ..convert.ranks import join_ranks
 
             check_output(target, plan.file_bytes, plan.source.folder)
+            check_cache(plan.source, target, plan.file_bytes)
             device, ranks = join_ranks(resolve_device(device))
+        if low_disk and ranks.size > 1:
+            raise InputError("--low-disk: every rank would fetch the whole model; go without it, or with one rank.")
         is_first = ranks.rank == 0
         if is_first:  # it speaks for all
             where = f"{device}, {ranks.size} ranks" if ranks.size > 1 else device
             how = f"recipe {recipe.name}, {chosen}, {plan.layout.name}"
-            say(f"nvquant {__version__}: {plan.model} -> {target}, {how}, {where}")
+            say(f"nvquant {__version__}: {_named(plan)} -> {target}, {how}, {where}")
         else:
             _be_quiet(stop)
         loaded = None
@@ -142,6 +162,11 @@ def command(
             trace.write(profile)
     if is_first:
         _report(plan, result.as_json(), profile, as_json)
+
+
+def _named(plan: Plan) -> str:
+    hub = plan.source.hub
+    return plan.model if hub is None else f"{hub.repo} at {hub.commit[:12]}"
 
 
 def _be_quiet(stop: StopRequest) -> None:

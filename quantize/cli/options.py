@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +15,9 @@ from ..format.layouts import FORMAT_NAMES, LAYOUTS
 from ..plan.plan import Plan, compute_plan
 from ..recipe.load import load_recipe
 from ..recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from ..checkpoint.hub.repository import HubModel
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -97,19 +100,48 @@ def calibration_options(function: F) -> F:
     return function
 
 
-def open_model(model: str) -> Checkpoint:
-    """The source checkpoint that MODEL names.
+def revision_option(function: F) -> F:
+    """`--revision`."""
+    return click.option(
+        "--revision", metavar="REV", help="Commit, branch or tag of a MODEL on the Hub; its default branch by default."
+    )(function)
+
+
+def open_model(model: str, revision: str | None = None, low_disk: bool = False) -> Checkpoint:
+    """The source checkpoint that MODEL names: a folder, or a model on the Hub as `org/name` or `org/name@revision`.
+
+    Args:
+        low_disk: read the weights of a model on the Hub by ranges, and keep none.
+    Raises:
+        InputError: neither is there, it is no safetensors model, or an option fits only the other kind.
+    """
+    remote = find_remote(model, revision)
+    if remote is None:
+        if low_disk:
+            raise InputError(f"--low-disk is for models on the Hub: {model} is a folder, which is read where it is.")
+        return open_checkpoint(Path(model))
+    from ..checkpoint.hub.source import open_hub_checkpoint
+
+    return open_hub_checkpoint(remote, low_disk)
+
+
+def find_remote(model: str, revision: str | None = None) -> HubModel | None:
+    """The model on the Hub that a name means; None for a folder, or for what can be nothing else.
 
     Raises:
-        InputError: it is not a model folder.
+        InputError: the Hub has no such model or revision, or cannot be reached; two revisions; one of a folder.
     """
-    folder = Path(model)
-    if not _exists(folder) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
-        raise InputError(
-            f"{model} is not a folder here: download it first (`hf download {model.partition('@')[0]} "
-            f"--local-dir DIR`) and give DIR."
-        )
-    return open_checkpoint(folder)
+    from ..checkpoint.hub.repository import find_model, hub_name
+
+    named = None if _exists(Path(model)) else hub_name(model)
+    if named is None:
+        if revision is not None:
+            raise InputError(f"--revision {revision}: {model} is a folder; only a model on the Hub has revisions.")
+        return None
+    repo, of_name = named
+    if of_name is not None and revision not in (None, of_name):
+        raise InputError(f"{model} names the revision {of_name}, --revision names {revision}: give one of them.")
+    return find_model(repo, of_name or revision)
 
 
 def _exists(path: Path) -> bool:
@@ -119,11 +151,14 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def make_plan(model: str, recipe_name: str, format_name: str) -> tuple[Plan, Recipe]:
+def make_plan(
+    model: str, recipe_name: str, format_name: str, revision: str | None = None, low_disk: bool = False
+) -> tuple[Plan, Recipe]:
     """Open MODEL, load the recipe, compute the plan."""
     recipe = load_recipe(recipe_name)
-    source = open_model(model)
-    return compute_plan(source, recipe, LAYOUTS[format_name], model.rstrip("/")), recipe
+    source = open_model(model, revision, low_disk)
+    name = model.rstrip("/") if source.hub is None else source.hub.repo
+    return compute_plan(source, recipe, LAYOUTS[format_name], name), recipe
 
 
 def parse_bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:

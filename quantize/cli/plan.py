@@ -8,7 +8,15 @@ from ..plan.forecast import as_json as plan_document
 from ..plan.forecast import census, fits, forecast_memory, serving_bytes
 from ..plan.plan import Plan
 from ..recipe.load import load_recipe
-from .options import calibration_options, debug_option, format_option, json_option, make_plan, recipe_option
+from .options import (
+    calibration_options,
+    debug_option,
+    format_option,
+    json_option,
+    make_plan,
+    recipe_option,
+    revision_option,
+)
 from .output import emit_json, gigabytes, print_table
 
 
@@ -18,6 +26,7 @@ from .output import emit_json, gigabytes, print_table
 @format_option
 @calibration_options
 @click.option("--gpu/--no-gpu", default=True, help="Forecast the conversion's memory with or without a GPU.")
+@revision_option
 @json_option
 @debug_option
 def command(
@@ -28,11 +37,12 @@ def command(
     sequence_length: int | None,
     batch_size: int,
     gpu: bool,
+    revision: str | None,
     as_json: bool,
 ) -> None:
     """Say exactly what converting MODEL would write, and what it and its result need. Reads headers and config,
     no weights."""
-    plan, recipe = make_plan(model, recipe_name, format_name)
+    plan, recipe = make_plan(model, recipe_name, format_name, revision)
     calibration = recipe.calibration
     memory = forecast_memory(
         plan, samples or calibration.samples, sequence_length or calibration.sequence_length, batch_size, gpu

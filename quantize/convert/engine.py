@@ -19,10 +19,14 @@ from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import build_skeleton
 from ..calibrate.statistics import InputStatistics
 from ..calibrate.walk import Walk, make_batches
-from ..errors import InputError
+from ..checkpoint.headers import read_header
+from ..checkpoint.hub.shards import RemoteShards
+from ..checkpoint.shard_bytes import ReadingOrder
+from ..errors import InputError, NvquantError
 from ..plan.plan import Plan, PlannedShard
 from ..quantizers.base import Quantizer
 from ..recipe.groups import FusedGroup
+from ..recipe.roles import layer_index
 from .budget import hidden_budget
 from .device import telling_of_full_gpu
 from .journal import Journal
@@ -35,6 +39,8 @@ from .snapshot import Snapshots
 from .trace import Trace
 from .watch import Watch
 from .writing import ShardWriter, copy_shard
+
+SPOOL_FOLDER = "source"  # in the run's own folder: what of a remote source is read twice
 
 
 class Engine:
@@ -79,17 +85,28 @@ class Engine:
         else:  # the walk goes through every layer up to the last one to be made
             layers = [layer for layer in self._shards if todo and start <= layer <= todo[-1]]
         self._watch.begin(len(self._shards), len(self._shards) - len(todo))
+        rest = self._to_copy()
+        source = self._plan.source
+        source.begin(self._reading_order(layers, rest, calibration is not None))
         with (
             ThreadPoolExecutor(1, "copy") as copier,
             LayerReader(
-                self._plan.source, self._plan.tensors_by_layer(), layers, self._device, self._is_hashed, self._trace
+                source,
+                self._plan.tensors_by_layer(),
+                layers,
+                self._device,
+                self._is_hashed,
+                self._trace,
+                lambda: self._watch.before_batch(0),
             ) as reader,
             ShardWriter(self._journal.partial, self._device, self._trace) as writer,
         ):
             self._watch.follow(reader, writer, self._layers_on_disk if self._ranks.size > 1 else None)
-            copies = self._start_copies(copier, reader)
+            copies = [copier.submit(self._copy, shard, reader) for shard in rest]
             loaded = self._layers_while_copying(reader, copies)
             try:
+                if calibration is None or not todo:
+                    source.content.recorded()
                 if calibration is None:
                     with self._ranks.step():
                         self._all_layers(loaded, writer, None, snapshots)
@@ -102,16 +119,50 @@ class Engine:
                     self._wait_for_copies(copies)
             except BaseException:
                 self._given_up.set()
+                source.content.end()
                 for copy in copies:  # nobody waits for gigabytes of copies after an error
                     copy.cancel()
                 raise
+        source.content.end()
+
+    def _to_copy(self) -> list[PlannedShard]:
+        """This rank's share of the shards that hold nothing quantized and are not done."""
+        rest = [shard for shard in self._plan.shards if shard.layer is None]
+        return [shard for at, shard in enumerate(rest) if shard.file not in self._done and self._ranks.owns(at)]
+
+    def _reading_order(self, layers: list[int], rest: list[PlannedShard], is_calibrated: bool) -> ReadingOrder:
+        """What this run reads of the source, and in which order."""
+        plan = self._plan
+        by_layer = plan.tensors_by_layer()
+        root = plan.prefix.removesuffix("layers")
+        outer = {name for name in plan.source.files if name.startswith(root) and layer_index(name, plan.prefix) is None}
+        written = {}
+        for shard in plan.shards if is_calibrated else ():
+            if shard.layer is None and shard.file in self._done:
+                path = self._journal.partial / shard.file
+                copied = read_header(path).tensors
+                written.update({plan.origins[name].source: (path, info) for name, info in copied.items()})
+        return ReadingOrder(
+            [by_layer[layer] for layer in layers],
+            [plan.origins[entry.name].source for shard in rest for entry in shard.entries],
+            frozenset(outer) if is_calibrated and layers else frozenset(),
+            written,
+            self._journal.folder / SPOOL_FOLDER,
+        )
 
     def _all_layers(
         self, layers: Iterator[LoadedLayer], writer: ShardWriter, walk: Walk | None, snapshots: Snapshots
     ) -> None:
+        behind: int | None = None
         while True:
-            with self._lockstep.step():
-                loaded = next(layers, None)
+            try:
+                with self._lockstep.step():
+                    loaded = next(layers, None)
+            except NvquantError:
+                if walk is not None and behind is not None and isinstance(self._plan.source.content, RemoteShards):
+                    writer.finish()  # only behind layers that are whole can a run go on
+                    snapshots.take(behind, walk.hidden)
+                raise
             if loaded is None:
                 return
             record = self._done.get(self._shards[loaded.layer].file)
@@ -119,6 +170,7 @@ class Engine:
                 self._replay(loaded, walk, record)
             else:
                 self._make(loaded, walk, writer)
+            behind = loaded.layer
             if walk is not None:
                 snapshots.consider(loaded.layer, walk.hidden)
                 if self._device.type == "cpu":
@@ -155,6 +207,7 @@ class Engine:
         try:
             if layers[0] != next(iter(self._shards)):
                 snapshots.restore(walk.hidden)
+            plan.source.content.recorded()
             snapshots.shares_state = walk.shares_state
             yield walk
         finally:
@@ -241,11 +294,6 @@ class Engine:
         if layer is not None:
             self._watch.layer_done()
 
-    def _start_copies(self, copier: ThreadPoolExecutor, reader: LayerReader) -> list[Future[None]]:
-        rest = [shard for shard in self._plan.shards if shard.layer is None]
-        mine = [shard for at, shard in enumerate(rest) if shard.file not in self._done and self._ranks.owns(at)]
-        return [copier.submit(self._copy, shard, reader) for shard in mine]
-
     def _copy(self, shard: PlannedShard, reader: LayerReader) -> None:
         def let_reading_go_first(seconds: float) -> None:
             reader.wait_until_idle(seconds)
@@ -255,6 +303,8 @@ class Engine:
         with self._trace.span("copy", shard.file):
             digest = copy_shard(self._plan.source, self._plan, self._journal.partial, shard, let_reading_go_first)
             self._note(shard, digest, None)
+        for entry in shard.entries:
+            self._plan.source.content.copied(self._plan.origins[entry.name].source)
 
     @staticmethod
     def _layers_while_copying(reader: LayerReader, copies: list[Future[None]]) -> Iterator[LoadedLayer]:

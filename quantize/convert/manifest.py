@@ -11,7 +11,8 @@ from typing import Any
 
 from .. import __version__
 from ..calibrate.samples import CalibrationSet
-from ..checkpoint.source import Checkpoint, read_range
+from ..checkpoint.shard_bytes import read_range
+from ..checkpoint.source import Checkpoint
 from ..plan.plan import Plan
 
 MANIFEST_NAME = "nvquant_manifest.json"
@@ -51,14 +52,25 @@ def run_identity(
 
 
 def source_identity(source: Checkpoint) -> dict[str, Any]:
-    """Size, modification time and header hash of each shard, and the hash of config.json."""
+    """What the source is: of a model on the Hub its name, commit and published hashes, and which integrity was proved
+    of what was read; of a folder each shard's size, modification time and header hash. Either way config.json's hash.
+    """
+    config = {"config_sha256": hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest()}
+    if source.hub is not None:
+        files = {name: source.hub.files[name] for name in source.shards}
+        return {
+            "hub": {"id": source.hub.repo, "commit": source.hub.commit},
+            "integrity": source.content.integrity,
+            **config,
+            "shards": {name: {"bytes": file.size, "etag": file.etag} for name, file in files.items()},
+        }
     shards = {}
     for name, header in source.shards.items():
         head = bytearray(header.data_start)
         read_range(header.path, 0, memoryview(head), header)
         digest = hashlib.sha256(head).hexdigest()
         shards[name] = {"bytes": header.file_bytes, "mtime_ns": header.mtime_ns, "header_sha256": digest}
-    return {"config_sha256": hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest(), "shards": shards}
+    return {**config, "shards": shards}
 
 
 def difference(found: Mapping[str, Any], identity: Mapping[str, Any], path: str = "") -> str | None:

@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.source import read_json
+from ..checkpoint.hub.shards import DownloadedShards
+from ..checkpoint.source import Checkpoint, read_json
 from ..checkpoint.writer import sync_folder
 from ..errors import InputError
 from .journal import CLEARED_FOLDER, STATE_FOLDER, Journal
@@ -186,6 +187,29 @@ def fresh_partial(output: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
         except BaseException:
             remove_partial(partial)
             raise
+
+
+def check_cache(source: Checkpoint, output: Path, output_bytes: int) -> None:
+    """Refuse a model on the Hub that the cache has no room for, before any of its weights is downloaded.
+
+    Args:
+        output_bytes: what the output needs, which may be on the same disk.
+    Raises:
+        InputError: there is not enough disk.
+    """
+    if source.hub is None or not isinstance(source.content, DownloadedShards):
+        return
+    missing = source.content.missing_bytes(source.shards)
+    folder = source.folder
+    is_shared = _existing_parent(partial_folder(output)).stat().st_dev == folder.stat().st_dev
+    needed = missing + (output_bytes if is_shared else 0)
+    free = shutil.disk_usage(folder).free
+    if missing and free < needed + SLACK_BYTES:
+        raise InputError(
+            f"{source.name} has {missing:,} bytes to download, but the disk of the cache, {folder}, has {free:,} free"
+            f"{' for it and the output' if is_shared else ''}: use --low-disk, which keeps no weights, or set HF_HOME "
+            f"to a larger disk."
+        )
 
 
 def _is_ours(partial: Path) -> bool:

@@ -32,6 +32,8 @@ ALIGNMENT = (
     512  # of tensors in a buffer; a product's bits may depend on it on some processors, so it is always the same
 )
 
+_POLL_SECONDS = 0.5
+
 
 @dataclass(frozen=True)
 class LoadedLayer:
@@ -62,6 +64,7 @@ class LayerReader:
         names: of each layer's tensors in the checkpoint.
         layers: numbers of the layers to read, in the order of the walk.
         is_hashed: whether a layer's source bytes are wanted as a hash.
+        while_waiting: called now and then by who waits for a layer, which may take hours where it comes from afar.
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class LayerReader:
         device: torch.device,
         is_hashed: Callable[[int], bool],
         trace: Trace,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
+        self._while_waiting = while_waiting
         self._source, self._names, self._layers, self._is_hashed = source, names, list(layers), is_hashed
         self._device, self._trace = device, trace
         self._ready: queue.Queue[LoadedLayer | BaseException] = queue.Queue()
@@ -103,10 +108,17 @@ class LayerReader:
         """
         for _ in self._layers:
             with self._trace.span("wait for read"):
-                got = self._ready.get()
+                got = self._next()
             if isinstance(got, BaseException):
                 raise got
             yield got
+
+    def _next(self) -> LoadedLayer | BaseException:
+        while True:
+            try:
+                return self._ready.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                self._while_waiting()
 
     def wait_until_idle(self, seconds: float) -> None:
         """Wait until no layer is being read, so many seconds at most: others let the walk's own reading go first."""

@@ -15,7 +15,8 @@ import torch
 
 from ..calibrate.hidden import HiddenStates
 from ..checkpoint.headers import read_header
-from ..checkpoint.source import read_json, read_range, tensor_bytes, torch_dtype
+from ..checkpoint.shard_bytes import read_range
+from ..checkpoint.source import read_json, tensor_bytes, torch_dtype
 from ..checkpoint.writer import TensorEntry, write_json, write_shard
 from ..errors import InputError
 from .journal import Journal, file_sha256
@@ -76,12 +77,15 @@ class Snapshots:
 
     def consider(self, layer: int, hidden: HiddenStates) -> None:
         """Take a snapshot behind a layer, where it is time for one and there is room."""
+        cost = sum(hidden.sizes()) / self._speed
+        if time.monotonic() - self._last >= max(LEAST_SECONDS, cost / SHARE_OF_TIME):
+            self.take(layer, hidden)
+
+    def take(self, layer: int, hidden: HiddenStates) -> None:
+        """Take a snapshot behind a layer now, where there is room: at the end of a run that is to be continued, and
+        whose layers would have to come over the network again."""
         size = sum(hidden.sizes())
-        cost = size / self._speed
-        since = time.monotonic() - self._last
-        if not self._is_used or self.shares_state or since < max(LEAST_SECONDS, cost / SHARE_OF_TIME):
-            return
-        if shutil.disk_usage(self._journal.folder).free < 2 * size:
+        if not self._is_used or self.shares_state or shutil.disk_usage(self._journal.folder).free < 2 * size:
             return
         started = time.monotonic()
         with self._trace.span("snapshot", f"behind layer {layer}"):

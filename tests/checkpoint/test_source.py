@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from nvquant.checkpoint import source
+from nvquant.checkpoint import shard_bytes, source
+from nvquant.checkpoint.shard_bytes import READ_CHUNK_BYTES, read_range
 from nvquant.checkpoint.source import (
     INDEX_NAME,
-    READ_CHUNK_BYTES,
     Checkpoint,
     open_checkpoint,
     read_json,
-    read_range,
     tensor_bytes,
     torch_dtype,
 )
@@ -135,13 +134,13 @@ def test_rows_near_each_other_are_read_at_once(
     monkeypatch.setattr(source, "MOST_GAP_BYTES", gap * weight[0].nbytes)
     checkpoint = open_checkpoint(folder)
     seen: list[int] = []
-    real = source.read_range
+    real = shard_bytes.read_range
 
     def counting(path: Path, begin: int, buffer: memoryview, known: Any) -> None:
         seen.append(begin)
         real(path, begin, buffer, known)
 
-    monkeypatch.setattr(source, "read_range", counting)
+    monkeypatch.setattr(shard_bytes, "read_range", counting)
     assert torch.equal(checkpoint.read_rows("a.weight", rows), weight[rows])
     assert len(seen) == reads
 
@@ -150,13 +149,13 @@ def test_a_piece_holds_no_more_rows_than_a_chunk_of_the_file(folder: Path, monke
     weight = tensors()["a.weight"]
     monkeypatch.setattr(source, "COPY_CHUNK_BYTES", 2 * weight[0].nbytes)
     seen: list[int] = []
-    real = source.read_range
+    real = shard_bytes.read_range
 
     def noting(path: Path, begin: int, buffer: memoryview, known: Any) -> None:
         seen.append(len(buffer))
         real(path, begin, buffer, known)
 
-    monkeypatch.setattr(source, "read_range", noting)
+    monkeypatch.setattr(shard_bytes, "read_range", noting)
     assert torch.equal(open_checkpoint(folder).read_rows("a.weight", [0, 1, 2, 3, 5]), weight[[0, 1, 2, 3, 5]])
     assert max(seen) == 2 * weight[0].nbytes
 

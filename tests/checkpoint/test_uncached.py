@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from nvquant.checkpoint import uncached
-from nvquant.checkpoint.source import read_range
+from nvquant.checkpoint.shard_bytes import read_range
 from nvquant.checkpoint.writer import TensorEntry, write_shard
 
 SIZE = 1 << 20

@@ -21,7 +21,7 @@ from typing import Any
 import nvquant.convert.engine
 import pytest
 import torch
-from nvquant.checkpoint.source import read_range
+from nvquant.checkpoint.shard_bytes import read_range
 from nvquant.convert.journal import STATE_FOLDER, Journal, file_sha256
 from nvquant.convert.options import ConvertOptions, ConvertResult
 from nvquant.convert.output import partial_folder

@@ -120,7 +120,10 @@ def random_ids(count: int) -> list[int]:
     return [1, *torch.randint(10, 500, (count - 1,), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
-def test_a_good_checkpoint_passes_and_everything_is_documented(smollm2_full: Path, tmp_path: Path) -> None:
+def test_a_good_checkpoint_passes_and_everything_is_documented(
+    smollm2_full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_answers, "LONG_SECONDS", 3600.0)  # busy cores shorten no answer here
     ids = reference_ids(smollm2_full, json.loads((smollm2_full / "config.json").read_text()))
     run = stage(smollm2_full, tmp_path, ids, options=small_options(1024))
     checks = list(run.run())
@@ -137,7 +140,9 @@ def test_a_good_checkpoint_passes_and_everything_is_documented(smollm2_full: Pat
     )
     assert document["memory"]["kv_tokens"] > 10_000
     assert {answer["endpoint"] for answer in document["answers"]} == {"completions", "chat"}
-    assert max(answer["tokens"] for answer in document["answers"]) == 256
+    long = [answer for answer in document["answers"] if answer["prompt"] in served_answers.LONG_PROMPTS]
+    assert len(long) == len(served_answers.LONG_PROMPTS)
+    assert all(answer["tokens"] == 256 or answer["finish_reason"] == "stop" for answer in long)
     assert document["logprobs"]["tokens"] == len(ids) - 1
     assert abs(document["logprobs"]["nll_served"] - document["logprobs"]["nll_emulated"]) < 0.15
     assert document["decode_tokens_per_second"] > 0

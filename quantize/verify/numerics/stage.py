@@ -132,7 +132,7 @@ def measure(
     words = {**WORDS, "floor": run.floor_words}
     thresholds = thresholds_of(subject).tightened(options.max_kl, options.min_top1)
     return {
-        "source": source.folder.resolve().name,
+        "source": source.name,
         "text": {
             "name": text.name,
             "framing": text.framing,

@@ -1,0 +1,149 @@
+"""Files of a Hub model in the local cache: downloaded once, and proved by their published hash before they are used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from ...errors import InputError
+from .errors import hub_errors, network_error
+from .patience import Patience
+from .repository import OTHERWISE, HubFile, HubModel
+
+logger = logging.getLogger("nvquant.checkpoint.hub")
+
+_HASH_CHUNK_BYTES = 16 << 20
+_MARKS = ".nvquant"  # beside the cache's own blobs, refs and snapshots
+
+
+def cached_path(model: HubModel, name: str) -> Path | None:
+    """Where the cache has a file of this commit whole; None where it has not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.repo, name, cache_dir=model.cache, revision=model.commit)
+    return Path(found) if isinstance(found, str) else None
+
+
+def download(model: HubModel, name: str, closed: threading.Event | None = None) -> Path:
+    """Path of a file in the cache, downloaded if it is not there yet; its content is what the Hub published.
+
+    What fails in a way that may pass is asked for again, and goes on where it stopped. A file is hashed when it comes
+    in and, by a note beside it, not again for as long as it is not touched.
+
+    Args:
+        closed: set by whoever no longer needs the file; ends the waiting.
+    Raises:
+        InputError: no such file, no access, no network, no room on the disk, or a content that twice was not the
+            published one.
+    """
+    file = model.file(name)
+    closed = closed or threading.Event()
+    for attempt in range(2):
+        path = _fetch(model, name, closed)
+        fault = _fault(file, path)
+        if fault is None:
+            return path
+        logger.warning("%s of %s %s: removed from the cache", name, model.repo, fault)
+        _remove(path)
+        if model.is_offline or attempt:
+            break
+    raise InputError(f"Hub model {model.repo}: {name} {fault}: the download is damaged; try again later.")
+
+
+def _fetch(model: HubModel, name: str, closed: threading.Event) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patience = Patience(closed)
+    while True:
+        with hub_errors("model", model.repo, model.commit[:12], OTHERWISE):
+            try:
+                return Path(
+                    hf_hub_download(
+                        model.repo,
+                        name,
+                        revision=model.commit,
+                        endpoint=model.endpoint,
+                        cache_dir=model.cache,
+                        local_files_only=model.is_offline,
+                    )
+                )
+            except (network_error(), LocalEntryNotFoundError) as error:
+                if model.is_offline:
+                    raise
+                patience.wait_after(error, f"{name} of {model.repo}")
+            except OSError as error:
+                if getattr(error, "response", None) is not None or error.errno is None:
+                    patience.wait_after(_as_network(error), f"{name} of {model.repo}")
+                    continue
+                raise InputError(
+                    f"{name} of {model.repo} cannot be kept in the cache ({error.strerror}): free space there, or set "
+                    f"HF_HOME to a larger disk."
+                ) from error
+
+
+def _as_network(error: OSError) -> Exception:
+    """A download of the wrong size, which huggingface_hub tells as a plain OSError, fails like a lost connection."""
+    lost = network_error()(str(error).splitlines()[0])
+    lost.__cause__ = error
+    return lost
+
+
+def _fault(file: HubFile, path: Path) -> str | None:
+    """What is wrong with a cached file; None where its content has the published hash."""
+    status = path.stat()
+    if file.size is not None and status.st_size != file.size:
+        return f"has {status.st_size:,} bytes, the Hub published {file.size:,}"
+    if file.etag is None:
+        return None
+    mark = _mark(path, file.etag)
+    stamp = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    with suppress(OSError, ValueError):
+        if json.loads(mark.read_text(encoding="utf-8")) == stamp:
+            return None
+    digest = content_hash(path, file)
+    if digest != file.etag:
+        return f"has the hash {digest[:12]}…, the Hub published {file.etag[:12]}…"
+    with suppress(OSError):  # a cache that cannot be written to is read once more next time
+        mark.parent.mkdir(exist_ok=True)
+        mark.write_text(json.dumps(stamp), encoding="utf-8")
+    return None
+
+
+def note_revision(model: HubModel) -> None:
+    """Let the cache learn which commit the revision's name means, for times without the Hub; nothing if that fails."""
+    from huggingface_hub import hf_hub_download
+
+    if model.is_offline or model.revision == model.commit:
+        return
+    with suppress(Exception):
+        hf_hub_download(
+            model.repo, "config.json", revision=model.revision, endpoint=model.endpoint, cache_dir=model.cache
+        )
+
+
+def content_hash(path: Path, file: HubFile) -> str:
+    """The hash of a file in the form in which the Hub publishes it: sha256, or git's blob id for a small file."""
+    digest = hashlib.sha256()
+    if file.sha256 is None:
+        digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+    with path.open("rb", buffering=0) as stream:
+        while piece := stream.read(_HASH_CHUNK_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _mark(path: Path, etag: str) -> Path:
+    """The note that a blob was proved: in the model's folder of the cache, which holds `snapshots/COMMIT/…`."""
+    snapshots = next((parent for parent in path.parents if parent.name == "snapshots"), path.parent)
+    return snapshots.parent / _MARKS / etag
+
+
+def _remove(path: Path) -> None:
+    blob = path.resolve()
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)

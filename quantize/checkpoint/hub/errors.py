@@ -1,0 +1,78 @@
+"""What the Hub said in many words, in one sentence that says what to do. No address and no token gets into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ...errors import InputError
+
+# What was refused or lost this way may succeed when it is asked for again.
+PASSING_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+
+
+@contextmanager
+def hub_errors(what: str, repo: str, revision: str | None = None, otherwise: str = "try again later") -> Iterator[None]:
+    """Turn every error of huggingface_hub and of the network into one sentence.
+
+    Args:
+        what: `model` or `data set`.
+        otherwise: what to do where the Hub refuses for no reason that is known here, or cannot be reached.
+    Raises:
+        InputError: in place of each.
+    """
+    from huggingface_hub import errors
+
+    where = f"{repo}@{revision}" if revision else repo
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"Hub {what} {repo} is gated: accept its terms on its page, and run `hf auth login` (or set HF_TOKEN)."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(
+            f"Hub {what} {repo} has no revision {revision}: give a commit, branch or tag of it."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise InputError(_unreachable(what, where, otherwise)) from error
+    except errors.EntryNotFoundError as error:
+        raise InputError(f"Hub {what} {where} lacks a file that it listed: {otherwise}.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"Hub {what} {repo} does not exist or is private: check the name, or run `hf auth login`."
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise InputError(_refused(f"Hub {what} {where}", f"{what} {where}", status_of(error), otherwise)) from error
+    except (network_error(), errors.OfflineModeIsEnabled) as error:
+        raise InputError(_unreachable(what, where, otherwise)) from error
+    except errors.HFValidationError as error:
+        raise InputError(f"{repo} is not a name that the Hub can have: give it as org/name.") from error
+
+
+def network_error() -> type[Exception]:
+    """The base class of what the installed huggingface_hub's HTTP library raises; its releases use different ones."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+
+def status_of(error: Any) -> int | None:
+    """The HTTP status that an error carries, None where it carries none."""
+    response = getattr(error, "response", None)
+    return None if response is None else int(response.status_code)
+
+
+def _unreachable(what: str, where: str, otherwise: str) -> str:
+    return f"The Hub cannot be reached for {what} {where}, and the cache lacks it: check the network, or {otherwise}."
+
+
+def _refused(where: str, what: str, status: int | None, otherwise: str) -> str:
+    if status == 401:
+        return f"{where}: the Hub does not know this token (HTTP 401): run `hf auth login` again, or unset HF_TOKEN."
+    if status == 403:
+        return f"{where}: the token may not do this (HTTP 403): make one with that right, and run `hf auth login`."
+    if status == 429:
+        return f"{where}: the Hub asks to go slower (HTTP 429): wait a few minutes, and run the same command again."
+    return f"The Hub refused {what} (HTTP {status or 'without status'}): try again, or {otherwise}."

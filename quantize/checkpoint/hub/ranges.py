@@ -1,0 +1,127 @@
+"""Byte ranges of a Hub model's files at its commit, straight into memory: nothing of them is kept on the disk.
+
+The Hub answers a request for a file with the address of its content, which holds for a while; ranges are asked for
+there. A range that breaks off goes on behind the last byte that came, so that no byte is fetched twice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from ...errors import InputError
+from .errors import hub_errors, network_error, status_of
+from .patience import Patience
+from .repository import OTHERWISE, HubModel
+
+# An address that has expired is answered like this by the stores behind the Hub.
+_EXPIRED = frozenset({400, 401, 403, 410})
+_TIMEOUT_SECONDS = 30.0
+
+
+class RangeReader:
+    """Reads ranges of one model's files; safe to use from several threads.
+
+    Attributes:
+        closed: set it, and who waits for the network stops waiting.
+    """
+
+    def __init__(self, model: HubModel) -> None:
+        self.model = model
+        self.closed = threading.Event()
+        self._addresses: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
+        """Fill `buffer` from the byte `begin` of a file on.
+
+        Raises:
+            InputError: the Hub refuses or cannot be reached, has other content than it published for the commit, or the
+                reader was closed.
+        """
+        patience, done = Patience(self.closed), 0
+        doing = f"{name} of {self.model.repo}"
+        with hub_errors("model", self.model.repo, self.model.commit[:12], OTHERWISE):
+            while done < len(buffer):
+                try:
+                    for piece in self._pieces(name, begin + done, begin + len(buffer)):
+                        buffer[done : done + len(piece)] = piece
+                        done += len(piece)
+                        patience.progressed()
+                        if self.closed.is_set():
+                            raise InputError("the run has ended.")
+                except network_error() as error:
+                    if not self._has_expired(name, error):
+                        patience.wait_after(error, f"{doing} at byte {begin + done:,}")
+
+    def _pieces(self, name: str, begin: int, end: int) -> Iterator[bytes]:
+        """What comes of the bytes `begin` to `end`, in order; it may end early."""
+        from huggingface_hub import get_session, get_token, hf_raise_for_status
+
+        address = self._address(name)
+        headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+        token = get_token()
+        if token is not None and self._is_the_hub(address):  # it is for nobody else
+            headers["Authorization"] = f"Bearer {token}"
+        with get_session().stream("GET", address, headers=headers, timeout=_TIMEOUT_SECONDS) as response:
+            hf_raise_for_status(response)
+            self._check_range(name, begin, response)
+            left = end - begin
+            for piece in response.iter_raw():
+                yield piece[:left]
+                left -= len(piece)
+                if left <= 0:
+                    return
+        if left > 0:
+            raise network_error()(f"the connection ended {left} bytes early")
+
+    def _check_range(self, name: str, begin: int, response: Any) -> None:
+        size = self.model.file(name).size
+        stated = response.headers.get("Content-Range") or ""
+        if response.status_code == 200 and begin == 0:
+            return
+        if response.status_code != 206:
+            raise InputError(
+                f"Hub model {self.model.repo}: {name} is not given out in ranges (HTTP {response.status_code}): go "
+                f"without --low-disk, or download it first."
+            )
+        first, _, total = stated.removeprefix("bytes ").partition("/")
+        if not first.startswith(f"{begin}-") or (total.isdigit() and size is not None and int(total) != size):
+            raise InputError(
+                f"Hub model {self.model.repo}: {name} came as another range than asked for ({stated or 'none'} of "
+                f"{size}): something between here and the Hub changes what it sends."
+            )
+
+    def _address(self, name: str) -> str:
+        """Where the content lies now; the Hub's ETag and commit must be the published ones."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        with self._lock:
+            if name not in self._addresses:
+                model, file = self.model, self.model.file(name)
+                url = hf_hub_url(model.repo, name, revision=model.commit, endpoint=model.endpoint)
+                found = get_hf_file_metadata(url, endpoint=model.endpoint)
+                if (found.etag, found.size, found.commit_hash) != (file.etag, file.size, model.commit):
+                    raise InputError(
+                        f"Hub model {model.repo}: {name} has another ETag or size than published at commit "
+                        f"{model.commit[:12]}: try again later."
+                    )
+                self._addresses[name] = found.location
+            return self._addresses[name]
+
+    def _has_expired(self, name: str, error: Exception) -> bool:
+        """Whether an address that worked has expired; the next read asks for a new one."""
+        with self._lock:
+            address = self._addresses.get(name)
+            if address is None or self._is_the_hub(address) or status_of(error) not in _EXPIRED:
+                return False
+            del self._addresses[name]
+            return True
+
+    def _is_the_hub(self, address: str) -> bool:
+        from huggingface_hub import constants
+
+        hub = self.model.endpoint or constants.ENDPOINT
+        return urlsplit(address)[:2] == urlsplit(hub)[:2]

@@ -1,0 +1,149 @@
+"""A model on the Hub: its true name, the commit that a revision means now, and what the Hub publishes of its files."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+from .errors import hub_errors, network_error
+
+logger = logging.getLogger("nvquant.checkpoint.hub")
+
+OTHERWISE = "give a local folder"
+_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file as the Hub publishes it.
+
+    Attributes:
+        size: in bytes; None where only the cache tells of the file.
+        etag: sha256 of a large file's content, or git's blob id (sha1) of a small one's.
+    """
+
+    name: str
+    size: int | None
+    etag: str | None
+
+    @property
+    def sha256(self) -> str | None:
+        """The published sha256 of the content; None for a small file."""
+        return self.etag if self.etag and _SHA256.fullmatch(self.etag) else None
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model pinned to a commit.
+
+    Attributes:
+        repo: `org/name` as the Hub spells it.
+        commit: 40 hexadecimal digits.
+        files: by name.
+        revision: the name under which the commit was found, None for the default branch.
+        endpoint: address of the Hub, None for the usual one.
+        cache: folder of the Hub's cache, None for the usual one.
+        is_offline: the Hub could not be reached; what the cache holds is all there is.
+    """
+
+    repo: str
+    commit: str
+    files: Mapping[str, HubFile]
+    revision: str | None = None
+    endpoint: str | None = None
+    cache: Path | None = None
+    is_offline: bool = False
+
+    def file(self, name: str) -> HubFile:
+        """What is published of a file.
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        if name not in self.files:
+            raise InputError(f"Hub model {self.repo} has no file {name} at commit {self.commit[:12]}.")
+        return self.files[name]
+
+
+def hub_name(text: str) -> tuple[str, str | None] | None:
+    """`org/name[@revision]` taken apart; None for what cannot be one."""
+    match = _NAME.fullmatch(text)
+    return None if match is None else (match["repo"], match["revision"])
+
+
+def find_model(
+    repo: str, revision: str | None = None, *, endpoint: str | None = None, cache: Path | None = None
+) -> HubModel:
+    """Resolve a model's name, whatever its case, and pin its revision to the commit that it means now.
+
+    Without the Hub (HF_HUB_OFFLINE, no network) a model that the cache holds is taken from there.
+
+    Args:
+        repo: `org/name`; a name that was given up leads to the new one.
+        revision: commit, branch or tag; None for the default branch.
+    Raises:
+        InputError: no such model or revision, no access, Hub unreachable and nothing cached.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    with hub_errors("model", repo, revision, OTHERWISE):
+        try:
+            found = _ask(repo, revision, endpoint)
+        except HfHubHTTPError:
+            raise
+        except (network_error(), OfflineModeIsEnabled):
+            cached = _cached(repo, revision, endpoint, cache)
+            if cached is None:
+                raise
+            logger.warning("The Hub cannot be reached; taking %s at %s from the local cache", repo, cached.commit[:12])
+            return cached
+    if found.id != repo:
+        logger.warning("The Hub has %s under the name %s", repo, found.id)
+    files = {sibling.rfilename: _published(sibling) for sibling in found.siblings or ()}
+    return HubModel(str(found.id), str(found.sha), files, revision, endpoint, cache)
+
+
+def _ask(repo: str, revision: str | None, endpoint: str | None) -> Any:
+    """What the Hub says of a model; asked again under the right spelling where it knows the name in another case."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    api = HfApi(endpoint=endpoint)
+    try:
+        return api.model_info(repo, revision=revision, files_metadata=True)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        author, _, name = repo.partition("/")
+        alike = [model.id for model in api.list_models(search=name, limit=100) if model.id.lower() == repo.lower()]
+        if not author or not alike or alike[0] == repo:
+            raise
+        return api.model_info(alike[0], revision=revision, files_metadata=True)
+
+
+def _published(sibling: Any) -> HubFile:
+    lfs = sibling.lfs
+    return HubFile(sibling.rfilename, sibling.size, sibling.blob_id if lfs is None else lfs.sha256)
+
+
+def _cached(repo: str, revision: str | None, endpoint: str | None, cache: Path | None) -> HubModel | None:
+    """The model as far as the cache holds it; the cache names each file's content by its published hash."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {
+        name: HubFile(name, path.stat().st_size, path.readlink().name if path.is_symlink() else None)
+        for name, path in ((path.relative_to(folder).as_posix(), path) for path in paths)
+    }
+    return HubModel(repo, folder.name, files, revision, endpoint, cache, is_offline=True)

@@ -1,0 +1,230 @@
+"""Shards of a Hub model as a run reads them: downloaded whole ahead of the walk, or by ranges and never kept."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from ...errors import InputError
+from ..headers import Header, TensorInfo
+from ..shard_bytes import ReadingOrder, read_range
+from .download import cached_path, download
+from .ranges import RangeReader
+from .repository import HubModel
+
+logger = logging.getLogger("nvquant.checkpoint.hub")
+
+WORKERS = 2  # files that are downloaded at once; each is fetched over several connections where the Hub has Xet
+SPOOL_READERS = 4
+SPOOL_PIECE_BYTES = 16 << 20
+
+
+class DownloadedShards:
+    """Each shard is downloaded into the Hub's cache, proved, and read there; the next ones come meanwhile."""
+
+    integrity = "the published sha256 of every whole file"
+
+    def __init__(self, model: HubModel) -> None:
+        self._model = model
+        self._files: dict[str, Future[Path]] = {}
+        self._queue: list[str] = []
+        self._changed = threading.Condition()
+        self._closed = threading.Event()
+        self._workers = 0
+
+    def fill(self, name: str, header: Header, begin: int, buffer: memoryview) -> None:
+        """See `ShardBytes`; waits until the shard is there."""
+        read_range(self.path(header.path.name), begin, buffer)
+
+    def path(self, file: str) -> Path:
+        """Where the shard lies, when it is there.
+
+        Raises:
+            InputError: see `download`; or the run has ended.
+        """
+        return self._coming(file, is_urgent=True).result()
+
+    def missing_bytes(self, files: Iterable[str]) -> int:
+        """Bytes of these shards that the cache does not have yet."""
+        absent = [file for file in files if cached_path(self._model, file) is None]
+        return sum(self._model.file(file).size or 0 for file in absent)
+
+    def begin(self, order: ReadingOrder, places: Mapping[str, Header]) -> None:
+        """Begin to download, in the order in which the run needs the shards."""
+        names = [*order.outer, *(name for layer in order.layers for name in layer), *order.copies]
+        for file in dict.fromkeys(places[name].path.name for name in names):
+            self._coming(file, is_urgent=False)
+
+    def recorded(self) -> None:
+        """Nothing to drop."""
+
+    def copied(self, name: str) -> None:
+        """Nothing to drop."""
+
+    def end(self) -> None:
+        """Give up what is still on its way; what came of it stays in the cache, and the next run goes on there."""
+        with self._changed:
+            self._closed.set()
+            for future in self._files.values():
+                if not future.done():
+                    with contextlib.suppress(Exception):  # its worker was quicker
+                        future.set_exception(InputError("the run has ended."))
+            self._changed.notify_all()
+
+    def _coming(self, file: str, is_urgent: bool) -> Future[Path]:
+        with self._changed:
+            if file not in self._files:
+                self._files[file] = Future()
+                self._queue.append(file)
+                self._hire(len(self._queue))
+            if is_urgent and file in self._queue:
+                self._queue.remove(file)
+                self._queue.insert(0, file)
+            self._changed.notify()
+            return self._files[file]
+
+    def _hire(self, wanted: int) -> None:
+        """Daemons, since a program that ends does not wait for gigabytes."""
+        if self._workers < min(WORKERS, wanted):
+            self._workers += 1
+            threading.Thread(target=self._work, name="download", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed.is_set() or not self._queue:
+                    self._workers -= 1
+                    return
+                file = self._queue.pop(0)
+            future = self._files[file]
+            size = self._model.file(file).size or 0
+            logger.info("downloading %s (%.1f GB)", file, size / 1e9)
+            try:
+                path = download(self._model, file, self._closed)
+            except BaseException as error:
+                self._settle(future, error)
+            else:
+                self._settle(future, path)
+
+    def _settle(self, future: Future[Path], outcome: Path | BaseException) -> None:
+        with self._changed:
+            if future.done():  # the run ended meanwhile
+                return
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+
+class RemoteShards:
+    """Ranges are fetched as they are read, each once; nothing is kept but what the run reads twice.
+
+    Of the tensors around the layers the calibration reads some, and later all are copied: these are kept in the run's
+    spool until both is done.
+    """
+
+    integrity = "commit and ETag of every range, and its length"
+
+    def __init__(self, reader: RangeReader) -> None:
+        self._reader = reader
+        self._kept: dict[str, _Kept] = {}
+        self._written: Mapping[str, tuple[Path, TensorInfo]] = {}
+        self._lock = threading.Lock()
+        self._recorded = False
+        self._copied: set[str] = set()
+
+    def fill(self, name: str, header: Header, begin: int, buffer: memoryview) -> None:
+        """See `ShardBytes`."""
+        info = header.tensors[name]
+        kept = self._kept.get(name)
+        if name in self._written:
+            path, copy = self._written[name]
+            read_range(path, copy.begin + begin - info.begin, buffer)
+        elif kept is not None:
+            read_range(kept.whole(self._reader, header.path.name, info), begin - info.begin, buffer)
+        else:
+            self._reader.read_into(header.path.name, begin, buffer)
+
+    def begin(self, order: ReadingOrder, places: Mapping[str, Header]) -> None:
+        """Note what will be read twice; whatever an earlier run left in the spool is removed."""
+        self._written = order.written
+        twice = sorted(order.outer & set(order.copies))
+        assert order.spool is not None or not twice
+        if order.spool is not None:
+            order.spool.mkdir(parents=True, exist_ok=True)
+            for path in order.spool.iterdir():
+                path.unlink()
+            self._kept = {name: _Kept(order.spool / f"{at:04d}") for at, name in enumerate(twice)}
+
+    def recorded(self) -> None:
+        """Drop what was copied before the calibration had read it."""
+        with self._lock:
+            self._recorded = True
+            for name in self._copied:
+                self._drop(name)
+
+    def copied(self, name: str) -> None:
+        """Drop it, if the calibration has read it."""
+        with self._lock:
+            self._copied.add(name)
+            if self._recorded:
+                self._drop(name)
+
+    def end(self) -> None:
+        """Stop waiting for the network, and drop all that is kept."""
+        self._reader.closed.set()
+        for kept in self._kept.values():
+            kept.drop()
+
+    def _drop(self, name: str) -> None:
+        if name in self._kept:
+            self._kept[name].drop()
+
+
+class _Kept:
+    """A tensor in the spool, fetched whole when it is first read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock, self._is_there = path, threading.Lock(), False
+
+    def whole(self, reader: RangeReader, file: str, info: TensorInfo) -> Path:
+        with self._lock:
+            if not self._is_there:
+                try:
+                    self._fetch(reader, file, info)
+                except OSError as error:
+                    raise InputError(
+                        f"{info.name} cannot be kept in {self._path.parent} ({error.strerror}): free {info.nbytes:,} "
+                        f"bytes there, and run the same command again."
+                    ) from error
+                self._is_there = True
+            return self._path
+
+    def _fetch(self, reader: RangeReader, file: str, info: TensorInfo) -> None:
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            with ThreadPoolExecutor(SPOOL_READERS, "spool") as pool:
+                for _ in pool.map(lambda at: self._piece(reader, file, info, descriptor, at), self._starts(info)):
+                    pass
+        finally:
+            os.close(descriptor)
+
+    @staticmethod
+    def _starts(info: TensorInfo) -> Iterator[int]:
+        return iter(range(0, info.nbytes, SPOOL_PIECE_BYTES))
+
+    @staticmethod
+    def _piece(reader: RangeReader, file: str, info: TensorInfo, descriptor: int, at: int) -> None:
+        piece = memoryview(bytearray(min(SPOOL_PIECE_BYTES, info.nbytes - at)))
+        reader.read_into(file, info.begin + at, piece)
+        while piece:
+            written = os.pwrite(descriptor, piece, at)
+            piece, at = piece[written:], at + written
+
+    def drop(self) -> None:
+        self._path.unlink(missing_ok=True)

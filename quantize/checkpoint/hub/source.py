@@ -1,0 +1,111 @@
+"""A model on the Hub opened as a checkpoint: small files in the cache, headers by ranges, weights when read."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+from ...errors import InputError
+from ..headers import HEADER_LIMIT_BYTES, Header, parse_header, read_header
+from ..shard_bytes import ShardBytes
+from ..sidefiles import SIDE_FILE_PATTERNS, TEMPLATE_FOLDER
+from ..source import INDEX_NAME, SINGLE_NAME, Checkpoint, check_index, read_index, read_json
+from .download import cached_path, download, note_revision
+from .ranges import RangeReader
+from .repository import HubModel
+from .shards import DownloadedShards, RemoteShards
+
+# Beside the side files: what says how a checkpoint is made, and the card, whose data a new card keeps.
+DESCRIPTIONS = ("config.json", INDEX_NAME, "hf_quant_config.json", "nvquant_*.json", "README.md")
+MOST_SMALL_BYTES = 100_000_000  # a tokenizer has at most some tens of megabytes
+_READERS = 8
+_FIRST_READ_BYTES = 256 << 10  # holds most headers whole
+_FIRST_READ_SHARE = 512  # but of a small file no more than this part of it
+
+
+def open_hub_checkpoint(model: HubModel, low_disk: bool = False) -> Checkpoint:
+    """Open a model on the Hub; fetches its small files and the headers of its shards, no weight.
+
+    Args:
+        low_disk: read weights by ranges and keep none; else each shard is downloaded whole when it is needed.
+    Raises:
+        InputError: no safetensors model, anything damaged or contradictory, or the network.
+    """
+    folder = fetch_small_files(model)
+    config = read_json(folder / "config.json", "every Hugging Face model has one")
+    reader = RangeReader(model)
+    if INDEX_NAME in model.files:
+        files = read_index(folder / INDEX_NAME)
+        headers = read_headers(reader, folder, sorted(set(files.values())))
+    elif SINGLE_NAME in model.files:
+        headers = read_headers(reader, folder, [SINGLE_NAME])
+        files = dict.fromkeys(headers[SINGLE_NAME].tensors, SINGLE_NAME)
+    else:
+        raise InputError(
+            f"Hub model {model.repo} holds no {SINGLE_NAME} and no {INDEX_NAME}: choose a repository or a revision "
+            f"with safetensors weights."
+        )
+    check_index(model.repo, files, headers)
+    content: ShardBytes = RemoteShards(reader) if low_disk else DownloadedShards(model)
+    return Checkpoint(folder, config, headers, files, content, model)
+
+
+def fetch_small_files(model: HubModel) -> Path:
+    """Download the config, the index, the side files and the card; returns the snapshot's folder in the cache.
+
+    Raises:
+        InputError: there is no config.json, or see `download`.
+    """
+    if "config.json" not in model.files:
+        raise InputError(f"Hub model {model.repo} has no config.json: it is not a model that transformers knows.")
+    names = [name for name in model.files if _is_small(model, name)]
+    with ThreadPoolExecutor(_READERS, "small files") as pool:
+        paths = dict(zip(names, pool.map(lambda name: download(model, name), names), strict=True))
+    note_revision(model)
+    return paths["config.json"].parent
+
+
+def read_headers(reader: RangeReader, folder: Path, names: list[str]) -> Mapping[str, Header]:
+    """The headers of shards, by range requests where the cache does not have the shards.
+
+    Raises:
+        InputError: a shard is not there, or its header is damaged.
+    """
+    for name in names:
+        if name not in reader.model.files:
+            raise InputError(
+                f"Hub model {reader.model.repo}: shard {name} is missing although the index names it: choose another "
+                f"revision."
+            )
+    with ThreadPoolExecutor(_READERS, "headers") as pool:
+        return dict(zip(names, pool.map(lambda name: _header(reader, folder, name), names), strict=True))
+
+
+def _header(reader: RangeReader, folder: Path, name: str) -> Header:
+    path = cached_path(reader.model, name)
+    if path is not None:
+        return read_header(path)
+    size = reader.model.file(name).size
+    if size is None or size < 8:
+        raise InputError(f"Hub model {reader.model.repo}: {name} is too short for a safetensors file.")
+    head = bytearray(min(size, max(8, min(_FIRST_READ_BYTES, size // _FIRST_READ_SHARE))))
+    reader.read_into(name, 0, memoryview(head))
+    length = struct.unpack("<Q", head[:8])[0]
+    if not 2 <= length <= min(HEADER_LIMIT_BYTES, size - 8):
+        raise InputError(f"{name} of {reader.model.repo} is not a safetensors file: its header length is out of range.")
+    if len(head) < 8 + length:
+        rest = bytearray(8 + length - len(head))
+        reader.read_into(name, len(head), memoryview(rest))
+        head += rest
+    return parse_header(folder / name, bytes(head[8 : 8 + length]), size)
+
+
+def _is_small(model: HubModel, name: str) -> bool:
+    path = PurePosixPath(name)
+    if len(path.parts) == 2:
+        return path.parts[0] == TEMPLATE_FOLDER and path.suffix == ".jinja"
+    is_wanted = any(fnmatch(name, pattern) for pattern in (*SIDE_FILE_PATTERNS, *DESCRIPTIONS))
+    return is_wanted and len(path.parts) == 1 and (model.files[name].size or 0) <= MOST_SMALL_BYTES

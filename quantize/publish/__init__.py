@@ -1,0 +1,1 @@
+"""Bring a proved checkpoint to the Hub: its card, and its files."""
