@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from support.hub_http import Handler
 from support.hub_repos import DATE, Blob, Commit, Refused, Repo, paths_info, repo_info, tree
+from support.hub_uploads import UploadRoutes
 
-NAME = r"[^/]+/[^/]+"
+NAME = r"([^/]+/[^/]+)"
+LIST = re.compile(r"/api/(model|dataset)s")
+ABOUT = re.compile(rf"/api/(model|dataset)s/{NAME}(/.*)?")
+FILE = re.compile(rf"/(datasets/)?{NAME}/resolve/([^/]+)/(.+)")
+LFS = re.compile(rf"/(datasets/)?{NAME}\.git/info/lfs/objects/(batch|verify)")
 
 
 @dataclass
 class Signed:
-    """An address at the CDN: what it gives, and how often it was used."""
+    """An address at the CDN: the content that it gives or takes, and how often it was used."""
 
-    repo: str
-    file: str
     path: str
-    blob: Blob
+    sha256: str
+    blob: Blob | None = None
+    repo: str = ""
+    file: str = ""
     uses: int = 0
 
 
@@ -31,43 +38,66 @@ class Renamed(Exception):
     """The repository has this name in truth."""
 
 
-class Hub(Handler):
+class Hub(UploadRoutes):
     """The API and the addresses of files."""
 
     def route(self) -> None:
         path = urlsplit(self.path).path  # still quoted, for a revision may contain a slash
-        api = re.fullmatch(rf"/api/(model|dataset)s(?:/({NAME})(/.*)?)?", path)
-        file = re.fullmatch(rf"/(datasets/)?({NAME})/resolve/([^/]+)/(.+)", path)
+        file = FILE.fullmatch(path)
         try:
-            if api and api[2] is None:
-                found = self.hub.listed(api[1], self.query, self.token)
-                self.send_json([repo_info(repo, None) for repo in found])
-            elif api:
-                rest = [unquote(part) for part in (api[3] or "/revision").strip("/").split("/")]
-                self.send_json(self._api(api[1], unquote(api[2]), rest))
-            elif file:
+            if file:
                 self._resolve("dataset" if file[1] else "model", *(unquote(part) for part in file.groups()[1:]))
             else:
-                raise Refused(404)
-        except Renamed as name:
-            old = (api or file)[2]  # type: ignore[index]
-            self.send(307, {"Location": self.path.replace(f"/{old}", f"/{quote(str(name))}", 1)})
+                self.send_json(self._value(path))
+        except Renamed as renamed:
+            old, new = renamed.args
+            self.send(307, {"Location": self.path.replace(f"/{quote(old)}", f"/{quote(new)}", 1)})
 
-    def _api(self, kind: str, name: str, rest: list[str]) -> Any:
-        """What JSON answers a path below a repository's."""
-        repo = self.hub.open(kind, name, self.token)
-        verb, revision, *below = [*rest, "main"] if len(rest) < 2 else rest
+    def _value(self, path: str) -> Any:
+        """What JSON answers a path."""
+        alone = {
+            "GET /api/whoami-v2": self.whoami,
+            "POST /api/repos/create": self.create,
+            "DELETE /api/repos/delete": self.delete,
+            "POST /api/validate-yaml": self.validate_card,
+        }
+        if answer := alone.get(f"{self.command} {path}"):
+            return answer()
+        if match := LIST.fullmatch(path):
+            return [repo_info(repo, None) for repo in self.hub.listed(match[1], self.query, self.token)]
+        if match := LFS.fullmatch(path):
+            repo = self.writable("dataset" if match[1] else "model", unquote(match[2]))
+            return self.lfs_batch(repo) if match[3] == "batch" else self.lfs_verify()
+        if match := ABOUT.fullmatch(path):
+            rest = [unquote(part) for part in (match[3] or "/revision").strip("/").split("/")]
+            verb, revision, below = rest[0], rest[1] if len(rest) > 1 else "main", "/".join(rest[2:])
+            if self.command in ("GET", "HEAD") or verb == "paths-info":
+                return self._read(self.hub.open(match[1], unquote(match[2]), self.token), verb, revision, below)
+            return self._write_to(self.writable(match[1], unquote(match[2])), verb, revision)
+        raise Refused(404)
+
+    def _read(self, repo: Repo, verb: str, revision: str, below: str) -> Any:
         if verb == "refs":
             return _refs(repo)
         commit = repo.find(revision)
         if verb == "revision":
             return self._info(repo, commit)
         if verb == "tree":
-            return tree(commit, "/".join(below), self.query.get("recursive", ["false"])[0].lower() == "true")
+            return tree(commit, below, self.query.get("recursive", ["false"])[0].lower() == "true")
         if verb == "paths-info":
             return paths_info(commit, self._paths())
         if verb == "commits":
-            return [{"id": each.commit, "title": each.title, "date": DATE} for each in repo.history(revision)]
+            history = repo.history(revision)
+            return [{"id": each.commit, "title": each.title, "date": DATE, "authors": []} for each in history]
+        raise Refused(404)
+
+    def _write_to(self, repo: Repo, verb: str, revision: str) -> Any:
+        if verb == "settings":
+            return self.settings(repo)
+        if verb == "preupload":
+            return self.preupload(repo.find(revision))
+        if verb == "commit":
+            return self.commit(repo, revision)
         raise Refused(404)
 
     def _info(self, repo: Repo, commit: Commit) -> dict[str, Any]:
@@ -91,10 +121,10 @@ class Hub(Handler):
             raise Refused(404, "EntryNotFound", "Entry not found", headers)
         blob = commit.files[file]
         if blob.sha256 is None:
-            self.send_blob(blob, headers, lambda first, _: self.hub.account(name, file, first))
+            self.send_blob(blob, headers, partial(self.hub.account, name, file))
             return
         linked = {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{blob.etag}"'}
-        address = self.hub.sign(Signed(name, file, self.seen.path, blob))
+        address = self.hub.sign(Signed(self.seen.path, blob.sha256, blob, name, file))
         self.send(302, {**headers, **linked, "Location": address, "Vary": "Origin, Accept"})
 
 
@@ -108,22 +138,27 @@ class Cdn(Handler):
         signed = self._address()
         return f"/cdn{signed.path}" if signed else "/cdn/"
 
+    def request_body(self) -> Iterator[bytes]:
+        pieces, signed = super().request_body(), self._address()
+        return self.hub.received_pieces(signed.sha256, pieces) if signed and self.command == "PUT" else pieces
+
     def route(self) -> None:
         signed = self._address()
         if self.headers.get("Authorization"):
             self.hub.leaks.append(self.seen.path)
             raise Refused(400, message="Only one auth mechanism allowed")
-        if signed is None:
+        if signed is None or (self.command == "PUT") != (signed.blob is None):
             raise Refused(403, message="SignatureDoesNotMatch")
         signed.uses += 1
         if self.hub.cdn_expires_after is not None and signed.uses > self.hub.cdn_expires_after:
             raise Refused(403, message="Request has expired")
+        if signed.blob is None:
+            self.hub.objects.receive(signed.sha256, self.incoming)
+            self.send(200, {"ETag": f'"{signed.sha256}"'})
+            return
         name = f'inline; filename="{Path(signed.file).name}";'
-        self.send_blob(
-            signed.blob,
-            {"Content-Disposition": name},
-            lambda first, _: self.hub.account(signed.repo, signed.file, first),
-        )
+        opened = partial(self.hub.account, signed.repo, signed.file)
+        self.send_blob(signed.blob, {"Content-Disposition": name}, opened)
 
 
 def _refs(repo: Repo) -> dict[str, Any]:

@@ -87,8 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         return unquote(urlsplit(self.path).path)
 
     def do_GET(self) -> None:
-        self.incoming = self._incoming()
         self.seen = Request(self.command, self.path_seen(), dict(self.headers.items()))
+        self.incoming = self.request_body()
         try:
             self.fault = self.hub.arrived(self.seen)
             self._answer()
@@ -96,12 +96,12 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _answer(self) -> None:
+        """Undergo the fault, and answer as the route says."""
         try:
             self._suffer()
             self.route()
         except Refused as refusal:
-            message = refusal.headers.get("X-Error-Message")
-            data = json.dumps({"error": message}).encode() if message else b""
+            data = json.dumps(refusal.body).encode() if refusal.body else b""
             headers = {"Content-Type": "application/json", **refusal.headers}
             self.send(refusal.status, headers, len(data), [data])
 
@@ -134,21 +134,31 @@ class Handler(BaseHTTPRequestHandler):
         """The request's body."""
         return b"".join(self.incoming)
 
+    def request_body(self) -> Iterator[bytes]:
+        """What follows the request's headers, by its length or in chunks; Dropped where the client goes away."""
+        if "chunked" in (self.headers.get("Transfer-Encoding") or ""):
+            while size := int(self.rfile.readline().split(b";")[0] or b"0", 16):
+                yield from self._exactly(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return
+        yield from self._exactly(int(self.headers.get("Content-Length") or 0))
+
     def send_json(self, value: Any, status: int = 200) -> None:
         """Answer with JSON."""
         data = json.dumps(value).encode()
         self.send(status, {"Content-Type": "application/json"}, len(data), [data], self._body_fault())
 
     def send_blob(
-        self, blob: Blob, headers: Mapping[str, str], sent: Callable[[int, int], Callable[[int], None]]
+        self, blob: Blob, headers: Mapping[str, str], account: Callable[[int], Callable[[int], None]]
     ) -> None:
-        """Answer with a file, or with the range of it that was asked for; `sent` opens the account of a range."""
+        """Answer with a file, or with the range of it that was asked for; `account` begins to count from a byte."""
         fault = self._body_fault()
         first, end, whole = self._range(blob, isinstance(fault, IgnoreRange))
         headers = {"ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes", **headers}
         if not whole:
             headers["Content-Range"] = f"bytes {first}-{end - 1}/{blob.size}"
-        count = sent(first, end) if self.command == "GET" else None
+        count = account(first) if self.command == "GET" else None
         self.send(200 if whole else 206, headers, end - first, blob.pieces(first, end), fault, count)
 
     def send(
@@ -212,16 +222,6 @@ class Handler(BaseHTTPRequestHandler):
         if first >= end:
             raise Refused(416, headers={"Content-Range": f"bytes */{blob.size}"})
         return first, end, False
-
-    def _incoming(self) -> Iterator[bytes]:
-        """The request's body in pieces, by its length or in chunks."""
-        if "chunked" in (self.headers.get("Transfer-Encoding") or ""):
-            while size := int(self.rfile.readline().split(b";")[0] or b"0", 16):
-                yield from self._exactly(size)
-                self.rfile.readline()
-            self.rfile.readline()
-            return
-        yield from self._exactly(int(self.headers.get("Content-Length") or 0))
 
     def _exactly(self, size: int) -> Iterator[bytes]:
         while size:

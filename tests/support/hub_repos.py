@@ -20,10 +20,16 @@ class Refused(Exception):
     """An answer other than success: the status, and the Hub's own code and words for it."""
 
     def __init__(
-        self, status: int, code: str = "", message: str = "", headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        code: str = "",
+        message: str = "",
+        headers: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(code)
         self.status = status
+        self.body = {**({"error": message} if message else {}), **(body or {})}
         named = {"X-Error-Code": code} if code else {}
         said = {"X-Error-Message": message or code} if message or code else {}
         self.headers = {**named, **said, **(headers or {})}
@@ -65,11 +71,16 @@ class Blob:
         return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
 
 
+def stored_with_lfs(path: str, size: int) -> bool:
+    """Whether the Hub keeps such a file with Git LFS."""
+    return size > 0 and (path.endswith(".safetensors") or size > LFS_BYTES)
+
+
 def make_blob(path: str, content: Content) -> Blob:
     """Hash a file as git would keep it: *.safetensors and whatever is large with Git LFS, the rest plainly."""
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     whole = Blob(content, size, "", None)
-    if size and (path.endswith(".safetensors") or size > LFS_BYTES):
+    if stored_with_lfs(path, size):
         return lfs_blob(content, size, _digest(hashlib.sha256(), whole))
     return Blob(content, size, _digest(hashlib.sha1(b"blob %d\0" % size), whole), None)
 

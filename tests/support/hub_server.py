@@ -19,8 +19,10 @@ variable for a subprocess.
 from __future__ import annotations
 
 import secrets
+import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,6 +31,7 @@ from support.hub_faults import Fault, Status
 from support.hub_hosts import Cdn, Hub, Renamed, Signed
 from support.hub_http import Listener, Request
 from support.hub_repos import Content, Refused, Repo, make_blob
+from support.hub_uploads import Objects, User
 
 
 @dataclass
@@ -57,6 +60,9 @@ class HubServer:
         cdn_expires_after: how many requests an address at the CDN serves; then 403, until a new resolve gives another.
         secrets: the signatures of all addresses at the CDN, which no log and no file may contain.
         leaks: paths of requests to the CDN that carried a token.
+        users: whose a token is; one that is not here may read what `add` was told of it, and else what anybody may.
+        received: (SHA-256, bytes) of each PUT of a large file, those that broke off included.
+        objects: the large files that there are.
         sent: (first byte, end) of each answer with bytes of a file, by (repository, file): what really left.
     """
 
@@ -66,6 +72,9 @@ class HubServer:
     cdn_expires_after: int | None = None
     secrets: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
+    users: dict[str, User] = field(default_factory=dict)
+    received: list[tuple[str, int]] = field(default_factory=list)
+    objects: Objects = field(default_factory=Objects)
     sent: dict[tuple[str, str], list[tuple[int, int]]] = field(default_factory=dict)
     _repos: dict[tuple[str, str], Repo] = field(default_factory=dict)
     _renamed: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -77,6 +86,8 @@ class HubServer:
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> HubServer:
+        self._folder = tempfile.TemporaryDirectory(prefix="hub-")
+        self.objects.folder = Path(self._folder.name)
         self._hub, self._cdn = (
             Listener(type("Bound", (handler,), {"hub": self}), self._errors) for handler in (Hub, Cdn)
         )
@@ -86,6 +97,7 @@ class HubServer:
         self._stopping.set()
         for listener in (self._hub, self._cdn):
             listener.stop()
+        self._folder.cleanup()
         if self._errors and kind is None:  # the server's own, or those of on_request
             raise self._errors[0]
 
@@ -135,12 +147,22 @@ class HubServer:
             repo.token = token or repo.token
             repo.gated = gated or repo.gated or ("auto" if token and not private else None)
             commit = repo.add(blobs, branch=branch).commit
+            self.objects.note(blobs.values())
             repo.tags |= dict.fromkeys(tags, commit)
         return commit
 
     def repo(self, name: str, kind: str = "model") -> Repo:
         """What the server holds under that name, to look at or to change (`wrong_case`, `gated`, `private`, …)."""
         return self._repos[kind, name]
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether there is such a repository."""
+        return (kind, name) in self._repos
+
+    def remove(self, kind: str, name: str) -> None:
+        """Take a repository away."""
+        with self._lock:
+            del self._repos[kind, name]
 
     def rename(self, old: str, new: str, kind: str = "model") -> None:
         """Give a repository another name; the old one answers with a redirect."""
@@ -219,14 +241,16 @@ class HubServer:
         if repo is None or (repo.private and not self.may_read(repo, token)):
             raise Refused(404 if token else 401, "RepoNotFound", "Repository not found")
         if repo.name != name:
-            raise Renamed(repo.name)
+            raise Renamed(name, repo.name)
         if files and repo.gated and not self.may_read(repo, token):
             raise Refused(403 if token else 401, "GatedRepo", f"Access to {kind} {name} is restricted.")
         return repo
 
     def may_read(self, repo: Repo, token: str | None) -> bool:
         """Whether that token opens a private or gated repository."""
-        return token is not None and token == repo.token
+        user = self.users.get(token or "")
+        owns = user is not None and repo.name.split("/")[0] in user.namespaces
+        return owns or (token is not None and token == repo.token)
 
     def listed(self, kind: str, query: Mapping[str, list[str]], token: str | None) -> list[Repo]:
         """The repositories of an author whose name contains a word, whatever its case."""
@@ -248,7 +272,11 @@ class HubServer:
         host = self._cdn.url.replace(
             "127.0.0.1", "localhost"
         )  # not even the same name: clients differ in what is a host
-        return f"{host}/repos/{signed.blob.sha256}?X-Amz-Expires=3600&X-Amz-Signature={secret}"
+        return f"{host}/repos/{signed.sha256}?X-Amz-Expires=3600&X-Amz-Signature={secret}"
+
+    def sign_upload(self, path: str, sha256: str) -> str:
+        """An address at the CDN that takes a content."""
+        return self.sign(Signed(f"{path}/{sha256}", sha256))
 
     def signed(self, secret: str) -> Signed | None:
         """What an address's signature stands for."""
@@ -271,6 +299,20 @@ class HubServer:
                 ranges[place] = (first, ranges[place][1] + done)
 
         return count
+
+    def received_pieces(self, sha256: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """Count what a PUT brings."""
+        with self._lock:
+            place = len(self.received)
+            self.received.append((sha256, 0))
+        for piece in pieces:
+            with self._lock:
+                self.received[place] = (sha256, self.received[place][1] + len(piece))
+            yield piece
+
+    def writing(self) -> AbstractContextManager[object]:
+        """Nobody else writes meanwhile."""
+        return self._lock
 
     def _named(self, kind: str, name: str) -> Repo | None:
         while (kind, name) in self._renamed and (kind, name) not in self._repos:
