@@ -64,6 +64,13 @@ BANDWIDTH_GB: tuple[tuple[str, float], ...] = (
     (r"\bRTX 3090 Ti$", 1008),
     (r"\bRTX 3090$", 936),
 )
+FP4_WORDS: dict[Fp4, str] = {
+    "native": "W4A4 checkpoints run on the FP4 units; weight-only ones are decoded to 16 bits",
+    "weight_only": "no FP4 units, so weights are decoded to 16 bits by Marlin and inputs stay as they are, for W4A4 "
+    "checkpoints too; saves memory and decoding time, not prefill",
+    "none": "too old, vLLM has no NVFP4 kernel for it (7.5 is the least)",
+    "emulated": "NVFP4 is emulated on the CPU, by vLLM's CPU build with the plugin integrations/vllm_cpu; slow",
+}
 BANDWIDTH_SOURCE = "NVIDIA's data sheets and product pages"
 
 
@@ -121,22 +128,10 @@ def fp4_kind(capability: Capability | None) -> Fp4:
 
 def fp4_path(capability: Capability | None) -> str:
     """The same in words."""
+    words = FP4_WORDS[fp4_kind(capability)]
     if capability is None:
-        return "no GPU: NVFP4 is emulated on the CPU, by vLLM's CPU build with the plugin integrations/vllm_cpu; slow"
-    shown = f"{capability[0]}.{capability[1]}"
-    generation = _generation(capability)
-    kind = fp4_kind(capability)
-    if kind == "native":
-        return (
-            f"compute capability {shown}, {generation}: W4A4 checkpoints run on the FP4 units; weight-only ones are "
-            f"decoded to 16 bits"
-        )
-    if kind == "weight_only":
-        return (
-            f"compute capability {shown}, {generation}: no FP4 units, so weights are decoded to 16 bits by Marlin and "
-            f"inputs stay as they are, for W4A4 checkpoints too; saves memory and decoding time, not prefill"
-        )
-    return f"compute capability {shown}, {generation}: too old, vLLM has no NVFP4 kernel for it (7.5 is the least)"
+        return f"no GPU: {words}"
+    return f"compute capability {capability[0]}.{capability[1]}, {generation(capability)}: {words}"
 
 
 def bandwidth_bytes(name: str) -> float | None:
@@ -157,7 +152,8 @@ def ram_bytes() -> tuple[int, int]:
     return total, available
 
 
-def _generation(capability: Capability) -> str:
+def generation(capability: Capability) -> str:
+    """NVIDIA's name for the GPUs of a compute capability."""
     major, minor = capability
     if major >= 10:
         return "Blackwell" if major <= 12 else "newer than Blackwell"
