@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from support.hub_http import Handler
 from support.hub_repos import DATE, Blob, Commit, Refused, Repo, paths_info, repo_info, tree
 from support.hub_uploads import UploadRoutes
+from support.hub_xet import XetHub, XetStore, Xorb
 
 NAME = r"([^/]+/[^/]+)"
 LIST = re.compile(r"/api/(model|dataset)s")
 ABOUT = re.compile(rf"/api/(model|dataset)s/{NAME}(/.*)?")
 FILE = re.compile(rf"/(datasets/)?{NAME}/resolve/([^/]+)/(.+)")
+XET = re.compile(rf"/api/(model|dataset)s/{NAME}/xet-(read|write)-token/([^/]+)")
 LFS = re.compile(rf"/(datasets/)?{NAME}\.git/info/lfs/objects/(batch|verify)")
 
 
@@ -38,7 +39,7 @@ class Renamed(Exception):
     """The repository has this name in truth."""
 
 
-class Hub(UploadRoutes):
+class Hub(UploadRoutes, XetHub):
     """The API and the addresses of files."""
 
     def route(self) -> None:
@@ -47,6 +48,8 @@ class Hub(UploadRoutes):
         try:
             if file:
                 self._resolve("dataset" if file[1] else "model", *(unquote(part) for part in file.groups()[1:]))
+            elif xet := XET.fullmatch(path):
+                self._pass(xet[1], unquote(xet[2]), xet[3] == "write", unquote(xet[4]))
             else:
                 self.send_json(self._value(path))
         except Renamed as renamed:
@@ -100,6 +103,10 @@ class Hub(UploadRoutes):
             return self.commit(repo, revision)
         raise Refused(404)
 
+    def _pass(self, kind: str, name: str, write: bool, revision: str) -> None:
+        repo = self.writable(kind, name) if write else self.hub.open(kind, name, self.token, files=True)
+        self.xet_pass(repo, repo.find(revision), write)
+
     def _info(self, repo: Repo, commit: Commit) -> dict[str, Any]:
         about = repo_info(repo, commit, blobs="blobs" in self.query)
         wanted = self.query.get("expand")
@@ -123,12 +130,13 @@ class Hub(UploadRoutes):
         if blob.sha256 is None:
             self.send_blob(blob, headers, partial(self.hub.account, name, file))
             return
-        linked = {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{blob.etag}"'}
-        address = self.hub.sign(Signed(self.seen.path, blob.sha256, blob, name, file))
-        self.send(302, {**headers, **linked, "Location": address, "Vary": "Origin, Accept"})
+        headers |= {"X-Linked-Size": str(blob.size), "X-Linked-ETag": f'"{blob.etag}"', "Vary": "Origin, Accept"}
+        if self.hub.xet:
+            headers |= self.xet_headers(repo, commit, blob)
+        self.send(302, {**headers, "Location": self.hub.sign_file(name, file, self.seen.path, blob)})
 
 
-class Cdn(Handler):
+class Cdn(XetStore):
     """The host of large files, which knows addresses and no names."""
 
     def _address(self) -> Signed | None:
@@ -136,13 +144,17 @@ class Cdn(Handler):
 
     def path_seen(self) -> str:
         signed = self._address()
-        return f"/cdn{signed.path}" if signed else "/cdn/"
+        return f"/xet{self.xet_path()}" if self.xet_path() else f"/cdn{signed.path}" if signed else "/cdn/"
 
     def request_body(self) -> Iterator[bytes]:
         pieces, signed = super().request_body(), self._address()
-        return self.hub.received_pieces(signed.sha256, pieces) if signed and self.command == "PUT" else pieces
+        name = self.xet_xorb() or (signed.sha256 if signed and self.command == "PUT" else None)
+        return self.hub.received_pieces(name, pieces) if name else pieces
 
     def route(self) -> None:
+        if path := self.xet_path():
+            self.send_json(self.xet_answer(path))
+            return
         signed = self._address()
         if self.headers.get("Authorization"):
             self.hub.leaks.append(self.seen.path)
@@ -157,8 +169,10 @@ class Cdn(Handler):
             self.send(200, {"ETag": f'"{signed.sha256}"'})
             return
         name = f'inline; filename="{Path(signed.file).name}";'
-        opened = partial(self.hub.account, signed.repo, signed.file)
-        self.send_blob(signed.blob, {"Content-Disposition": name}, opened)
+        account = partial(self.hub.account, signed.repo, signed.file)
+        if isinstance(signed.blob, Xorb):
+            account = partial(signed.blob.account, account)
+        self.send_blob(signed.blob, {"Content-Disposition": name}, account)
 
 
 def _refs(repo: Repo) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -144,10 +145,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         yield from self._exactly(int(self.headers.get("Content-Length") or 0))
 
-    def send_json(self, value: Any, status: int = 200) -> None:
+    def send_json(self, value: Any, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         """Answer with JSON."""
         data = json.dumps(value).encode()
-        self.send(status, {"Content-Type": "application/json"}, len(data), [data], self._body_fault())
+        self.send(200, {"Content-Type": "application/json", **headers}, len(data), [data], self._body_fault())
 
     def send_blob(
         self, blob: Blob, headers: Mapping[str, str], account: Callable[[int], Callable[[int], None]]

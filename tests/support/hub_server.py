@@ -5,6 +5,7 @@
         hub.fail("*/resolve/*/model.safetensors", Drop(after=1000), times=2)        # see hub_faults
         HfApi(endpoint=hub.endpoint).model_info("org/name", files_metadata=True)
         hub.bytes_sent("org/name"), hub.sent_twice("org/name")
+        hub.users["hf_mine"] = User("me")                                           # see hub_uploads
 
 As on the real Hub, files of Git LFS (*.safetensors, and all above 10 MB) come from another host, here localhost with
 another port, by a redirect to an address with a signature. That host takes no token; it refuses a request that carries
@@ -30,8 +31,9 @@ from pathlib import Path
 from support.hub_faults import Fault, Status
 from support.hub_hosts import Cdn, Hub, Renamed, Signed
 from support.hub_http import Listener, Request
-from support.hub_repos import Content, Refused, Repo, make_blob
+from support.hub_repos import Blob, Content, Refused, Repo, make_blob
 from support.hub_uploads import Objects, User
+from support.hub_xet import Store
 
 
 @dataclass
@@ -58,11 +60,12 @@ class HubServer:
         failures: path → HTTP status to answer with instead, always.
         on_request: called with every request before it is answered, in the server's thread.
         cdn_expires_after: how many requests an address at the CDN serves; then 403, until a new resolve gives another.
-        secrets: the signatures of all addresses at the CDN, which no log and no file may contain.
+        xet: whether the Hub tells clients that they may get large files by way of Xet.
+        secrets: all signatures of addresses and passes to Xet, which no log and no file may contain.
         leaks: paths of requests to the CDN that carried a token.
         users: whose a token is; one that is not here may read what `add` was told of it, and else what anybody may.
         received: (SHA-256, bytes) of each PUT of a large file, those that broke off included.
-        objects: the large files that there are.
+        objects, store: the large files that there are, and what Xet is made of.
         sent: (first byte, end) of each answer with bytes of a file, by (repository, file): what really left.
     """
 
@@ -70,11 +73,13 @@ class HubServer:
     failures: dict[str, int] = field(default_factory=dict)
     on_request: Callable[[Request], object] | None = None
     cdn_expires_after: int | None = None
+    xet: bool = False
     secrets: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     users: dict[str, User] = field(default_factory=dict)
     received: list[tuple[str, int]] = field(default_factory=list)
     objects: Objects = field(default_factory=Objects)
+    store: Store = field(default_factory=Store)
     sent: dict[tuple[str, str], list[tuple[int, int]]] = field(default_factory=dict)
     _repos: dict[tuple[str, str], Repo] = field(default_factory=dict)
     _renamed: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -263,20 +268,25 @@ class HubServer:
         ]
         return found[: int(query.get("limit", [len(found)])[0])]
 
-    def sign(self, signed: Signed) -> str:
-        """An address at the CDN."""
+    @property
+    def cdn_url(self) -> str:
+        """The other host, which has not even the same name: clients differ in what is a host."""
+        return self._cdn.url.replace("127.0.0.1", "localhost")
+
+    def sign_file(self, repo: str, file: str, path: str, blob: Blob) -> str:
+        """An address at the CDN that gives a content; the path is that of the request that led there."""
+        return self._sign(Signed(path, str(blob.sha256), blob, repo, file))
+
+    def sign_upload(self, path: str, sha256: str) -> str:
+        """An address at the CDN that takes a content."""
+        return self._sign(Signed(f"{path}/{sha256}", sha256))
+
+    def _sign(self, signed: Signed) -> str:
         secret = secrets.token_hex(16)
         with self._lock:
             self.secrets.append(secret)
             self._signed[secret] = signed
-        host = self._cdn.url.replace(
-            "127.0.0.1", "localhost"
-        )  # not even the same name: clients differ in what is a host
-        return f"{host}/repos/{signed.sha256}?X-Amz-Expires=3600&X-Amz-Signature={secret}"
-
-    def sign_upload(self, path: str, sha256: str) -> str:
-        """An address at the CDN that takes a content."""
-        return self.sign(Signed(f"{path}/{sha256}", sha256))
+        return f"{self.cdn_url}/repos/{signed.sha256}?X-Amz-Expires=3600&X-Amz-Signature={secret}"
 
     def signed(self, secret: str) -> Signed | None:
         """What an address's signature stands for."""

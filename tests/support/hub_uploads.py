@@ -5,7 +5,8 @@
     hub.files("me/name"), hub.received
 
 A large file's content goes to the CDN by a PUT, once: what a repository of this server has, it does not ask for again.
-That is the way of `basic` transfers, which the client goes only where hf_xet is missing or HF_HUB_DISABLE_XET is set.
+That is the way of `basic` transfers, which the client goes only where hf_xet is missing or HF_HUB_DISABLE_XET is set;
+otherwise it goes by way of Xet and asks nobody: see hub_xet.
 """
 
 from __future__ import annotations
