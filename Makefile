@@ -10,7 +10,7 @@ NEWEST_VENV ?= .venv-newest
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-thorough lint vllm test-newest clean
+.PHONY: demo test test-thorough lint docs vllm test-newest clean
 
 demo: $(VENV)/.demo
 	env -u OMP_NUM_THREADS $(BIN)/nvquant demo
@@ -27,6 +27,10 @@ lint: $(VENV)/.test build/types/nvquant
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of README.md and docs/ in build/site; a link that leads nowhere is an error. Not with --quiet, which hides warnings from --strict.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 # A real vLLM (CPU build) with the software NVFP4 kernel, for the served tests. In an environment of its own: its pins exclude llm-compressor's.
 vllm: $(VLLM_VENV)/.installed
 
@@ -42,6 +46,10 @@ $(VENV)/.torch:
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[docs]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
