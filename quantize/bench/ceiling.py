@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..plan.forecast import BF16_BYTES, kv_cache_bytes
-from ..recipe.roles import Role, decoder_prefix, layer_index, role_of, text_config, unused_tensors
+from ..recipe.roles import Role, decoder_prefix, layer_index, role_of, share_of_experts, text_config, unused_tensors
 
 FP8_BYTES = 1
 _OTHER_STACK = re.compile(r"\.(?:layers|h|blocks)\.\d+\.")
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_EXPERTS_USED = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
 
 class Stored(Protocol):
@@ -88,7 +86,7 @@ def read_bytes(config: Mapping[str, Any], tensors: Iterable[Stored]) -> int:
     unused = unused_tensors(config, found)
     roles = {name: _role(name, tensor.shape) for name, tensor in found.items() if name not in unused}
     has_head = Role.HEAD in roles.values()
-    share = _share_of_experts(text_config(config))
+    share = share_of_experts(text_config(config))
     total = 0.0
     for name, role in roles.items():
         if _is_read(name, role, prefix, has_head):
@@ -121,9 +119,3 @@ def _is_read(name: str, role: Role, prefix: str | None, has_head: bool) -> bool:
     if role is Role.EMBEDDING:  # another table than the tokens' own is only looked up
         return not has_head and "per_layer" not in name
     return not (role is Role.PER_LAYER_INPUT and "embed" in name)
-
-
-def _share_of_experts(text: Mapping[str, Any]) -> float:
-    number = next((int(text[key]) for key in _EXPERTS if text.get(key)), 0)
-    used = next((int(text[key]) for key in _EXPERTS_USED if text.get(key)), 0)
-    return min(1.0, used / number) if number else 0.0

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import click
 
+from ..errors import InputError
+from ..plan.conversion import as_json as time_document
+from ..plan.conversion import forecast_conversion
 from ..plan.forecast import as_json as plan_document
 from ..plan.forecast import census, fits, forecast_memory, serving_bytes
+from ..plan.machines import Disk
 from ..plan.plan import Plan
 from ..recipe.load import load_recipe
+from .machine_options import machine_options, print_conversion, read_machine
 from .options import (
     calibration_options,
     debug_option,
@@ -19,13 +24,23 @@ from .options import (
 )
 from .output import emit_json, gigabytes, print_table
 
+EXAMPLES = """
+\b
+Examples:
+  nvquant plan google/gemma-4-31b --recipe nvfp4
+  nvquant plan ./gemma-4-31b --recipe nvfp4 --json
+  nvquant plan ./gemma-4-31b --on H200 --disk 1.7GB/s --price 3.50
+  nvquant plan google/gemma-4-31b --on "RTX 4090" --network 400MB/s --low-disk
+"""
 
-@click.command("plan")
+
+@click.command("plan", epilog=EXAMPLES)
 @click.argument("model")
 @recipe_option
 @format_option
 @calibration_options
 @click.option("--gpu/--no-gpu", default=True, help="Forecast the conversion's memory with or without a GPU.")
+@machine_options
 @revision_option
 @json_option
 @debug_option
@@ -37,6 +52,11 @@ def command(
     sequence_length: int | None,
     batch_size: int,
     gpu: bool,
+    on: str | None,
+    disk: Disk | None,
+    network: float | None,
+    low_disk: bool,
+    price: float | None,
     revision: str | None,
     as_json: bool,
 ) -> None:
@@ -44,11 +64,15 @@ def command(
     no weights."""
     plan, recipe = make_plan(model, recipe_name, format_name, revision)
     calibration = recipe.calibration
-    memory = forecast_memory(
-        plan, samples or calibration.samples, sequence_length or calibration.sequence_length, batch_size, gpu
-    )
+    sizes = (samples or calibration.samples, sequence_length or calibration.sequence_length, batch_size)
+    machine = read_machine(on, disk, network, low_disk, price, from_hub=plan.source.hub is not None)
+    if machine is not None and machine.gpu is not None and not gpu:
+        raise InputError(f"--no-gpu and --on {on} contradict each other: go without one of them.")
+    memory = forecast_memory(plan, *sizes, gpu=gpu if machine is None else machine.gpu is not None)
+    conversion = None if machine is None else forecast_conversion(plan, machine, *sizes, usd_per_hour=price)
     if as_json:
-        emit_json(plan_document(plan, memory))
+        time = None if conversion is None else time_document(conversion)
+        emit_json({**plan_document(plan, memory), "time": time})
         return
     click.echo(f"{plan.model}, recipe {recipe.name}, {plan.layout.name} layout\n")
     rows = [[g.name, g.scheme, str(g.tensors), gigabytes(g.bytes_in), gigabytes(g.bytes_out)] for g in census(plan)]
@@ -59,11 +83,14 @@ def command(
         f"\n{len(plan.matrices)} matrices quantized; {plan.tensor_bytes:,} bytes of tensors in "
         f"{len(plan.shards)} files."
     )
-    click.echo(
-        f"Conversion needs up to {gigabytes(memory.host_bytes)} of host memory and "
-        f"{gigabytes(memory.gpu_bytes)} of GPU memory."
-    )
+    if conversion is None:
+        click.echo(
+            f"Conversion needs up to {gigabytes(memory.host_bytes)} of host memory and "
+            f"{gigabytes(memory.gpu_bytes)} of GPU memory."
+        )
     _say_fits(plan)
+    if conversion is not None:
+        print_conversion(conversion, recipe.quantizer, price)
 
 
 def _say_fits(plan: Plan) -> None:

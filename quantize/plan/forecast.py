@@ -86,13 +86,18 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
     window = int(text.get("sliding_window") or tokens)
     total = 0
     for at, kind in enumerate(kinds[: layers - int(text.get("num_kv_shared_layers") or 0)]):
-        heads, size = _kv_heads(text, at, kind)
+        heads, size = kv_heads(text, at, kind)
         total += 2 * BF16_BYTES * heads * size * (min(tokens, window) if kind == "sliding_attention" else tokens)
     return total
 
 
-def _kv_heads(text: Mapping[str, Any], layer: int, kind: str) -> tuple[int, int]:
-    """Number and size of a layer's KV heads."""
+def kv_heads(text: Mapping[str, Any], layer: int, kind: str) -> tuple[int, int]:
+    """Number and size of a layer's KV heads.
+
+    Args:
+        text: the part of config.json for the text decoder.
+        kind: of the layer's attention, `full_attention` or `sliding_attention`.
+    """
     attention_heads = int(text.get("num_attention_heads") or 1)
     heads = text.get("num_key_value_heads") or attention_heads
     size = text.get("head_dim") or int(text.get("hidden_size") or 0) // attention_heads

@@ -36,6 +36,8 @@ TOWER = re.compile(r"vision|visual|audio|image|speech|video|^vit$")
 PROJECTOR = re.compile(r"^embed_(vision|audio)$|projector|^connector$|^aligner$|^merger$")
 _EMBEDDINGS = frozenset({"wte", "wpe", "word_embeddings", "embeddings"})
 _HEADS = frozenset({"lm_head", "embed_out", "score"})
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERTS_USED = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
 
 def module_of(tensor: str) -> str:
@@ -109,6 +111,17 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
             nested: Mapping[str, Any] = config[key]
             return nested
     return config
+
+
+def share_of_experts(text: Mapping[str, Any]) -> float:
+    """The share of a layer's experts that one token uses; 0 where the config does not tell it.
+
+    Args:
+        text: see `text_config`.
+    """
+    number = next((int(text[key]) for key in _EXPERTS if text.get(key)), 0)
+    used = next((int(text[key]) for key in _EXPERTS_USED if text.get(key)), 0)
+    return min(1.0, used / number) if number else 0.0
 
 
 def unused_tensors(config: Mapping[str, Any], tensors: Iterable[str]) -> frozenset[str]:

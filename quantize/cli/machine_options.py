@@ -1,0 +1,151 @@
+"""Options that name a machine to forecast for, and the forecast in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import InputError
+from ..plan.conversion import Conversion
+from ..plan.machines import BF16_TFLOPS, DEFAULT_DISK, DISKS, HUB_BYTES, Disk, Machine, find_gpu
+from ..plan.measured import MEASURED_GPU
+from .output import gigabytes, print_table
+
+F = TypeVar("F", bound=Callable[..., Any])
+_UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9}
+
+
+def _rate(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """A rate such as `1.7GB/s` in bytes a second."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]b)/s", value.strip().lower())
+    rate = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if not rate:
+        raise click.BadParameter(f"{value!r} is not a rate; write 1.7GB/s or 100MB/s.", ctx, parameter)
+    return rate
+
+
+def _disk(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Disk | None:
+    """A disk by its name, or one that reads and writes at a rate."""
+    if value is None or value in DISKS:
+        return None if value is None else DISKS[value]
+    try:
+        rate = _rate(ctx, parameter, value)
+    except click.BadParameter as error:
+        known = ", ".join(DISKS)
+        raise click.BadParameter(
+            f"{value!r} is no disk; write {known}, or a rate, as 1.7GB/s.", ctx, parameter
+        ) from error
+    return Disk("", rate or 0.0, rate or 0.0)
+
+
+def machine_options(function: F) -> F:
+    """`--on`, `--disk`, `--network`, `--low-disk`, `--price`."""
+    for option in (
+        click.option(
+            "--price", type=click.FloatRange(min=0), metavar="USD", help="Of an hour of the machine, for the cost."
+        ),
+        click.option("--low-disk", is_flag=True, help="As convert's: nothing of a MODEL on the Hub is kept."),
+        click.option(
+            "--network",
+            metavar="RATE",
+            callback=_rate,
+            help="The source comes from the Hub at this rate, as 100MB/s; that is taken for a MODEL on the Hub.",
+        ),
+        click.option(
+            "--disk",
+            metavar="DISK",
+            callback=_disk,
+            help=f"{', '.join(DISKS)}, or a rate, as 1.7GB/s; {DEFAULT_DISK} by default.",
+        ),
+        click.option(
+            "--on",
+            metavar="GPU",
+            help="Forecast time, memory, disk and cost of the conversion on H200, 8xH100, RTX 4090, cpu, …",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def read_machine(
+    on: str | None, disk: Disk | None, network: float | None, low_disk: bool, price: float | None, from_hub: bool
+) -> Machine | None:
+    """The machine that the options name; None where there is no --on.
+
+    Args:
+        from_hub: whether MODEL is on the Hub.
+    Raises:
+        InputError: an option that means nothing without another, or beside another.
+    """
+    given = {"--disk": disk, "--network": network, "--low-disk": low_disk or None, "--price": price}
+    if on is None:
+        named = [option for option, value in given.items() if value is not None]
+        if named:
+            raise InputError(f"{named[0]} is for the forecast of a machine: name the machine with --on.")
+        return None
+    count, gpu = find_gpu(on)
+    if from_hub and network is None:
+        network = HUB_BYTES
+    if low_disk and network is None:
+        raise InputError(
+            "--low-disk is for models on the Hub: give --network too, for the rate at which one would come."
+        )
+    if low_disk and count > 1:
+        raise InputError(f"--low-disk: every rank would fetch the whole model; go without it, or with one of {on}.")
+    return Machine(gpu, count, disk or DISKS[DEFAULT_DISK], network, low_disk)
+
+
+def print_conversion(conversion: Conversion, quantizer: str, price: float | None) -> None:
+    """The forecast on stdout."""
+    machine, work, times = conversion.machine, conversion.work, conversion.times
+    tokens = f"{work.samples} x {work.sequence_length} tokens" if work.samples else "no calibration"
+    click.echo(f"\nForecast on {machine.words}, {_source_words(machine)}; {tokens}, {quantizer}:\n")
+    stages = [("start of the process", times.start_seconds), ("then, at once:", None)]
+    stages += [(f"  {name}", seconds) for name, seconds in _lanes(conversion).items() if seconds]
+    stages += [("in all", times.total_seconds)]
+    print_table(["stage", "seconds"], [[name, "" if s is None else f"{s:,.1f}"] for name, s in stages])
+    cost = "" if conversion.cost_usd is None else f" At {price:g} USD an hour it costs {conversion.cost_usd:.2f} USD."
+    click.echo(f"\nLongest is {times.bound_by}.{cost}")
+    each = "" if machine.count == 1 else " on each"
+    click.echo(
+        f"The run needs up to {gigabytes(conversion.memory.host_bytes)} of host memory, "
+        f"{gigabytes(conversion.memory.gpu_bytes)} of GPU memory{each}, and {gigabytes(conversion.disk_bytes)} of disk."
+    )
+    if not conversion.fits:
+        click.echo(f"It does not fit: one {machine.gpu} cannot hold two layers and a batch.")
+    if not machine.is_measured:
+        click.echo(_not_measured(machine))
+
+
+def _lanes(conversion: Conversion) -> dict[str, float]:
+    """What goes on at once, in seconds by itself."""
+    times = conversion.times
+    return {
+        "reading the layers": times.read_seconds,
+        "forward": times.forward_seconds,
+        "quantizing": times.quantize_seconds,
+        "writing the layers": times.write_seconds,
+        "copying the rest": times.copy_seconds,
+        "the disk, for all of them": times.disk_seconds,
+        "the network": times.network_seconds,
+    }
+
+
+def _source_words(machine: Machine) -> str:
+    if machine.network_bytes is None:
+        return f"the source on the {machine.disk.words}"
+    how = "by ranges, output" if machine.low_disk else "cache and output"
+    return f"the source from the Hub at {machine.network_bytes / 1e9:.3g} GB/s, {how} on the {machine.disk.words}"
+
+
+def _not_measured(machine: Machine) -> str:
+    if machine.gpu is None or machine.gpu == MEASURED_GPU:
+        return "Not measured: the constants come from runs of one process."
+    rates = f"{BF16_TFLOPS[machine.gpu]:g} and {BF16_TFLOPS[MEASURED_GPU]:g} TFLOP/s"
+    several = "; runs of several processes were not measured at all" if machine.count > 1 else ""
+    return f"Not measured on this GPU: an {MEASURED_GPU}'s runs, scaled by the published BF16 rates ({rates}){several}."

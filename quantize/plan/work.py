@@ -1,0 +1,147 @@
+"""What a conversion has to do, exactly, layer by layer: bytes to read and write, operations, elements to quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from ..checkpoint.headers import TensorInfo
+from ..recipe.roles import Role, layer_index, share_of_experts, text_config, unused_tensors
+from .forecast import kv_heads
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """Of one decoder layer.
+
+    Attributes:
+        linear_flop: of the matrix products for one token.
+        attention_flop: of scores and sums for one sequence.
+        elements: of the matrices that are quantized.
+        files: the source's shards that hold it.
+    """
+
+    read_bytes: int
+    written_bytes: int
+    linear_flop: float
+    attention_flop: int
+    elements: int
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of a conversion.
+
+    Attributes:
+        layers: in the order of the walk.
+        copied_bytes: of the tensors outside of the layers, which are copied.
+        copied_file_bytes: of the files that they are written to.
+        outer_bytes, outer_files: those of them that the calibration reads too, before the first layer.
+        shards: bytes of the source's files.
+        samples, sequence_length, batch_size: of the calibration; 0 samples where there is none.
+    """
+
+    layers: tuple[LayerWork, ...]
+    copied_bytes: int
+    copied_file_bytes: int
+    outer_bytes: int
+    outer_files: tuple[str, ...]
+    shards: Mapping[str, int]
+    samples: int
+    sequence_length: int
+    batch_size: int
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the source's decoder layers."""
+        return sum(layer.read_bytes for layer in self.layers)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all tensors of the source."""
+        return self.layer_bytes + self.copied_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of all shards of the output, headers included."""
+        return sum(layer.written_bytes for layer in self.layers) + self.copied_file_bytes
+
+
+def measure_work(plan: Plan, samples: int, sequence_length: int, batch_size: int) -> Work:
+    """The work of a plan.
+
+    Args:
+        samples, sequence_length, batch_size: of the calibration; ignored where the recipe has none.
+    """
+    infos = plan.source.infos()
+    if not plan.recipe.needs_calibration:
+        samples = 0
+    root = plan.prefix.removesuffix("layers")
+    rest = [info for name, info in infos.items() if layer_index(name, plan.prefix) is None]
+    outer = [info for info in rest if samples and info.name.startswith(root)]
+    return Work(
+        _layers(plan, infos, sequence_length),
+        sum(info.nbytes for info in rest),
+        sum(shard.file_bytes for shard in plan.shards if shard.layer is None),
+        sum(info.nbytes for info in outer),
+        tuple(dict.fromkeys(plan.source.files[info.name] for info in outer)),
+        {name: header.file_bytes for name, header in plan.source.shards.items()},
+        samples,
+        sequence_length,
+        batch_size,
+    )
+
+
+def _layers(plan: Plan, infos: Mapping[str, TensorInfo], sequence_length: int) -> tuple[LayerWork, ...]:
+    config = plan.source.config
+    names = plan.tensors_by_layer()
+    written = {shard.layer: shard.file_bytes for shard in plan.shards}
+    unused = unused_tensors(config, infos)
+    share = share_of_experts(text_config(config))
+    elements: dict[int, int] = dict.fromkeys(names, 0)
+    for matrix in plan.matrices.values():
+        elements[layer_index(matrix.source, plan.prefix) or 0] += matrix.rows * matrix.cols
+    found = []
+    for at, (layer, tensors) in enumerate(names.items()):
+        used = [infos[name] for name in tensors if name not in unused]
+        found.append(
+            LayerWork(
+                sum(infos[name].nbytes for name in tensors),
+                written[layer],
+                sum(_flop(info, plan.selection.roles[info.name], share) for info in used),
+                attention_flop(config, at, sequence_length),
+                elements[layer],
+                tuple(dict.fromkeys(plan.source.files[name] for name in tensors)),
+            )
+        )
+    return tuple(found)
+
+
+def _flop(info: TensorInfo, role: Role, share: float) -> float:
+    """Operations for one token in a matrix; of experts as many as one token uses."""
+    if len(info.shape) < 2:
+        return 0
+    return 2 * prod(info.shape) * (share if role is Role.EXPERT else 1)
+
+
+def attention_flop(config: Mapping[str, Any], layer: int, tokens: int) -> int:
+    """Operations of a layer's scores and weighted sums for one sequence: two products of a head's size for each query
+    and key that the causal mask, and the layer's window, leave together.
+
+    Args:
+        config: config.json; heads, head sizes and kinds of layers are read as for the KV cache.
+        layer: its place in the decoder.
+        tokens: length of the sequence.
+    """
+    text = text_config(config)
+    kinds = text.get("layer_types") or []
+    kind = kinds[layer] if layer < len(kinds) else "full_attention"
+    window = int(text.get("sliding_window") or tokens) if kind == "sliding_attention" else tokens
+    seen = min(window, tokens)
+    pairs = seen * (seen + 1) // 2 + (tokens - seen) * seen
+    heads = int(text.get("num_attention_heads") or 0)
+    return 4 * heads * kv_heads(text, layer, kind)[1] * pairs
