@@ -142,13 +142,14 @@ class StallBody(Fault):
     of_body: ClassVar[bool] = True
 
     def body(self, pieces: Iterator[bytes], wait: Wait) -> Iterator[bytes]:
-        left = self.after
+        sent, waited = 0, False
         for piece in pieces:
-            if 0 <= left < len(piece):
-                yield piece[:left]
+            cut = max(self.after - sent, 0)
+            if not waited and cut < len(piece):
+                yield piece[:cut]
                 wait(self.seconds)
-                piece, left = piece[left:], len(piece)
-            left -= len(piece)
+                piece, waited = piece[cut:], True
+            sent += len(piece)
             yield piece
 
 

@@ -90,8 +90,8 @@ class Hub(UploadRoutes, XetHub):
         if verb == "paths-info":
             return paths_info(commit, self._paths())
         if verb == "commits":
-            history = repo.history(revision)
-            return [{"id": each.commit, "title": each.title, "date": DATE, "authors": []} for each in history]
+            known = {"date": DATE, "authors": [], "message": ""}
+            return [{"id": each.commit, "title": each.title, **known} for each in repo.history(revision)]
         raise Refused(404)
 
     def _write_to(self, repo: Repo, verb: str, revision: str) -> Any:

@@ -34,9 +34,8 @@ class Listener(ThreadingHTTPServer):
     daemon_threads = False  # so that server_close waits for them
     request_queue_size = 128
 
-    def __init__(self, handler: type[Handler], errors: list[BaseException]) -> None:
+    def __init__(self, handler: type[Handler]) -> None:
         super().__init__(("127.0.0.1", 0), handler)
-        self.errors = errors
         self._open: set[socket.socket] = set()
         self._loop = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self._loop.start()
@@ -55,11 +54,7 @@ class Listener(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        import sys
-
-        error = sys.exc_info()[1]
-        if error is not None and not isinstance(error, ConnectionError):  # a client that goes away is no error
-            self.errors.append(error)
+        """A client that goes away is no error; the server's own are noted by its handlers."""
 
     def stop(self) -> None:
         """Close every connection, for a client that keeps one must find it gone, and wait for the threads."""
@@ -88,23 +83,32 @@ class Handler(BaseHTTPRequestHandler):
         return unquote(urlsplit(self.path).path)
 
     def do_GET(self) -> None:
+        self.fault, self._begun = Fault(), False
         self.seen = Request(self.command, self.path_seen(), dict(self.headers.items()))
         self.incoming = self.request_body()
         try:
-            self.fault = self.hub.arrived(self.seen)
             self._answer()
-        except Dropped:
+        except (Dropped, ConnectionError):
             self.close_connection = True
+        except Exception as error:
+            self.hub.errors.append(error)
+            self.close_connection = True
+            if not self._begun:
+                self._refuse(Refused(500, message=f"The test Hub itself failed: {error!r}"))
 
     def _answer(self) -> None:
         """Undergo the fault, and answer as the route says."""
         try:
+            self.fault = self.hub.arrived(self.seen)
             self._suffer()
             self.route()
         except Refused as refusal:
-            data = json.dumps(refusal.body).encode() if refusal.body else b""
-            headers = {"Content-Type": "application/json", **refusal.headers}
-            self.send(refusal.status, headers, len(data), [data])
+            self._refuse(refusal)
+
+    def _refuse(self, refusal: Refused) -> None:
+        data = json.dumps(refusal.body).encode() if refusal.body else b""
+        headers = {"Content-Type": "application/json", **refusal.headers}
+        self.send(refusal.status, headers, len(data), [data])
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -176,6 +180,7 @@ class Handler(BaseHTTPRequestHandler):
             pass
         if isinstance(self.fault, LostAnswer):
             raise Dropped
+        self._begun = True
         spoil = body_fault or Fault()
         self.send_response(status)
         for key, value in spoil.headers(self.fault.headers(headers)).items():
@@ -184,15 +189,20 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             for piece in spoil.body(iter(pieces), self.hub.wait):
-                self._write(piece, count)
+                self._write(piece, count or (lambda _: None))
 
-    def _write(self, piece: bytes, count: Callable[[int], None] | None) -> None:
+    def _write(self, piece: bytes, count: Callable[[int], None]) -> None:
+        """Send, and count what left: before it leaves, so that nobody who has it finds it uncounted."""
         left = memoryview(piece)
         while left:
-            done = self.connection.send(left)  # not sendall, which does not say how much left before an error
+            count(len(left))
+            done = 0
+            try:
+                done = self.connection.send(left)  # not sendall, which does not say how much left before an error
+            finally:
+                if done < len(left):
+                    count(done - len(left))
             left = left[done:]
-            if count:
-                count(done)
 
     def _suffer(self) -> None:
         """Undergo the faults that come before an answer."""

@@ -66,6 +66,7 @@ class HubServer:
         users: whose a token is; one that is not here may read what `add` was told of it, and else what anybody may.
         received: (SHA-256, bytes) of each PUT of a large file, those that broke off included.
         objects, store: the large files that there are, and what Xet is made of.
+        errors: what went wrong in the server or in `on_request`; the first is raised at the end.
         sent: (first byte, end) of each answer with bytes of a file, by (repository, file): what really left.
     """
 
@@ -81,21 +82,19 @@ class HubServer:
     objects: Objects = field(default_factory=Objects)
     store: Store = field(default_factory=Store)
     sent: dict[tuple[str, str], list[tuple[int, int]]] = field(default_factory=dict)
+    errors: list[Exception] = field(default_factory=list)
     _repos: dict[tuple[str, str], Repo] = field(default_factory=dict)
     _renamed: dict[tuple[str, str], str] = field(default_factory=dict)
     _planned: list[Planned] = field(default_factory=list)
     _signed: dict[str, Signed] = field(default_factory=dict)
     _downloads: list[str] = field(default_factory=list)
-    _errors: list[BaseException] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> HubServer:
         self._folder = tempfile.TemporaryDirectory(prefix="hub-")
         self.objects.folder = Path(self._folder.name)
-        self._hub, self._cdn = (
-            Listener(type("Bound", (handler,), {"hub": self}), self._errors) for handler in (Hub, Cdn)
-        )
+        self._hub, self._cdn = (Listener(type("Bound", (handler,), {"hub": self})) for handler in (Hub, Cdn))
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -103,8 +102,8 @@ class HubServer:
         for listener in (self._hub, self._cdn):
             listener.stop()
         self._folder.cleanup()
-        if self._errors and kind is None:  # the server's own, or those of on_request
-            raise self._errors[0]
+        if self.errors and kind is None:
+            raise self.errors[0]
 
     @property
     def endpoint(self) -> str:
