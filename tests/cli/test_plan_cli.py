@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nvquant.plan.machines import DISKS, Machine
+from nvquant.cli.machine_options import read_machine
+from nvquant.plan.machines import DISKS, HUB_BYTES, Machine
 from nvquant.plan.times import forecast_times
 from nvquant.plan.work import measure_work
 from support.commands import Command
@@ -137,3 +138,11 @@ def test_what_contradicts_or_means_nothing_is_refused(
     assert ended.code == 2
     assert sentence in " ".join(ended.stderr.split())
     assert ended.stdout == ""
+
+
+def test_of_a_model_on_the_hub_a_rate_is_assumed_where_none_is_given() -> None:
+    assumed = read_machine("H200", None, None, True, None, from_hub=True)
+    assert assumed == Machine("H200", 1, DISKS["nvme"], HUB_BYTES, low_disk=True)
+    given = read_machine("H200", None, 5e8, False, None, from_hub=True)
+    assert given == Machine("H200", 1, DISKS["nvme"], 5e8)
+    assert read_machine(None, None, None, False, None, from_hub=True) is None
