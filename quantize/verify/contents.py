@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import Checkpoint
+from ..convert.manifest import MANIFEST_NAME
 from ..recipe.roles import Role, role_of
 from .manifest import Manifest
 from .subject import Subject
@@ -17,7 +20,7 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
 
     Returns:
         names without folders; `recipe`, `quantizer` and `made_by` are None where no manifest tells; `groups` are roles,
-        with the bytes that they take here and took in the source.
+        with the bytes that they take here and took in the source; the hashes of `checkpoint_identity`.
     """
     manifest = subject.manifest if isinstance(subject.manifest, Manifest) else None
     groups: dict[str, dict[str, Any]] = {}
@@ -42,7 +45,19 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
         "source": None if source is None else source.folder.resolve().name,
         "source_bytes": None if source is None else sum(info.nbytes for info in before.values()),
         "groups": sorted(groups.values(), key=lambda group: -group["bytes"]),
+        **checkpoint_identity(subject.folder),
     }
+
+
+def checkpoint_identity(folder: Path) -> dict[str, str | None]:
+    """What tells whether a report is of this checkpoint: sha256 of the manifest, which holds the hash of every shard,
+    and of config.json, which says how they are read; None for a file that is not there."""
+    names = {"manifest_sha256": MANIFEST_NAME, "config_sha256": "config.json"}
+    return {key: _sha256(folder / name) for key, name in names.items()}
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _tensors(subject: Subject) -> Iterator[tuple[str, str, TensorInfo]]:
