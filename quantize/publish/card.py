@@ -1,0 +1,190 @@
+"""The model card: everything that a reader of the repository's page should know, from what was recorded and measured.
+What was not measured is said to be so; nothing is made up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..checkpoint.sidefiles import side_files
+from ..convert.manifest import MANIFEST_NAME
+from ..report.document import at
+from ..report.markdown import code, escaped, fenced, table
+from ..report.page import page_of
+from ..report.parts import Page, Stage
+from ..report.words import one_line, size
+from .files import CHART_NAME
+from .frontmatter import card_data
+from .provenance import (
+    Provenance,
+    calibration_facts,
+    calibration_licence,
+    convert_command,
+    group_names,
+    nvquant_page,
+    run_facts,
+    source_bytes,
+    source_facts,
+    source_shards,
+)
+from .served_by import cpu_command, faults_table, hardware_table, serve_command, versions_sentence
+from .target import LEGAL, MARKER
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is written from.
+
+    Attributes:
+        repo: where it will stand.
+        folder: of the checkpoint.
+        document: what verify found, fit to publish (`report.document.document`).
+        source_data: the data of the source's own card; empty where there is none.
+        has_chart: whether the chart lies beside it.
+    """
+
+    repo: str
+    folder: Path
+    document: Mapping[str, Any]
+    provenance: Provenance
+    source_data: Mapping[str, Any]
+    has_chart: bool = False
+
+
+def render_card(facts: CardFacts) -> str:
+    """The README.md: the same facts give the same bytes."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )  # escaped by the filters: this is Markdown
+    environment.filters |= {"md": _markdown, "code": code, "table": table, "fenced": fenced}
+    text = resources.files(__package__).joinpath("card.md.j2").read_text(encoding="utf-8")
+    return _without_gaps(environment.from_string(text).render(_context(facts)))
+
+
+def _context(facts: CardFacts) -> dict[str, Any]:
+    page = page_of(facts.document)
+    return {
+        "data": card_data(facts.source_data, facts.provenance.base_model, _layout(facts)),
+        "marker": MARKER,
+        "title": facts.repo.rpartition("/")[2],
+        "what": _what(facts),
+        "verdict": page.verdict,
+        "failures": page.verdict.failures,
+        "stages": [_stage(stage) for stage in page.verdict.stages],
+        **_measured(facts, page),
+        **_serving(facts, page),
+        **_making(facts),
+        **_checking(facts),
+    }
+
+
+def _measured(facts: CardFacts, page: Page) -> dict[str, Any]:
+    before, after = source_bytes(facts.document, facts.provenance), at(facts.document, "checkpoint", "bytes")
+    assert page.sizes is not None  # every checkpoint has tensors
+    return {
+        "accuracy": page.accuracy,
+        "accuracy_notes": page.accuracy_notes,
+        "worst": page.layers.worst if page.layers else (),
+        "chart": CHART_NAME if facts.has_chart else None,
+        "size_sentence": f"{size(before)} became {size(after)}." if before else f"{size(after)} in all.",
+        "sizes": page.sizes.table,
+    }
+
+
+def _serving(facts: CardFacts, page: Page) -> dict[str, Any]:
+    kv_cache = at(facts.provenance.manifest, "recipe", "kv_cache", "dtype")
+    return {
+        "serve_command": serve_command(facts.repo),
+        "cpu_command": cpu_command(facts.repo),
+        "vllm_versions": versions_sentence(),
+        "hardware": hardware_table(),
+        "plugin_link": f"[integrations/vllm_cpu]({nvquant_page()}/tree/main/integrations/vllm_cpu)",
+        "served": page.served.facts if page.served else (),
+        "faults": faults_table(facts.folder, "fp8" if kv_cache == "fp8" else "auto"),
+    }
+
+
+def _making(facts: CardFacts) -> dict[str, Any]:
+    import yaml
+
+    provenance, manifest = facts.provenance, facts.provenance.manifest
+    recipe = at(manifest, "recipe")
+    quantized, kept = group_names(facts.document)
+    return {
+        "quantized_sentence": f"In 4 bits: {_listed(quantized)}. As in the source: {_listed(kept)}.",
+        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip() if recipe else None,
+        "recipe_sentence": (
+            f"Recipe {at(recipe, 'name')}, scales by the quantizer {at(manifest, 'quantizer')}, in the layout of "
+            f"{_layout(facts)}. {at(recipe, 'description') or ''}"
+        ),
+        "calibration": list(calibration_facts(provenance)),
+        "calibration_licence": calibration_licence(provenance) if provenance.is_calibrated else "",
+        "command": convert_command(provenance),
+    }
+
+
+def _checking(facts: CardFacts) -> dict[str, Any]:
+    manifest = facts.folder / MANIFEST_NAME
+    made = [*source_facts(facts.provenance), *run_facts(facts.provenance)]
+    if manifest.is_file():
+        made.append((f"sha256 of {MANIFEST_NAME}", hashlib.sha256(manifest.read_bytes()).hexdigest()))
+    made.append(("Verified and published with nvquant", __version__))
+    against = facts.provenance.source
+    return {
+        "provenance": [(name, one_line(value)) for name, value in made],
+        "source_unknown": facts.provenance.base_model is None,
+        "source_shards": source_shards(facts.provenance),
+        "has_manifest": manifest.is_file(),
+        "nvquant_page": nvquant_page(),
+        "verify_command": f"nvquant verify {facts.repo}",
+        "verify_against_command": f"nvquant verify {facts.repo} --against {against}",
+        "licence_files": [
+            name for name in side_files(facts.folder) if any(fnmatch(name, pattern) for pattern in LEGAL)
+        ],
+    }
+
+
+def _what(facts: CardFacts) -> str:
+    """One sentence: what this is."""
+    base = facts.provenance.base_model
+    name = f"[{base}](https://huggingface.co/{base})" if base else "A model"
+    parts = " and ".join(dict.fromkeys(name.partition(",")[0] for name in group_names(facts.document)[0]))
+    made_by = at(facts.document, "checkpoint", "made_by")
+    by = f"; made by {one_line(made_by)}" if made_by else ""
+    return f"{name} with {escaped(f'{one_line(parts)} in NVFP4, 4-bit floating point, for vLLM{by}')}."
+
+
+def _stage(stage: Stage) -> str:
+    return stage.words if stage.state == "absent" else f"{stage.name}: {stage.words}"
+
+
+def _layout(facts: CardFacts) -> str:
+    return str(at(facts.document, "checkpoint", "layout"))
+
+
+def _listed(names: list[str]) -> str:
+    """`MLP, NVFP4 W4A4` as `MLP (NVFP4 W4A4)`."""
+    parts = [name.partition(", ") for name in names]
+    return ", ".join(f"{name} ({scheme})" for name, _, scheme in parts) or "nothing"
+
+
+def _markdown(text: object) -> str:
+    return escaped(one_line(text))
+
+
+def _without_gaps(text: str) -> str:
+    """The page without the double blank lines that conditions leave."""
+    head, fence, body = text.partition(MARKER)
+    lines: list[str] = []
+    for line in body.split("\n"):
+        if line.strip() or not lines or lines[-1].strip():
+            lines.append(line.rstrip())
+    return f"{head}{fence}\n" + "\n".join(lines).rstrip() + "\n"

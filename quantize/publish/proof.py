@@ -1,0 +1,118 @@
+"""The proof that goes before a push: the stage structure always, numbers and serving where they were asked for or are
+known from an earlier run of the same checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.source import Checkpoint, read_json
+from ..errors import InputError
+from ..report.document import at, document, publishable, stages_run
+from ..verify.contents import checkpoint_identity
+from ..verify.numerics.stage import NumericsOptions
+from ..verify.run import Stage, Verification, VerifyOptions
+from ..verify.threads import Progress
+
+_KEYS = {"stage", "name", "passed", "detail", "looked_at", "faults"}  # of a check
+
+
+def prove(
+    folder: Path,
+    source: Checkpoint | None,
+    earlier: Mapping[str, Any] | None,
+    progress: Progress,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Run what must be proved before a push.
+
+    Args:
+        source: what it was made from; with it numbers are measured too, unless `earlier` has them.
+        earlier: a document that `read_earlier` gave: its numbers, its server and their checks are taken over.
+        device: torch's name, for the numbers.
+    Returns:
+        the document of `verify --json`, fit to publish.
+    Raises:
+        InputError: no checkpoint, or what a stage raises.
+    """
+    known = [] if earlier is None else [stage for stage in stages_run(earlier) if stage != "structure"]
+    stages: list[Stage] = ["structure"]
+    if source is not None and "numerics" not in known:
+        stages.append("numerics")
+    run = Verification(folder, source, VerifyOptions(stages, NumericsOptions(device=device)), progress)
+    for _ in run.run():
+        pass
+    made = document(run.report())
+    whole = made if earlier is None else _joined(made, earlier, known)
+    return without_folders(whole, [folder, *([source.folder] if source else [])])
+
+
+def read_earlier(path: Path, folder: Path) -> dict[str, Any]:
+    """What an earlier `nvquant verify --json` found of this very checkpoint.
+
+    Raises:
+        InputError: the file is no such document, says nothing of the checkpoint's bytes, or is of another one.
+    """
+    found = read_json(path, "`nvquant verify --json` writes one")
+    of_checkpoint = found.get("checkpoint")
+    if not _has_checks(found.get("checks")) or not isinstance(of_checkpoint, Mapping):
+        raise InputError(f"{path} is not what `nvquant verify --json` writes: give such a file with --verify-json.")
+    stated, actual = {key: of_checkpoint.get(key) for key in checkpoint_identity(folder)}, checkpoint_identity(folder)
+    if actual["manifest_sha256"] is None:
+        raise InputError(
+            f"{folder} has no manifest of nvquant, so nothing tells that {path} is of these bytes: leave --verify-json "
+            f"out, and measure with --against MODEL."
+        )
+    if stated["manifest_sha256"] is None:
+        raise InputError(f"{path} does not say of which bytes it speaks: write it again with `nvquant verify --json`.")
+    if stated != actual:
+        raise InputError(
+            f"{path} is of another checkpoint ({of_checkpoint.get('name')}, or an earlier state of it): write it again "
+            f"with `nvquant verify {folder} --json`."
+        )
+    return publishable({"numerics": None, "serve": None, "bench": None, **found})
+
+
+def failed_checks(found: Mapping[str, Any]) -> list[str]:
+    """Names of the checks that failed."""
+    return [str(check["name"]) for check in found["checks"] if not check["passed"]]
+
+
+def without_folders(found: dict[str, Any], folders: list[Path]) -> dict[str, Any]:
+    """The document with these folders, and the user's own, named by their last part alone."""
+    paths = {str(path): folder.resolve().name for folder in folders for path in (folder.absolute(), folder.resolve())}
+    names = {**paths, str(Path.home()): "~"}
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleaned(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [cleaned(item) for item in value]
+        if isinstance(value, str):
+            for path in sorted(names, key=len, reverse=True):
+                value = value.replace(path, names[path])
+        return value
+
+    whole: dict[str, Any] = cleaned(found)
+    return whole
+
+
+def _has_checks(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(check, dict) and set(check) >= _KEYS for check in found)
+
+
+def _joined(made: dict[str, Any], earlier: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
+    """The new proof with the numbers and the checks of an earlier one."""
+    checks = [*made["checks"], *(check for check in earlier["checks"] if check.get("stage") in known)]
+    contents = made["checkpoint"]
+    if at(contents, "source_bytes") is None:  # told by the earlier run, which had the source
+        contents = {**contents, **{key: earlier["checkpoint"].get(key) for key in ("source", "source_bytes", "groups")}}
+    return {
+        **made,
+        "passed": all(check["passed"] for check in checks),
+        "checks": checks,
+        "checkpoint": contents,
+        **{stage: earlier[stage] for stage in known},
+        "bench": earlier["bench"],
+    }

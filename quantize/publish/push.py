@@ -1,0 +1,237 @@
+"""A push from end to end: refuse what failed, write the card, send what the repository lacks, look at it once more.
+
+document = proof.prove(folder, source, None, progress)           # or document(report) of a verification at hand
+result = push(PushRequest(folder, "me/model-NVFP4", document, say=print))
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.hub.download import download
+from ..checkpoint.hub.repository import find_model
+from ..errors import CheckFailed, InputError
+from ..report.document import at
+from ..report.page import page_of
+from ..verify.contents import checkpoint_identity
+from .card import CardFacts, render_card
+from .chart import layers_svg
+from .files import CARD_NAME, CHART_NAME, VERIFY_NAME, LocalFile, checkpoint_files, hash_files
+from .frontmatter import split_card
+from .proof import failed_checks
+from .provenance import Provenance, read_provenance
+from .refusals import patiently, push_errors, quiet_hub
+from .target import Changes, Target, changes_for, check_rights, hub_api, look_at
+from .upload import check_card, confirm, send
+
+MESSAGE = "Upload an NVFP4 checkpoint, its card and its proof"
+
+
+def _tell_nobody(_words: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class PushRequest:
+    """What is to be published, and where.
+
+    Attributes:
+        folder: of the checkpoint.
+        repo: `org/name`.
+        document: what verify found of it, fit to publish: of `proof.prove`, or `report.document.document(report)`.
+        base_model: the source's id, where the manifest does not name it.
+        source: the source's folder, whose README.md gives the card's data where the source is not on the Hub.
+        is_public: whether a repository that is made is public; one that is there stays as it is.
+        replace: delete files of other checkpoints, and replace a README.md of somebody's.
+        unverified: publish although checks failed; the card says so first.
+        message: of the commit.
+        endpoint: address of the Hub, None for the usual one.
+        say: told now and then how far it is.
+    """
+
+    folder: Path
+    repo: str
+    document: Mapping[str, Any]
+    base_model: str | None = None
+    source: Path | None = None
+    is_public: bool = False
+    replace: bool = False
+    unverified: bool = False
+    message: str | None = None
+    endpoint: str | None = None
+    say: Callable[[str], None] = _tell_nobody
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What is ready to be sent: the card, and what must change in the repository."""
+
+    card: str
+    target: Target
+    changes: Changes
+
+    def as_json(self) -> dict[str, Any]:
+        """The document of `push --dry-run --json`."""
+        return {
+            "repo": self.target.repo,
+            "exists": self.target.commit is not None,
+            "card": self.card,
+            "upload": [{"name": file.name, "bytes": file.size} for file in self.changes.upload],
+            "unchanged": [{"name": file.name, "bytes": file.size} for file in self.changes.unchanged],
+            "delete": list(self.changes.delete),
+            "kept_card": self.changes.keeps_card,
+        }
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did; the document of `push --json`.
+
+    Attributes:
+        commit: that holds it all, seen to do so.
+        passed: whether every check of the proof did.
+        uploaded: files that the commit changed; empty where the repository held everything already.
+        kept_card: the repository's own README.md stayed.
+    """
+
+    repo: str
+    url: str
+    commit: str
+    is_private: bool
+    was_made: bool
+    passed: bool
+    files: int
+    bytes: int
+    uploaded: tuple[str, ...]
+    uploaded_bytes: int
+    deleted: tuple[str, ...]
+    kept_card: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """The document of `push --json`."""
+        return asdict(self)
+
+
+def push(request: PushRequest) -> PushResult:
+    """Publish a checkpoint. Broken off anywhere, the same request goes on where it was.
+
+    Raises:
+        CheckFailed: the proof failed, or the Hub does not hold what was sent.
+        InputError: no token or right, files of somebody's in the way, no network.
+    """
+    refuse_failed(request)
+    check_rights(request.repo, request.endpoint)
+    parcel = prepare(request)
+    api, target, changes = hub_api(request.endpoint), parcel.target, parcel.changes
+    if not changes.keeps_card:
+        check_card(api, target.repo, parcel.card)
+    was_made = target.commit is None
+    if was_made:
+        target = _make(request)
+        changes = changes_for(target, changes.files, replace=request.replace, needs_card=False)
+    commit = target.commit
+    assert commit is not None
+    if changes.upload or changes.delete:
+        request.say(f"uploading {len(changes.upload)} files to {target.repo}")
+        commit = send(api, target, changes, request.message or MESSAGE, request.say)
+        confirm(api, target.repo, commit, changes.files)
+    return PushResult(
+        repo=target.repo,
+        url=f"{api.endpoint}/{target.repo}",
+        commit=commit,
+        is_private=target.is_private,
+        was_made=was_made,
+        passed=not failed_checks(request.document),
+        files=len(changes.files),
+        bytes=sum(file.size for file in changes.files),
+        uploaded=tuple(file.name for file in changes.upload),
+        uploaded_bytes=sum(file.size for file in changes.upload),
+        deleted=changes.delete,
+        kept_card=changes.keeps_card,
+    )
+
+
+def prepare(request: PushRequest) -> Parcel:
+    """Write the card, hash the files and see what the repository lacks; changes nothing anywhere.
+
+    Raises:
+        CheckFailed: the proof failed.
+        InputError: see `push`.
+    """
+    refuse_failed(request)
+    with quiet_hub():
+        target = look_at(request.repo, request.endpoint)
+        provenance = read_provenance(request.folder, request.base_model)
+        source_data = _source_data(request, provenance)
+    chart = layers_svg(page_of(request.document).layers)
+    facts = CardFacts(target.repo, request.folder, request.document, provenance, source_data, chart is not None)
+    card = render_card(facts)
+    files = [*checkpoint_files(request.folder), LocalFile(VERIFY_NAME, _as_file(request.document))]
+    files += [LocalFile(CHART_NAME, chart)] if chart else []
+    files.append(LocalFile(CARD_NAME, card.encode("utf-8", errors="replace")))
+    request.say(f"hashing {len(files)} files")
+    hash_files(files)
+    needs_card = bool(failed_checks(request.document)) or not request.document["checks"]
+    return Parcel(card, target, changes_for(target, files, replace=request.replace, needs_card=needs_card))
+
+
+def refuse_failed(request: PushRequest) -> None:
+    """Refuse a checkpoint whose proof failed, or is of another one.
+
+    Raises:
+        CheckFailed: a check failed, or none was run, and the request does not say that this is known.
+        InputError: the document is not of this checkpoint.
+    """
+    stated = {key: at(request.document, "checkpoint", key) for key in checkpoint_identity(request.folder)}
+    if stated != checkpoint_identity(request.folder):
+        raise InputError(f"{request.folder} is not what was verified: verify it again, and push that.")
+    failed = failed_checks(request.document)
+    if request.unverified:
+        return
+    if not request.document["checks"]:
+        raise CheckFailed(
+            f"{request.folder} was not verified: verify it first, or publish it all the same with --unverified."
+        )
+    if failed:
+        raise CheckFailed(
+            f"{request.folder} fails {len(failed)} of {len(request.document['checks'])} checks ({', '.join(failed)}): "
+            f"`nvquant verify` tells why; --unverified publishes it all the same, and the card says so."
+        )
+
+
+def _make(request: PushRequest) -> Target:
+    """Make the repository; returns it as the Hub has it then."""
+    request.say(f"making {request.repo}, {'public' if request.is_public else 'private'}")
+    with quiet_hub(), push_errors(request.repo):
+        api, is_private = hub_api(request.endpoint), not request.is_public
+        patiently(lambda: api.create_repo(request.repo, private=is_private, exist_ok=True), f"making {request.repo}")
+    made = look_at(request.repo, request.endpoint)
+    if made.commit is None:
+        raise InputError(f"{request.repo} was made, but the Hub does not show it: run the same command again.")
+    return made
+
+
+def _source_data(request: PushRequest, provenance: Provenance) -> Mapping[str, Any]:
+    """The data of the source's card: from the Hub, or from the folder that it was converted from."""
+    if provenance.base_model is not None:
+        try:
+            model = find_model(provenance.base_model, provenance.commit, endpoint=request.endpoint)
+            return _data_of(download(model, CARD_NAME)) if CARD_NAME in model.files else {}
+        except InputError as error:
+            request.say(f"Licence and language may be missing in the card, since the source's cannot be read: {error}")
+    if request.source is not None and (request.source / CARD_NAME).is_file():
+        return _data_of(request.source / CARD_NAME)
+    return {}
+
+
+def _data_of(card: Path) -> Mapping[str, Any]:
+    return split_card(card.read_text(encoding="utf-8", errors="replace"))[0]
+
+
+def _as_file(document: Mapping[str, Any]) -> bytes:
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", errors="replace")

@@ -1,0 +1,114 @@
+"""What huggingface_hub and the Hub say during a push: kept quiet where it is for nobody, and in one sentence where it
+ends the push. No address and no token gets into it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from ..checkpoint.hub.errors import hub_errors, network_error, status_of
+from ..checkpoint.hub.patience import Patience
+from ..errors import InputError
+from ..report.words import one_line
+
+AGAIN = "run the same command again: what has arrived is not sent twice"
+TOKENS = "https://huggingface.co/settings/tokens"
+MOST_WORDS = 300
+Result = TypeVar("Result")
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keep huggingface_hub from speaking: its warnings name addresses that are signed, and its bars are for terminals
+    (where they stay)."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+
+    verbosity = get_verbosity()
+    hides_bars = (
+        not sys.stderr.isatty() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
+    )
+    set_verbosity(logging.ERROR)
+    if hides_bars:
+        disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own and of its HTTP library's
+            yield
+    finally:
+        set_verbosity(verbosity)
+        if hides_bars:
+            enable_progress_bars()
+
+
+@contextmanager
+def push_errors(repo: str) -> Iterator[None]:
+    """Turn what a push may meet into one sentence: refusals with the Hub's own reason, a network that is gone, and what
+    `hub_errors` knows nothing of, the errors of the Xet client.
+
+    Raises:
+        InputError: in place of each.
+    """
+    from huggingface_hub import errors
+
+    with hub_errors("model", repo, otherwise=AGAIN):
+        try:
+            yield
+        except (errors.HFValidationError, errors.OfflineModeIsEnabled):
+            raise
+        except errors.HfHubHTTPError as error:
+            raise InputError(_refused(repo, error)) from error
+        except network_error() as error:
+            raise InputError(f"The Hub cannot be reached for {repo} ({type(error).__name__}): {AGAIN}.") from error
+        except ValueError as error:
+            raise InputError(f"The Hub refused the upload to {repo}: {_without_addresses(error)}.") from error
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"The upload to {repo} broke off ({type(error).__name__}): {AGAIN}.") from error
+
+
+def patiently(work: Callable[[], Result], doing: str) -> Result:
+    """Do something that may fail in passing, and again after a while; huggingface_hub itself tries uploads for half a
+    minute, and most other requests once."""
+    patience = Patience(threading.Event())
+    while True:
+        try:
+            return work()
+        except network_error() as error:
+            patience.wait_after(error, doing)
+
+
+def _refused(repo: str, error: Any) -> str:
+    status = status_of(error)
+    said = _without_addresses(error.server_message or "")
+    reason = f"HTTP {status}{f': {said}' if said else ''}"
+    if status in (401, 404):
+        return (
+            f"The Hub does not know this token, or shows it no {repo} ({reason}): check the name, run `hf auth login` "
+            f"again, or set HF_TOKEN."
+        )
+    if status in (402, 403):
+        return (
+            f"The Hub does not let this token write to {repo} ({reason}): take one that may ({TOKENS}), or free room."
+        )
+    if status == 429:
+        return f"The Hub asks to go slower ({reason}): wait a few minutes, and {AGAIN}."
+    if status is not None and status < 500:
+        return f"The Hub refused the upload to {repo} ({reason}): look at the repository's page, and {AGAIN}."
+    return f"The Hub fails ({reason}) at the upload to {repo}: {AGAIN}."
+
+
+def _without_addresses(words: object) -> str:
+    """What the Hub said, on one line."""
+    text = re.sub(r"https?://\S+", "…", one_line(words)).rstrip(".")
+    return text if len(text) <= MOST_WORDS else f"{text[:MOST_WORDS]}…"
