@@ -61,6 +61,9 @@ class ShardBytes(Protocol):
     def copied(self, name: str) -> None:
         """A tensor's copy is whole and on the disk."""
 
+    def fetched(self) -> tuple[int, int]:
+        """Bytes of this run's files that have come from afar, of how many; zeros where none is waited for."""
+
     def end(self) -> None:
         """Nothing more is read in this run, and nobody waits for anything."""
 
@@ -82,6 +85,10 @@ class LocalBytes:
 
     def copied(self, name: str) -> None:
         """Nothing to drop."""
+
+    def fetched(self) -> tuple[int, int]:
+        """Nothing comes from afar."""
+        return 0, 0
 
     def end(self) -> None:
         """Nothing to end."""

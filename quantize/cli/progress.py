@@ -108,7 +108,7 @@ class _Plain(_Display):
         super().__init__(clock)
         self._stream = stream
         self._phases_seen: set[str] = set()
-        self._printed_layers = -1
+        self._printed = (-1, 0)
         self._printed_at = -PLAIN_INTERVAL_SECONDS
 
     def __enter__(self) -> ProgressSink:
@@ -120,10 +120,11 @@ class _Plain(_Display):
                 return
             now = self._clock()
             is_new_phase = progress.phase not in self._phases_seen
-            is_due = progress.layers_done != self._printed_layers and now - self._printed_at >= PLAIN_INTERVAL_SECONDS
+            state = (progress.layers_done, progress.bytes_fetched)
+            is_due = state != self._printed and now - self._printed_at >= PLAIN_INTERVAL_SECONDS
             if is_new_phase or is_due:
                 self._phases_seen.add(progress.phase)
-                self._printed_layers, self._printed_at = progress.layers_done, now
+                self._printed, self._printed_at = state, now
                 self._print(progress, progress.phase)
 
     def __exit__(
@@ -138,6 +139,7 @@ class _Plain(_Display):
         fields = {
             "layer": f"{progress.layers_done}/{progress.layers}" if progress.layers else "",
             "phase": f'"{phase}"' if " " in phase else phase,
+            "fetched": _fetched(progress),
             "skipped": str(progress.layers_skipped or ""),
             **_plain_rates(self._rates.of(progress, whole_run), bool(progress.tokens_total)),
             "rss": _size(progress.host_bytes) if progress.host_bytes else "",
@@ -211,7 +213,8 @@ class _Live(_Display):
         bar = ProgressBar(total=progress.layers or 1, completed=progress.layers_done, width=24)
         layer = f"layer {progress.layers_done}/{progress.layers}" if progress.layers else ""
         earlier = f"({progress.layers_skipped} by an earlier run)" if progress.layers_skipped else ""
-        cells = [layer, progress.phase, earlier, f"{progress.ranks} ranks" if progress.ranks > 1 else ""]
+        fetched = f"fetched {_fetched(progress, ' ')}" if progress.bytes_to_fetch else ""
+        cells = [layer, progress.phase, earlier, fetched, f"{progress.ranks} ranks" if progress.ranks > 1 else ""]
         head.add_row(bar, *(Text(cell, no_wrap=True) for cell in cells if cell))
         lines = [_words(_live_rates(speeds, bool(progress.tokens_total)))]
         memory = {"RSS": progress.host_bytes, "GPU": progress.gpu_bytes}
@@ -237,6 +240,13 @@ def _live_rates(speeds: tuple[float, float, float] | None, has_tokens: bool) -> 
     read, write, tokens = speeds
     words = [f"read {_size(read, ' ')}/s", f"write {_size(write, ' ')}/s"]
     return [f"{tokens:,.0f} tokens/s", *words] if has_tokens else words
+
+
+def _fetched(progress: Progress, space: str = "") -> str:
+    """How much of what comes from the Hub is there; nothing where nothing has to come."""
+    if not progress.bytes_to_fetch:
+        return ""
+    return f"{_size(progress.bytes_fetched, space)}{space}/{space}{_size(progress.bytes_to_fetch, space)}"
 
 
 def _words(parts: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ import click
 
 from ..checkpoint.source import read_json
 from ..errors import InputError
-from .options import debug_option, device_option, json_option, open_model, resolve_device
-from .output import emit_json, progress_reporter, say
+from .options import debug_option, device_option, find_remote, json_option, open_model, resolve_device
+from .output import emit_json, gigabytes, progress_reporter, say
 from .serving_options import serving_options, take_serve_options
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ EXAMPLES = """
 \b
 Examples:
   nvquant verify ./gemma-4-31b-nvfp4
+  nvquant verify me/gemma-4-31b-NVFP4
+  nvquant verify me/gemma-4-31b-NVFP4 --stage structure
   nvquant verify ./gemma-4-31b-nvfp4 --against ./gemma-4-31b --report ./proof
   nvquant verify ./out --against ./model --stage numerics --max-kl 0.2 --min-top1 0.8
   nvquant verify ./out --against ./model --stage structure --stage numerics --stage serve --report ./proof
@@ -33,8 +36,13 @@ Examples:
 
 
 @click.command("verify", epilog=EXAMPLES)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--against", "model", metavar="MODEL", help="The folder that it was converted from: compare with it too.")
+@click.argument("checkpoint")
+@click.option(
+    "--against",
+    "model",
+    metavar="MODEL",
+    help="What it was converted from, a folder or a model on the Hub.",
+)
 @click.option(
     "--stage",
     "stages",
@@ -81,7 +89,7 @@ Examples:
 @json_option
 @debug_option
 def command(
-    checkpoint: Path,
+    checkpoint: str,
     model: str | None,
     stages: tuple[str, ...],
     bench_file: Path | None,
@@ -97,6 +105,9 @@ def command(
     numerics   KL divergence, perplexity and top-1 agreement against MODEL, and each layer's error
     serve      a real server loads it and answers
 
+    CHECKPOINT is a folder, or a model on the Hub as org/name[@revision]: it is downloaded and proved whole; with
+    `--stage structure` alone only its headers and scales are read, by ranges, and the report says what was not.
+
     Tensors are read a piece at a time and layers one after the other, so memory stays small. Exits with 1 where a
     check failed.
     """
@@ -104,13 +115,16 @@ def command(
 
     for folder in (report_folder, None if junit is None else junit.parent):
         _check_writable(folder)
+    remote = find_remote(checkpoint)
     source = None if model is None else open_model(model)
     asked = stages or (("structure",) if model is None else ("structure", "numerics"))
     options = _options(asked, measured, report_folder)
     bench = None if bench_file is None else read_json(bench_file, "nvquant bench writes it")
     progress = progress_reporter()
+    if remote is not None and stages == ("structure",):
+        options = replace(options, by_ranges=True)
     verification = Verification(
-        checkpoint,
+        Path(checkpoint) if remote is None else remote,
         source,
         options,
         lambda done, total, phase: progress(done, total, f"{phase}: {done} of {total}" if total else phase),
@@ -120,11 +134,12 @@ def command(
         if not as_json:
             _print_check(check)
     report = verification.report()
-    _write(report, checkpoint, report_folder, junit, bench)
+    _write(report, Path(checkpoint), report_folder, junit, bench)
     if as_json:
         emit_json(report.as_json())
     else:
         _print_verdict(report)
+        _say_unread(report)
     return 0 if report.passed else 1
 
 
@@ -174,9 +189,19 @@ def _clear_live_line() -> None:
 
 
 def _print_check(check: Check) -> None:
-    click.echo(f"{'ok' if check.passed else 'FAILED':<7} {check.name:<14} {check.finding.looked_at}")
+    verdict = "FAILED" if not check.passed else "unread" if check.is_unread else "ok"
+    click.echo(f"{verdict:<7} {check.name:<14} {check.finding.looked_at}")
     for fault in check.shown_faults:
         click.echo(f"{'':<10} {fault}")
+
+
+def _say_unread(report: Report) -> None:
+    unread = report.checkpoint.get("unread_bytes")
+    if unread:
+        click.echo(
+            f"Not read: {gigabytes(unread)} of {gigabytes(report.checkpoint['bytes'])} of tensors, which stayed on the "
+            f"Hub; the same command without --stage downloads them and checks all."
+        )
 
 
 def _print_verdict(report: Report) -> None:
@@ -184,4 +209,6 @@ def _print_verdict(report: Report) -> None:
     if failed:
         click.echo(f"FAILED: {len(failed)} of {len(report.checks)} checks: {', '.join(failed)}.")
     else:
-        click.echo(f"Passed: all {len(report.checks)} checks.")
+        unread = [check.name for check in report.checks if check.is_unread]
+        rest = f"; not read: {', '.join(unread)}" if unread else ""
+        click.echo(f"Passed: all {len(report.checks) - len(unread)} checks{rest}.")

@@ -88,6 +88,7 @@ class Engine:
         rest = self._to_copy()
         source = self._plan.source
         source.begin(self._reading_order(layers, rest, calibration is not None))
+        self._watch.follow_downloads(source.content.fetched)
         with (
             ThreadPoolExecutor(1, "copy") as copier,
             LayerReader(

@@ -19,6 +19,8 @@ class Progress:
         tokens_total: tokens times layers that this run has to compute; 0 without calibration.
         bytes_read: from the source, by this run.
         bytes_written: to the output, by this run.
+        bytes_fetched: of the files of this run that come from the Hub, those that are there.
+        bytes_to_fetch: all of them; 0 where nothing has to come.
         host_bytes: resident memory of the process now.
         gpu_bytes: GPU memory that its allocator has reserved now.
         layers_skipped: layers that an earlier run had finished.
@@ -36,6 +38,8 @@ class Progress:
     tokens_total: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
+    bytes_fetched: int = 0
+    bytes_to_fetch: int = 0
     host_bytes: int = 0
     gpu_bytes: int = 0
     layers_skipped: int = 0

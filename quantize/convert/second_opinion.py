@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..calibrate.quiet import quiet_transformers
 from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import ATTENTION
+from ..checkpoint.hub.shards import DownloadedShards
 from ..checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
 from ..checkpoint.writer import TensorEntry
 from ..errors import CheckFailed, EnvironmentLack, InputError, NvquantError
@@ -71,6 +72,8 @@ def convert_with_llmcompressor(
     check_memory(plan, calibration, options.device, dtype)
     check_output(options.output, plan.file_bytes, plan.source.folder)
     configs = output_configs(plan)
+    if isinstance(plan.source.content, DownloadedShards):
+        plan.source.content.fetch_all(plan.source.shards)
     with fresh_partial(options.output, {"engine": PACKAGE, "version": metadata.version(PACKAGE)}) as partial:
         quantize_and_save(plan, calibration, options, dtype, partial)
         write_side_files(plan, partial, configs)

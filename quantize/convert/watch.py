@@ -27,6 +27,7 @@ class Watch:
         self._lock = threading.Lock()
         self._phase = "start"
         self._layers = self._skipped = self._finished = 0
+        self._fetched: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._tokens = self._tokens_total = 0
         self._setup_seconds = 0.0
         self._last = 0.0
@@ -50,6 +51,10 @@ class Watch:
             count: counts the layers on the disk, where other processes write some of them.
         """
         self._reader, self._writer, self._count = reader, writer, count
+
+    def follow_downloads(self, fetched: Callable[[], tuple[int, int]]) -> None:
+        """Ask here how many bytes have come from the Hub, of how many."""
+        self._fetched = fetched
 
     def expect_tokens(self, tokens: int) -> None:
         """Say how many tokens times layers this rank will compute."""
@@ -88,6 +93,7 @@ class Watch:
         self._last = time.monotonic()
         read = self._reader.bytes_read if self._reader is not None else 0
         written = self._writer.bytes_written if self._writer is not None else 0
+        fetched, to_fetch = self._fetched()
         now = Progress(
             phase=self._phase,
             layers_done=self.layers_done,
@@ -97,6 +103,8 @@ class Watch:
             tokens_total=self._tokens_total,
             bytes_read=read,
             bytes_written=written,
+            bytes_fetched=fetched,
+            bytes_to_fetch=to_fetch,
             host_bytes=host_bytes_now(),
             gpu_bytes=gpu_bytes_now(),
             layers_skipped=self._skipped,

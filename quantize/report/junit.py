@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from ..verify.report import Report
+from ..verify.report import NOT_READ, Report
 from .document import STAGES, document, stages_run
 from .words import visible
 
@@ -45,7 +45,7 @@ def _add_suite(
             faults = check["faults"] or [check["detail"]]
             failure = ElementTree.SubElement(case, "failure", type="CheckFailed", message=visible(faults[0]))
             failure.text = visible("\n".join([check["looked_at"], *faults]))
-        elif check["looked_at"].startswith(NOT_APPLICABLE):
+        elif check["looked_at"].startswith((NOT_APPLICABLE, NOT_READ)):
             ElementTree.SubElement(case, "skipped", message=visible(check["looked_at"]))
         else:
             ElementTree.SubElement(case, "system-out").text = visible(check["looked_at"])

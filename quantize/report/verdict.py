@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..verify.report import counted
+from ..verify.report import NOT_READ, counted
 from .document import STAGES, stages_run
 from .junit import NOT_APPLICABLE, NOT_RUN
 from .parts import CheckLine, Failure, Stage, State, Verdict
@@ -63,7 +63,7 @@ def _stage(name: str, checks: Sequence[Mapping[str, Any]], ran: Sequence[str]) -
 
 def _line(check: Mapping[str, Any]) -> CheckLine:
     looked_at = one_line(check["looked_at"])
-    is_absent = looked_at.startswith(NOT_APPLICABLE)
+    is_absent = looked_at.startswith((NOT_APPLICABLE, NOT_READ))
     faults = [one_line(fault) for fault in check["faults"]]
     return CheckLine(
         one_line(check["stage"]),

@@ -34,7 +34,8 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
             group["source_bytes"] = (group["source_bytes"] or 0) + before[name].nbytes
             counted.add(name)
     return {
-        "name": subject.folder.resolve().name,
+        "name": subject.name,
+        "commit": None if subject.hub is None else subject.hub.commit,
         "layout": subject.layout.name,
         "recipe": None if manifest is None else manifest.recipe.name,
         "quantizer": None if manifest is None else manifest.quantizer,
@@ -42,7 +43,7 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
         "tensors": len(subject.infos),
         "bytes": sum(info.nbytes for info in subject.infos.values()),
         "matrices": len(subject.matrices),
-        "source": None if source is None else source.folder.resolve().name,
+        "source": None if source is None else source.name,
         "source_bytes": None if source is None else sum(info.nbytes for info in before.values()),
         "groups": sorted(groups.values(), key=lambda group: -group["bytes"]),
         **checkpoint_identity(subject.folder),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def check_headers(subject: Subject) -> Finding:
 def check_index(subject: Subject) -> Finding:
     """The index names every tensor, in the one file that holds it, names nothing else, and has the right total size; no
     other weights lie beside them, of which a reader might take these instead."""
-    beside = sorted(path.name for pattern in OTHER_WEIGHTS for path in subject.folder.glob(pattern))
+    beside = sorted(name for name in subject.file_names if any(fnmatch(name, other) for other in OTHER_WEIGHTS))
     strangers = [f"{name} lies beside the shards: some readers would load it" for name in beside]
     path = subject.folder / INDEX_NAME
     if not path.exists():
@@ -83,14 +84,27 @@ def check_hashes(subject: Subject) -> Finding:
     manifest = subject.manifest
     if not isinstance(manifest, Manifest):
         return not_applicable("no manifest to compare with")
-    present = {name: subject.folder / name for name in manifest.files if (subject.folder / name).is_file()}
+    present = [name for name in manifest.files if name in subject.file_names]
     faults = [f"{name} is recorded but missing" for name in manifest.files if name not in present]
     faults += [f"{name} is not recorded" for name in subject.headers if name not in manifest.files]
-    digests = map_in_threads(_sha256, list(present.values()), subject.progress, "hashing files")
-    for name, digest in zip(present, digests, strict=True):
-        if digest != manifest.files[name]:
-            faults.append(f"{name} has sha256 {digest[:12]}…, recorded was {manifest.files[name][:12]}…")
-    return Finding(counted(len(present), "file"), faults)
+    published = _published(subject)
+    hashed = [name for name in present if name not in published]
+    paths = [subject.folder / name for name in hashed]
+    found = map_in_threads(_sha256, paths, subject.progress, "hashing files")
+    digests = {**published, **dict(zip(hashed, found, strict=True))}
+    for name in present:
+        if digests[name] != manifest.files[name]:
+            faults.append(f"{name} has sha256 {digests[name][:12]}…, recorded was {manifest.files[name][:12]}…")
+    count = sum(name in published for name in present)
+    by_whom = f", {count:,} by the sha256 that the Hub publishes" if count else ""
+    return Finding(f"{counted(len(present), 'file')}{by_whom}", faults)
+
+
+def _published(subject: Subject) -> dict[str, str]:
+    """The sha256 that the Hub publishes of the files that were not downloaded."""
+    if subject.hub is None or not subject.is_remote:
+        return {}
+    return {name: file.sha256 for name, file in subject.hub.files.items() if file.sha256 is not None}
 
 
 def _sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 SHOWN_FAULTS = 5
 MOST_FAULTS = 1000  # in a document
+NOT_READ = "not read from the Hub"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Check:
     def passed(self) -> bool:
         """Whether there was no fault."""
         return not self.finding.faults
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether it passed for want of reading: its bytes stayed on the Hub."""
+        return self.finding.looked_at.startswith(NOT_READ)
 
     @property
     def shown_faults(self) -> list[str]:
@@ -115,3 +121,8 @@ def counted(number: int, singular: str, plural: str | None = None) -> str:
 def not_applicable(why: str) -> Finding:
     """A check that has nothing to look at, which is no fault."""
     return Finding(f"not applicable: {why}")
+
+
+def not_read(what: str) -> Finding:
+    """A check of bytes that are not read over the network, which is no fault and no proof."""
+    return Finding(f"{NOT_READ}: {what}; without --stage, verify downloads and reads them")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checkpoint.hub.repository import HubModel
 from ..checkpoint.source import Checkpoint
 from ..errors import EnvironmentLack, InputError
 from ..serving.server import ServeOptions
@@ -16,6 +18,7 @@ from .contents import describe_checkpoint
 from .numerics.emulated import emulated_logprobs
 from .numerics.stage import NumericsOptions, NumericsStage
 from .numerics.text import reference_ids
+from .remote import fetch_checkpoint, remote_subject, unread_bytes
 from .report import Check, Finding, Report
 from .serve import ServeStage
 from .served_logprobs import Emulate, SourceFigures
@@ -39,32 +42,38 @@ class VerifyOptions:
         numerics: of the stage numerics; the emulation that the stage serve compares with runs on its device.
         serve: of the stage serve.
         log_folder: where the server's log is kept; a temporary folder that stays where a check failed, if not given.
+        by_ranges: read of a model on the Hub only headers and scales; for the stage structure alone.
     """
 
     stages: Sequence[Stage]
     numerics: NumericsOptions = field(default_factory=NumericsOptions)
     serve: ServeOptions = field(default_factory=ServeOptions)
     log_folder: Path | None = None
+    by_ranges: bool = False
 
 
 class Verification:
     """A checkpoint under proof.
 
     Args:
-        folder: of the checkpoint.
+        checkpoint: its folder, or a model on the Hub: read by ranges where structure is all that is asked for, else
+            downloaded whole.
         source: what it was made from; the stage numerics needs it.
         progress: called with (done, total, phase) by what takes long.
     Raises:
         InputError: the stage numerics without a source.
     """
 
-    def __init__(self, folder: Path, source: Checkpoint | None, options: VerifyOptions, progress: Progress) -> None:
+    def __init__(
+        self, checkpoint: Path | HubModel, source: Checkpoint | None, options: VerifyOptions, progress: Progress
+    ) -> None:
         if source is None and "numerics" in options.stages:
             raise InputError("--stage numerics compares with the source: name it with --against MODEL.")
-        self._folder, self._source, self._options, self._progress = folder, source, options, progress
+        self._named, self._source, self._options, self._progress = checkpoint, source, options, progress
         self._checks: list[Check] = []
         self._documents: dict[str, dict[str, Any] | None] = {"numerics": None, "serve": None}
         self._subject: Subject | None = None
+        self._unread_bytes = 0
 
     def run(self) -> Iterator[Check]:
         """Every check, each yielded when it is done.
@@ -72,24 +81,36 @@ class Verification:
         Raises:
             InputError: the folder holds no NVFP4 checkpoint, or what a stage raises.
         """
-        for check in self._stages():
-            self._checks.append(check)
-            yield check
+        with self._open() as subject:
+            self._subject = subject
+            for check in self._stages(subject):
+                self._checks.append(check)
+                yield check
+            self._unread_bytes = unread_bytes(subject)
 
     def report(self) -> Report:
         """What was found so far."""
         checkpoint = {} if self._subject is None else describe_checkpoint(self._subject, self._source)
+        if self._unread_bytes:
+            checkpoint["unread_bytes"] = self._unread_bytes
         return Report(tuple(self._checks), checkpoint, self._documents["numerics"], self._documents["serve"])
 
-    def _stages(self) -> Iterator[Check]:
+    def _open(self) -> AbstractContextManager[Subject]:
+        named = self._named
+        if isinstance(named, Path):
+            return nullcontext(open_subject(named, self._progress))
+        if self._options.by_ranges:
+            return remote_subject(named, self._progress)
+        return nullcontext(open_subject(fetch_checkpoint(named, self._progress), self._progress, named))
+
+    def _stages(self, subject: Subject) -> Iterator[Check]:
         stages = self._options.stages
-        self._subject = open_subject(self._folder, self._progress)
         if STRUCTURE in stages:
-            yield from structure_checks(self._subject, self._source)
+            yield from structure_checks(subject, self._source)
         if "numerics" in stages:
-            yield from self._numerics(self._subject)
+            yield from self._numerics(subject)
         if "serve" in stages:
-            yield from self._serve(self._subject)
+            yield from self._serve(subject)
 
     def _numerics(self, subject: Subject) -> Iterator[Check]:
         unreadable = self._unreadable(subject)

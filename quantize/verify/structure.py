@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..plan.plan import refuse_quantized
 from . import against, architecture, configs, files, recorded, scales, tokenizer, weights
-from .report import Check, Finding, Report
+from .report import Check, Finding, Report, not_read
 from .subject import Subject, open_subject
 
 STAGE = "structure"
@@ -39,6 +39,8 @@ AGAINST: dict[str, Callable[[Subject, Checkpoint], Finding]] = {
     "side_files": against.check_side_files,
     "weights": weights.check_weights,
 }
+# Of these, the checks that read whole weights of both.
+WHOLE = frozenset({"untouched", "weights"})
 
 
 def verify_structure(folder: Path, against: Path | None = None) -> Report:
@@ -65,4 +67,5 @@ def structure_checks(subject: Subject, source: Checkpoint | None) -> Iterator[Ch
         yield Check(STAGE, name, check(subject))
     if source is not None:
         for name, compare in AGAINST.items():
-            yield Check(STAGE, name, compare(subject, source))
+            is_read = not (subject.is_remote and name in WHOLE)
+            yield Check(STAGE, name, compare(subject, source) if is_read else not_read("the weights"))

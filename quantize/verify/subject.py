@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.headers import Header, TensorInfo, read_header
+from ..checkpoint.hub.repository import HubModel
+from ..checkpoint.hub.shards import RemoteShards
+from ..checkpoint.shard_bytes import LocalBytes, ShardBytes
 from ..checkpoint.source import Checkpoint, read_json
 from ..errors import InputError
 from ..format.layouts import COMPRESSED_TENSORS, LAYOUTS, Layout
@@ -25,7 +28,7 @@ from ..recipe.groups import FusedGroup, fused_groups
 from ..recipe.roles import Role, role_of, text_config, unused_tensors
 from .manifest import Manifest, read_manifest
 from .matrices import Matrix, find_matrices, layouts_present
-from .threads import Progress, map_in_threads
+from .threads import Progress, map_in_threads, tell_nobody
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 PIECE_BYTES = 16 << 20
@@ -40,13 +43,34 @@ class Subject:
         headers: header of each readable shard by file name; which of them the index names does not matter here.
         damaged: what is wrong with the headers of the others.
         progress: called with (done, total, phase) by what takes long.
+        content: where tensors are read from.
+        hub: the model on the Hub that this is; None for a folder. Its small files lie in `folder` either way.
     """
 
     folder: Path
     config: Mapping[str, Any]
     headers: Mapping[str, Header]
     damaged: tuple[str, ...]
-    progress: Progress = field(default=lambda done, total, phase: None)
+    progress: Progress = tell_nobody
+    content: ShardBytes = field(default_factory=LocalBytes)
+    hub: HubModel | None = None
+
+    @property
+    def name(self) -> str:
+        """`org/name` of a model on the Hub, else the folder's own name."""
+        return self.folder.resolve().name if self.hub is None else self.hub.repo
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its shards are read by ranges over the network, so that most of them is not read at all."""
+        return isinstance(self.content, RemoteShards)
+
+    @cached_property
+    def file_names(self) -> list[str]:
+        """The names of its files, those in folders below left out."""
+        if self.is_remote and self.hub is not None:
+            return sorted(name for name in self.hub.files if "/" not in name)
+        return sorted(path.name for path in self.folder.iterdir())
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -55,7 +79,7 @@ class Subject:
         for file, header in self.headers.items():
             for name in header.tensors:
                 files.setdefault(name, file)
-        return Checkpoint(self.folder, self.config, self.headers, files)
+        return Checkpoint(self.folder, self.config, self.headers, files, self.content, self.hub)
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
@@ -124,12 +148,16 @@ class Subject:
     def scalars(self) -> dict[tuple[str, Part], float]:
         """The global scales of the sound matrices as stored, by module and part."""
         parts: tuple[Part, ...] = ("weight_global", "input_global")
-        return {
-            (module, part): float(self.checkpoint.read(matrix.parts[part].name))
+        names = {
+            (module, part): matrix.parts[part].name
             for module, matrix in self.sound.items()
             for part in parts
             if part in matrix.parts
         }
+        values = map_in_threads(
+            lambda name: float(self.checkpoint.read(name)), list(names.values()), self.progress, "reading global scales"
+        )
+        return dict(zip(names, values, strict=True))
 
     @cached_property
     def histograms(self) -> dict[str, Tensor]:
@@ -154,9 +182,11 @@ class Subject:
         return stored if self.layout.divisor else 1.0 / stored
 
 
-def open_subject(folder: Path, progress: Progress | None = None) -> Subject:
+def open_subject(folder: Path, progress: Progress | None = None, hub: HubModel | None = None) -> Subject:
     """Open a quantized checkpoint; reads config.json and headers.
 
+    Args:
+        hub: the model on the Hub whose files the folder holds, whole.
     Raises:
         InputError: no checkpoint, or none that is quantized to NVFP4 alone.
     """
@@ -172,9 +202,9 @@ def open_subject(folder: Path, progress: Progress | None = None) -> Subject:
             damaged.append(str(error))
     if not headers and not damaged:
         raise InputError(f"{folder} holds no .safetensors file: give the folder of a checkpoint.")
-    subject = Subject(folder, config, headers, tuple(damaged), *([progress] if progress else []))
+    subject = Subject(folder, config, headers, tuple(damaged), progress or tell_nobody, hub=hub)
     if not damaged:
-        _refuse_other_formats(subject)
+        refuse_other_formats(subject)
     return subject
 
 
@@ -195,21 +225,26 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return bool(next((value for value in values if value is not None), False))
 
 
-def _refuse_other_formats(subject: Subject) -> None:
+def refuse_other_formats(subject: Subject) -> None:
+    """Refuse what is not quantized to NVFP4 alone.
+
+    Raises:
+        InputError: it is not.
+    """
     if not subject.quantization and not subject.matrices:
         raise InputError(
-            f"{subject.folder} is not quantized: config.json has no quantization_config, and no tensor is packed; "
+            f"{_where(subject)} is not quantized: config.json has no quantization_config, and no tensor is packed; "
             f"give the output of a conversion."
         )
     if not subject.matrices and subject.method not in LAYOUTS:
         raise InputError(
-            f"{subject.folder} is quantized (quant_method {subject.method}), but not to NVFP4, which is all that "
+            f"{_where(subject)} is quantized (quant_method {subject.method}), but not to NVFP4, which is all that "
             f"verify knows."
         )
     other = next((name for name, info in subject.infos.items() if _is_fp8_weight(name, info)), None)
     if other is not None and _mixes_formats(subject.quantization):
         raise InputError(
-            f"{subject.folder} mixes NVFP4 with other formats ({other} is F8_E4M3), which verify does not know yet."
+            f"{_where(subject)} mixes NVFP4 with other formats ({other} is F8_E4M3), which verify does not know yet."
         )
 
 
@@ -223,3 +258,7 @@ def _mixes_formats(quantization: Mapping[str, Any]) -> bool:
     return quantization.get("quant_algo") == "MIXED_PRECISION" or any(
         isinstance(numbers, Mapping) and numbers.get("num_bits") != 4 for numbers in weights
     )
+
+
+def _where(subject: Subject) -> str:
+    return str(subject.folder) if subject.hub is None else f"Hub model {subject.hub.repo}"

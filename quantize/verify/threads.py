@@ -13,6 +13,10 @@ Result = TypeVar("Result")
 Progress = Callable[[int, int, str], None]
 
 
+def tell_nobody(done: int, total: int, phase: str) -> None:
+    """Progress that nobody wants to see."""
+
+
 def map_in_threads(
     work: Callable[[Item], Result], items: Sequence[Item], progress: Progress, phase: str
 ) -> list[Result]:

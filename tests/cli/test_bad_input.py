@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from support import hostile
 from support.commands import Command
@@ -90,8 +91,11 @@ def test_a_missing_folder(refused: Refused, here: Path) -> None:
     assert "no-such-folder is not a folder" in refused(2, "./no-such-folder")
 
 
-def test_a_hub_id_that_is_not_here(refused: Refused) -> None:
-    assert "google/gemma-4-31b is not a folder here" in refused(2, "google/gemma-4-31b")
+def test_a_hub_id_without_the_hub(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the port of "discard", where nobody listens
+    sentence = refused(2, "google/gemma-4-31b")
+    assert "Hub cannot be reached for model google/gemma-4-31b" in sentence
+    assert "give a local folder" in sentence
 
 
 def test_a_file_in_place_of_a_folder(refused: Refused, model: Path) -> None:

@@ -7,7 +7,10 @@ import json
 import logging
 import threading
 from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from ...errors import InputError
 from .errors import hub_errors, network_error
@@ -20,6 +23,29 @@ _HASH_CHUNK_BYTES = 16 << 20
 _MARKS = ".nvquant"  # beside the cache's own blobs, refs and snapshots
 
 
+@dataclass
+class Counter:
+    """Counts the bytes of a download as they come; read by other threads."""
+
+    bytes: int = 0
+
+    def bar(self) -> type[Any]:
+        """What huggingface_hub takes for the class of its progress bars: one that shows nothing and counts here."""
+        counter = self
+        base: Any = import_module("huggingface_hub.utils.tqdm").tqdm
+
+        class Bar(base):  # type: ignore[misc]
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, **{**options, "disable": True})
+                counter.bytes = int(options.get("initial") or 0)
+
+            def update(self, n: float | None = 1) -> bool | None:
+                counter.bytes += int(n or 0)
+                return None
+
+        return Bar
+
+
 def cached_path(model: HubModel, name: str) -> Path | None:
     """Where the cache has a file of this commit whole; None where it has not."""
     from huggingface_hub import try_to_load_from_cache
@@ -28,7 +54,7 @@ def cached_path(model: HubModel, name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def download(model: HubModel, name: str, closed: threading.Event | None = None) -> Path:
+def download(model: HubModel, name: str, closed: threading.Event | None = None, counter: Counter | None = None) -> Path:
     """Path of a file in the cache, downloaded if it is not there yet; its content is what the Hub published.
 
     What fails in a way that may pass is asked for again, and goes on where it stopped. A file is hashed when it comes
@@ -36,6 +62,7 @@ def download(model: HubModel, name: str, closed: threading.Event | None = None) 
 
     Args:
         closed: set by whoever no longer needs the file; ends the waiting.
+        counter: follows the bytes.
     Raises:
         InputError: no such file, no access, no network, no room on the disk, or a content that twice was not the
             published one.
@@ -43,7 +70,7 @@ def download(model: HubModel, name: str, closed: threading.Event | None = None) 
     file = model.file(name)
     closed = closed or threading.Event()
     for attempt in range(2):
-        path = _fetch(model, name, closed)
+        path = _fetch(model, name, closed, counter or Counter())
         fault = _fault(file, path)
         if fault is None:
             return path
@@ -54,7 +81,7 @@ def download(model: HubModel, name: str, closed: threading.Event | None = None) 
     raise InputError(f"Hub model {model.repo}: {name} {fault}: the download is damaged; try again later.")
 
 
-def _fetch(model: HubModel, name: str, closed: threading.Event) -> Path:
+def _fetch(model: HubModel, name: str, closed: threading.Event, counter: Counter) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -70,12 +97,15 @@ def _fetch(model: HubModel, name: str, closed: threading.Event) -> Path:
                         endpoint=model.endpoint,
                         cache_dir=model.cache,
                         local_files_only=model.is_offline,
+                        tqdm_class=counter.bar(),
                     )
                 )
             except (network_error(), LocalEntryNotFoundError) as error:
                 if model.is_offline:
                     raise
-                patience.wait_after(error, f"{name} of {model.repo}")
+                # "Not in the cache" is what is told of every refusal; the refusal itself stands behind it.
+                behind = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+                patience.wait_after(behind or error, f"{name} of {model.repo}")
             except OSError as error:
                 if getattr(error, "response", None) is not None or error.errno is None:
                     patience.wait_after(_as_network(error), f"{name} of {model.repo}")

@@ -52,16 +52,8 @@ class Patience:
 
 def may_pass(error: BaseException) -> bool:
     """Whether asking again may help: lost connections, timeouts, full and failing servers."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
     status = status_of(error)
-    if status is not None:
-        return status in PASSING_STATUS
-    if isinstance(error, LocalEntryNotFoundError):  # how a download tells that the Hub was not reached
-        return not isinstance(error.__cause__, OfflineModeIsEnabled)
-    return isinstance(error, network_error())
+    return isinstance(error, network_error()) if status is None else status in PASSING_STATUS
 
 
 def _retry_after(error: Any) -> float | None:

@@ -121,7 +121,4 @@ class RangeReader:
             return True
 
     def _is_the_hub(self, address: str) -> bool:
-        from huggingface_hub import constants
-
-        hub = self.model.endpoint or constants.ENDPOINT
-        return urlsplit(address)[:2] == urlsplit(hub)[:2]
+        return urlsplit(address)[:2] == urlsplit(self.model.endpoint)[:2]

@@ -47,7 +47,7 @@ class HubModel:
         commit: 40 hexadecimal digits.
         files: by name.
         revision: the name under which the commit was found, None for the default branch.
-        endpoint: address of the Hub, None for the usual one.
+        endpoint: address of the Hub.
         cache: folder of the Hub's cache, None for the usual one.
         is_offline: the Hub could not be reached; what the cache holds is all there is.
     """
@@ -55,8 +55,8 @@ class HubModel:
     repo: str
     commit: str
     files: Mapping[str, HubFile]
-    revision: str | None = None
-    endpoint: str | None = None
+    revision: str | None
+    endpoint: str
     cache: Path | None = None
     is_offline: bool = False
 
@@ -87,11 +87,14 @@ def find_model(
     Args:
         repo: `org/name`; a name that was given up leads to the new one.
         revision: commit, branch or tag; None for the default branch.
+        endpoint, cache: None for the usual ones.
     Raises:
         InputError: no such model or revision, no access, Hub unreachable and nothing cached.
     """
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    endpoint = endpoint or constants.ENDPOINT
     with hub_errors("model", repo, revision, OTHERWISE):
         try:
             found = _ask(repo, revision, endpoint)
@@ -109,7 +112,7 @@ def find_model(
     return HubModel(str(found.id), str(found.sha), files, revision, endpoint, cache)
 
 
-def _ask(repo: str, revision: str | None, endpoint: str | None) -> Any:
+def _ask(repo: str, revision: str | None, endpoint: str) -> Any:
     """What the Hub says of a model; asked again under the right spelling where it knows the name in another case."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -132,7 +135,7 @@ def _published(sibling: Any) -> HubFile:
     return HubFile(sibling.rfilename, sibling.size, sibling.blob_id if lfs is None else lfs.sha256)
 
 
-def _cached(repo: str, revision: str | None, endpoint: str | None, cache: Path | None) -> HubModel | None:
+def _cached(repo: str, revision: str | None, endpoint: str, cache: Path | None) -> HubModel | None:
     """The model as far as the cache holds it; the cache names each file's content by its published hash."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

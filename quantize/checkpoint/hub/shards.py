@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from ...errors import InputError
 from ..headers import Header, TensorInfo
 from ..shard_bytes import ReadingOrder, read_range
-from .download import cached_path, download
+from .download import Counter, cached_path, download
 from .ranges import RangeReader
 from .repository import HubModel
-
-logger = logging.getLogger("nvquant.checkpoint.hub")
 
 WORKERS = 2  # files that are downloaded at once; each is fetched over several connections where the Hub has Xet
 SPOOL_READERS = 4
 SPOOL_PIECE_BYTES = 16 << 20
+_TELL_SECONDS = 0.5
 
 
 class DownloadedShards:
@@ -36,6 +34,7 @@ class DownloadedShards:
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._workers = 0
+        self._counters: list[Counter] = []
 
     def fill(self, name: str, header: Header, begin: int, buffer: memoryview) -> None:
         """See `ShardBytes`; waits until the shard is there."""
@@ -48,6 +47,27 @@ class DownloadedShards:
             InputError: see `download`; or the run has ended.
         """
         return self._coming(file, is_urgent=True).result()
+
+    def fetch_all(self, files: Iterable[str], progress: Callable[[int, int], None] | None = None) -> None:
+        """Wait until all these shards are there, for readers of the cache's folder.
+
+        Args:
+            progress: called now and then with (bytes there, bytes in all).
+        Raises:
+            InputError: see `download`.
+        """
+        coming = [self._coming(file, is_urgent=False) for file in files]
+        try:
+            while True:
+                done, waiting = wait(coming, _TELL_SECONDS, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                if progress is not None:
+                    progress(*self.fetched())
+                if not waiting:
+                    return
+        finally:
+            self.end()
 
     def missing_bytes(self, files: Iterable[str]) -> int:
         """Bytes of these shards that the cache does not have yet."""
@@ -65,6 +85,12 @@ class DownloadedShards:
 
     def copied(self, name: str) -> None:
         """Nothing to drop."""
+
+    def fetched(self) -> tuple[int, int]:
+        """See `ShardBytes`; what an earlier run left half done counts when its download goes on."""
+        with self._changed:
+            done = sum(counter.bytes for counter in self._counters)
+            return done, sum(self._model.file(file).size or 0 for file in self._files)
 
     def end(self) -> None:
         """Give up what is still on its way; what came of it stays in the cache, and the next run goes on there."""
@@ -101,14 +127,16 @@ class DownloadedShards:
                     self._workers -= 1
                     return
                 file = self._queue.pop(0)
+                counter = Counter()
+                self._counters.append(counter)
             future = self._files[file]
             size = self._model.file(file).size or 0
-            logger.info("downloading %s (%.1f GB)", file, size / 1e9)
             try:
-                path = download(self._model, file, self._closed)
+                path = download(self._model, file, self._closed, counter)
             except BaseException as error:
                 self._settle(future, error)
             else:
+                counter.bytes = size
                 self._settle(future, path)
 
     def _settle(self, future: Future[Path], outcome: Path | BaseException) -> None:
@@ -126,6 +154,9 @@ class RemoteShards:
 
     Of the tensors around the layers the calibration reads some, and later all are copied: these are kept in the run's
     spool until both is done.
+
+    Attributes:
+        names_read: the tensors of which something was read.
     """
 
     integrity = "commit and ETag of every range, and its length"
@@ -137,10 +168,12 @@ class RemoteShards:
         self._lock = threading.Lock()
         self._recorded = False
         self._copied: set[str] = set()
+        self.names_read: set[str] = set()
 
     def fill(self, name: str, header: Header, begin: int, buffer: memoryview) -> None:
         """See `ShardBytes`."""
         info = header.tensors[name]
+        self.names_read.add(name)
         kept = self._kept.get(name)
         if name in self._written:
             path, copy = self._written[name]
@@ -174,6 +207,10 @@ class RemoteShards:
             self._copied.add(name)
             if self._recorded:
                 self._drop(name)
+
+    def fetched(self) -> tuple[int, int]:
+        """Nothing is waited for but what is read, which the reader counts."""
+        return 0, 0
 
     def end(self) -> None:
         """Stop waiting for the network, and drop all that is kept."""

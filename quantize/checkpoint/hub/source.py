@@ -81,10 +81,17 @@ def read_headers(reader: RangeReader, folder: Path, names: list[str]) -> Mapping
                 f"revision."
             )
     with ThreadPoolExecutor(_READERS, "headers") as pool:
-        return dict(zip(names, pool.map(lambda name: _header(reader, folder, name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: read_remote_header(reader, folder, name), names), strict=True))
 
 
-def _header(reader: RangeReader, folder: Path, name: str) -> Header:
+def read_remote_header(reader: RangeReader, folder: Path, name: str) -> Header:
+    """The header of one shard, by one or two range requests where the cache does not have the shard.
+
+    Args:
+        folder: of the model's snapshot in the cache.
+    Raises:
+        InputError: it is damaged, or the network.
+    """
     path = cached_path(reader.model, name)
     if path is not None:
         return read_header(path)
