@@ -83,9 +83,8 @@ def test_the_options_are_those_of_verify() -> None:
     given = set(re.findall(r"[(\s+](--[\w-]+) \"", SCRIPTS["Verify"]))
     assert given == {
         *("--report", "--junit", "--against", "--stage", "--text", "--max-kl", "--min-top1", "--vllm"),
-        *("--local-dir", "--revision"),  # of hf download
     }
-    assert given - {"--local-dir", "--revision"} <= known
+    assert given <= known
 
 
 def test_workflows_give_inputs_that_exist_and_ask_for_outputs_that_exist() -> None:
@@ -284,7 +283,7 @@ def test_words_of_a_checkpoint_are_no_commands(good: Path, tmp_path: Path) -> No
     assert not any("warning" in line.split("::")[1] for line in run.obeyed)
 
 
-def test_a_checkpoint_of_the_hub_is_fetched(good: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_hub_is_read_there(good: Path, tmp_path: Path) -> None:
     with HubServer() as hub:
         files = {path.name: path for path in good.iterdir()}
         hub.add("model", "someone/tiny-nvfp4", files, tags=("v1",))
@@ -292,10 +291,11 @@ def test_a_checkpoint_of_the_hub_is_fetched(good: Path, tmp_path: Path) -> None:
         inputs = {"checkpoint": "someone/tiny-nvfp4@v1", "stages": "structure"}
         run = run_action(tmp_path / "known", inputs, environment)
         assert run.outputs["verdict"] == "passed", run.log
-        assert "Passed: tiny-nvfp4" in run.summary
+        assert "Passed: someone/tiny-nvfp4" in run.summary
+        assert hub.bytes_sent("someone/tiny-nvfp4") < sum(path.stat().st_size for path in good.iterdir())
         run = run_action(tmp_path / "unknown", {"checkpoint": "someone/else"}, environment)
         assert (run.outputs["verdict"], run.code) == ("error", 2)
-        assert "could not be downloaded from the Hub" in run.obeyed[-1]
+        assert "someone/else does not exist or is private" in run.obeyed[-1]
 
 
 def test_our_own_workflow_verifies_a_good_and_a_broken_checkpoint(tmp_path: Path, good: Path) -> None:
