@@ -181,6 +181,12 @@ class HubServer:
         with self._lock:
             self._planned.append(Planned(pattern, fault, times, method))
 
+    def recover(self) -> None:
+        """Let nothing fail any more."""
+        with self._lock:
+            self._planned.clear()
+            self.failures.clear()
+
     def files(self, name: str, revision: str = "main", kind: str = "model") -> dict[str, bytes]:
         """The contents of a repository, by path."""
         return {path: blob.read() for path, blob in self.repo(name, kind).find(revision).files.items()}

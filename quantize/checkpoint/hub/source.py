@@ -81,7 +81,11 @@ def read_headers(reader: RangeReader, folder: Path, names: list[str]) -> Mapping
                 f"revision."
             )
     with ThreadPoolExecutor(_READERS, "headers") as pool:
-        return dict(zip(names, pool.map(lambda name: read_remote_header(reader, folder, name), names), strict=True))
+        try:
+            return dict(zip(names, pool.map(lambda name: read_remote_header(reader, folder, name), names), strict=True))
+        except BaseException:
+            reader.closed.set()
+            raise
 
 
 def read_remote_header(reader: RangeReader, folder: Path, name: str) -> Header:
