@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import traceback
 from typing import Any
@@ -18,6 +19,7 @@ COMMANDS = {
     "verify": "Prove a checkpoint: structure, bytes, scales.",
     "bench": "Serving speed: decode, prefill, users, contexts.",
     "doctor": "What this machine can do, and what it lacks.",
+    "push": "Publish a proved checkpoint with its card on the Hub.",
     "relayout": "Rewrite an NVFP4 checkpoint in the other layout.",
     "recipes": "List the recipes, or show one.",
     "demo": "The whole chain on an embedded real model.",
@@ -55,6 +57,11 @@ def cli(ctx: click.Context, debug: bool) -> None:
     ctx.obj = {"debug": debug}
 
 
+def _without_secrets(text: str) -> str:
+    """A traceback without what opens something: the signatures of addresses, tokens of the Hub."""
+    return re.sub(r"\bhf_\w{6,}", "hf_…", re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?…", text))
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code; a user's error is one sentence on stderr."""
     debug = "--debug" in (sys.argv[1:] if args is None else args)
@@ -63,7 +70,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(result if isinstance(result, int) else 0)
     except NvquantError as error:
         if debug:
-            traceback.print_exc()
+            click.echo(_without_secrets(traceback.format_exc()), err=True, nl=False)
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
