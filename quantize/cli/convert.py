@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,12 @@ from .options import (
     revision_option,
 )
 from .output import emit_json, gigabytes, say
+from .publishing import check_push, push_made, report_push
 
 if TYPE_CHECKING:
     from ..calibrate.samples import CalibrationSet
     from ..convert.options import ConvertOptions, ConvertResult
+    from ..convert.ranks import Ranks
     from ..convert.stop import StopRequest
 
 EXAMPLES = """
@@ -36,6 +39,7 @@ EXAMPLES = """
 Examples:
   nvquant convert google/gemma-4-31b --recipe nvfp4
   nvquant convert google/gemma-4-31b --recipe nvfp4 --low-disk
+  nvquant convert google/gemma-4-31b --recipe nvfp4 --push-to me/gemma-4-31b-NVFP4
   nvquant convert ./gemma-4-31b --recipe nvfp4
   nvquant convert ./gemma-4-31b --recipe nvfp4-full --format modelopt -o out --samples 256
   nvquant convert ./model --recipe nvfp4-a16 --device cpu
@@ -90,27 +94,26 @@ Examples:
     is_flag=True,
     help="Fetch the weights of a MODEL on the Hub by ranges as the walk needs them, and keep none on the disk.",
 )
+@click.option(
+    "--push-to",
+    metavar="REPO",
+    help="Prove the checkpoint and publish it on the Hub as org/name, as `nvquant push` does; private if it is new.",
+)
 @json_option
 @debug_option
 def command(
     model: str,
     recipe_name: str,
-    output: Path | None,
     format_name: str,
+    output: Path | None,
     quantizer: str | None,
-    calibration: str | None,
-    samples: int | None,
-    sequence_length: int | None,
-    batch_size: int,
-    seed: int,
-    device: str,
-    memory_budget: int | None,
-    resume: bool,
     profile: Path | None,
     engine: str,
     revision: str | None,
     low_disk: bool,
+    push_to: str | None,
     as_json: bool,
+    **run: Any,
 ) -> None:
     """Convert MODEL, a folder or a model on the Hub, layer by layer.
 
@@ -119,6 +122,8 @@ def command(
     """
     if low_disk and engine != "nvquant":
         raise InputError(f"--low-disk: --engine {engine} reads the whole model from the disk; go without one of them.")
+    if push_to is not None:
+        check_push(push_to)
     plan, recipe = make_plan(model, recipe_name, format_name, revision, low_disk)
     from ..convert.stop import StopRequest
     from ..convert.trace import Trace, prepare_folder
@@ -132,14 +137,8 @@ def command(
         trace = Trace(keep_events=profile is not None)
         with trace.span("import"):
             from ..convert.options import ConvertOptions
-            from ..convert.output import check_cache, check_output
-            from ..convert.ranks import join_ranks
 
-            check_output(target, plan.file_bytes, plan.source.folder)
-            check_cache(plan.source, target, plan.file_bytes)
-            device, ranks = join_ranks(resolve_device(device))
-        if low_disk and ranks.size > 1:
-            raise InputError("--low-disk: every rank would fetch the whole model; go without it, or with one rank.")
+            device, ranks = _places(plan, target, run["device"], low_disk)
         is_first = ranks.rank == 0
         if is_first:  # it speaks for all
             where = f"{device}, {ranks.size} ranks" if ranks.size > 1 else device
@@ -150,18 +149,29 @@ def command(
         loaded = None
         if recipe.needs_calibration:
             with trace.span("samples"):
-                loaded = _load(plan, calibration, samples, sequence_length, seed)
-            if is_first:
-                count = len(loaded.samples)
-                say(f"calibration {loaded.name}: {count} samples, {loaded.tokens:,} tokens, {loaded.framing}")
+                loaded = _load(plan, run, is_first)
+        sizes = (run["batch_size"], run["memory_budget"])
         options = ConvertOptions(
-            target, chosen, device, batch_size, memory_budget, restart=not resume, stop=stop, ranks=ranks, trace=trace
+            target, chosen, device, *sizes, restart=not run["resume"], stop=stop, ranks=ranks, trace=trace
         )
         result = _run(plan, options, loaded, engine)
         if profile is not None and is_first:
             trace.write(profile)
     if is_first:
-        _report(plan, result.as_json(), profile, as_json)
+        _finish(plan, result.as_json(), target, push_to, profile, as_json)
+
+
+def _places(plan: Plan, target: Path, device: str, low_disk: bool) -> tuple[str, Ranks]:
+    """The device and the ranks of this run, when it is sure that its output and its downloads have room."""
+    from ..convert.output import check_cache, check_output
+    from ..convert.ranks import join_ranks
+
+    check_output(target, plan.file_bytes, plan.source.folder)
+    check_cache(plan.source, target, plan.file_bytes)
+    found, ranks = join_ranks(resolve_device(device))
+    if low_disk and ranks.size > 1:
+        raise InputError("--low-disk: every rank would fetch the whole model; go without it, or with one rank.")
+    return found, ranks
 
 
 def _named(plan: Plan) -> str:
@@ -174,21 +184,23 @@ def _be_quiet(stop: StopRequest) -> None:
     stop.is_quiet = True
 
 
-def _load(
-    plan: Plan, calibration: str | None, samples: int | None, sequence_length: int | None, seed: int
-) -> CalibrationSet:
+def _load(plan: Plan, run: Mapping[str, Any], is_first: bool) -> CalibrationSet:
     """The calibration samples that the options ask for, the recipe's where they say nothing."""
     from ..calibrate.samples import load_calibration
 
     default = plan.recipe.calibration
-    return load_calibration(
-        calibration or default.set,
+    loaded = load_calibration(
+        run["calibration"] or default.set,
         model_folder=plan.source.folder,
         config=plan.source.config,
-        samples=samples or default.samples,
-        sequence_length=sequence_length or default.sequence_length,
-        seed=seed,
+        samples=run["samples"] or default.samples,
+        sequence_length=run["sequence_length"] or default.sequence_length,
+        seed=run["seed"],
     )
+    if is_first:
+        count = len(loaded.samples)
+        say(f"calibration {loaded.name}: {count} samples, {loaded.tokens:,} tokens, {loaded.framing}")
+    return loaded
 
 
 def _run(plan: Plan, options: ConvertOptions, loaded: CalibrationSet | None, engine: str) -> ConvertResult:
@@ -205,7 +217,30 @@ def _run(plan: Plan, options: ConvertOptions, loaded: CalibrationSet | None, eng
         return run(plan, replace(options, progress=sink), loaded)
 
 
-def _report(plan: Plan, result: dict[str, Any], profile: Path | None, as_json: bool) -> None:
+def _finish(
+    plan: Plan, result: dict[str, Any], target: Path, push_to: str | None, profile: Path | None, as_json: bool
+) -> None:
+    """Say what was made, and publish it where that was asked for."""
+    _tell(result, profile)
+    if not as_json:
+        click.echo(
+            f"{result['output']}: {result['tensors']} tensors, {gigabytes(result['tensor_bytes'])}, "
+            f"{result['quantized']} matrices quantized in "
+            f"{result['seconds']:.1f} s; peak {gigabytes(result['peak_host_bytes'])} host, "
+            f"{gigabytes(result['peak_gpu_bytes'])} GPU."
+        )
+    if push_to is None:
+        say(f"Next: nvquant verify {result['output']} --against {plan.model}")
+    else:
+        pushed = push_made(target, plan.source, push_to)
+        result = {**result, "push": pushed.as_json()}
+        if not as_json:
+            report_push(pushed)
+    if as_json:
+        emit_json(result)
+
+
+def _tell(result: Mapping[str, Any], profile: Path | None) -> None:
     if profile is not None:
         say(f"profile: {profile / 'phases.txt'}, and {profile / 'trace.json'} for ui.perfetto.dev")
     if result["was_finished"]:
@@ -217,13 +252,3 @@ def _report(plan: Plan, result: dict[str, Any], profile: Path | None, as_json: b
             f"{result['marlin_flushed_blocks']:,} blocks would be served as zeros by Marlin on GPUs without FP4 "
             f"units (rule of {RULE_READ_FROM})."
         )
-    if as_json:
-        emit_json(result)
-        return
-    click.echo(
-        f"{result['output']}: {result['tensors']} tensors, {gigabytes(result['tensor_bytes'])}, "
-        f"{result['quantized']} matrices quantized in "
-        f"{result['seconds']:.1f} s; peak {gigabytes(result['peak_host_bytes'])} host, "
-        f"{gigabytes(result['peak_gpu_bytes'])} GPU."
-    )
-    say(f"Next: nvquant verify {result['output']} --against {plan.model}")

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import debug_option, json_option, open_model, resolve_device
-from .output import emit_json, gigabytes, print_table, progress_reporter, say
+from .options import debug_option, json_option, open_model
+from .output import emit_json, print_table, say
+from .publishing import proved, report_push
 
 if TYPE_CHECKING:
-    from ..publish.push import Parcel, PushResult
+    from ..publish.push import Parcel
 
 EXAMPLES = """
 \b
@@ -67,21 +68,14 @@ def command(
     The stage structure of `nvquant verify` runs first, and numerics with --against; a checkpoint that fails is refused.
     A push that ended early goes on when the same command is run again.
     """
-    from ..publish.proof import prove, read_earlier
+    from ..publish.proof import read_earlier
     from ..publish.push import PushRequest, prepare, push
     from ..publish.target import check_repo_name, check_rights
 
     check_repo_name(repo) if dry_run else check_rights(repo)
     source = None if model is None else open_model(model)
     earlier = None if verify_json is None else read_earlier(verify_json, checkpoint)
-    progress = progress_reporter()
-    document = prove(
-        checkpoint,
-        source,
-        earlier,
-        lambda done, total, phase: progress(done, total, f"{phase}: {done} of {total}" if total else phase),
-        resolve_device("auto"),
-    )
+    document = proved(checkpoint, source, earlier)
     request = PushRequest(
         checkpoint,
         repo,
@@ -97,7 +91,8 @@ def command(
     if dry_run:
         _show(prepare(request), as_json)
     else:
-        _report(push(request), as_json)
+        result = push(request)
+        emit_json(result.as_json()) if as_json else report_push(result)
     return 0
 
 
@@ -111,20 +106,3 @@ def _show(parcel: Parcel, as_json: bool) -> None:
     rows = [[file.name, f"{file.size:,}", "upload" if file.name in uploaded else "there"] for file in changes.files]
     print_table(["file", "bytes", ""], [*rows, *([name, "", "delete"] for name in changes.delete)])
     say(f"Nothing was uploaded to {parcel.target.repo}: leave --dry-run out for that.")
-
-
-def _report(result: PushResult, as_json: bool) -> None:
-    if result.kept_card:
-        say(f"README.md of {result.repo} was not written by nvquant and stays; --replace replaces it.")
-    if as_json:
-        emit_json(result.as_json())
-        return
-    done = f"{result.files} files, {gigabytes(result.bytes)}"
-    if result.uploaded or result.deleted:
-        sent = f"{len(result.uploaded)} uploaded ({gigabytes(result.uploaded_bytes)})"
-        gone = f", {len(result.deleted)} deleted" if result.deleted else ""
-        done = f"{done}; {sent}{gone}"
-    else:
-        done = f"{done}, all there already: nothing was uploaded"
-    click.echo(f"{result.url}: {done}; {'private' if result.is_private else 'public'}, commit {result.commit}.")
-    say(f"Next: nvquant verify {result.repo}")

@@ -1,0 +1,79 @@
+"""What `convert --push-to` and `push` share: the refusal before work, the proof with its progress, and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import resolve_device
+from .output import gigabytes, progress_reporter, say
+
+if TYPE_CHECKING:
+    from ..checkpoint.source import Checkpoint
+    from ..publish.push import PushResult
+
+
+def check_push(repo: str) -> None:
+    """Refuse a push that cannot be, before hours of work.
+
+    Raises:
+        InputError: see `publish.target.check_rights`.
+    """
+    from ..publish.target import check_rights
+
+    check_rights(repo)
+
+
+def proved(checkpoint: Path, source: Checkpoint | None, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What verify finds of a checkpoint that is to be published, shown as it comes; see `publish.proof.prove`."""
+    from ..publish.proof import prove
+
+    progress = progress_reporter()
+    return prove(
+        checkpoint,
+        source,
+        earlier,
+        lambda done, total, phase: progress(done, total, f"{phase}: {done} of {total}" if total else phase),
+        resolve_device("auto"),
+    )
+
+
+def push_made(checkpoint: Path, source: Checkpoint, repo: str) -> PushResult:
+    """Prove and publish what was just converted. The numbers need the source's weights: where none was kept, only the
+    structure is proved.
+
+    Raises:
+        CheckFailed: the proof failed; the checkpoint stays.
+        InputError: the Hub, or the network.
+    """
+    from ..checkpoint.hub.shards import RemoteShards
+    from ..publish.push import PushRequest, push
+
+    is_kept = not isinstance(source.content, RemoteShards)
+    if not is_kept:
+        say(
+            f"Numbers are not measured, since --low-disk kept no weights: `nvquant push {checkpoint} {repo} --against "
+            f"{source.name}` measures them and adds them to the card."
+        )
+    document = proved(checkpoint, source if is_kept else None, None)
+    return push(PushRequest(checkpoint, repo, document, source=source.folder, say=say))
+
+
+def report_push(result: PushResult) -> None:
+    """Say what a push did."""
+    if result.kept_card:
+        say(
+            f"README.md of {result.repo} was not written by nvquant and stays; --replace of `nvquant push` replaces it."
+        )
+    done = f"{result.files} files, {gigabytes(result.bytes)}"
+    if result.uploaded or result.deleted:
+        sent = f"{len(result.uploaded)} uploaded ({gigabytes(result.uploaded_bytes)})"
+        gone = f", {len(result.deleted)} deleted" if result.deleted else ""
+        done = f"{done}; {sent}{gone}"
+    else:
+        done = f"{done}, all there already: nothing was uploaded"
+    click.echo(f"{result.url}: {done}; {'private' if result.is_private else 'public'}, commit {result.commit}.")
+    say(f"Next: nvquant verify {result.repo}")
