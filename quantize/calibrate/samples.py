@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ class CalibrationSet:
         tokens: sum of their lengths.
         sha256: of lengths and ids, little-endian int64, in order; equal if and only if the samples are.
         framing: `prose` (BOS and packed text), `chat` (the model's own template) or `ids` (as given).
+        sequence_length, seed: what was asked for, so that the same can be asked again.
     """
 
     name: str
@@ -48,6 +49,8 @@ class CalibrationSet:
     tokens: int
     sha256: str
     framing: Framing
+    sequence_length: int | None = None
+    seed: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What results say of it."""
@@ -96,7 +99,7 @@ def load_calibration(
     if len(made) < samples:
         raise _too_few(title, len(made), samples, sequence_length, remark)
     check_vocabulary(made, config, title)
-    return _calibration_set(title, made, framing)
+    return replace(_calibration_set(title, made, framing), sequence_length=sequence_length, seed=seed)
 
 
 def prose_samples(

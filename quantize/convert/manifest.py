@@ -44,6 +44,8 @@ def run_identity(
         identity["calibration"] = {
             "name": calibration.name,
             "samples": len(calibration.samples),
+            "sequence_length": calibration.sequence_length,
+            "seed": calibration.seed,
             "tokens": calibration.tokens,
             "framing": calibration.framing,
             "sha256": calibration.sha256,

@@ -242,6 +242,7 @@ def test_the_manifest_says_what_the_run_was_made_from_and_what_it_saw(tiny: Tiny
     assert manifest["run"]["versions"]["torch"] == torch.__version__
     assert manifest["calibration"]["samples"] == len(LENGTHS)
     assert manifest["calibration"]["tokens"] == sum(LENGTHS)
+    assert (manifest["calibration"]["sequence_length"], manifest["calibration"]["seed"]) == (4096, 0)
     assert set(manifest["source"]["shards"]) == {path.name for path in tiny("gemma4").glob("*.safetensors")}
     assert manifest["files"] == {path: digest for path, digest in contents(folder).items() if path.endswith("tensors")}
     groups = {name: group for layer in manifest["layers"] for name, group in layer["groups"].items()}

@@ -226,7 +226,8 @@ def test_the_command_is_the_one_that_makes_the_checkpoint(copy: Callable[[], Pat
     assert words[:2] == ["nvquant", "convert"]
     options = dict(zip(words[3::2], words[4::2], strict=True))
     assert options["--calibration"] == manifest["calibration"]["name"]
-    assert options["--samples"] == str(manifest["calibration"]["samples"])
+    for key, option in (("samples", "--samples"), ("sequence_length", "--sequence-length"), ("seed", "--seed")):
+        assert options[option] == str(manifest["calibration"][key])
     assert (options["--device"], options["--recipe"]) == ("cpu", "nvfp4")
 
 
