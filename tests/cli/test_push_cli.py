@@ -116,6 +116,24 @@ def test_an_earlier_verdict_is_taken_over(
     assert stored["numerics"] == json.loads(verified.stdout)["numerics"]
 
 
+def test_what_came_from_the_hub_goes_back_with_its_commit_and_its_licence(
+    nvquant: Command, hub: HubServer, tiny: TinyModels, tmp_path: Path
+) -> None:
+    source = {path.name: path for path in tiny("llama").iterdir() if path.is_file()}
+    card = b"---\nlicense: apache-2.0\nmodel-index: []\n---\n# The source\n"
+    commit = hub.add("model", "org/base", {**source, "README.md": card})
+    output = tmp_path / "converted"
+    done = nvquant("convert", "org/base", "--recipe", "nvfp4-a16", "--quantizer", "rtn", "-o", output)
+    assert done.code == 0, done.stderr
+    done = nvquant("push", output, REPO)
+    assert done.code == 0, done.stderr
+    written = hub.files(REPO)["README.md"].decode()
+    assert "license: apache-2.0" in written and "base_model: org/base" in written and "model-index" not in written
+    assert f"- Source's commit: `{commit}`" in written and "- Source's integrity: `" in written
+    assert f"nvquant convert org/base@{commit} --recipe nvfp4-a16" in written
+    assert nvquant("verify", REPO).code == 0
+
+
 def test_a_failed_check_exits_with_1_and_its_name(
     nvquant: Command, hub: HubServer, converted: Path, tmp_path: Path
 ) -> None:
