@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,11 @@ Examples:
 @click.option(
     "--calibration",
     help="A shipped set, a Hub data set, a .txt/.jsonl/.parquet/.csv file, or token ids; the recipe's by default.",
+)
+@click.option(
+    "--calibration-fallback",
+    metavar="SET",
+    help="Calibrate with this set where the Hub does not give the other one; without this option that is an error.",
 )
 @calibration_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of calibration samples.")
@@ -187,16 +193,25 @@ def _be_quiet(stop: StopRequest) -> None:
 def _load(plan: Plan, run: Mapping[str, Any], is_first: bool) -> CalibrationSet:
     """The calibration samples that the options ask for, the recipe's where they say nothing."""
     from ..calibrate.samples import load_calibration
+    from ..checkpoint.hub.errors import HubError
 
     default = plan.recipe.calibration
-    loaded = load_calibration(
-        run["calibration"] or default.set,
+    load = partial(
+        load_calibration,
         model_folder=plan.source.folder,
         config=plan.source.config,
         samples=run["samples"] or default.samples,
         sequence_length=run["sequence_length"] or default.sequence_length,
         seed=run["seed"],
     )
+    try:
+        loaded = load(run["calibration"] or default.set)
+    except HubError as refusal:
+        fallback = run["calibration_fallback"]
+        if fallback is None:
+            raise
+        say(f"{refusal} Calibrating with {fallback}, as --calibration-fallback asks.")
+        loaded = load(fallback)
     if is_first:
         count = len(loaded.samples)
         say(f"calibration {loaded.name}: {count} samples, {loaded.tokens:,} tokens, {loaded.framing}")

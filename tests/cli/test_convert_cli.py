@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.commands import Command
 from support.conversions import TinyModels, contents, planned, tensors_in
+from support.hub_models import hub_for_this_process
 from support.tiny_models import tiny_llama
 
 RUN = ("--device", "cpu", "--quantizer", "rtn", "--samples", "6", "--sequence-length", "40")
@@ -210,3 +211,19 @@ def test_a_small_memory_budget_changes_no_byte(nvquant: Command, tiny: TinyModel
         ended = nvquant("convert", tiny("gemma4"), "-o", name, "--calibration", ids, *RUN, *budget)
         assert ended.code == 0, ended.stderr
     assert contents(tmp_path / "0") == contents(tmp_path / "1")
+
+
+def test_another_calibration_set_is_taken_only_when_asked_for(
+    nvquant: Command, tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny("llama")
+    size = ("--samples", 2, "--sequence-length", 16, "--device", "cpu")
+    with hub_for_this_process(monkeypatch, tmp_path / "cache"):
+        wanted = ("convert", source, "-o", "out", "--calibration", "org/none", *size)
+        refused = nvquant(*wanted)
+        assert refused.code == 2
+        assert "Hub data set org/none does not exist or is private" in refused.stderr
+        ended = nvquant(*wanted, "--calibration-fallback", "offline")
+        assert ended.code == 0, ended.stderr
+        assert "Calibrating with offline, as --calibration-fallback asks." in ended.stderr
+        assert manifest(tmp_path / "out")["calibration"]["name"] == "offline"

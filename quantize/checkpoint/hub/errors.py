@@ -12,6 +12,10 @@ from ...errors import InputError
 PASSING_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 
+class HubError(InputError):
+    """The Hub refused, or could not be reached."""
+
+
 @contextmanager
 def hub_errors(what: str, repo: str, revision: str | None = None, otherwise: str = "try again later") -> Iterator[None]:
     """Turn every error of huggingface_hub and of the network into one sentence.
@@ -20,7 +24,7 @@ def hub_errors(what: str, repo: str, revision: str | None = None, otherwise: str
         what: `model` or `data set`.
         otherwise: what to do where the Hub refuses for no reason that is known here, or cannot be reached.
     Raises:
-        InputError: in place of each.
+        HubError: in place of each.
     """
     from huggingface_hub import errors
 
@@ -28,27 +32,25 @@ def hub_errors(what: str, repo: str, revision: str | None = None, otherwise: str
     try:
         yield
     except errors.GatedRepoError as error:
-        raise InputError(
+        raise HubError(
             f"Hub {what} {repo} is gated: accept its terms on its page, and run `hf auth login` (or set HF_TOKEN)."
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise InputError(
-            f"Hub {what} {repo} has no revision {revision}: give a commit, branch or tag of it."
-        ) from error
+        raise HubError(f"Hub {what} {repo} has no revision {revision}: give a commit, branch or tag of it.") from error
     except errors.LocalEntryNotFoundError as error:
-        raise InputError(_unreachable(what, where, otherwise)) from error
+        raise HubError(_unreachable(what, where, otherwise)) from error
     except errors.EntryNotFoundError as error:
-        raise InputError(f"Hub {what} {where} lacks a file that it listed: {otherwise}.") from error
+        raise HubError(f"Hub {what} {where} lacks a file that it listed: {otherwise}.") from error
     except errors.RepositoryNotFoundError as error:
-        raise InputError(
+        raise HubError(
             f"Hub {what} {repo} does not exist or is private: check the name, or run `hf auth login`."
         ) from error
     except errors.HfHubHTTPError as error:
-        raise InputError(_refused(f"Hub {what} {where}", f"{what} {where}", status_of(error), otherwise)) from error
+        raise HubError(_refused(f"Hub {what} {where}", f"{what} {where}", status_of(error), otherwise)) from error
     except (network_error(), errors.OfflineModeIsEnabled) as error:
-        raise InputError(_unreachable(what, where, otherwise)) from error
+        raise HubError(_unreachable(what, where, otherwise)) from error
     except errors.HFValidationError as error:
-        raise InputError(f"{repo} is not a name that the Hub can have: give it as org/name.") from error
+        raise HubError(f"{repo} is not a name that the Hub can have: give it as org/name.") from error
 
 
 def network_error() -> type[Exception]:
