@@ -217,7 +217,9 @@ def _make(request: PushRequest) -> Target:
 
 def _source_data(request: PushRequest, provenance: Provenance) -> Mapping[str, Any]:
     """The data of the source's card: from the Hub, or from the folder that it was converted from."""
-    if provenance.base_model is not None:
+    if provenance.base_model is None:
+        request.say("The card names no source: `nvquant push --base-model ID` does, where ID is its name on the Hub.")
+    else:
         try:
             model = find_model(provenance.base_model, provenance.commit, endpoint=request.endpoint)
             return _data_of(download(model, CARD_NAME)) if CARD_NAME in model.files else {}

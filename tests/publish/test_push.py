@@ -391,7 +391,9 @@ def test_the_sources_folder_gives_the_cards_data_where_the_hub_does_not(
     hub: HubServer, request_for: PushRequest, tmp_path: Path
 ) -> None:
     (tmp_path / "README.md").write_bytes(CARD.replace(b"mit", b"bsd"))
-    push(replace(request_for, base_model=None, source=tmp_path))
+    said: list[str] = []
+    push(replace(request_for, base_model=None, source=tmp_path, say=said.append))
+    assert said[0].startswith("The card names no source: `nvquant push --base-model ID` does")
     data = split_card(hub.files(REPO)[CARD_NAME].decode())[0]
     assert data["license"] == "bsd" and "base_model" not in data
 
