@@ -14,6 +14,7 @@ import click
 from .. import __version__
 from ..errors import InputError
 from ..plan.plan import Plan
+from ..recipe.load import load_recipe
 from .options import (
     calibration_options,
     debug_option,
@@ -31,6 +32,7 @@ from .publishing import check_push, push_made, report_push
 
 if TYPE_CHECKING:
     from ..calibrate.samples import CalibrationSet
+    from ..checkpoint.hub.repository import HubModel
     from ..convert.options import ConvertOptions, ConvertResult
     from ..convert.ranks import Ranks
     from ..convert.stop import StopRequest
@@ -130,13 +132,15 @@ def command(
         raise InputError(f"--low-disk: --engine {engine} reads the whole model from the disk; go without one of them.")
     if push_to is not None:
         check_push(push_to)
-    plan, recipe = make_plan(model, recipe_name, format_name, revision, low_disk)
+    recipe = load_recipe(recipe_name)
+    pin = partial(_where_it_began, output=output, recipe=recipe.name, resume=run["resume"])
+    plan, _ = make_plan(model, recipe_name, format_name, revision, low_disk, pin)
     from ..convert.stop import StopRequest
     from ..convert.trace import Trace, prepare_folder
     from ..quantizers import get_quantizer
 
     chosen = get_quantizer(quantizer or recipe.quantizer).name
-    target = output or Path(f"{plan.source.name.rpartition('/')[2]}-{recipe.name}")
+    target = output or _default_output(plan.source.name, recipe.name)
     if profile is not None:
         prepare_folder(profile)
     with StopRequest() as stop:
@@ -165,6 +169,26 @@ def command(
             trace.write(profile)
     if is_first:
         _finish(plan, result.as_json(), target, push_to, profile, as_json)
+
+
+def _default_output(source: str, recipe: str) -> Path:
+    return Path(f"{source.rpartition('/')[2]}-{recipe}")
+
+
+def _where_it_began(remote: HubModel, output: Path | None, recipe: str, resume: bool) -> HubModel:
+    """The model at the commit at which a run that ended early began, though its branch may mean another one by now."""
+    if not resume or remote.revision == remote.commit:
+        return remote
+    from ..checkpoint.hub.repository import find_model
+    from ..convert.journal import Journal
+    from ..convert.output import partial_folder
+
+    identity = Journal(partial_folder(output or _default_output(remote.repo, recipe))).identity() or {}
+    began = identity.get("source", {}).get("hub") or {}
+    if began.get("id") != remote.repo or began.get("commit") in (None, remote.commit):
+        return remote
+    say(f"{remote.repo} has moved on to {remote.commit[:12]}; the run goes on at {began['commit'][:12]}, as it began.")
+    return find_model(remote.repo, began["commit"], endpoint=remote.endpoint, cache=remote.cache)
 
 
 def _places(plan: Plan, target: Path, device: str, low_disk: bool) -> tuple[str, Ranks]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
@@ -19,6 +19,7 @@ from ..recipe.schema import Recipe
 if TYPE_CHECKING:
     from ..checkpoint.hub.repository import HubModel
 
+Pin: TypeAlias = "Callable[[HubModel], HubModel]"
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -107,11 +108,14 @@ def revision_option(function: F) -> F:
     )(function)
 
 
-def open_model(model: str, revision: str | None = None, low_disk: bool = False) -> Checkpoint:
+def open_model(
+    model: str, revision: str | None = None, low_disk: bool = False, pin: Pin = lambda remote: remote
+) -> Checkpoint:
     """The source checkpoint that MODEL names: a folder, or a model on the Hub as `org/name` or `org/name@revision`.
 
     Args:
         low_disk: read the weights of a model on the Hub by ranges, and keep none.
+        pin: may choose another commit of a model on the Hub.
     Raises:
         InputError: neither is there, it is no safetensors model, or an option fits only the other kind.
     """
@@ -122,7 +126,7 @@ def open_model(model: str, revision: str | None = None, low_disk: bool = False) 
         return open_checkpoint(Path(model))
     from ..checkpoint.hub.source import open_hub_checkpoint
 
-    return open_hub_checkpoint(remote, low_disk)
+    return open_hub_checkpoint(pin(remote), low_disk)
 
 
 def find_remote(model: str, revision: str | None = None) -> HubModel | None:
@@ -152,11 +156,16 @@ def _exists(path: Path) -> bool:
 
 
 def make_plan(
-    model: str, recipe_name: str, format_name: str, revision: str | None = None, low_disk: bool = False
+    model: str,
+    recipe_name: str,
+    format_name: str,
+    revision: str | None = None,
+    low_disk: bool = False,
+    pin: Pin = lambda remote: remote,
 ) -> tuple[Plan, Recipe]:
-    """Open MODEL, load the recipe, compute the plan."""
+    """Open MODEL (see `open_model`), load the recipe, compute the plan."""
     recipe = load_recipe(recipe_name)
-    source = open_model(model, revision, low_disk)
+    source = open_model(model, revision, low_disk, pin)
     name = model.rstrip("/") if source.hub is None else source.hub.repo
     return compute_plan(source, recipe, LAYOUTS[format_name], name), recipe
 

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from nvquant.checkpoint.hub import patience
+from nvquant.checkpoint.source import open_checkpoint
 from safetensors.torch import load_file, save_file
 from support.commands import Command
 from support.conversions import TinyModels, contents, planned, tensors_in
+from support.hub_faults import Hangup
+from support.hub_http import Request
 from support.hub_models import hub_for_this_process
 from support.tiny_models import tiny_llama
 
@@ -227,3 +231,29 @@ def test_another_calibration_set_is_taken_only_when_asked_for(
         assert ended.code == 0, ended.stderr
         assert "Calibrating with offline, as --calibration-fallback asks." in ended.stderr
         assert manifest(tmp_path / "out")["calibration"]["name"] == "offline"
+
+
+def test_a_run_goes_on_at_the_commit_at_which_it_began_though_the_branch_moved(
+    nvquant: Command, tiny: TinyModels, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "MOST_FAILURES", 1)
+    with hub_for_this_process(monkeypatch, tmp_path / "cache") as hub:
+        began = hub.add("model", "org/llama", tiny("llama"))
+        wanted = ("convert", "org/llama", "-o", "out", "--calibration", ids, *RUN, "--low-disk")
+        last = open_checkpoint(tiny("llama")).info("model.layers.2.mlp.up_proj.weight")
+
+        def end_the_network(request: Request) -> None:
+            if f"bytes={last.begin}-" in (request.headers.get("Range") or ""):
+                hub.fail("*/resolve/*", Hangup(), times=1000)
+
+        hub.on_request = end_the_network
+        assert nvquant(*wanted).code == 2
+        assert (tmp_path / "out.partial").is_dir()
+        hub.on_request = None
+        hub.recover()
+        hub.add("model", "org/llama", {**{path.name: path for path in tiny("llama").iterdir()}, "NOTICE": b"new"})
+        ended = nvquant(*wanted)
+        assert ended.code == 0, ended.stderr
+        assert f"the run goes on at {began[:12]}, as it began" in ended.stderr
+        written = json.loads((tmp_path / "out" / "nvquant_manifest.json").read_text())
+        assert written["source"]["hub"]["commit"] == began
