@@ -22,26 +22,28 @@ _TIMEOUT_SECONDS = 30.0
 
 
 class RangeReader:
-    """Reads ranges of one model's files; safe to use from several threads.
-
-    Attributes:
-        closed: set it, and who waits for the network stops waiting.
-    """
+    """Reads ranges of one model's files; safe to use from several threads."""
 
     def __init__(self, model: HubModel) -> None:
         self.model = model
-        self.closed = threading.Event()
+        self._ended = threading.Event()
         self._addresses: dict[str, str] = {}
         self._lock = threading.Lock()
+
+    def end(self) -> None:
+        """Whoever waits for the network now stops waiting; who reads later is not concerned."""
+        self._ended.set()
+        self._ended = threading.Event()
 
     def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
         """Fill `buffer` from the byte `begin` of a file on.
 
         Raises:
-            InputError: the Hub refuses or cannot be reached, has other content than it published for the commit, or the
-                reader was closed.
+            InputError: the Hub refuses or cannot be reached, has other content than it published for the commit, or
+                `end` was called.
         """
-        patience, done = Patience(self.closed), 0
+        ended, done = self._ended, 0
+        patience = Patience(ended)
         doing = f"{name} of {self.model.repo}"
         with hub_errors("model", self.model.repo, self.model.commit[:12], OTHERWISE):
             while done < len(buffer):
@@ -50,7 +52,7 @@ class RangeReader:
                         buffer[done : done + len(piece)] = piece
                         done += len(piece)
                         patience.progressed()
-                        if self.closed.is_set():
+                        if ended.is_set():
                             raise InputError("the run has ended.")
                 except network_error() as error:
                     if not self._has_expired(name, error):

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...errors import InputError
 from .errors import hub_errors, network_error
+from .quiet import hide_signatures
 
 logger = logging.getLogger("nvquant.checkpoint.hub")
 
@@ -94,6 +95,7 @@ def find_model(
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    hide_signatures()
     endpoint = endpoint or constants.ENDPOINT
     with hub_errors("model", repo, revision, OTHERWISE):
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,7 +30,7 @@ class DownloadedShards:
         self._model = model
         self._files: dict[str, Future[Path]] = {}
         self._queue: list[str] = []
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._closed = threading.Event()
         self._workers = 0
         self._counters: list[Counter] = []
@@ -88,51 +87,53 @@ class DownloadedShards:
 
     def fetched(self) -> tuple[int, int]:
         """See `ShardBytes`; what an earlier run left half done counts when its download goes on."""
-        with self._changed:
+        with self._lock:
             done = sum(counter.bytes for counter in self._counters)
             return done, sum(self._model.file(file).size or 0 for file in self._files)
 
     def end(self) -> None:
-        """Give up what is still on its way; what came of it stays in the cache, and the next run goes on there."""
-        with self._changed:
+        """Give up what is still on its way; what came of it stays in the cache, and who asks later goes on there."""
+        with self._lock:
             self._closed.set()
-            for future in self._files.values():
+            self._closed = threading.Event()
+            self._queue.clear()
+            self._workers = 0
+            for file, future in list(self._files.items()):
                 if not future.done():
-                    with contextlib.suppress(Exception):  # its worker was quicker
-                        future.set_exception(InputError("the run has ended."))
-            self._changed.notify_all()
+                    future.set_exception(InputError("the run has ended."))
+                    del self._files[file]
 
     def _coming(self, file: str, is_urgent: bool) -> Future[Path]:
-        with self._changed:
+        with self._lock:
             if file not in self._files:
                 self._files[file] = Future()
                 self._queue.append(file)
-                self._hire(len(self._queue))
+                self._hire()
             if is_urgent and file in self._queue:
                 self._queue.remove(file)
                 self._queue.insert(0, file)
-            self._changed.notify()
             return self._files[file]
 
-    def _hire(self, wanted: int) -> None:
+    def _hire(self) -> None:
         """Daemons, since a program that ends does not wait for gigabytes."""
-        if self._workers < min(WORKERS, wanted):
+        if self._workers < WORKERS:
             self._workers += 1
-            threading.Thread(target=self._work, name="download", daemon=True).start()
+            threading.Thread(target=self._work, args=(self._closed,), name="download", daemon=True).start()
 
-    def _work(self) -> None:
+    def _work(self, closed: threading.Event) -> None:
         while True:
-            with self._changed:
-                if self._closed.is_set() or not self._queue:
+            with self._lock:
+                if closed.is_set():
+                    return
+                if not self._queue:
                     self._workers -= 1
                     return
                 file = self._queue.pop(0)
-                counter = Counter()
+                future, counter = self._files[file], Counter()
                 self._counters.append(counter)
-            future = self._files[file]
             size = self._model.file(file).size or 0
             try:
-                path = download(self._model, file, self._closed, counter)
+                path = download(self._model, file, closed, counter)
             except BaseException as error:
                 self._settle(future, error)
             else:
@@ -140,7 +141,7 @@ class DownloadedShards:
                 self._settle(future, path)
 
     def _settle(self, future: Future[Path], outcome: Path | BaseException) -> None:
-        with self._changed:
+        with self._lock:
             if future.done():  # the run ended meanwhile
                 return
             if isinstance(outcome, BaseException):
@@ -214,7 +215,7 @@ class RemoteShards:
 
     def end(self) -> None:
         """Stop waiting for the network, and drop all that is kept."""
-        self._reader.closed.set()
+        self._reader.end()
         for kept in self._kept.values():
             kept.drop()
 

@@ -84,7 +84,7 @@ def read_headers(reader: RangeReader, folder: Path, names: list[str]) -> Mapping
         try:
             return dict(zip(names, pool.map(lambda name: read_remote_header(reader, folder, name), names), strict=True))
         except BaseException:
-            reader.closed.set()
+            reader.end()
             raise
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import threading
 from pathlib import Path
 
@@ -50,6 +52,17 @@ def test_what_may_pass_is_asked_for_again_and_nothing_comes_twice(
     hub.fail(f"*/resolve/*/{FIRST}", fault, times=2)  # type: ignore[arg-type]
     assert download(find_model(NAME), FIRST).read_bytes() == (folder / FIRST).read_bytes()
     assert hub.bytes_sent_of(NAME, FIRST) <= (folder / FIRST).stat().st_size + 2 * (1 << 18)  # on the wire
+
+
+def test_no_message_of_huggingface_hub_names_a_signed_address(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    words = io.StringIO()
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        monkeypatch.setattr(handler, "stream", words)
+    hub.fail("/cdn/*", Drop(after=1000), method="GET")
+    download(find_model(NAME), FIRST)
+    assert "/repos/" in words.getvalue()  # it does name the address
+    assert not any(secret in words.getvalue() for secret in hub.secrets)
 
 
 @pytest.mark.parametrize("fault", [Corrupt(at=4711), Truncate(to=1000)], ids=repr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_a_network_that_stays_away_is_one_sentence(hub: HubServer, monkeypatch: 
     assert not any(secret in str(caught.value) for secret in hub.secrets)
 
 
-def test_a_closed_reader_waits_for_nobody(hub: HubServer) -> None:
+def test_an_end_ends_the_waiting_and_not_what_is_read_later(hub: HubServer, folder: Path) -> None:
     reader = RangeReader(find_model(NAME))
     hub.fail("/cdn/*", Status(429, retry_after=600), times=99)
     failures: list[BaseException] = []
@@ -95,7 +96,13 @@ def test_a_closed_reader_waits_for_nobody(hub: HubServer) -> None:
 
     waiting = threading.Thread(target=run)
     waiting.start()
-    reader.closed.set()
-    waiting.join(timeout=10)
-    assert not waiting.is_alive()
+    while not hub.log[-1].path.startswith("/cdn/"):
+        time.sleep(0.01)
+    while waiting.is_alive():
+        reader.end()
+        waiting.join(timeout=0.05)
     assert "the run has ended" in str(failures[0])
+    hub.recover()
+    buffer = bytearray(8)
+    reader.read_into(FIRST, 0, memoryview(buffer))
+    assert buffer == (folder / FIRST).read_bytes()[:8]
