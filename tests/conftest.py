@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from nvquant.demo.smollm2 import build_smollm2
 from nvquant.errors import EnvironmentLack
+from support.converting import run_convert
+from support.shared import made_once
 
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real BF16 checkpoint: SmolLM2-135M-Instruct."""
     try:
-        return build_smollm2(tmp_path_factory.mktemp("models") / "smollm2-135m-instruct")
+        return made_once(tmp_path_factory, "smollm2-135m-instruct", build_smollm2)
     except EnvironmentLack as lack:
         pytest.skip(str(lack))
+
+
+@pytest.fixture(scope="session")
+def converted_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Gives SmolLM2 converted by a recipe into a layout, by the command line; only to be read."""
+
+    def convert(recipe: str, layout: str) -> Path:
+        return made_once(
+            tmp_path_factory, f"smollm2-{recipe}-{layout}", lambda folder: run_convert(smollm2, recipe, layout, folder)
+        )
+
+    return convert

@@ -19,8 +19,6 @@ class Progress:
         tokens_total: tokens times layers that this run has to compute; 0 without calibration.
         bytes_read: from the source, by this run.
         bytes_written: to the output, by this run.
-        bytes_fetched: of the files of this run that come from the Hub, those that are there.
-        bytes_to_fetch: all of them; 0 where nothing has to come.
         host_bytes: resident memory of the process now.
         gpu_bytes: GPU memory that its allocator has reserved now.
         layers_skipped: layers that an earlier run had finished.
@@ -28,6 +26,8 @@ class Progress:
         ranks: processes that share the run.
         setup_seconds: the part of `seconds` before this run's first layer (recording, replay): it says nothing about
             the speed of the layers.
+        bytes_fetched: of the files of this run that come from the Hub, those that are there.
+        bytes_to_fetch: all of them; 0 where nothing has to come.
     """
 
     phase: str
@@ -38,14 +38,14 @@ class Progress:
     tokens_total: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
-    bytes_fetched: int = 0
-    bytes_to_fetch: int = 0
     host_bytes: int = 0
     gpu_bytes: int = 0
     layers_skipped: int = 0
     rank: int = 0
     ranks: int = 1
     setup_seconds: float = 0.0
+    bytes_fetched: int = 0
+    bytes_to_fetch: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,10 @@ def test_help_loads_nothing_heavy() -> None:
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_real_vllm_is_measured_and_one_that_does_not_start_is_reported(
-    nvquant: Command, smollm2: Path, tmp_path: Path
+    nvquant: Command, smollm2: Path, converted_smollm2: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     python, checkpoint, broken, out = vllm_python(), tmp_path / "nvfp4", tmp_path / "broken", tmp_path / "out"
-    sizes = ("--samples", 2, "--sequence-length", 64, "--device", "cpu")
-    assert nvquant("convert", smollm2, "--recipe", "nvfp4", *sizes, "-o", checkpoint).code == 0
+    checkpoint.symlink_to(converted_smollm2("nvfp4", "modelopt"))
     shutil.copytree(smollm2, broken)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchForCausalLM"]}))

@@ -97,6 +97,18 @@ def test_a_plain_line_has_every_figure() -> None:
     )
 
 
+def test_what_comes_from_the_hub_is_told_while_layers_wait_for_it() -> None:
+    def tell(sink: Callable[[Progress], None], clock: Clock) -> None:
+        for gigabytes in (1, 2, 3):
+            sink(Progress("record", seconds=clock.now, bytes_fetched=gigabytes * 10**9, bytes_to_fetch=4 * 10**9))
+            clock.now += 8
+
+    lines = [line.split("fetched=")[1].split()[0] for line in plain(tell)]
+    assert lines[:2] == ["1.0GB/4.0GB", "3.0GB/4.0GB"]  # the first of the phase, and one every ten seconds
+    shown = "\n".join(Screen(live(replace(FULL, bytes_fetched=10**9, bytes_to_fetch=4 * 10**9))).frames)
+    assert "fetched 1.0 GB / 4.0 GB" in shown
+
+
 def test_what_a_run_does_not_have_is_left_out() -> None:
     (line,) = plain(lambda sink, clock: sink(Progress("layers", 0, 3)))
     assert line.split(" ", 1)[1] == "convert layer=0/3 phase=layers"

@@ -12,7 +12,6 @@ Servers start on one core: with pytest-xdist, `-n 2` runs them in pairs. Each ch
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,6 @@ from statistics import correlation, mean
 
 import pytest
 import torch
-from filelock import FileLock
 from nvquant.serving.server import NO_LOAD_CHECK, ServerDied
 from safetensors.torch import load_file, save_file
 from support.converting import run_convert
@@ -55,21 +53,6 @@ def vllm_environment() -> Path:
 
 
 @pytest.fixture(scope="session")
-def convert(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Convert:
-    """Convert SmolLM2 by recipe and layout, each pair once, whichever test process asks first."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-
-    def once(recipe: str, layout: str) -> Path:
-        folder = shared / f"smollm2-{recipe}-{layout}"
-        with FileLock(f"{folder}.lock"):
-            return folder if folder.exists() else run_convert(smollm2, recipe, layout, folder)
-
-    return once
-
-
-@pytest.fixture(scope="session")
 def prompt_ids(smollm2: Path) -> list[int]:
     ids: list[int] = AutoTokenizer.from_pretrained(smollm2)(PROMPT.replace("\n", " ")).input_ids
     assert len(ids) > 200
@@ -98,14 +81,14 @@ def assert_close(got: list[float], expected: list[float], *, nll: float = 0.15, 
 )
 @pytest.mark.usefixtures("vllm_environment")
 def test_served_w4a4_gives_the_likelihood_of_the_emulation(
-    convert: Convert,
+    converted_smollm2: Convert,
     prompt_ids: list[int],
     source_logprobs: list[float],
     tmp_path: Path,
     recipe: str,
     layout: str,
 ) -> None:
-    checkpoint = convert(recipe, layout)
+    checkpoint = converted_smollm2(recipe, layout)
     with serve(checkpoint, tmp_path) as server:
         served = server.client.prompt_logprobs(prompt_ids)
     assert kernel_of(server) == W4A4_KERNEL
@@ -116,9 +99,9 @@ def test_served_w4a4_gives_the_likelihood_of_the_emulation(
 @pytest.mark.parametrize("layout", ["compressed-tensors", pytest.param("modelopt", marks=pytest.mark.thorough)])
 @pytest.mark.usefixtures("vllm_environment")
 def test_served_weight_only_gives_each_token_the_likelihood_of_the_emulation(
-    convert: Convert, prompt_ids: list[int], source_logprobs: list[float], tmp_path: Path, layout: str
+    converted_smollm2: Convert, prompt_ids: list[int], source_logprobs: list[float], tmp_path: Path, layout: str
 ) -> None:
-    checkpoint = convert("nvfp4-a16", layout)
+    checkpoint = converted_smollm2("nvfp4-a16", layout)
     with serve(checkpoint, tmp_path) as server:
         served = server.client.prompt_logprobs(prompt_ids)
         answer = server.client.complete("The capital of Italy is Rome. The capital of France is", max_tokens=1)
@@ -179,9 +162,11 @@ def test_served_gemma4_with_shared_keys_and_values_gives_the_likelihood_of_the_e
         pytest.param("nvfp4-a16", marks=pytest.mark.thorough),
     ],
 )
-def test_transformers_reads_the_compressed_tensors_layout(convert: Convert, prompt_ids: list[int], recipe: str) -> None:
+def test_transformers_reads_the_compressed_tensors_layout(
+    converted_smollm2: Convert, prompt_ids: list[int], recipe: str
+) -> None:
     pytest.importorskip("compressed_tensors", reason="transformers reads this layout with compressed-tensors")
-    checkpoint = convert(recipe, "compressed-tensors")
+    checkpoint = converted_smollm2(recipe, "compressed-tensors")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
     weight_only = recipe == "nvfp4-a16"
     assert_close(
@@ -206,9 +191,9 @@ def copy_without(checkpoint: Path, name: str, folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("vllm_environment")
-def test_server_refuses_a_checkpoint_that_lacks_a_scale(convert: Convert, tmp_path: Path) -> None:
+def test_server_refuses_a_checkpoint_that_lacks_a_scale(converted_smollm2: Convert, tmp_path: Path) -> None:
     # Not a part of q, k, v or of gate, up: vLLM's check does not notice one that is missing from a fused layer.
     name = "model.layers.7.mlp.down_proj.weight_scale"
-    broken = copy_without(convert("nvfp4-a16", "compressed-tensors"), name, tmp_path / "broken")
+    broken = copy_without(converted_smollm2("nvfp4-a16", "compressed-tensors"), name, tmp_path / "broken")
     with pytest.raises(ServerDied, match=name), serve(broken, tmp_path):
         pass

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.conversions import TinyModels, converted
+from support.shared import made_once
 from verify.numerics.measuring import Measured, held_out, measured
 
 
@@ -19,7 +20,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 def smollm2_full(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 with every linear layer in W4A4, its inputs calibrated on another text than it is measured on."""
     samples = held_out(smollm2, 4, 256, seed=7)
-    return converted(smollm2, tmp_path_factory.mktemp("smollm2") / "nvfp4-full", samples=samples)
+    return made_once(
+        tmp_path_factory, "smollm2-for-numbers", lambda folder: converted(smollm2, folder, samples=samples)
+    )
 
 
 @pytest.fixture(scope="session")
