@@ -30,16 +30,19 @@ NAMES = {
 )
 @recipe_option
 @format_option
+@click.option(
+    "--samples", type=click.IntRange(min=1), help="Held-out sequences that the numbers are measured on; 12 by default."
+)
 @json_option
 @debug_option
-def command(output: Path, recipe_name: str, format_name: str, as_json: bool) -> None:
+def command(output: Path, recipe_name: str, format_name: str, samples: int | None, as_json: bool) -> None:
     """Take a real model (SmolLM2-135M-Instruct, from a package) through plan, convert and verify.
 
     Needs no account and no GPU; a few minutes on two cores.
     """
-    from ..demo.run import DemoResult, run_demo
+    from ..demo.run import HELD_OUT_SAMPLES, DemoResult, run_demo
 
-    result: DemoResult = run_demo(output, recipe_name, format_name, say)
+    result: DemoResult = run_demo(output, recipe_name, format_name, say, samples or HELD_OUT_SAMPLES)
     if as_json:
         emit_json(result.as_json())
     else:

@@ -54,12 +54,15 @@ class DemoResult:
         }
 
 
-def run_demo(folder: Path, recipe_name: str, format_name: str, say: Callable[[str], None]) -> DemoResult:
+def run_demo(
+    folder: Path, recipe_name: str, format_name: str, say: Callable[[str], None], samples: int = HELD_OUT_SAMPLES
+) -> DemoResult:
     """Run the whole chain in a folder.
 
     Args:
         folder: holds the BF16 source (made once) and the output.
         say: told what is being done.
+        samples: held-out sequences that the numbers are measured on.
     Raises:
         EnvironmentLack: the packages of the `demo` extra are missing.
     """
@@ -73,8 +76,8 @@ def run_demo(folder: Path, recipe_name: str, format_name: str, say: Callable[[st
     say(f"3/5 converting with recipe {recipe_name}, {plan.layout.name} layout")
     output = folder / f"{source.name}-{recipe_name}-{format_name}"
     converted = _convert(plan, output)
-    say(f"4/5 verifying bytes and, on {HELD_OUT_SAMPLES} x {HELD_OUT_LENGTH} held-out tokens, numbers")
-    verified = _verify(output, source)
+    say(f"4/5 verifying bytes and, on {samples} x {HELD_OUT_LENGTH} held-out tokens, numbers")
+    verified = _verify(output, source, samples)
     say("5/5 writing the report")
     report = next(path for path in write_report(verified, folder / "report") if path.suffix == ".html")
     answer = _answer(output)
@@ -82,8 +85,8 @@ def run_demo(folder: Path, recipe_name: str, format_name: str, say: Callable[[st
     return DemoResult(as_json(plan, memory), converted, verified, report, answer, time.monotonic() - started)
 
 
-def _verify(output: Path, source: Path) -> Report:
-    options = VerifyOptions(("structure", "numerics"), NumericsOptions(None, HELD_OUT_SAMPLES, HELD_OUT_LENGTH))
+def _verify(output: Path, source: Path, samples: int) -> Report:
+    options = VerifyOptions(("structure", "numerics"), NumericsOptions(None, samples, HELD_OUT_LENGTH))
     verification = Verification(output, open_checkpoint(source), options, lambda *_: None)
     for _ in verification.run():
         pass

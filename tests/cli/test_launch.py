@@ -74,6 +74,7 @@ def test_accelerate_launch_gives_one_document_and_the_bytes_of_one_process(
     assert contents(tmp_path / "out") == contents(tmp_path / "alone" / "out")
 
 
+@pytest.mark.thorough
 def test_only_the_first_rank_speaks(tiny: TinyModels, ids: Path, tmp_path: Path) -> None:
     ended = StartedRanks(3, [*MODULE, *convert(tiny("llama"), ids, 6)], tmp_path).wait()
     assert [rank.code for rank in ended] == [0, 0, 0], ended

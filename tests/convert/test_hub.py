@@ -74,6 +74,17 @@ def test_the_output_is_that_of_the_local_model_and_no_weight_comes_twice(
     assert ("ETag" in source["integrity"], "sha256" in source["integrity"]) == (low_disk, not low_disk)
 
 
+def test_shards_come_by_xet_too_and_a_store_that_fails_for_a_while_changes_no_byte(
+    hub: HubServer, tiny: TinyModels, tmp_path: Path
+) -> None:
+    hub.xet = True
+    hub.add("model", NAME, tiny("llama"))
+    hub.fail("/xet/*", Status(503), times=1)
+    made = run(tmp_path / "out")
+    assert any(path.startswith("/xet/") for _, path in hub.requests)
+    assert without_manifest(made) == without_manifest(converted(tiny("llama"), tmp_path / "local"))
+
+
 def test_low_disk_holds_no_more_than_the_output_and_the_tensors_around_the_layers(
     hub: HubServer, tiny: TinyModels, tmp_path: Path
 ) -> None:

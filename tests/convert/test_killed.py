@@ -88,7 +88,10 @@ class Target:
         self.clear()
 
 
-@pytest.fixture(scope="module", params=[*list(CASES)[:2], pytest.param("gemma4-full", marks=pytest.mark.thorough)])
+REPEATED = [pytest.param(name, marks=pytest.mark.thorough) for name in ("llama-a16", "gemma4-full")]
+
+
+@pytest.fixture(scope="module", params=["llama-full", *REPEATED])
 def target(request: pytest.FixtureRequest, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Target:
     return Target(warm, CASES[request.param], tmp_path_factory.mktemp(request.param))
 

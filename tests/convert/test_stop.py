@@ -92,7 +92,9 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
             subprocess.run(["rm", "-rf", folder], check=True)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.thorough)]
+)
 def test_a_signal_ends_the_run_in_order_and_the_same_command_goes_on(
     command: Command, expected: dict[str, str], number: signal.Signals, code: int
 ) -> None:

@@ -119,7 +119,7 @@ def random_ids(count: int) -> list[int]:
     return [1, *torch.randint(10, 500, (count - 1,), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
-@pytest.mark.parametrize("long_tokens", [96, pytest.param(256, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("long_tokens", [48, pytest.param(256, marks=pytest.mark.thorough)])
 def test_a_good_checkpoint_passes_and_everything_is_documented(
     smollm2_full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_tokens: int
 ) -> None:
@@ -169,6 +169,7 @@ def test_scales_that_were_not_inverted_are_heard_in_what_it_says(smollm2_full: P
     assert {"degeneration"} <= set(failed), [check.detail for check in checks]
 
 
+@pytest.mark.thorough
 def test_the_tokenizer_of_another_model_is_found_by_the_likelihood_of_text(smollm2_full: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(smollm2_full, tmp_path / "other"))
     write_tiny_tokenizer(checkpoint, "smollm2")
@@ -229,6 +230,7 @@ def test_a_base_model_served_without_bos_is_found(made: Path, tmp_path: Path) ->
     assert only_fault(checks, "tokens").startswith("plain text is served without BOS (2), which the model needs")
 
 
+@pytest.mark.thorough
 def test_weight_only_in_the_modelopt_layout_is_served_without_the_load_check_and_says_so(
     made: Path, tiny: Path, tmp_path: Path
 ) -> None:
@@ -287,6 +289,7 @@ def test_a_truncated_last_shard_is_named(broken: Path, tmp_path: Path) -> None:
     assert last.name in file
 
 
+@pytest.mark.thorough  # the stage structure sees it first
 def test_an_ignore_list_that_names_a_part_of_a_fused_layer(broken: Path, tmp_path: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     config["quantization_config"]["ignore"].append("model.layers.0.self_attn.q_proj")

@@ -106,19 +106,19 @@ def _fetch(model: HubModel, name: str, closed: threading.Event, counter: Counter
                 # "Not in the cache" is what is told of every refusal; the refusal itself stands behind it.
                 behind = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
                 patience.wait_after(behind or error, f"{name} of {model.repo}")
-            except OSError as error:
-                if getattr(error, "response", None) is not None or error.errno is None:
-                    patience.wait_after(_as_network(error), f"{name} of {model.repo}")
-                    continue
-                raise InputError(
-                    f"{name} of {model.repo} cannot be kept in the cache ({error.strerror}): free space there, or set "
-                    f"HF_HOME to a larger disk."
-                ) from error
+            except (OSError, RuntimeError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise InputError(
+                        f"{name} of {model.repo} cannot be kept in the cache ({error.strerror}): free space there, or "
+                        f"set HF_HOME to a larger disk."
+                    ) from error
+                patience.wait_after(_as_network(error), f"{name} of {model.repo}")
 
 
-def _as_network(error: OSError) -> Exception:
-    """A download of the wrong size, which huggingface_hub tells as a plain OSError, fails like a lost connection."""
-    lost = network_error()(str(error).splitlines()[0])
+def _as_network(error: Exception) -> Exception:
+    """What huggingface_hub tells as a plain OSError (a download of the wrong size) or RuntimeError (of the Xet client)
+    fails like a lost connection."""
+    lost = network_error()(type(error).__name__)
     lost.__cause__ = error
     return lost
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from typing import Any
 
@@ -14,6 +15,8 @@ logger = logging.getLogger("nvquant.checkpoint.hub")
 MOST_FAILURES = 8  # in a row, without a byte between them: with the waits below some four minutes
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
+LONGEST_ASKED_SECONDS = 600.0  # that a server may ask for
+_RESETS_IN = re.compile(r"\bt=(\d+)")  # in the Hub's RateLimit header, as `"api";r=0;t=55`
 
 
 class Patience:
@@ -41,8 +44,8 @@ class Patience:
         if not may_pass(error) or self._failures > MOST_FAILURES:
             raise error
         asked = _retry_after(error)
-        doubling = FIRST_WAIT_SECONDS * 2 ** (self._failures - 1)
-        seconds = min(LONGEST_WAIT_SECONDS, doubling if asked is None else max(asked, 0.0))
+        doubling = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (self._failures - 1))
+        seconds = doubling if asked is None else min(LONGEST_ASKED_SECONDS, asked)
         status = status_of(error)
         reason = type(error).__name__ if status is None else f"HTTP {status}"
         logger.warning("%s: %s; trying again in %.0f s", doing, reason, seconds)
@@ -59,5 +62,10 @@ def may_pass(error: BaseException) -> bool:
 def _retry_after(error: Any) -> float | None:
     """Seconds that the server asked for; it may give a date in their place, which the doubling stands for."""
     response = getattr(error, "response", None)
-    value = "" if response is None else str(response.headers.get("Retry-After") or "")
-    return float(value) if value.replace(".", "", 1).isdigit() else None
+    if response is None:
+        return None
+    value = str(response.headers.get("Retry-After") or "")
+    if value.replace(".", "", 1).isdigit():
+        return float(value)
+    resets = _RESETS_IN.search(str(response.headers.get("RateLimit") or "")) if response.status_code == 429 else None
+    return None if resets is None else float(resets[1])

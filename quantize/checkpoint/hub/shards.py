@@ -75,7 +75,7 @@ class DownloadedShards:
 
     def begin(self, order: ReadingOrder, places: Mapping[str, Header]) -> None:
         """Begin to download, in the order in which the run needs the shards."""
-        names = [*order.outer, *(name for layer in order.layers for name in layer), *order.copies]
+        names = [*sorted(order.outer), *(name for layer in order.layers for name in layer), *order.copies]
         for file in dict.fromkeys(places[name].path.name for name in names):
             self._coming(file, is_urgent=False)
 
