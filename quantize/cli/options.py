@@ -135,6 +135,7 @@ def find_remote(model: str, revision: str | None = None) -> HubModel | None:
     Raises:
         InputError: the Hub has no such model or revision, or cannot be reached; two revisions; one of a folder.
     """
+    from ..checkpoint.hub.errors import HubError
     from ..checkpoint.hub.repository import find_model, hub_name
 
     named = None if _exists(Path(model)) else hub_name(model)
@@ -145,7 +146,10 @@ def find_remote(model: str, revision: str | None = None) -> HubModel | None:
     repo, of_name = named
     if of_name is not None and revision not in (None, of_name):
         raise InputError(f"{model} names the revision {of_name}, --revision names {revision}: give one of them.")
-    return find_model(repo, of_name or revision)
+    try:
+        return find_model(repo, of_name or revision)
+    except HubError as refusal:  # whoever meant a folder would not look for it on the Hub
+        raise HubError(f"There is no folder {model} here, so it was asked for on the Hub. {refusal}") from refusal
 
 
 def _exists(path: Path) -> bool:

@@ -94,6 +94,7 @@ def test_a_missing_folder(refused: Refused, here: Path) -> None:
 def test_a_hub_id_without_the_hub(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the port of "discard", where nobody listens
     sentence = refused(2, "google/gemma-4-31b")
+    assert "There is no folder google/gemma-4-31b here" in sentence
     assert "Hub cannot be reached for model google/gemma-4-31b" in sentence
     assert "give a local folder" in sentence
 
