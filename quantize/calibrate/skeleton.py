@@ -74,7 +74,7 @@ def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype:
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise InputError(
-            f"{source.folder}: {type(decoder).__name__} has no list of decoder layers: nvquant cannot walk this "
+            f"{source.where}: {type(decoder).__name__} has no list of decoder layers: nvquant cannot walk this "
             f"architecture."
         )
     root = prefix.removesuffix("layers")
@@ -170,7 +170,7 @@ def _model_class(source: Checkpoint) -> Any:
     is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     if not is_model:
         raise EnvironmentLack(
-            f"{source.folder}: transformers {transformers.__version__} does not know the architecture {architecture} "
+            f"{source.where}: transformers {transformers.__version__} does not know the architecture {architecture} "
             f"(the model was made with {wrote}): install a transformers that does, or use a weight-only recipe."
         )
     return model_class
@@ -195,7 +195,7 @@ def _build(source: Checkpoint, dtype: torch.dtype) -> Any:
         reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(" .:")
         wrote = source.config.get("transformers_version", "another version")
         raise EnvironmentLack(
-            f"{source.folder}: transformers {transformers.__version__} cannot build {model_class.__name__} from "
+            f"{source.where}: transformers {transformers.__version__} cannot build {model_class.__name__} from "
             f"config.json, made with {wrote} ({type(error).__name__}: {reason}): install the transformers that wrote "
             f"it, or use a weight-only recipe."
         ) from error
@@ -223,14 +223,14 @@ def _check_tensors(skeleton: Skeleton) -> None:
     missing = [name for name in wanted if name not in source.files]
     if missing:
         raise InputError(
-            f"{source.folder} lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors that "
+            f"{source.where} lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors that "
             f"{type(skeleton.decoder).__name__} needs): "
             "the checkpoint is incomplete, or stores the model in a form that nvquant cannot walk."
         )
     for name, value in wanted.items():
         if source.info(name).shape != value.shape:
             raise InputError(
-                f"{source.folder}: {name} has shape {list(source.info(name).shape)}, but config.json describes "
+                f"{source.where}: {name} has shape {list(source.info(name).shape)}, but config.json describes "
                 f"{list(value.shape)}: config and weights must be of the same model."
             )
 

@@ -52,6 +52,11 @@ class Checkpoint:
         """`org/name` of a model on the Hub, else the folder's own name."""
         return self.folder.resolve().name if self.hub is None else self.hub.repo
 
+    @property
+    def where(self) -> str:
+        """As messages name it: `org/name` of a model on the Hub, else the path of the folder."""
+        return str(self.folder) if self.hub is None else self.hub.repo
+
     def info(self, name: str) -> TensorInfo:
         """Where the tensor lies in its shard; KeyError where there is none."""
         return self.shards[self.files[name]].tensors[name]

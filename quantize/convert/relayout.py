@@ -90,7 +90,7 @@ def relayout(source: Checkpoint, target: Layout, output: Path) -> RelayoutResult
     started = time.monotonic()
     layout = stored_layout(source)
     if layout is target:
-        raise InputError(f"{source.folder} is in the {target.name} layout already: there is nothing to do.")
+        raise InputError(f"{source.where} is in the {target.name} layout already: there is nothing to do.")
     matrices = stored_matrices(source, layout)
     manifest = _read_manifest(source, layout)
     amaxes = recorded_amaxes(manifest) if manifest else {}
@@ -136,13 +136,13 @@ def stored_layout(source: Checkpoint) -> Layout:
     if len(found) == 1:
         return found[0]
     if found:
-        raise InputError(f"{source.folder} holds NVFP4 matrices in both layouts: convert the original model again.")
+        raise InputError(f"{source.where} holds NVFP4 matrices in both layouts: convert the original model again.")
     config = source.config.get("quantization_config")
     if config is None and not (source.folder / HF_QUANT_CONFIG).exists():
-        raise InputError(f"{source.folder} is not quantized: use `nvquant convert` with --format.")
+        raise InputError(f"{source.where} is not quantized: use `nvquant convert` with --format.")
     method = config.get("quant_method", "unknown") if isinstance(config, Mapping) else "modelopt"
     raise InputError(
-        f"{source.folder} is quantized (quant_method {method}), but not in NVFP4: relayout knows NVFP4 only."
+        f"{source.where} is quantized (quant_method {method}), but not in NVFP4: relayout knows NVFP4 only."
     )
 
 
@@ -253,7 +253,7 @@ def _described(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], target
     """What the new config describes: the unquantized model's tensors and what became of them."""
     schemes = {module: matrix.scheme for module, matrix in matrices.items()}
     if target.name == "modelopt" and len(set(schemes.values())) > 1:
-        raise InputError(f"{source.folder} mixes W4A4 and weight-only matrices, which the modelopt layout cannot say.")
+        raise InputError(f"{source.where} mixes W4A4 and weight-only matrices, which the modelopt layout cannot say.")
     shapes = {name: info.shape for name, info in source.infos().items() if not _is_part(name, matrices)}
     shapes |= {matrix.source: (matrix.rows, matrix.cols) for matrix in matrices.values()}
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
@@ -275,7 +275,7 @@ def _refuse_others(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], ro
     protected = [module for module, matrix in matrices.items() if roles[matrix.source] not in QUANTIZABLE]
     if protected:
         raise InputError(
-            f"{source.folder} has {describe(protected)} in NVFP4 ({roles[matrices[protected[0]].source].value}): "
+            f"{source.where} has {describe(protected)} in NVFP4 ({roles[matrices[protected[0]].source].value}): "
             f"nvquant writes configs for text linears only."
         )
     for name, info in source.infos().items():
@@ -283,12 +283,12 @@ def _refuse_others(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], ro
             continue
         if info.dtype in _FOREIGN_DTYPES or _FOREIGN_LEAF.fullmatch(name.rpartition(".")[2]):
             raise InputError(
-                f"{source.folder} is not in NVFP4 alone: {name} ({info.dtype}) belongs to another quantization, "
+                f"{source.where} is not in NVFP4 alone: {name} ({info.dtype}) belongs to another quantization, "
                 f"which relayout does not know."
             )
     config = source.config.get("quantization_config")
     if isinstance(config, Mapping) and config.get("transform_config"):
-        raise InputError(f"{source.folder} transforms its weights (transform_config), which only its layout can say.")
+        raise InputError(f"{source.where} transforms its weights (transform_config), which only its layout can say.")
 
 
 def _kv_cache(source: Checkpoint) -> Literal["bf16", "fp8"]:
@@ -302,7 +302,7 @@ def _kv_cache(source: Checkpoint) -> Literal["bf16", "fp8"]:
         and not scheme.get("dynamic")
     )
     if (scheme and not is_fp8) or algorithm not in (None, "FP8"):
-        raise InputError(f"{source.folder} quantizes the KV cache in another way than FP8 per tensor: not supported.")
+        raise InputError(f"{source.where} quantizes the KV cache in another way than FP8 per tensor: not supported.")
     return "fp8" if scheme or algorithm else "bf16"
 
 

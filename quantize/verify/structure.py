@@ -58,7 +58,7 @@ def structure_checks(subject: Subject, source: Checkpoint | None) -> Iterator[Ch
         InputError: the source is quantized itself.
     """
     if source is not None:
-        refuse_quantized(source, str(source.folder))
+        refuse_quantized(source, source.where)
     headers = Check(STAGE, "headers", files.check_headers(subject))
     yield headers
     if not headers.passed:
