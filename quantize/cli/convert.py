@@ -22,6 +22,7 @@ from .options import (
     format_option,
     json_option,
     make_plan,
+    named,
     parse_bytes,
     recipe_option,
     resolve_device,
@@ -153,7 +154,7 @@ def command(
         if is_first:  # it speaks for all
             where = f"{device}, {ranks.size} ranks" if ranks.size > 1 else device
             how = f"recipe {recipe.name}, {chosen}, {plan.layout.name}"
-            say(f"nvquant {__version__}: {_named(plan)} -> {target}, {how}, {where}")
+            say(f"nvquant {__version__}: {named(plan)} -> {target}, {how}, {where}")
         else:
             _be_quiet(stop)
         loaded = None
@@ -202,11 +203,6 @@ def _places(plan: Plan, target: Path, device: str, low_disk: bool) -> tuple[str,
     if low_disk and ranks.size > 1:
         raise InputError("--low-disk: every rank would fetch the whole model; go without it, or with one rank.")
     return found, ranks
-
-
-def _named(plan: Plan) -> str:
-    hub = plan.source.hub
-    return plan.model if hub is None else f"{hub.repo} at {hub.commit[:12]}"
 
 
 def _be_quiet(stop: StopRequest) -> None:

@@ -174,6 +174,12 @@ def make_plan(
     return compute_plan(source, recipe, LAYOUTS[format_name], name), recipe
 
 
+def named(plan: Plan) -> str:
+    """What is converted, with the commit of a model on the Hub."""
+    hub = plan.source.hub
+    return plan.model if hub is None else f"{hub.repo} at {hub.commit[:12]}"
+
+
 def parse_bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """A size such as `8GB` or `6GiB` in bytes."""
     if value is None:

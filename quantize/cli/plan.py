@@ -19,10 +19,11 @@ from .options import (
     format_option,
     json_option,
     make_plan,
+    named,
     recipe_option,
     revision_option,
 )
-from .output import emit_json, gigabytes, print_table
+from .output import emit_json, gigabytes, print_table, say
 
 EXAMPLES = """
 \b
@@ -63,6 +64,8 @@ def command(
     """Say exactly what converting MODEL would write, and what it and its result need. Reads headers and config,
     no weights."""
     plan, recipe = make_plan(model, recipe_name, format_name, revision)
+    if plan.source.hub is not None:
+        say(named(plan))
     calibration = recipe.calibration
     sizes = (samples or calibration.samples, sequence_length or calibration.sequence_length, batch_size)
     machine = read_machine(on, disk, network, low_disk, price, from_hub=plan.source.hub is not None)

@@ -182,6 +182,7 @@ def as_json(plan: Plan, memory: Memory) -> dict[str, Any]:
     """The document of `plan --json`."""
     return {
         "model": plan.model,
+        "commit": None if plan.source.hub is None else plan.source.hub.commit,
         "recipe": plan.recipe.name,
         "format": plan.layout.name,
         "tensors": plan.tensors,

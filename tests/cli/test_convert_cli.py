@@ -257,3 +257,27 @@ def test_a_run_goes_on_at_the_commit_at_which_it_began_though_the_branch_moved(
         assert f"the run goes on at {began[:12]}, as it began" in ended.stderr
         written = json.loads((tmp_path / "out" / "nvquant_manifest.json").read_text())
         assert written["source"]["hub"]["commit"] == began
+
+
+def test_a_plan_of_a_model_on_the_hub_names_its_commit_and_fetches_no_weight(
+    nvquant: Command, tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub_for_this_process(monkeypatch, tmp_path / "cache") as hub:
+        commit = hub.add("model", "Org/Llama", tiny("llama"), tags=("v1",))
+        hub.add("model", "Org/Llama", {"config.json": b"{}"})
+        ended = nvquant("plan", "org/llama", "--revision", "v1", "--recipe", "nvfp4-full")
+        assert ended.code == 0, ended.stderr
+        assert ended.stdout.startswith("Org/Llama, recipe nvfp4-full,")
+        assert f"Org/Llama at {commit[:12]}\n" in ended.stderr
+        assert json.loads(nvquant("plan", "org/llama@v1", "--json").stdout)["commit"] == commit
+        shards = [path.name for path in tiny("llama").glob("*.safetensors")]
+        assert all(hub.bytes_sent_of("Org/Llama", name) < 5000 for name in shards)
+        twice = nvquant("plan", "org/llama@v1", "--revision", "main")
+        assert twice.code == 2
+        assert "org/llama@v1 names the revision v1, --revision names main: give one of them." in twice.stderr
+        local = nvquant("plan", tiny("llama"), "--revision", "v1")
+        assert local.code == 2
+        assert "only a model on the Hub has revisions" in local.stderr
+        folder = nvquant("convert", tiny("llama"), "--low-disk", *RUN)
+        assert folder.code == 2
+        assert "--low-disk is for models on the Hub" in folder.stderr
