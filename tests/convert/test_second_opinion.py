@@ -205,6 +205,7 @@ def test_a_real_model_comes_out_of_both_engines_alike(smollm2: Path, tmp_path: P
 
 @pytest.mark.slow
 @needs_llmcompressor
+@pytest.mark.thorough
 def test_in_bfloat16_it_rounds_scales_by_one_step_at_most_and_loses_no_accuracy(smollm2: Path, tmp_path: Path) -> None:
     """As on a GPU: llm-compressor computes in the dtype of the loaded weights, nvquant in float32 whatever that is."""
     plan = planned(smollm2, "nvfp4-a16")

@@ -204,6 +204,7 @@ def test_a_random_model_passes_where_its_source_knows_no_text_either(tiny: Path,
     assert degeneration.finding.looked_at.startswith("not applicable: the source itself knows no text")
 
 
+@pytest.mark.thorough  # test_served_logprobs.py has the limits
 def test_likelihoods_of_another_file_are_noticed(tiny: Path, tmp_path: Path) -> None:
     """The server computes what it loaded; here the judge is asked of weights that are half as large."""
     subject = open_subject(tiny)
