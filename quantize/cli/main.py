@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from .. import __version__
+from ..checkpoint.hub.quiet import without_signatures
 from ..errors import NvquantError
 
 COMMANDS = {
@@ -59,7 +60,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 def _without_secrets(text: str) -> str:
     """A traceback without what opens something: the signatures of addresses, tokens of the Hub."""
-    return re.sub(r"\bhf_\w{6,}", "hf_…", re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?…", text))
+    return re.sub(r"\bhf_\w{6,}", "hf_…", without_signatures(text))
 
 
 def main(args: list[str] | None = None) -> None:

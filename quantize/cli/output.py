@@ -41,6 +41,12 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     Console(soft_wrap=True).print(table)
 
 
+def stage_reporter() -> Callable[[int, int, str], None]:
+    """`progress_reporter` for what counts its work in each phase, as verify does."""
+    report = progress_reporter()
+    return lambda done, total, phase: report(done, total, f"{phase}: {done} of {total}" if total else phase)
+
+
 def progress_reporter() -> Callable[[int, int, str], None]:
     """A function (done, total, phase) that keeps the user informed: a live line on a terminal, a plain line now
     and then elsewhere."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import resolve_device
-from .output import gigabytes, progress_reporter, say
+from .output import gigabytes, say, stage_reporter
 
 if TYPE_CHECKING:
     from ..checkpoint.source import Checkpoint
@@ -31,14 +31,7 @@ def proved(checkpoint: Path, source: Checkpoint | None, earlier: Mapping[str, An
     """What verify finds of a checkpoint that is to be published, shown as it comes; see `publish.proof.prove`."""
     from ..publish.proof import prove
 
-    progress = progress_reporter()
-    return prove(
-        checkpoint,
-        source,
-        earlier,
-        lambda done, total, phase: progress(done, total, f"{phase}: {done} of {total}" if total else phase),
-        resolve_device("auto"),
-    )
+    return prove(checkpoint, source, earlier, stage_reporter(), resolve_device("auto"))
 
 
 def push_made(checkpoint: Path, source: Checkpoint, repo: str) -> PushResult:

@@ -14,7 +14,7 @@ import click
 from ..checkpoint.source import read_json
 from ..errors import InputError
 from .options import debug_option, device_option, find_remote, json_option, open_model, resolve_device
-from .output import emit_json, gigabytes, progress_reporter, say
+from .output import emit_json, gigabytes, say, stage_reporter
 from .serving_options import serving_options, take_serve_options
 
 if TYPE_CHECKING:
@@ -120,14 +120,13 @@ def command(
     asked = stages or (("structure",) if model is None else ("structure", "numerics"))
     options = _options(asked, measured, report_folder)
     bench = None if bench_file is None else read_json(bench_file, "nvquant bench writes it")
-    progress = progress_reporter()
     if remote is not None and stages == ("structure",):
         options = replace(options, by_ranges=True)
     verification = Verification(
         Path(checkpoint) if remote is None else remote,
         source,
         options,
-        lambda done, total, phase: progress(done, total, f"{phase}: {done} of {total}" if total else phase),
+        stage_reporter(),
     )
     for check in verification.run():
         _clear_live_line()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import Checkpoint
+from ..convert.journal import file_sha256
 from ..convert.manifest import MANIFEST_NAME
 from ..recipe.roles import Role, role_of
 from .manifest import Manifest
@@ -54,11 +54,8 @@ def checkpoint_identity(folder: Path) -> dict[str, str | None]:
     """What tells whether a report is of this checkpoint: sha256 of the manifest, which holds the hash of every shard,
     and of config.json, which says how they are read; None for a file that is not there."""
     names = {"manifest_sha256": MANIFEST_NAME, "config_sha256": "config.json"}
-    return {key: _sha256(folder / name) for key, name in names.items()}
-
-
-def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    paths = {key: folder / name for key, name in names.items()}
+    return {key: file_sha256(path) if path.is_file() else None for key, path in paths.items()}
 
 
 def _tensors(subject: Subject) -> Iterator[tuple[str, str, TensorInfo]]:

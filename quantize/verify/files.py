@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint.source import INDEX_NAME, SINGLE_NAME, read_json
+from ..convert.journal import file_sha256
 from ..errors import InputError
 from .manifest import Manifest
 from .report import Finding, counted, not_applicable
-from .subject import PIECE_BYTES, Subject
+from .subject import Subject
 from .threads import map_in_threads
 
 # Readers that know no index take what lies there under these names.
@@ -84,13 +83,13 @@ def check_hashes(subject: Subject) -> Finding:
     manifest = subject.manifest
     if not isinstance(manifest, Manifest):
         return not_applicable("no manifest to compare with")
-    present = [name for name in manifest.files if name in subject.file_names]
+    published = _published(subject)
+    present = [name for name in manifest.files if name in published or (subject.folder / name).is_file()]
     faults = [f"{name} is recorded but missing" for name in manifest.files if name not in present]
     faults += [f"{name} is not recorded" for name in subject.headers if name not in manifest.files]
-    published = _published(subject)
     hashed = [name for name in present if name not in published]
     paths = [subject.folder / name for name in hashed]
-    found = map_in_threads(_sha256, paths, subject.progress, "hashing files")
+    found = map_in_threads(file_sha256, paths, subject.progress, "hashing files")
     digests = {**published, **dict(zip(hashed, found, strict=True))}
     for name in present:
         if digests[name] != manifest.files[name]:
@@ -105,11 +104,3 @@ def _published(subject: Subject) -> dict[str, str]:
     if subject.hub is None or not subject.is_remote:
         return {}
     return {name: file.sha256 for name, file in subject.hub.files.items() if file.sha256 is not None}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -66,7 +67,7 @@ class Listener(ThreadingHTTPServer):
         self._loop.join()
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler, ABC):
     """Answers one request after the other; what to answer is a subclass's `route`."""
 
     protocol_version = "HTTP/1.1"
@@ -74,9 +75,9 @@ class Handler(BaseHTTPRequestHandler):
     fault: Fault
     seen: Request
 
+    @abstractmethod
     def route(self) -> None:
         """Answer `self.seen`, or raise Refused."""
-        raise NotImplementedError
 
     def path_seen(self) -> str:
         """The path for patterns and for the log."""

@@ -14,6 +14,7 @@ from nvquant.errors import InputError
 from nvquant.verify.numerics.stage import NumericsOptions
 from nvquant.verify.report import Report
 from nvquant.verify.run import Verification, VerifyOptions
+from nvquant.verify.structure import verify_structure
 from nvquant.verify.threads import tell_nobody
 from safetensors.torch import load_file, save_file
 from support.commands import run_command
@@ -169,3 +170,13 @@ def test_a_repository_that_is_no_checkpoint_is_refused(hub: HubServer, models: d
     hub.add("model", NAME, {"config.json": b"{}"})
     with pytest.raises(InputError, match=r"holds no \.safetensors file"):
         prove(by_ranges=True)
+
+
+def test_a_folder_in_place_of_a_recorded_file_is_a_missing_file(good: Callable[[str], Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(good(GOOD_NAME), tmp_path / "checkpoint")
+    manifest = json.loads((copy / "nvquant_manifest.json").read_text())
+    manifest["files"]["notes"] = "0" * 64
+    (copy / "nvquant_manifest.json").write_text(json.dumps(manifest))
+    (copy / "notes").mkdir()
+    (hashes,) = [check for check in verify_structure(copy).checks if check.name == "hashes"]
+    assert list(hashes.finding.faults) == ["notes is recorded but missing"]

@@ -6,7 +6,12 @@ from __future__ import annotations
 import logging
 import re
 
-_QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]*")
+_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
+
+
+def without_signatures(text: str) -> str:
+    """A text whose addresses end at their question mark."""
+    return _QUERY.sub(r"\1?…", text)
 
 
 def hide_signatures() -> None:
@@ -20,5 +25,5 @@ def hide_signatures() -> None:
 
 class _WithoutQueries(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = _QUERY.sub(r"\1", record.getMessage()), ()
+        record.msg, record.args = without_signatures(record.getMessage()), ()
         return True
