@@ -17,7 +17,7 @@ from support.tiny_models import tiny_llama
 
 HIDDEN, INTERMEDIATE = 512, 4096
 LAYER_BYTES = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)  # 14.7 MB in BF16
-FEW, MANY = 4, 16
+FEW, MANY = 4, 28
 STATUS = Path("/proc/self/status")
 
 # Linux counts a process's peak from before exec too, so a child started by a large process begins large; hence a
@@ -74,8 +74,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[int, Conve
 def test_peak_host_memory_does_not_grow_with_the_number_of_layers(
     runs: dict[int, tuple[int, ConvertResult]],
 ) -> None:
-    assert runs[MANY][1].tensor_bytes - runs[FEW][1].tensor_bytes > 3 * LAYER_BYTES  # at a quarter of their size
-    assert abs(runs[MANY][0] - runs[FEW][0]) < 2 * LAYER_BYTES
+    # Allocators and threads move a peak by two layers and more, so what is not held is many times that.
+    assert runs[MANY][1].tensor_bytes - runs[FEW][1].tensor_bytes > 6 * LAYER_BYTES  # at a quarter of their size
+    assert abs(runs[MANY][0] - runs[FEW][0]) < 4 * LAYER_BYTES
 
 
 @pytest.mark.parametrize("layers", [FEW, MANY])
