@@ -46,6 +46,7 @@ def machine() -> Json:
         lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().splitlines()
         if lines:
             info["gpu"], info["driver"], info["gpu_memory"] = (part.strip() for part in lines[0].split(","))
+            info["gpus"] = len(lines)
     return info
 
 
@@ -71,7 +72,7 @@ def _processor() -> str:
 
 def machine_name(info: Mapping[str, Any]) -> str:
     """A short name for file names: of the GPU, else of the CPU and its cores."""
-    words = info["gpu"] or f"{info['cpu'].split('@')[0]} {info['cores']} cores"
+    words = _gpus(info) or f"{info['cpu'].split('@')[0]} {info['cores']} cores"
     words = re.sub(r"\((R|TM)\)|NVIDIA|CPU|Processor", " ", words)
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
@@ -188,10 +189,7 @@ def convert(
     """`nvquant convert` in a process of its own, or in several; what stood at `output` before is removed."""
     for old in (output, output.with_name(output.name + ".partial")):
         shutil.rmtree(old, ignore_errors=True)
-    command: list[object] = [sys.executable]
-    if processes > 1:
-        command += [*LAUNCHER, "--num_processes", processes]
-    command += ["-m", "nvquant", "convert", source, "--recipe", options.recipe]
+    command = [*nvquant(processes), "convert", source, "--recipe", options.recipe]
     command += ["--quantizer", quantizer, "--device", options.device, "-o", output, "--json"]
     if options.recipe != DATA_FREE:
         command += ["--calibration", ids, "--samples", options.samples, "--sequence-length", options.sequence_length]
@@ -200,6 +198,12 @@ def convert(
     run = run_child(command, label=f"nvquant {quantizer}, {processes} process{'es' if processes > 1 else ''}")
     del run["output"]  # a path of this machine
     return run
+
+
+def nvquant(processes: int) -> list[object]:
+    """The command line that starts nvquant in so many processes."""
+    launcher: list[object] = [*LAUNCHER, "--num_processes", processes] if processes > 1 else []
+    return [sys.executable, *launcher, "-m", "nvquant"]
 
 
 def peer(name: str, source: Path, output: Path, ids: Path, options: argparse.Namespace) -> Json:
@@ -255,6 +259,11 @@ def add_tool_options(parser: argparse.ArgumentParser, *, peers: str, recipe: str
     parser.add_argument("--json", type=Path, metavar="FILE", help="a folder gets BENCHMARK-MACHINE.json")
 
 
+def add_processes_option(parser: argparse.ArgumentParser, default: list[int]) -> None:
+    """With how many processes to convert, in turn."""
+    parser.add_argument("--processes", type=lambda text: [int(part) for part in text.split(",")], default=default)
+
+
 def split_commas(text: str) -> list[str]:
     """`a,b` as a list."""
     return [part for part in text.split(",") if part]
@@ -290,8 +299,13 @@ def write_report(report: Json, target: Path | None) -> None:
 
 
 def machine_words(info: Mapping[str, Any]) -> str:
-    """The GPU, else the CPU and its cores."""
-    return str(info["gpu"] or f"{info['cpu']}, {info['cores']} cores")
+    """The GPU, with their number where there are several; else the CPU and its cores."""
+    return _gpus(info) or f"{info['cpu']}, {info['cores']} cores"
+
+
+def _gpus(info: Mapping[str, Any]) -> str:
+    count = info.get("gpus", 1)
+    return f"{count} x {info['gpu']}" if info["gpu"] and count > 1 else info["gpu"] or ""
 
 
 def kernel_rows(report: Mapping[str, Any]) -> list[list[str]]:

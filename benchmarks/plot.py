@@ -20,6 +20,8 @@ ROOT = common.HERE.parent
 PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 ORDER = ("gemma4_slice", "whole_31b", "data_free", "scale_out", "smollm2_cpu", "kernels", "served_31b", "judged")
+RATES = {"decode_tokens_per_second": 0, "ceiling_tokens_per_second": 0, "prefill_tokens_per_second": 0}
+RATES |= {"ttft_p50_ms": 1, "itl_p50_ms": 1}  # columns of a served model, and their decimals
 COLOURS = {"nvquant": "#2f7d4f", "plain": "#8a8f98"}
 PEER_COLOUR = "#c9cdd3"
 
@@ -67,26 +69,39 @@ def kernel_table(report: common.Json) -> list[str]:
 def served_tables(report: common.Json) -> list[str]:
     """Conversions, stages of the proof, and rates of the servers."""
     runs = [(f"convert, {recipe}", run, _gigabytes(run)) for recipe, run in report["convert"].items()]
-    runs += [(f"verify, {stages}", run, _verdict(run)) for stages, run in report["verify"].items()]
+    runs += [(f"verify, {stages}", run, _verdict(run)) for stages, run in report.get("verify", {}).items()]
     processes = [
         (name, f"{run['wall_seconds']:.1f}", f"{run['peak_rss_bytes'] / 1e9:.2f}", words) for name, run, words in runs
     ]
     bench = report["bench"]
-    rates = [
+    rates = []
+    for point in bench["points"]:
+        server = bench["servers"][point["server"]]
+        row = (point["name"], server["scheme"], point["kv_cache"], f"{point['context']:,}", str(point["users"]))
+        if point.get("failed"):
+            rates.append((*row, point["failed"], *[""] * 4))
+            continue
+        rates.append((*row, *(f"{point[key]:,.{digits}f}" for key, digits in RATES.items())))
+    header = ("model", "weights", "KV cache", "context", "users")
+    header += ("decode tok/s", "ceiling", "prefill tok/s", "TTFT ms", "token ms")
+    held = [
         (
-            *(point["name"], bench["servers"][point["server"]]["scheme"], str(point["context"]), str(point["users"])),
-            *(f"{point[key]:,.0f}" for key in ("decode_tokens_per_second", "ceiling_tokens_per_second")),
-            f"{point['prefill_tokens_per_second']:,.0f}",
-            *(f"{point[key]:,.1f}" for key in ("ttft_p50_ms", "itl_p50_ms")),
+            *(server["name"], server["kv_cache"], f"{server['weights_bytes'] / 2**30:.2f} GiB"),
+            *(f"{server['kv_cache_tokens']:,}", f"{server['max_model_len']:,}", f"{server['ready_seconds']:.0f}"),
         )
-        for point in bench["points"]
+        for server in bench["servers"]
+        if server.get("kv_cache_tokens")
     ]
-    header = ("model", "weights", "context", "users", "decode tok/s", "ceiling", "prefill tok/s", "TTFT ms", "token ms")
-    vllm, length = bench["servers"][0]["vllm"], bench["settings"]["output_tokens"]
+    vllm = next(server["vllm"] for server in bench["servers"] if server.get("vllm"))
+    words = f"vLLM {vllm}, {bench['settings']['output_tokens']} output tokens"
+    if not bench["complete"]:
+        words += ", cut off (these points are what it had measured)"
     return [
         *markdown(("", "process s", "host GB", ""), processes),
-        *("", f"`nvquant bench`, vLLM {vllm}, {length} output tokens, medians of TTFT and inter-token time:", ""),
+        *("", f"`nvquant bench`, {words}, medians of TTFT and inter-token time:", ""),
         *markdown(header, rates),
+        *("", "Weights in memory and room of the KV cache, on each GPU:", ""),
+        *markdown(("model", "KV cache", "weights", "KV-cache tokens", "longest request", "ready s"), held),
     ]
 
 

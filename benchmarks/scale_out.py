@@ -25,7 +25,7 @@ def main() -> None:
     """Measure, compare, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--processes", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2])
+    common.add_processes_option(parser, [1, 2])
     common.add_work_options(parser, layers=6)
     common.add_tool_options(parser, peers="", recipe="nvfp4", repeats=1)
     options = parser.parse_args()

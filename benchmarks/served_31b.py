@@ -1,12 +1,15 @@
 """Make, convert, verify, serve and measure the text model of Gemma 4 31B (its shapes, random weights) on one GPU.
 
 usage: python benchmarks/served_31b.py --source DIR --output DIR --vllm COMMAND
-           [--steps make,convert,verify,bench] [--recipes nvfp4,nvfp4-full] [--vllm-flag FLAG]... [--json FILE]
+           [--steps make,convert,verify,bench] [--recipes nvfp4,nvfp4-full] [--gpus N]
+           [--vllm-flag FLAG]... [--json FILE]
 
   make     writes the checkpoint to SOURCE/gemma-4-31b-text, with a small tokenizer, and token ids beside
   convert  `nvquant convert`, one output a recipe in OUTPUT
   verify   `nvquant verify` of the first output against the source: structure, numerics and serve
   bench    `nvquant bench` of the first output against the others and the source: decode and prefill rates
+
+With --gpus N, N processes convert, a GPU each, and the server splits the model over N GPUs.
 
 Random weights say nothing of words, but all of speed, memory, loading and likelihoods. Steps may be spread over several
 calls on one machine: OUTPUT/served_31b.json keeps what earlier ones measured.
@@ -26,6 +29,8 @@ from gemma4 import IDS_NAME
 from nvquant.report.document import publishable
 
 SAMPLES, SEQUENCE_LENGTH = 16, 512
+PROOFS = ["structure", "numerics", "numerics+serve"]
+WORDS = {"convert": "converted", "verify": "proved", "bench": "served"}
 
 
 def main() -> None:
@@ -38,6 +43,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=60)
     parser.add_argument("--vllm", default="vllm")
     parser.add_argument("--vllm-flag", action="append", default=[])
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--proofs", type=common.split_commas, default=PROOFS, help="verify: stages of each of its runs")
     parser.add_argument("--users", default="1,8,32")
     parser.add_argument("--contexts", default="256,1024")
     parser.add_argument("--prompts", type=int, help="bench: requests for each point")
@@ -53,13 +60,11 @@ def main() -> None:
         report = json.loads(kept.read_text(encoding="utf-8"))
     else:
         head = {"benchmark": "served_31b", "machine": common.machine(), "versions": common.versions()}
-        work = {
-            "description": f"The text model of Gemma 4 31B, {options.layers} layers: converted, proved, served",
-            "tokens": SAMPLES * SEQUENCE_LENGTH,
-        }
-        report = {**head, "work": work, "convert": {}}
+        report = {**head, "work": {"description": "", "tokens": SAMPLES * SEQUENCE_LENGTH}, "convert": {}}
     for step in [step for step in STEPS if step in options.steps]:
         STEPS[step](options, report)
+        done = ", ".join(word for key, word in WORDS.items() if report.get(key))
+        report["work"]["description"] = f"The text model of Gemma 4 31B, {options.layers} layers: {done}"
         kept.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     common.write_report(report, options.json)
 
@@ -76,7 +81,7 @@ def convert(options: argparse.Namespace, report: common.Json) -> None:
     for recipe in options.recipes:
         output = options.output / f"gemma-4-31b-text-{recipe}"
         shutil.rmtree(output, ignore_errors=True)
-        command = [sys.executable, "-m", "nvquant", "convert", options.model, "--recipe", recipe, "-o", output]
+        command = [*common.nvquant(options.gpus), "convert", options.model, "--recipe", recipe, "-o", output]
         command += ["--calibration", options.source / IDS_NAME, "--samples", SAMPLES]
         command += ["--sequence-length", SEQUENCE_LENGTH, "--device", options.device, "--json"]
         run = common.run_child(command, label=f"convert {recipe}")
@@ -89,7 +94,8 @@ def verify(options: argparse.Namespace, report: common.Json) -> None:
     """All stages on the first output; each stage's time by itself."""
     checkpoint = options.output / f"gemma-4-31b-text-{options.recipes[0]}"
     report["verify"] = {}
-    for stages in (["structure"], ["numerics"], ["numerics", "serve"]):
+    for proof in options.proofs:
+        stages = proof.split("+")
         command = [sys.executable, "-m", "nvquant", "verify", checkpoint, "--against", options.model, "--json"]
         command += [word for stage in stages for word in ("--stage", stage)]
         command += ["--text", options.source / IDS_NAME, "--samples", 2 if "serve" in stages else SAMPLES]
@@ -99,7 +105,7 @@ def verify(options: argparse.Namespace, report: common.Json) -> None:
         run = common.try_child(command, label=f"verify {', '.join(stages)}")
         document = options.output / "proof" / "report.json"
         found = json.loads(document.read_text(encoding="utf-8")) if document.exists() else {}
-        report["verify"]["+".join(stages)] = {**run, **without_lists(found)}
+        report["verify"][proof] = {**run, **without_lists(found)}
         for check in found.get("checks", []):
             word = "ok" if check["passed"] else "FAILED"
             print(f"{word:<7} {check['stage']:<10} {check['name']:<14} {check['detail'][:300]}", file=sys.stderr)
@@ -134,9 +140,9 @@ def bench(options: argparse.Namespace, report: common.Json) -> None:
         print((folder / "bench.md").read_text(encoding="utf-8"), file=sys.stderr)
 
 
-def flags(options: argparse.Namespace) -> list[str]:
-    """Further flags of the server."""
-    return [f"--vllm-flag={flag}" for flag in options.vllm_flag]
+def flags(options: argparse.Namespace) -> list[object]:
+    """The GPUs and further flags of the server."""
+    return ["--tensor-parallel", options.gpus, *(f"--vllm-flag={flag}" for flag in options.vllm_flag)]
 
 
 STEPS: dict[str, Callable[[argparse.Namespace, common.Json], None]] = {

@@ -1,7 +1,7 @@
 """Convert the whole of Gemma 4 31B's shapes (60 layers, 62.5 GB, random weights), its source cold on the disk.
 
 usage: python benchmarks/whole_31b.py --source DIR --output DIR [--steps make,speeds,forward,convert,verify]
-           [--quantizers mse] [--json FILE]
+           [--quantizers mse] [--processes 1,2] [--json FILE]
 
   make     writes the checkpoint to SOURCE/gemma-4-31b in shards of at most 5 GB, synced, and the token ids beside
   speeds   drops the source from the page cache (proved with mincore), reads 4 GB of it cold, writes 2 GB to OUTPUT,
@@ -9,7 +9,8 @@ usage: python benchmarks/whole_31b.py --source DIR --output DIR [--steps make,sp
   forward  the plain forward of the same tokens through all layers, the model whole on the GPU, one sequence at a
            time, transformers, sdpa, no head. Its weights are made there (same shapes, same distribution) instead of
            being read for a minute: the time does not depend on their values, and loading is not counted
-  convert  drops the source from the page cache again and runs `nvquant convert` into OUTPUT/out
+  convert  drops the source from the page cache again and runs `nvquant convert` into OUTPUT/out, with each number of
+           processes (a GPU each)
   verify   runs `nvquant verify OUTPUT/out --stage structure`
 
 With --recipe nvfp4-a16 nothing is calibrated, no forward runs, and a CPU will do (--device cpu); --layers N cuts the
@@ -22,9 +23,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import common
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     common.add_work_options(parser, layers=WHOLE)
     parser.add_argument("--steps", type=common.split_commas, default=list(STEPS))
+    common.add_processes_option(parser, [1])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     common.add_tool_options(parser, peers="", recipe="nvfp4", repeats=1)
     parser.set_defaults(quantizers=["mse"])
@@ -102,13 +104,12 @@ def forward(options: argparse.Namespace, report: common.Json) -> None:
 
 
 def convert(options: argparse.Namespace, report: common.Json) -> None:
-    """One conversion a quantizer, each from the cold source."""
-    for quantizer in options.quantizers:
-        shutil.rmtree(options.output / "out", ignore_errors=True)
+    """One conversion a quantizer and number of processes, each from the cold source."""
+    for quantizer, processes in product(options.quantizers, options.processes):
         resident = drop(options.model)
-        run = common.convert(options.model, options.output / "out", options.ids, options, quantizer)
+        run = common.convert(options.model, options.output / "out", options.ids, options, quantizer, processes)
         run["source_resident_share"] = resident
-        report["runs"][f"nvquant {quantizer}"] = run
+        report["runs"][f"nvquant {quantizer}" + (f", {processes} GPUs" if processes > 1 else "")] = run
         report["work"]["output_bytes"] = run["tensor_bytes"]
         found = (run["tensors"], run["tensor_bytes"])
         if options.layers == WHOLE and found != EXPECTED.get(options.recipe, found):

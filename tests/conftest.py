@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from nvquant.demo.smollm2 import build_smollm2
 from nvquant.errors import EnvironmentLack
 from support.converting import run_convert
 from support.shared import made_once
+
+# A shell without job control lets what it starts in the background ignore Ctrl-C, and what that starts; tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

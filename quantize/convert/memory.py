@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -60,3 +61,13 @@ def give_back_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def give_back_gpu_memory() -> None:
+    """Hand what PyTorch's allocator keeps of the GPU without holding a tensor in it back to the driver, for programs
+    that take a share of the whole GPU; without a GPU in use nothing happens."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()

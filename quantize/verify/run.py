@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ..checkpoint.hub.repository import HubModel
 from ..checkpoint.source import Checkpoint
+from ..convert.memory import give_back_gpu_memory
 from ..errors import EnvironmentLack, InputError
 from ..serving.server import ServeOptions
 from .contents import describe_checkpoint
@@ -135,6 +136,7 @@ class Verification:
             return
         folder = self._options.log_folder or Path(tempfile.mkdtemp(prefix="nvquant-serve-"))
         folder.mkdir(parents=True, exist_ok=True)
+        give_back_gpu_memory()  # the stage numerics leaves gigabytes, and a server wants nine tenths of the GPU
         stage = ServeStage(
             subject,
             self._options.serve,

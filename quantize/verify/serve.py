@@ -16,7 +16,7 @@ from ..serving.server import ServeOptions, Server, ServerDied, serving
 from .degeneration import LEAST_TOKENS
 from .report import Check, Finding, not_applicable
 from .served_answers import Answers
-from .served_logprobs import Emulate, SourceFigures, check_logprobs, knows_text, too_few
+from .served_logprobs import Emulate, SourceFigures, compare_logprobs, knows_text, too_few
 from .served_memory import check_memory, forecast_weights
 from .served_tokens import OwnTokenizer, check_tokens
 from .subject import Subject, is_tied
@@ -72,6 +72,7 @@ class ServeStage:
         self._facts = LogFacts()
         self._forecast = forecast_weights(subject, options.tensor_parallel)
         self._answers: Answers | None = None
+        self._served: list[float] | None = None
         self._logprobs: dict[str, Any] | None = None
         self._server: Server | None = None
 
@@ -129,13 +130,17 @@ class ServeStage:
             yield Check(
                 STAGE, "start", Finding(f"{looked_at} did not become ready", [str(death), *self._subject.damaged])
             )
+        if self._served is not None:
+            # Only now, with the server ended, is its memory free for the emulation: vLLM takes nearly all of a GPU.
+            self._progress("serve: comparing likelihoods")
+            yield Check(STAGE, "logprobs", self._compare(self._served))
 
     def _ask(self, server: Server) -> Iterator[Check]:
         self._facts = server.facts
         self._hints += server.notes + list(self._facts.warnings) + self._known_faults()
         is_literate = knows_text(self._subject, self._source)
         self._answers = Answers(self._subject, self._tokenizer, server.client, self._facts.max_model_len, is_literate)
-        checks: dict[str, Callable[[], Finding]] = {
+        checks: dict[str, Callable[[], Finding | None]] = {
             "start": lambda: self._start(server),
             "kernel": self._kernel,
             "memory": lambda: self._memory(server),
@@ -143,7 +148,7 @@ class ServeStage:
                 self._subject, self._tokenizer, server.client, self._fitting_ids(), self._hints
             ),
             "answers": self._answers.check_answers,
-            "logprobs": lambda: self._compare(server),
+            "logprobs": lambda: self._ask_logprobs(server),
             "degeneration": self._degeneration,
         }
         for name, check in checks.items():
@@ -156,7 +161,8 @@ class ServeStage:
                 if told is not error:
                     return
                 continue
-            yield Check(STAGE, name, finding)
+            if finding is not None:
+                yield Check(STAGE, name, finding)
 
     def _start(self, server: Server) -> Finding:
         version = f"vLLM {self._facts.version or 'of unknown version'}"
@@ -189,20 +195,31 @@ class ServeStage:
         tree = server.process.memory_bytes() if server.process else 0
         return check_memory(self._subject, self._facts, self._forecast, server.is_cpu, tree)
 
-    def _compare(self, server: Server) -> Finding:
-        ids, asked = self._fitting_ids(), self._asked()
-        arithmetic = self._arithmetic()
-        possible: list[Arithmetic] = ["w4a4", "weight_only"] if "w4a4" in asked else ["weight_only"]
-        nothing = too_few(ids, [arithmetic] if arithmetic else possible)
+    def _ask_logprobs(self, server: Server) -> Finding | None:
+        """Keep what the server says, to be compared when it has ended; why not, where nothing is to compare."""
+        ids = self._fitting_ids()
+        nothing = too_few(ids, self._arithmetics())
         if nothing is not None:
             return nothing
         if self._emulate is None:
             return not_applicable("the checkpoint's numbers cannot be computed here")
         assert ids is not None
-        finding, self._logprobs = check_logprobs(
-            self._subject, server.client, arithmetic, possible, ids, self._emulate, self._source
-        )
+        self._served = server.client.prompt_logprobs(ids)
+        return None
+
+    def _compare(self, served: Sequence[float]) -> Finding:
+        ids, emulate = self._fitting_ids(), self._emulate
+        assert ids is not None and emulate is not None
+        emulated = {arithmetic: emulate(ids, arithmetic) for arithmetic in self._arithmetics()}
+        finding, self._logprobs = compare_logprobs(self._subject, served, emulated, self._source)
         return finding
+
+    def _arithmetics(self) -> list[Arithmetic]:
+        """What the server may compute: what it said, or whatever the checkpoint allows."""
+        said = self._arithmetic()
+        if said is not None:
+            return [said]
+        return ["w4a4", "weight_only"] if "w4a4" in self._asked() else ["weight_only"]
 
     def _degeneration(self) -> Finding:
         assert self._answers is not None

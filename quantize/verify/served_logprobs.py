@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, quantiles
 from typing import Any
 
 from ..recipe.roles import text_config
-from ..serving.client import Client
 from ..serving.kernels import Arithmetic
 from .report import Finding, not_applicable
 from .subject import Subject
@@ -48,28 +47,23 @@ class SourceFigures:
     noise: float = 0.0
 
 
-def check_logprobs(
+def compare_logprobs(
     subject: Subject,
-    client: Client,
-    arithmetic: Arithmetic | None,
-    possible: Sequence[Arithmetic],
-    ids: list[int],
-    emulate: Emulate,
+    served: Sequence[float],
+    emulated: Mapping[Arithmetic, Sequence[float]],
     source: SourceFigures | None,
 ) -> tuple[Finding, dict[str, Any]]:
     """Compare the likelihoods of a prompt, served and emulated.
 
     Args:
-        arithmetic: of the server; None where it did not say, and then it may be any of the possible ones.
-        possible: the arithmetics that the checkpoint allows.
+        served: natural-log likelihood of each token but the first.
+        emulated: the same from the files alone, under the server's arithmetic; where it did not say, under each that
+            the checkpoint allows.
         source: on a text of the same kind; None where it was not measured.
     Returns:
         the verdict, and what was measured: see the document's `logprobs`.
     """
-    served = client.prompt_logprobs(ids)
-    measured = [
-        _measure(name, served, emulate(ids, name)) for name in ((arithmetic,) if arithmetic is not None else possible)
-    ]
+    measured = [_measure(arithmetic, served, values) for arithmetic, values in emulated.items()]
     noise = 0.0 if source is None else source.noise
     best = min(measured, key=lambda one: (len(_faults(one, noise)), abs(one["mean_difference"])))
     said = {"w4a4": "W4A4", "weight_only": "weights only"}[best["arithmetic"]]

@@ -23,7 +23,7 @@ from nvquant.plan.times import disk_bytes, forecast_times, pipeline_seconds
 from nvquant.plan.work import Work, attention_flop, measure_work
 from nvquant.recipe.load import load_recipe
 from support import synthetic_gemma4
-from support.measured_runs import RESULTS, RUNS, SOURCES, MeasuredRun
+from support.measured_runs import APART, RESULTS, RUNS, SOURCES, MeasuredRun
 from support.synthetic_dense import LLAMA_405B, Dense, headers_only
 from support.synthetic_gemma4 import BYTES_31B
 
@@ -112,6 +112,22 @@ def test_the_forecast_is_within_a_fifth_of_the_measured_run(run: MeasuredRun) ->
     found, measured_run = run.forecast(), run.document()
     assert found.times.conversion_seconds == pytest.approx(measured_run["seconds"], rel=0.2)
     assert found.times.total_seconds == pytest.approx(measured_run["wall_seconds"], rel=0.2)
+
+
+@pytest.mark.parametrize("run", APART, ids=[run.words for run in APART])
+def test_the_forecast_is_within_a_quarter_of_runs_that_it_was_not_made_from(run: MeasuredRun) -> None:
+    found, measured_run = run.forecast(), run.document()
+    assert found.times.conversion_seconds == pytest.approx(measured_run["seconds"], rel=0.25)
+    assert found.times.total_seconds == pytest.approx(measured_run["wall_seconds"], rel=0.25)
+    assert measured_run["peak_rss_bytes"] < found.memory.host_bytes
+    assert found.memory.gpu_bytes == pytest.approx(measured_run["peak_gpu_bytes"], rel=0.2)
+
+
+def test_the_forecast_says_when_a_second_gpu_makes_a_run_slower() -> None:
+    one, two = (run.forecast().times for run in APART[:2])
+    measured_one, measured_two = (run.document()["seconds"] for run in APART[:2])
+    assert two.conversion_seconds > one.conversion_seconds and measured_two > measured_one
+    assert two.bound_by == "the disk"
 
 
 @pytest.mark.parametrize("run", RUNS, ids=[run.words for run in RUNS])

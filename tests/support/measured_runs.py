@@ -10,7 +10,7 @@ from typing import Any
 from nvquant.checkpoint.source import Checkpoint
 from nvquant.format.layouts import LAYOUTS
 from nvquant.plan.conversion import Conversion, forecast_conversion
-from nvquant.plan.machines import DISKS, Machine
+from nvquant.plan.machines import DISKS, Disk, Machine
 from nvquant.plan.plan import Plan, compute_plan
 from nvquant.recipe.load import load_recipe
 
@@ -20,6 +20,7 @@ from .synthetic_gemma4 import config, tensor_shapes, text_config, text_shapes
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SLICE, WHOLE = "gemma4_slice-h200.json", "served_31b-h200.json"
 HALF, SMOLLM2 = "data_free-intel-xeon-2-cores.json", "smollm2_cpu-intel-xeon-2-cores.json"
+H100, H100_SLICE = "whole_31b-2-x-h100-80gb-hbm3.json", "scale_out-2-x-h100-80gb-hbm3.json"
 ON_GPU, ON_CPU = Machine("H200", 1, DISKS["ram"]), Machine(None, 1, DISKS["nvme"])
 
 
@@ -60,6 +61,7 @@ class MeasuredRun:
 SOURCES: dict[str, Checkpoint] = {
     "6 layers": headers_only(tensor_shapes(6), config(6)),
     "30 layers": headers_only(tensor_shapes(30), config(30)),
+    "60 layers": headers_only(tensor_shapes(), config()),
     "60 layers, text": headers_only(text_shapes(), text_config()),
     "SmolLM2-135M": headers_only(SMOLLM2_135M.shapes(), SMOLLM2_135M.config()),
 }
@@ -89,9 +91,32 @@ def _smollm2(quantizer: str) -> MeasuredRun:
     return MeasuredRun(words, SMOLLM2, keys, "SmolLM2-135M", "nvfp4-full", quantizer, ON_CPU, 16, 511)
 
 
+def _on_h100s(gpus: int) -> MeasuredRun:
+    """From the disk that was measured there, into a RAM disk."""
+    speeds = json.loads((RESULTS / H100).read_text(encoding="utf-8"))["speeds"]
+    machine = Machine("H100 80 GB", gpus, Disk("measured", speeds["read GB/s"] * 1e9, speeds["write GB/s"] * 1e9))
+    words = f"60 layers of Gemma 4 31B, nvfp4, mse, 128 x 2048 tokens, cold disk, {machine.words}"
+    keys = ("runs", "nvquant mse" if gpus == 1 else f"nvquant mse, {gpus} GPUs")
+    return MeasuredRun(words, H100, keys, "60 layers", "nvfp4", "mse", machine, 128, 2048)
+
+
+def _slice_on_h100s(quantizer: str, gpus: int) -> MeasuredRun:
+    machine = Machine("H100 80 GB", gpus, DISKS["ram"])
+    words = f"6 layers of Gemma 4 31B, nvfp4, {quantizer}, 128 x 2048 tokens, {machine.words}"
+    keys = ("runs", f"{quantizer}, {gpus}")
+    return MeasuredRun(words, H100_SLICE, keys, "6 layers", "nvfp4", quantizer, machine, 128, 2048)
+
+
+# Those that the constants come from.
 RUNS = [
     *(_slice(quantizer) for quantizer in ("rtn", "mse")),
     *(_whole(recipe) for recipe in ("nvfp4", "nvfp4-full")),
     *(_half(quantizer) for quantizer in ("rtn", "mse")),
     *(_smollm2(quantizer) for quantizer in ("rtn", "mse")),
+]
+
+# Those that no constant comes from: another GPU, and two of it.
+APART = [
+    *(_on_h100s(gpus) for gpus in (1, 2)),
+    *(_slice_on_h100s(quantizer, gpus) for quantizer in ("rtn", "mse") for gpus in (1, 2)),
 ]

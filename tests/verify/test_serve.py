@@ -24,6 +24,7 @@ from nvquant.errors import InputError
 from nvquant.format.layouts import LAYOUTS
 from nvquant.plan.plan import compute_plan
 from nvquant.recipe.load import load_recipe
+from nvquant.serving.kernels import Arithmetic
 from nvquant.serving.server import NO_LOAD_CHECK, ServeOptions
 from nvquant.verify import served_answers
 from nvquant.verify.numerics.text import reference_ids
@@ -40,7 +41,7 @@ from verify.checkpoints import token_ids
 
 pytestmark = pytest.mark.vllm
 
-ALL = ["start", "kernel", "memory", "tokens", "answers", "logprobs", "degeneration"]
+ALL = ["start", "kernel", "memory", "tokens", "answers", "degeneration", "logprobs"]
 # Nats a token of a model that guesses among 512; text cannot be asked of it.
 GUESSING = SourceFigures(math.log(512))
 
@@ -128,7 +129,17 @@ def test_a_good_checkpoint_passes_and_everything_is_documented(
     monkeypatch.setattr(served_answers, "LONG_SECONDS", 3600.0)  # busy cores shorten no answer here
     ids = reference_ids(smollm2_full, json.loads((smollm2_full / "config.json").read_text()))
     run = stage(smollm2_full, tmp_path, ids, options=small_options(1024))
+    emulate = run._emulate
+    served_meanwhile: list[list[int]] = []
+
+    def emulate_and_look(ids: list[int], arithmetic: Arithmetic) -> list[float]:
+        assert emulate is not None and run._server is not None and run._server.process is not None
+        served_meanwhile.append(run._server.process.pids())
+        return emulate(ids, arithmetic)
+
+    run._emulate = emulate_and_look
     checks = list(run.run())
+    assert served_meanwhile == [[]]  # the server has ended, and its GPU memory is free for the emulation
     assert verdicts(checks) == dict.fromkeys(ALL, True), [check.detail for check in checks]
     assert {check.stage for check in checks} == {"serve"}
     document = json.loads(json.dumps(run.document))

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nvquant.serving.client import Client
+from nvquant.serving.kernels import Arithmetic
 from nvquant.verify.report import Finding
-from nvquant.verify.served_logprobs import SourceFigures, check_logprobs
+from nvquant.verify.served_logprobs import SourceFigures, compare_logprobs
 from nvquant.verify.subject import Subject, open_subject
-from serving.http_server import running
 
 TOKENS = 400
-IDS = list(range(TOKENS + 1))
 ILLITERATE = 20.0  # nats a token: no text is asked for
 
 
@@ -23,25 +21,13 @@ def subject(good: Callable[[str], Path]) -> Subject:
     return open_subject(good("llama-ct"))
 
 
-def judged(subject: Subject, arithmetic: str, shift: float, spread: float, noise: float) -> Finding:
+def judged(subject: Subject, arithmetic: Arithmetic, shift: float, spread: float, noise: float) -> Finding:
     """A server whose tokens cost `shift` more than the files say, and differ by `spread` either way."""
     signs = [1, -1] * (TOKENS // 2)
     random.Random(0).shuffle(signs)
-    entries = [
-        None,
-        *({str(id): {"logprob": -3 - shift + spread * sign}} for id, sign in zip(IDS[1:], signs, strict=True)),
-    ]
-    reply = {"choices": [{"index": 0, "text": "", "finish_reason": "length", "prompt_logprobs": entries}]}
-    with running({"/v1/completions": (200, reply)}) as site:
-        finding, document = check_logprobs(
-            subject,
-            Client(site.url, "m"),
-            arithmetic,  # type: ignore[arg-type]
-            ("w4a4", "weight_only"),
-            IDS,
-            lambda ids, _: [-3.0] * (len(ids) - 1),
-            SourceFigures(ILLITERATE, noise),
-        )
+    served = [-3 - shift + spread * sign for sign in signs]
+    emulated: dict[Arithmetic, list[float]] = {arithmetic: [-3.0] * TOKENS}
+    finding, document = compare_logprobs(subject, served, emulated, SourceFigures(ILLITERATE, noise))
     assert document["mean_difference"] == pytest.approx(shift)
     return finding
 
@@ -60,7 +46,7 @@ def judged(subject: Subject, arithmetic: str, shift: float, spread: float, noise
     ],
 )
 def test_tokens_are_held_one_by_one_unless_the_model_is_noise(
-    subject: Subject, arithmetic: str, shift: float, spread: float, noise: float, passes: bool
+    subject: Subject, arithmetic: Arithmetic, shift: float, spread: float, noise: float, passes: bool
 ) -> None:
     finding = judged(subject, arithmetic, shift, spread, noise)
     assert not finding.faults == passes, finding.faults

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from ..subject import Subject
-from .measure import SideBySide
+from .measure import SideBySide, largest_layer_bytes
 from .predictions import predict
 from .served import Arithmetic, ServedModel
 from .tokens import RunningLogits
+
+DECODED_PER_STORED = 4  # 16 bits for 4 and their scales
+COMPUTING_BYTES = 2 << 30  # the context, libraries, hidden states of one sequence, a part of the head
 
 
 def emulated_logprobs(subject: Subject, ids: Sequence[int], arithmetic: Arithmetic, device: str = "cpu") -> list[float]:
@@ -20,6 +23,7 @@ def emulated_logprobs(subject: Subject, ids: Sequence[int], arithmetic: Arithmet
         subject: a checkpoint whose structure holds.
         ids: two at least.
         arithmetic: of the server: with rounded inputs where the checkpoint asks for it, or with quantized weights only.
+        device: where to compute; the CPU takes the place of a GPU that a server which goes on running has filled.
     Raises:
         InputError, EnvironmentLack: see `SideBySide`.
     """
@@ -32,9 +36,18 @@ def likeliest_next(subject: Subject, ids: Sequence[int], arithmetic: Arithmetic,
     return int(_run(subject, [*ids, ids[-1]], arithmetic, device).top_at[-1])  # of the last id only the place counts
 
 
+def gpu_bytes_needed(served: ServedModel) -> int:
+    """GPU memory that an emulation takes: two buffers of a stored layer, a decoded one, and what computes."""
+    layer = largest_layer_bytes(served.subject.checkpoint, served.prefix)
+    return (2 + DECODED_PER_STORED) * layer + COMPUTING_BYTES
+
+
 def _run(subject: Subject, ids: Sequence[int], arithmetic: Arithmetic, device: str) -> RunningLogits:
     sample = torch.tensor(list(ids), dtype=torch.int64)
-    run = SideBySide(ServedModel(subject), None, [sample], [arithmetic], device, lambda *_: None)
+    served = ServedModel(subject)
+    if torch.device(device).type == "cuda" and torch.cuda.mem_get_info(device)[0] < gpu_bytes_needed(served):
+        device = "cpu"
+    run = SideBySide(served, None, [sample], [arithmetic], device, lambda *_: None)
     try:
         run.run()
         logits, _ = predict(run, lambda *_: None)

@@ -155,15 +155,11 @@ class SideBySide:
         gpu = 0
         if self.device.type == "cuda":
             # Two buffers of each model's layers, one decoded layer, and what the computation itself takes.
-            needs = 3 * self._layer_bytes(self.source) + 2 * self._layer_bytes(self.served.subject.checkpoint)
+            needs = 2 * largest_layer_bytes(self.served.subject.checkpoint, self.served.prefix)
+            if self.source is not None:
+                needs += 3 * largest_layer_bytes(self.source, self._source_prefix)
             gpu = max(0, int(SHARE_OF_MEMORY * (torch.cuda.mem_get_info(self.device)[0] - needs)))
         return HiddenBudget(gpu // lanes, host // lanes, Path(tempfile.gettempdir()))
-
-    def _layer_bytes(self, checkpoint: Checkpoint | None) -> int:
-        if checkpoint is None:
-            return 0
-        names = _names_by_layer(checkpoint, self.served.prefix)
-        return max(sum(checkpoint.info(name).nbytes for name in part) for part in names.values())
 
     def run(self) -> None:
         """Send every lane through all layers.
@@ -304,6 +300,12 @@ def in_small_products(module: nn.Module) -> Iterator[None]:
     finally:
         for linear in linears:
             del linear.__dict__["forward"]
+
+
+def largest_layer_bytes(checkpoint: Checkpoint, prefix: str) -> int:
+    """Bytes that the largest decoder layer takes in the file; the layers are those under the prefix."""
+    layers = _names_by_layer(checkpoint, prefix).values()
+    return max(sum(checkpoint.info(name).nbytes for name in names) for names in layers)
 
 
 def _names_by_layer(checkpoint: Checkpoint, prefix: str) -> dict[int, list[str]]:
