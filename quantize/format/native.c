@@ -1,4 +1,5 @@
-/* The CPU's compiled way through a matrix: quantize and pack, the largest magnitude, statistics of inputs.
+/* The CPU's compiled way through a matrix: quantize and pack, compare with what is stored, the largest magnitude,
+   statistics of inputs.
 
    Every number is that of the readable PyTorch code (blocks.py, ../quantizers/mse.py, ../calibrate/statistics.py), bit for
    bit: the same float32 operations in the same order, none fused. Compile with -ffp-contract=off, never with
@@ -327,6 +328,112 @@ INLINE void encode_any(const float *x, const float *step, int64_t tiles, uint32_
     }
 }
 
+/* ---- Comparing stored blocks with the weights that they were made from ---- */
+
+typedef struct {
+    const char *source;
+    int dtype;
+    int64_t blocks;
+    const unsigned char *packed, *scales;
+    float divisor, made_from; /* the stored one; the one that a rule's block scales come from */
+    int has_rule, first_offset, last_offset;
+    float most_error, least_gain, most_gain; /* of a block, the error as a share of its energy */
+} Comparison;
+
+typedef struct {
+    double error, energy, product;
+    uint32_t largest;        /* bits of the source's amax */
+    int64_t poor, unsettled; /* blocks beyond the bounds; blocks that the reference has to look at */
+} Sums;
+
+INLINE float value_of_code(uint32_t code) {
+    uint32_t level = code & 7;
+    float normal = float_of(((level >> 1) + 126) << 23 | (level & 1) << 22);
+    float value = level < 2 ? (float)level * 0.5f : normal;
+    return float_of(bits_of(value) | (code & 8) << 28);
+}
+
+INLINE void compare_tile(
+    const void *source, int dtype, const Comparison *job, const uint32_t packed[2 * LANES],
+    const unsigned char scales[LANES], Sums *sums, int has_fma) {
+    Lanes x[BLOCK], error, energy, product;
+    LanesOfInt is_open;
+    Divisor by;
+    load_tile(source, dtype, x);
+    for (int l = 0; l < LANES; l++) {
+        is_open[l] = scales[l] > 0x7E; /* negative, or a NaN */
+        by.step[l] = decode_e4m3(scales[l] & 0x7F) / job->divisor;
+        error[l] = energy[l] = product[l] = 0;
+    }
+    for (int i = 0; i < BLOCK; i++)
+        for (int l = 0; l < LANES; l++) {
+            float stored = value_of_code(packed[2 * l + i / 8] >> 4 * (i % 8) & 15) * by.step[l];
+            float difference = stored - x[i][l];
+            energy[l] += x[i][l] * x[i][l];
+            product[l] += stored * x[i][l];
+            error[l] += difference * difference;
+        }
+    if (job->has_rule) {
+        Lanes wanted;
+        LanesOfInt nearest;
+        uint32_t again[2 * LANES];
+        choose_nearest(x, job->made_from, wanted, nearest);
+        set_divisor(&by, has_fma);
+        if (by.is_quick)
+            pack_codes(x, &by, 1, again);
+        else
+            pack_codes(x, &by, 0, again);
+        for (int l = 0; l < LANES; l++) {
+            int32_t offset = scales[l] - nearest[l], is_zero = energy[l] == 0;
+            int32_t is_within = (offset >= job->first_offset) & (offset <= job->last_offset) & !is_zero;
+            is_open[l] |= !((offset == 0) | is_within);
+            is_open[l] |= (again[2 * l] != packed[2 * l]) | (again[2 * l + 1] != packed[2 * l + 1]);
+        }
+    }
+    for (int i = 0; i < BLOCK; i++)
+        for (int l = 0; l < LANES; l++) {
+            uint32_t bits = bits_of(x[i][l]) & MAGNITUDE;
+            sums->largest = bits > sums->largest ? bits : sums->largest;
+        }
+    for (int l = 0; l < LANES; l++) {
+        int32_t is_good = (error[l] <= energy[l] * job->most_error) & (product[l] >= energy[l] * job->least_gain) &
+                          (product[l] <= energy[l] * job->most_gain);
+        sums->poor += !is_good;
+        sums->unsettled += is_open[l] | !(error[l] < float_of(EXPONENT)) | !(energy[l] < float_of(EXPONENT));
+        sums->error += (double)error[l];
+        sums->energy += (double)energy[l];
+        sums->product += (double)product[l];
+    }
+}
+
+INLINE void compare_run(const Comparison *job, int dtype, Sums *sums, int has_fma) {
+    const int64_t block_bytes = BLOCK * (dtype == FLOAT32 ? 4 : 2);
+    for (int64_t at = 0; at < job->blocks; at += LANES) {
+        int64_t count = job->blocks - at < LANES ? job->blocks - at : LANES;
+        const char *source = job->source + at * block_bytes;
+        uint32_t packed[2 * LANES] = {0}, last[TILE];
+        unsigned char scales[LANES];
+        if (count < LANES) { /* the missing blocks are zeros, and stored as such */
+            memset(last, 0, sizeof last);
+            memcpy(last, source, (size_t)(count * block_bytes));
+            source = (const char *)last;
+            memset(scales, 0x20, sizeof scales);
+        }
+        memcpy(packed, job->packed + at * (BLOCK / 2), (size_t)(count * (BLOCK / 2)));
+        memcpy(scales, job->scales + at, (size_t)count);
+        compare_tile(source, dtype, job, packed, scales, sums, has_fma);
+    }
+}
+
+INLINE void compare_any(const Comparison *job, Sums *sums, int has_fma) {
+    if (job->dtype == FLOAT32)
+        compare_run(job, FLOAT32, sums, has_fma);
+    else if (job->dtype == BFLOAT16)
+        compare_run(job, BFLOAT16, sums, has_fma);
+    else
+        compare_run(job, FLOAT16, sums, has_fma);
+}
+
 /* ---- The largest magnitude, as bits: what is not finite is larger than all that is ---- */
 
 INLINE uint32_t largest_bits(const void *source, int dtype, int64_t count) {
@@ -430,6 +537,7 @@ typedef struct {
     uint32_t (*largest)(const void *, int, int64_t);
     uint32_t (*gather)(const Strip *);
     void (*encode)(const float *, const float *, int64_t, uint32_t *);
+    void (*compare)(const Comparison *, Sums *);
 } Target;
 
 #define DEFINE_TARGET(name, attribute, has_fma) \
@@ -440,8 +548,9 @@ typedef struct {
     attribute static uint32_t gather_##name(const Strip *strip) { return gather_any(strip); } \
     attribute static void encode_##name(const float *x, const float *step, int64_t tiles, uint32_t *packed) { \
         encode_any(x, step, tiles, packed, has_fma); \
-    }
-#define TARGET(name) {quantize_##name, largest_##name, gather_##name, encode_##name}
+    } \
+    attribute static void compare_##name(const Comparison *job, Sums *sums) { compare_any(job, sums, has_fma); }
+#define TARGET(name) {quantize_##name, largest_##name, gather_##name, encode_##name, compare_##name}
 
 #if defined(__aarch64__) || defined(__FMA__)
 DEFINE_TARGET(plain, , 1)
@@ -499,6 +608,30 @@ static PyObject *py_quantize(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *py_compare(PyObject *self, PyObject *args) {
+    (void)self;
+    Comparison job;
+    Sums sums = {0};
+    int target;
+    unsigned long long source, packed, scales;
+    long long blocks;
+    if (!PyArg_ParseTuple(
+            args, "iKiLKKffpiifff", &target, &source, &job.dtype, &blocks, &packed, &scales, &job.divisor,
+            &job.made_from, &job.has_rule, &job.first_offset, &job.last_offset, &job.most_error, &job.least_gain,
+            &job.most_gain))
+        return NULL;
+    job.source = (const char *)(uintptr_t)source;
+    job.packed = (const unsigned char *)(uintptr_t)packed;
+    job.scales = (const unsigned char *)(uintptr_t)scales;
+    job.blocks = blocks;
+    Py_BEGIN_ALLOW_THREADS
+    TARGETS[target].compare(&job, &sums);
+    Py_END_ALLOW_THREADS
+    return Py_BuildValue(
+        "(dddfLL)", sums.error, sums.energy, sums.product, (double)float_of(sums.largest), (long long)sums.poor,
+        (long long)sums.unsettled);
+}
+
 static PyObject *py_largest(PyObject *self, PyObject *args) {
     (void)self;
     int target, dtype;
@@ -550,6 +683,7 @@ static PyObject *py_encode(PyObject *self, PyObject *args) {
 static PyMethodDef METHODS[] = {
     {"targets", py_targets, METH_NOARGS, "Number of instruction sets that this processor has code for here."},
     {"quantize", py_quantize, METH_VARARGS, "Quantize and pack a run of blocks."},
+    {"compare", py_compare, METH_VARARGS, "Compare a run of stored blocks with the weights that they were made from."},
     {"largest", py_largest, METH_VARARGS, "Bits of the largest magnitude of a run of elements."},
     {"gather", py_gather, METH_VARARGS, "Statistics of a strip of columns; returns the largest magnitude's bits."},
     {"encode", py_encode, METH_VARARGS, "Codes of elements divided by steps, a tile of 16 x 16 at a time."},

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,55 @@ def quantize_on_cpu(
 
     _share(len(runs), work)
     return packed, scales
+
+
+class Compared(NamedTuple):
+    """Stored blocks beside the weights that they were made from.
+
+    Attributes:
+        error, energy, product: sums of (stored - weight)^2, weight^2 and stored * weight; of a block in float32.
+        amax: the largest magnitude of the weights.
+        poor_blocks: blocks beyond the bounds.
+        unsettled_blocks: blocks that are not to the byte what the rule gives, or hold what is not finite or no block
+            scale that a quantizer writes: whether they are wrong is for PyTorch to say, and the sums do not count then.
+    """
+
+    error: float
+    energy: float
+    product: float
+    amax: float
+    poor_blocks: int
+    unsettled_blocks: int
+
+
+def compare_on_cpu(
+    weight: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    divisor: float,
+    bounds: tuple[float, float, float],
+    rule: tuple[float, int, int] | None = None,
+    target: int = -1,
+) -> Compared:
+    """Compare stored blocks with their weights, on the calling thread alone.
+
+    Args:
+        weight: a contiguous tensor that `has_native` accepts; a multiple of 16 elements.
+        packed: uint8, half as many, contiguous.
+        scales: uint8 E4M3 bytes, a sixteenth as many, contiguous.
+        divisor: the stored global scale.
+        bounds: of a block: squared error at most as a share of the energy, gain at least, gain at most.
+        rule: the global scale that block scales were made from, and how far at least and at most a byte lies from
+            round-to-nearest's; None looks at errors alone.
+        target: which instruction set, counted as in `TARGETS`.
+    """
+    made_from, first, last = rule or (1.0, 0, 0)
+    return Compared(
+        *_module.compare(
+            target % TARGETS, weight.data_ptr(), _DTYPES[weight.dtype], weight.numel() // BLOCK, packed.data_ptr(),
+            scales.data_ptr(), divisor, made_from, rule is not None, first, last, *bounds,
+        )
+    )  # fmt: skip
 
 
 def amax_on_cpu(tensor: Tensor, target: int = -1) -> Tensor:

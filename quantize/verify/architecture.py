@@ -9,6 +9,7 @@ import torch
 from ..calibrate.ids import config_value
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import torch_dtype
+from ..format.native import amax_on_cpu, has_native
 from ..recipe.roles import Role, decoder_prefix, layer_index, text_config
 from .report import Finding, counted, not_read
 from .subject import Subject, pieces
@@ -67,6 +68,8 @@ def _first_nan(subject: Subject, info: TensorInfo) -> int:
     dtype = torch_dtype(info.dtype)
     for begin, piece in pieces(subject.checkpoint, info.name):
         values = torch.frombuffer(piece, dtype=dtype)
+        if has_native(values) and bool(amax_on_cpu(values).isfinite()):
+            continue
         if bool(values.sum(dtype=torch.float64).isnan()):  # quicker than asking each; infinities may cancel, too
             nan = values.isnan().nonzero()
             if len(nan):

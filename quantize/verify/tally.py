@@ -1,4 +1,8 @@
-"""The stored numbers of a matrix compared with the source's, strip by strip."""
+"""The stored numbers of a matrix compared with the source's, a few rows at a time.
+
+The compiled kernel counts where all is as it should be; what it does not settle, PyTorch's way looks at strip by strip
+and says in words.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,13 @@ from torch import Tensor
 from ..checkpoint.source import Checkpoint, tensor_bytes, torch_dtype
 from ..format.constants import BLOCK
 from ..format.e2m1 import E2M1_VALUES, round_e2m1
+from ..format.native import compare_on_cpu, has_native
 from ..format.scales import block_scale_bytes, decode_e4m3
 from .matrices import Matrix
 from .subject import Subject
 
-STRIP_ELEMENTS = 1 << 18  # fits the cache with its few copies
+READ_ELEMENTS = 1 << 22  # at a time, of a thread
+STRIP_ELEMENTS = 1 << 18  # of PyTorch's way: fits the cache with its few copies
 RMSE_LIMIT = 0.25  # relative to the root mean square of the weights
 GAIN_LIMITS = (0.9, 1.1)
 # modelopt's multiplier turned into a divisor is off by two ulp, which moves what lies on the border of two codes.
@@ -36,6 +42,16 @@ class Rule:
 
     divisor: Tensor
     offsets: range
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Neighbouring rows of a matrix: the source's weights in their dtype, and what is stored of them."""
+
+    first_row: int
+    weight: Tensor
+    packed: Tensor
+    scales: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,29 +121,60 @@ def tally_matrix(subject: Subject, source: Checkpoint, matrix: Matrix, rule: Rul
     """
     tally = Tally()
     divisor = subject.divisor(matrix.module)
-    for strip in _strips(subject.checkpoint, source, matrix):
-        step = decode_e4m3(strip.scales) / divisor
-        _tally_errors(tally, strip, step)
-        if rule is not None:
-            _tally_codes(tally, strip, step)
-            _tally_scales(tally, strip, rule)
+    for read in _read(subject.checkpoint, source, matrix):
+        if _is_settled(tally, read, divisor, rule):
+            continue
+        for strip in _strips(read):
+            step = decode_e4m3(strip.scales) / divisor
+            _tally_errors(tally, strip, step)
+            if rule is not None:
+                _tally_codes(tally, strip, step)
+                _tally_scales(tally, strip, rule)
     return tally
 
 
-def _strips(checkpoint: Checkpoint, source: Checkpoint, matrix: Matrix) -> Iterator[Strip]:
-    blocks_a_row = matrix.cols // BLOCK
-    height = max(1, STRIP_ELEMENTS // matrix.cols)
+def _read(checkpoint: Checkpoint, source: Checkpoint, matrix: Matrix) -> Iterator[_Rows]:
+    height = max(1, READ_ELEMENTS // matrix.cols)
     for first in range(0, matrix.rows, height):
         rows = range(first, min(matrix.rows, first + height))
-        weight = read_rows(source, f"{matrix.module}.weight", rows).reshape(-1, BLOCK)
-        packed = read_rows(checkpoint, matrix.parts["packed"].name, rows).reshape(-1, BLOCK // 2).t().int().contiguous()
-        scales = read_rows(checkpoint, matrix.parts["scales"].name, rows).view(torch.uint8).flatten()
+        weight = read_rows(source, f"{matrix.module}.weight", rows)
+        packed, scales = (read_rows(checkpoint, matrix.parts[part].name, rows) for part in ("packed", "scales"))
+        yield _Rows(first, weight, packed, scales.view(torch.uint8))
+
+
+def _is_settled(tally: Tally, read: _Rows, divisor: Tensor, rule: Rule | None) -> bool:
+    """Add what the compiled kernel counts, where it is there and finds all as it should be."""
+    if not has_native(read.weight):
+        return False
+    found = compare_on_cpu(
+        *(read.weight, read.packed, read.scales, float(divisor)),
+        bounds=(RMSE_LIMIT**2, *GAIN_LIMITS),
+        rule=None if rule is None else (float(rule.divisor), rule.offsets[0], rule.offsets[-1]),
+    )
+    if found.unsettled_blocks:
+        return False
+    tally.blocks += read.scales.numel()
+    tally.energy += found.energy
+    tally.product += found.product
+    tally.error += found.error
+    tally.amax = max(tally.amax, found.amax)
+    tally.poor_blocks += found.poor_blocks
+    return True
+
+
+def _strips(read: _Rows) -> Iterator[Strip]:
+    cols = read.weight.shape[1]
+    height = max(1, STRIP_ELEMENTS // cols)
+    for first in range(0, len(read.weight), height):
+        rows = slice(first, first + height)
+        weight = read.weight[rows].reshape(-1, BLOCK)
+        packed = read.packed[rows].reshape(-1, BLOCK // 2).t().int().contiguous()
         codes = torch.empty(BLOCK, packed.shape[1])
         for at in range(BLOCK // 2):
             torch.index_select(_LOW, 0, packed[at], out=codes[2 * at])
             torch.index_select(_HIGH, 0, packed[at], out=codes[2 * at + 1])
         turned = weight.t().to(torch.float32, memory_format=torch.contiguous_format)
-        yield Strip(first, blocks_a_row, turned, codes, scales)
+        yield Strip(read.first_row + first, cols // BLOCK, turned, codes, read.scales[rows].flatten())
 
 
 def read_rows(checkpoint: Checkpoint, name: str, rows: range) -> Tensor:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvquant.errors import NonFiniteError
 from nvquant.format import native
-from nvquant.format.blocks import BlockQuantized, quantize_blocks, weight_amax
+from nvquant.format.blocks import BlockQuantized, dequantize_blocks, quantize_blocks, weight_amax
 from nvquant.format.e2m1 import encode_e2m1, pack_codes
-from nvquant.format.native import TARGETS, amax_on_cpu, has_native, quantize_on_cpu
+from nvquant.format.native import TARGETS, Compared, amax_on_cpu, compare_on_cpu, has_native, quantize_on_cpu
 from nvquant.format.scales import global_scale
 from nvquant.quantizers import get_quantizer
 from nvquant.quantizers.mse import HIGHEST, LOWEST, OFFSETS, block_importance, sweep_scales
@@ -242,6 +242,87 @@ def test_what_is_not_finite_shows_in_the_amax(bad: float, dtype: torch.dtype, ta
     assert not amax_on_cpu(weight, target).isfinite()
     with pytest.raises(NonFiniteError, match="row 2, column 33"):
         weight_amax(weight)
+
+
+BOUNDS = (0.25**2, 0.9, 1.1)
+
+
+def compared(weight: Tensor, stored: BlockQuantized, scale: Tensor, offsets: range, target: int = -1) -> Compared:
+    rule = (float(scale), offsets[0], offsets[-1])
+    scales = stored.scales.view(torch.uint8)
+    return compare_on_cpu(weight, stored.packed, scales, float(scale), BOUNDS, rule, target)
+
+
+@targets
+@dtypes
+@pytest.mark.parametrize("offsets", [range(1), OFFSETS], ids=["rtn", "mse"])
+def test_what_a_quantizer_made_is_settled_and_its_errors_are_those_of_decoding(
+    dtype: torch.dtype, offsets: range, target: int
+) -> None:
+    for rows, cols in ((1, 16), (3, 80), (40, 336)):  # whole tiles of 16 blocks, and parts of one
+        weight = noise(rows, cols, rows, dtype)
+        weight[0, :16] = 0
+        scale = global_scale(weight_amax(weight) if rows > 1 else torch.tensor(1.0), 2.0)
+        stored = quantize_blocks(weight, scale) if len(offsets) == 1 else reference(weight, scale, None)
+        found = compared(weight, stored, scale, offsets, target)
+        exact, decoded = weight.double(), dequantize_blocks(stored.packed, stored.scales, scale).double()
+        assert found.unsettled_blocks == 0
+        assert found.amax == float(exact.abs().max())
+        assert found.energy == pytest.approx(float(exact.square().sum()), rel=1e-5)
+        assert found.product == pytest.approx(float((exact * decoded).sum()), rel=1e-5)
+        assert found.error == pytest.approx(float((exact - decoded).square().sum()), rel=1e-4)
+        blocks, others = exact.reshape(-1, 16), decoded.reshape(-1, 16)
+        energy, product = blocks.square().sum(1), (blocks * others).sum(1)
+        is_good = (blocks - others).square().sum(1) <= energy * BOUNDS[0]
+        is_good &= (product >= energy * BOUNDS[1]) & (product <= energy * BOUNDS[2])
+        assert found.poor_blocks == int((~is_good).sum())
+
+
+@targets
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_byte_that_is_changed_is_left_to_the_reference(dtype: torch.dtype, target: int) -> None:
+    weight = noise(2, 336, dtype=dtype)
+    scale = global_scale(weight_amax(weight), 2.0)
+    stored = quantize_blocks(weight, scale)
+    scales = stored.scales.view(torch.uint8)
+    for part, nibbles in ((stored.packed, (1, 16)), (scales, (1,))):
+        flat = part.flatten()
+        for at in range(len(flat)):
+            for change in nibbles:
+                before = int(flat[at])
+                part.view(-1)[at] = before ^ change
+                assert compared(weight, stored, scale, range(1), target).unsettled_blocks == 1, (at, change)
+                part.view(-1)[at] = before
+    assert compared(weight, stored, scale, range(1), target).unsettled_blocks == 0
+
+
+@targets
+def test_poor_blocks_are_counted_without_a_rule(target: int) -> None:
+    weight = noise(4, 336)
+    scale = global_scale(weight_amax(weight))
+    stored = quantize_blocks(weight, scale)
+    arguments = (stored.packed, stored.scales.view(torch.uint8), float(scale), BOUNDS, None, target)
+    assert compare_on_cpu(weight, *arguments).poor_blocks == 0
+    weight[2] *= 1.2
+    weight[3, 16:32] *= -1
+    found = compare_on_cpu(weight, *arguments)
+    assert (found.poor_blocks, found.unsettled_blocks) == (22, 0)
+    for bad in (0x7F, 0x80, 0xFF):
+        stored.scales.view(torch.uint8)[1, 3] = bad
+        assert compare_on_cpu(weight, *arguments).unsettled_blocks == 1
+
+
+@targets
+@dtypes
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_left_to_the_reference(bad: float, dtype: torch.dtype, target: int) -> None:
+    weight = noise(3, 64, dtype=dtype)
+    scale = global_scale(weight_amax(weight))
+    stored = quantize_blocks(weight, scale)
+    weight[2, 33] = bad
+    assert compared(weight, stored, scale, range(1), target).unsettled_blocks == 1
+    arguments = (stored.packed, stored.scales.view(torch.uint8), float(scale), BOUNDS, None, target)
+    assert compare_on_cpu(weight, *arguments).unsettled_blocks == 1
 
 
 def test_only_tensors_that_the_kernels_know_are_taken() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from nvquant.checkpoint.source import open_checkpoint
+from nvquant.format import native
 from nvquant.format.blocks import dequantize_blocks
 from nvquant.verify import tally as tallies
 from nvquant.verify.structure import verify_structure
@@ -57,11 +58,21 @@ def test_a_step_that_is_no_number_is_wrong(step: float) -> None:
     assert judged([1.0], [2.0], step).wrong_codes >= 1
 
 
+@pytest.fixture
+def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several reads of a matrix, and several strips of a read, the last of them smaller."""
+    monkeypatch.setattr(tallies, "READ_ELEMENTS", 1700)
+    monkeypatch.setattr(tallies, "STRIP_ELEMENTS", 500)
+
+
+@pytest.mark.usefixtures("small_strips")
+@pytest.mark.parametrize("is_compiled", [True, False])
 @pytest.mark.parametrize("name", ["llama-ct", "gemma4-mo"])
 def test_errors_are_those_of_the_decoded_matrix(
-    name: str, copy: Callable[[str], Copy], monkeypatch: pytest.MonkeyPatch
+    name: str, is_compiled: bool, copy: Callable[[str], Copy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tallies, "STRIP_ELEMENTS", 500)  # several strips, the last of them smaller
+    if not is_compiled:
+        monkeypatch.setattr(native, "TARGETS", 0)
     made = copy(name)
     subject, source = open_subject(made.folder), open_checkpoint(made.source)
     for module, matrix in subject.sound.items():
@@ -75,12 +86,13 @@ def test_errors_are_those_of_the_decoded_matrix(
         assert tally.blocks == weight.numel() // 16
 
 
+@pytest.mark.parametrize("unit", ["READ_ELEMENTS", "STRIP_ELEMENTS"])
 def test_a_fault_in_a_later_strip_is_told_where_it_is(
-    copy: Callable[[str], Copy], monkeypatch: pytest.MonkeyPatch
+    unit: str, copy: Callable[[str], Copy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = copy("llama-ct")
     words = one_code_off_by_one(made.folder)
-    monkeypatch.setattr(tallies, "STRIP_ELEMENTS", 1)  # a strip a row
+    monkeypatch.setattr(tallies, unit, 1)  # a row each
     check = verify_structure(made.folder, made.source).checks[-1]
     assert words in check.detail
     assert f"{LAYER}.mlp.down_proj" in check.detail
