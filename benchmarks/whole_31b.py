@@ -11,7 +11,7 @@ usage: python benchmarks/whole_31b.py --source DIR --output DIR [--steps make,sp
            being read for a minute: the time does not depend on their values, and loading is not counted
   convert  drops the source from the page cache again and runs `nvquant convert` into OUTPUT/out, with each number of
            processes (a GPU each)
-  verify   runs `nvquant verify OUTPUT/out --stage structure`
+  verify   runs `nvquant verify OUTPUT/out --stage structure --against` the source
 
 With --recipe nvfp4-a16 nothing is calibrated, no forward runs, and a CPU will do (--device cpu); --layers N cuts the
 model where the disk is smaller.
@@ -117,9 +117,9 @@ def convert(options: argparse.Namespace, report: common.Json) -> None:
 
 
 def verify(options: argparse.Namespace, report: common.Json) -> None:
-    """The structure of the last output."""
-    command = [sys.executable, "-m", "nvquant", "verify", options.output / "out", "--stage", "structure", "--json"]
-    document = common.run_child(command, label="verify")
+    """The structure of the last output, every weight against the source's."""
+    command = [sys.executable, "-m", "nvquant", "verify", options.output / "out", "--against", options.model]
+    document = common.run_child([*command, "--stage", "structure", "--json"], label="verify")
     report["verify"] = {"seconds": document["wall_seconds"], "passed": document["passed"]}
 
 
