@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 from nvquant.demo.smollm2 import build_smollm2
 from nvquant.errors import EnvironmentLack
+from support.conversions import TinyModels
 from support.converting import run_convert
 from support.shared import made_once
 
 # A shell without job control lets what it starts in the background ignore Ctrl-C, and what that starts; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """A tiny model's folder by its name; shared, so only to be read."""
+    return TinyModels(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import Command, run_command
-from support.conversions import TinyModels, random_samples, write_ids
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
-    """A tiny model's folder by its name; shared, so only to be read."""
-    return TinyModels(tmp_path_factory.mktemp("tiny"))
+from support.conversions import random_samples, write_ids
 
 
 @pytest.fixture(scope="session")

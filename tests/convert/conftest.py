@@ -7,12 +7,6 @@ from support.conversions import Conversions, TinyModels
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
-    """A tiny model's folder by its name; shared, so only to be read."""
-    return TinyModels(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session")
 def done(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Conversions:
     """A conversion's folder by model, recipe, layout and quantizer; shared, so only to be read."""
     return Conversions(tiny, tmp_path_factory.mktemp("converted"))

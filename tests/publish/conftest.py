@@ -24,12 +24,6 @@ def told(_done: int, _total: int, _phase: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
-    """A tiny model's folder by its name; shared, so only to be read."""
-    return TinyModels(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session")
 def conversions(tiny: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Conversions:
     """Converted tiny models; shared, so only to be read."""
     return Conversions(tiny, tmp_path_factory.mktemp("conversions"))

@@ -25,7 +25,7 @@ from nvquant.format.layouts import LAYOUTS
 from nvquant.plan.plan import compute_plan
 from nvquant.recipe.load import load_recipe
 from nvquant.serving.kernels import Arithmetic
-from nvquant.serving.server import NO_LOAD_CHECK, ServeOptions
+from nvquant.serving.server import NO_LOAD_CHECK, ServeOptions, serving
 from nvquant.verify import served_answers
 from nvquant.verify.numerics.text import reference_ids
 from nvquant.verify.report import Check
@@ -266,6 +266,18 @@ def test_a_server_that_is_killed_is_a_failed_check_with_its_cause(tiny: Path, tm
                 os.kill(pid, signal.SIGKILL)
     assert [check.name for check in checks] == ["start", "kernel", "memory", "tokens"]
     assert only_fault(checks, "tokens").startswith("vLLM ended while it was asked: ended by SIGKILL")
+
+
+@pytest.mark.thorough
+def test_a_server_that_runs_already_is_held_against_each_arithmetic(tiny: Path, tmp_path: Path) -> None:
+    with serving(tiny, small_options(), tmp_path, lambda _: None) as server:
+        options = ServeOptions(url=server.url, max_model_len=small_options().max_model_len)
+        run = stage(tiny, tmp_path, random_ids(300), GUESSING, options)
+        checks = list(run.run())
+        assert server.process is not None and server.process.pids()  # it was not ours to end
+    assert verdicts(checks) == dict.fromkeys(ALL, True), [check.detail for check in checks]
+    assert run.document["logprobs"]["arithmetic"] == "w4a4"
+    assert run.document["kernel"]["words"] == "unknown; its likelihoods are those of W4A4"
 
 
 def failed_start(checkpoint: Path, folder: Path) -> tuple[str, ...]:

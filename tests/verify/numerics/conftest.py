@@ -5,15 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.conversions import TinyModels, converted
+from support.conversions import converted
 from support.shared import made_once
 from verify.numerics.measuring import Measured, held_out, measured
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
-    """A tiny model's folder by its name; shared, so only to be read."""
-    return TinyModels(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
