@@ -304,8 +304,11 @@ def machine_words(info: Mapping[str, Any]) -> str:
 
 
 def _gpus(info: Mapping[str, Any]) -> str:
+    """Number and name; empty without a GPU."""
+    if not info["gpu"]:
+        return ""
     count = info.get("gpus", 1)
-    return f"{count} x {info['gpu']}" if info["gpu"] and count > 1 else info["gpu"] or ""
+    return f"{count} x {info['gpu']}" if count > 1 else str(info["gpu"])
 
 
 def kernel_rows(report: Mapping[str, Any]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Make, convert, verify, serve and measure the text model of Gemma 4 31B (its shapes, random weights) on one GPU.
+"""Make, convert, verify, serve and measure the text model of Gemma 4 31B (its shapes, random weights) on a GPU.
 
 usage: python benchmarks/served_31b.py --source DIR --output DIR --vllm COMMAND
            [--steps make,convert,verify,bench] [--recipes nvfp4,nvfp4-full] [--gpus N]

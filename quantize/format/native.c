@@ -143,6 +143,15 @@ INLINE void pack_codes(Lanes x[BLOCK], const Divisor *by, int is_quick, uint32_t
     }
 }
 
+/* Codes of a tile under the steps in `by`. */
+INLINE void encode_tile(Lanes x[BLOCK], Divisor *by, uint32_t packed[2 * LANES], int has_fma) {
+    set_divisor(by, has_fma);
+    if (by->is_quick)
+        pack_codes(x, by, 1, packed);
+    else
+        pack_codes(x, by, 0, packed);
+}
+
 INLINE float squared_error(float x, const Divisor *by, int l, int is_quick) {
     float magic;
     float sum = rounding_sum(x, by, l, is_quick, &magic);
@@ -277,11 +286,16 @@ INLINE void quantize_tile(
         by.step[l] = decode_e4m3(chosen[l]) / job->scale;
         scales[l] = (unsigned char)chosen[l];
     }
-    set_divisor(&by, has_fma);
-    if (by.is_quick)
-        pack_codes(x, &by, 1, packed);
-    else
-        pack_codes(x, &by, 0, packed);
+    encode_tile(x, &by, packed, has_fma);
+}
+
+/* Up to 16 blocks as a whole tile: what is missing at a run's end is made of zeros in `room`. */
+INLINE const void *whole_tile(const char *source, int64_t count, int64_t block_bytes, uint32_t room[TILE]) {
+    if (count == LANES)
+        return source;
+    memset(room, 0, TILE * sizeof *room);
+    memcpy(room, source, (size_t)(count * block_bytes));
+    return room;
 }
 
 INLINE void quantize_run(const Job *job, int dtype, int has_fma) {
@@ -289,15 +303,10 @@ INLINE void quantize_run(const Job *job, int dtype, int has_fma) {
     for (int64_t done = 0; done < job->blocks; done += LANES) {
         int64_t at = job->first_block + done;
         int64_t count = job->blocks - done < LANES ? job->blocks - done : LANES;
-        const char *source = job->source + at * block_bytes;
         const float *weights = job->weights ? job->weights + at % job->blocks_in_row : NULL;
-        uint32_t packed[2 * LANES], last[TILE];
+        uint32_t packed[2 * LANES], room[TILE];
         unsigned char scales[LANES];
-        if (count < LANES) {
-            memset(last, 0, sizeof last);
-            memcpy(last, source, (size_t)(count * block_bytes));
-            source = (const char *)last;
-        }
+        const void *source = whole_tile(job->source + at * block_bytes, count, block_bytes, room);
         quantize_tile(source, dtype, job, weights, packed, scales, has_fma);
         memcpy(job->packed + at * (BLOCK / 2), packed, (size_t)(count * (BLOCK / 2)));
         memcpy(job->scales + at, scales, (size_t)count);
@@ -320,11 +329,7 @@ INLINE void encode_any(const float *x, const float *step, int64_t tiles, uint32_
         Divisor by;
         memcpy(turned, x + tile * TILE, sizeof turned);
         memcpy(by.step, step + tile * LANES, sizeof by.step);
-        set_divisor(&by, has_fma);
-        if (by.is_quick)
-            pack_codes(turned, &by, 1, packed + tile * 2 * LANES);
-        else
-            pack_codes(turned, &by, 0, packed + tile * 2 * LANES);
+        encode_tile(turned, &by, packed + tile * 2 * LANES, has_fma);
     }
 }
 
@@ -335,7 +340,7 @@ typedef struct {
     int dtype;
     int64_t blocks;
     const unsigned char *packed, *scales;
-    float divisor, made_from; /* the stored one; the one that a rule's block scales come from */
+    float divisor, made_from; /* the stored one; the one that a rule's block scales and codes come from */
     int has_rule, first_offset, last_offset;
     float most_error, least_gain, most_gain; /* of a block, the error as a share of its energy */
 } Comparison;
@@ -358,16 +363,19 @@ INLINE void compare_tile(
     const unsigned char scales[LANES], Sums *sums, int has_fma) {
     Lanes x[BLOCK], error, energy, product;
     LanesOfInt is_open;
-    Divisor by;
+    Divisor made;
+    Lanes step;
     load_tile(source, dtype, x);
     for (int l = 0; l < LANES; l++) {
+        float scale = decode_e4m3(scales[l] & 0x7F);
         is_open[l] = scales[l] > 0x7E; /* negative, or a NaN */
-        by.step[l] = decode_e4m3(scales[l] & 0x7F) / job->divisor;
+        step[l] = scale / job->divisor;
+        made.step[l] = scale / job->made_from;
         error[l] = energy[l] = product[l] = 0;
     }
     for (int i = 0; i < BLOCK; i++)
         for (int l = 0; l < LANES; l++) {
-            float stored = value_of_code(packed[2 * l + i / 8] >> 4 * (i % 8) & 15) * by.step[l];
+            float stored = value_of_code(packed[2 * l + i / 8] >> 4 * (i % 8) & 15) * step[l];
             float difference = stored - x[i][l];
             energy[l] += x[i][l] * x[i][l];
             product[l] += stored * x[i][l];
@@ -378,11 +386,7 @@ INLINE void compare_tile(
         LanesOfInt nearest;
         uint32_t again[2 * LANES];
         choose_nearest(x, job->made_from, wanted, nearest);
-        set_divisor(&by, has_fma);
-        if (by.is_quick)
-            pack_codes(x, &by, 1, again);
-        else
-            pack_codes(x, &by, 0, again);
+        encode_tile(x, &made, again, has_fma);
         for (int l = 0; l < LANES; l++) {
             int32_t offset = scales[l] - nearest[l], is_zero = energy[l] == 0;
             int32_t is_within = (offset >= job->first_offset) & (offset <= job->last_offset) & !is_zero;
@@ -410,15 +414,10 @@ INLINE void compare_run(const Comparison *job, int dtype, Sums *sums, int has_fm
     const int64_t block_bytes = BLOCK * (dtype == FLOAT32 ? 4 : 2);
     for (int64_t at = 0; at < job->blocks; at += LANES) {
         int64_t count = job->blocks - at < LANES ? job->blocks - at : LANES;
-        const char *source = job->source + at * block_bytes;
-        uint32_t packed[2 * LANES] = {0}, last[TILE];
+        uint32_t packed[2 * LANES] = {0}, room[TILE];
         unsigned char scales[LANES];
-        if (count < LANES) { /* the missing blocks are zeros, and stored as such */
-            memset(last, 0, sizeof last);
-            memcpy(last, source, (size_t)(count * block_bytes));
-            source = (const char *)last;
-            memset(scales, 0x20, sizeof scales);
-        }
+        const void *source = whole_tile(job->source + at * block_bytes, count, block_bytes, room);
+        memset(scales, 0x20, sizeof scales); /* missing blocks are zeros, and stored as such */
         memcpy(packed, job->packed + at * (BLOCK / 2), (size_t)(count * (BLOCK / 2)));
         memcpy(scales, job->scales + at, (size_t)count);
         compare_tile(source, dtype, job, packed, scales, sums, has_fma);

@@ -118,8 +118,8 @@ def compare_on_cpu(
         scales: uint8 E4M3 bytes, a sixteenth as many, contiguous.
         divisor: the stored global scale.
         bounds: of a block: squared error at most as a share of the energy, gain at least, gain at most.
-        rule: the global scale that block scales were made from, and how far at least and at most a byte lies from
-            round-to-nearest's; None looks at errors alone.
+        rule: the global scale that block scales and codes were made from, and how far at least and at most a scale's
+            byte lies from round-to-nearest's; None looks at errors alone.
         target: which instruction set, counted as in `TARGETS`.
     """
     made_from, first, last = rule or (1.0, 0, 0)

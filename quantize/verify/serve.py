@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class ServeStage:
         self._facts = LogFacts()
         self._forecast = forecast_weights(subject, options.tensor_parallel)
         self._answers: Answers | None = None
-        self._served: list[float] | None = None
+        self._comparison: Callable[[], Finding] | None = None
         self._logprobs: dict[str, Any] | None = None
         self._server: Server | None = None
 
@@ -111,8 +112,9 @@ class ServeStage:
         }
 
     def run(self) -> Iterator[Check]:
-        """Start the server, ask it, end it; each check is yielded when it is done, and the first failure to answer
-        at all is the last.
+        """Start the server, ask it, end it; each check is yielded when it is done.
+
+        After a failure to answer at all it is asked nothing more; likelihoods that it gave before are still compared.
 
         Raises:
             InputError, EnvironmentLack: see `serving`.
@@ -130,10 +132,10 @@ class ServeStage:
             yield Check(
                 STAGE, "start", Finding(f"{looked_at} did not become ready", [str(death), *self._subject.damaged])
             )
-        if self._served is not None:
+        if self._comparison is not None:
             # Only now, with the server ended, is its memory free for the emulation: vLLM takes nearly all of a GPU.
             self._progress("serve: comparing likelihoods")
-            yield Check(STAGE, "logprobs", self._compare(self._served))
+            yield Check(STAGE, "logprobs", self._comparison())
 
     def _ask(self, server: Server) -> Iterator[Check]:
         self._facts = server.facts
@@ -197,19 +199,17 @@ class ServeStage:
 
     def _ask_logprobs(self, server: Server) -> Finding | None:
         """Keep what the server says, to be compared when it has ended; why not, where nothing is to compare."""
-        ids = self._fitting_ids()
+        ids, emulate = self._fitting_ids(), self._emulate
         nothing = too_few(ids, self._arithmetics())
         if nothing is not None:
             return nothing
-        if self._emulate is None:
+        if emulate is None:
             return not_applicable("the checkpoint's numbers cannot be computed here")
         assert ids is not None
-        self._served = server.client.prompt_logprobs(ids)
+        self._comparison = partial(self._compare, emulate, ids, server.client.prompt_logprobs(ids))
         return None
 
-    def _compare(self, served: Sequence[float]) -> Finding:
-        ids, emulate = self._fitting_ids(), self._emulate
-        assert ids is not None and emulate is not None
+    def _compare(self, emulate: Emulate, ids: list[int], served: Sequence[float]) -> Finding:
         emulated = {arithmetic: emulate(ids, arithmetic) for arithmetic in self._arithmetics()}
         finding, self._logprobs = compare_logprobs(self._subject, served, emulated, self._source)
         return finding

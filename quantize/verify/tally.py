@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checkpoint.source import Checkpoint, tensor_bytes, torch_dtype
 from ..format.constants import BLOCK
 from ..format.e2m1 import E2M1_VALUES, round_e2m1
-from ..format.native import compare_on_cpu, has_native
+from ..format.native import Compared, compare_on_cpu, has_native
 from ..format.scales import block_scale_bytes, decode_e4m3
 from .matrices import Matrix
 from .subject import Subject
@@ -27,6 +27,7 @@ RMSE_LIMIT = 0.25  # relative to the root mean square of the weights
 GAIN_LIMITS = (0.9, 1.1)
 # modelopt's multiplier turned into a divisor is off by two ulp, which moves what lies on the border of two codes.
 BORDER_TOLERANCE = 2.0**-21
+DIVISOR_TOLERANCE = 2.0**-23  # a reciprocal's reciprocal: twice half an ulp
 _BYTES = torch.arange(256)
 _LOW, _HIGH = (torch.tensor(E2M1_VALUES)[codes] for codes in (_BYTES & 15, _BYTES >> 4))
 
@@ -100,6 +101,15 @@ class Tally:
     wrong_scales: int = 0
     first_scale: str = ""
 
+    def add(self, found: Compared, blocks: int) -> None:
+        """Add what the compiled kernel counted in so many blocks, none of which it left open."""
+        self.blocks += blocks
+        self.energy += found.energy
+        self.product += found.product
+        self.error += found.error
+        self.amax = max(self.amax, found.amax)
+        self.poor_blocks += found.poor_blocks
+
     @property
     def relative_rmse(self) -> float:
         """Root of error over energy; of a matrix of zeros 0 or infinity."""
@@ -122,7 +132,9 @@ def tally_matrix(subject: Subject, source: Checkpoint, matrix: Matrix, rule: Rul
     tally = Tally()
     divisor = subject.divisor(matrix.module)
     for read in _read(subject.checkpoint, source, matrix):
-        if _is_settled(tally, read, divisor, rule):
+        found = _compiled(read, divisor, rule)
+        if found is not None and not found.unsettled_blocks:
+            tally.add(found, read.scales.numel())
             continue
         for strip in _strips(read):
             step = decode_e4m3(strip.scales) / divisor
@@ -142,24 +154,17 @@ def _read(checkpoint: Checkpoint, source: Checkpoint, matrix: Matrix) -> Iterato
         yield _Rows(first, weight, packed, scales.view(torch.uint8))
 
 
-def _is_settled(tally: Tally, read: _Rows, divisor: Tensor, rule: Rule | None) -> bool:
-    """Add what the compiled kernel counts, where it is there and finds all as it should be."""
-    if not has_native(read.weight):
-        return False
-    found = compare_on_cpu(
+def _compiled(read: _Rows, divisor: Tensor, rule: Rule | None) -> Compared | None:
+    """What the compiled kernel finds; None where it is not there, or the stored divisor is not the rule's, whose codes
+    it would expect."""
+    made_from = divisor if rule is None else rule.divisor
+    if not has_native(read.weight) or not abs(float(divisor / made_from) - 1) <= DIVISOR_TOLERANCE:
+        return None
+    return compare_on_cpu(
         *(read.weight, read.packed, read.scales, float(divisor)),
         bounds=(RMSE_LIMIT**2, *GAIN_LIMITS),
-        rule=None if rule is None else (float(rule.divisor), rule.offsets[0], rule.offsets[-1]),
+        rule=None if rule is None else (float(made_from), rule.offsets[0], rule.offsets[-1]),
     )
-    if found.unsettled_blocks:
-        return False
-    tally.blocks += read.scales.numel()
-    tally.energy += found.energy
-    tally.product += found.product
-    tally.error += found.error
-    tally.amax = max(tally.amax, found.amax)
-    tally.poor_blocks += found.poor_blocks
-    return True
 
 
 def _strips(read: _Rows) -> Iterator[Strip]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from nvquant.format.blocks import dequantize_blocks
 from nvquant.verify import tally as tallies
 from nvquant.verify.structure import verify_structure
 from nvquant.verify.subject import open_subject
-from nvquant.verify.tally import Strip, Tally, tally_matrix
+from nvquant.verify.tally import Rule, Strip, Tally, tally_matrix
+from support.conversions import MODELOPT, TinyModels, converted
 from verify.breaking import LAYER
 from verify.checkpoints import Copy
 from verify.faults_numbers import one_code_off_by_one
+
+LAYOUTS = ("compressed-tensors", MODELOPT)
 
 
 def judged(source: list[float], codes: list[float], step: float = 0.5) -> Tally:
@@ -84,6 +88,29 @@ def test_errors_are_those_of_the_decoded_matrix(
         assert tally.gain == pytest.approx(float((decoded * weight).sum() / weight.square().sum()), rel=1e-5)
         assert tally.amax == float(weight.abs().max())
         assert tally.blocks == weight.numel() // 16
+
+
+@pytest.mark.skipif(native.TARGETS == 0, reason="nvquant was installed without a C compiler")
+@pytest.mark.parametrize("quantizer", ["rtn", "mse"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_a_good_checkpoint_the_compiled_kernel_settles_every_matrix(
+    layout: str, quantizer: str, tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the modelopt layout, whose stored multiplier is not the quantizer's divisor to the last bit."""
+    folder = converted(tiny("gemma4"), tmp_path / "out", "nvfp4-full", layout, quantizer)
+    monkeypatch.delattr(tallies, "_strips")
+    check = verify_structure(folder, tiny("gemma4")).checks[-1]
+    assert check.passed and f"exact for {quantizer}" in check.detail
+
+
+def test_a_divisor_that_is_not_the_rules_is_left_to_pytorch(copy: Callable[[str], Copy]) -> None:
+    made = copy("llama-ct")
+    subject, source = open_subject(made.folder), open_checkpoint(made.source)
+    module, matrix = next(iter(subject.sound.items()))
+    divisor = subject.divisor(module)
+    assert tally_matrix(subject, source, matrix, Rule(divisor, range(1))).wrong_codes == 0
+    off = tally_matrix(subject, source, matrix, Rule(divisor * 1.5, range(1)))
+    assert off.wrong_codes == 0 and off.wrong_scales > 0 and "where rounding gives" in off.first_scale
 
 
 @pytest.mark.parametrize("unit", ["READ_ELEMENTS", "STRIP_ELEMENTS"])

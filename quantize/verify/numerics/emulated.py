@@ -36,7 +36,7 @@ def likeliest_next(subject: Subject, ids: Sequence[int], arithmetic: Arithmetic,
     return int(_run(subject, [*ids, ids[-1]], arithmetic, device).top_at[-1])  # of the last id only the place counts
 
 
-def gpu_bytes_needed(served: ServedModel) -> int:
+def _gpu_bytes_needed(served: ServedModel) -> int:
     """GPU memory that an emulation takes: two buffers of a stored layer, a decoded one, and what computes."""
     layer = largest_layer_bytes(served.subject.checkpoint, served.prefix)
     return (2 + DECODED_PER_STORED) * layer + COMPUTING_BYTES
@@ -45,7 +45,7 @@ def gpu_bytes_needed(served: ServedModel) -> int:
 def _run(subject: Subject, ids: Sequence[int], arithmetic: Arithmetic, device: str) -> RunningLogits:
     sample = torch.tensor(list(ids), dtype=torch.int64)
     served = ServedModel(subject)
-    if torch.device(device).type == "cuda" and torch.cuda.mem_get_info(device)[0] < gpu_bytes_needed(served):
+    if torch.device(device).type == "cuda" and torch.cuda.mem_get_info(device)[0] < _gpu_bytes_needed(served):
         device = "cpu"
     run = SideBySide(served, None, [sample], [arithmetic], device, lambda *_: None)
     try:
