@@ -107,8 +107,8 @@ def after_a_layer(progress: Progress) -> bool:
     return progress.layers_done >= 1
 
 
-def fill(disk: Path) -> None:
-    """Take all space that a file system has left."""
+def fill(disk: Path, leaving: int = 0) -> None:
+    """Take all space that a file system has left, but for so many bytes."""
     with (disk / "filler").open("wb", buffering=0) as file:
         size = 1 << 20
         while size:
@@ -116,6 +116,14 @@ def fill(disk: Path) -> None:
                 file.write(bytes(size))
             except OSError:
                 size //= 2
+        file.truncate(file.tell() - leaving)
+
+
+def room_for_two_layers(source: Path, recipe: str) -> int:
+    """Bytes that what is copied and some two layers take: then a third one has no room, whatever is written first."""
+    *layers, rest = (shard.tensor_bytes for shard in planned(source, recipe).shards)
+    assert len(layers) == LAYERS
+    return rest + 5 * max(layers) // 2
 
 
 def refused(run_it: Callable[[], object]) -> str:
@@ -153,7 +161,9 @@ def test_a_disk_that_fills_up_under_the_run(
     source: Path, disk: Path, whole: Callable[[str], dict[str, str]], recipe: str
 ) -> None:
     output = disk / "out"
-    error = refused(lambda: run(source, output, recipe, once(after_a_layer, lambda: fill(disk))))
+    room = room_for_two_layers(source, recipe)
+    sink = once(lambda progress: progress.phase == "layers", lambda: fill(disk, leaving=room))
+    error = refused(lambda: run(source, output, recipe, sink))
     assert re.match(
         rf"{output}.partial/.*model-\d+-of-00013.safetensors(\.json)? cannot be written \(No space left", error
     )
@@ -169,9 +179,17 @@ def test_a_disk_without_room_for_the_hidden_states(
     source: Path, disk: Path, whole: Callable[[str], dict[str, str]]
 ) -> None:
     output = disk / "out"
-    sink = once(lambda progress: progress.phase == "record", lambda: fill(disk))
-    error = refused(lambda: run(source, output, sink=sink, memory=1))
     folder = partial_folder(output) / STATE_FOLDER
+
+    def fill_behind_the_copy() -> None:
+        deadline = time.monotonic() + 60
+        while not (folder / "model-00013-of-00013.safetensors.json").exists():  # else it may be what finds no room
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        fill(disk)
+
+    sink = once(lambda progress: progress.phase == "record", fill_behind_the_copy)
+    error = refused(lambda: run(source, output, sink=sink, memory=1))
     assert error == (
         f"hidden states cannot be kept in {folder} (No space left on device): free space, use fewer --samples, or give "
         f"a larger --memory-budget."
