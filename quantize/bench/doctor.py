@@ -32,6 +32,7 @@ LEAST_DRIVER = 580
 LEAST_FREE_BYTES = 10 * 10**9
 NEEDED = {"torch": (2, 10), "transformers": (5, 15)}
 OPTIONAL = ("llmcompressor",)
+NO_KERNELS_HINT = "install a C compiler, then run `pip install --force-reinstall --no-deps nvquant`"
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,7 @@ class Doctor:
                 yield Finding(name, "lacks", f"{have}, but {wanted} is the least", f"pip install -U '{name}>={wanted}'")
             else:
                 yield Finding(name, "ok", have)
+        yield _kernels()
         for name in OPTIONAL:
             have = installed(name)
             yield Finding(name, "ok", have or "not installed; only --engine llmcompressor needs it")
@@ -296,6 +298,16 @@ def as_json(doctor: Doctor, findings: list[Finding]) -> Mapping[str, Any]:
         "machine": doctor.machine(),
         "memory": doctor.fits.as_json() if doctor.fits else None,
     }  # fmt: skip
+
+
+def _kernels() -> Finding:
+    """Whether the compiled CPU kernels are in use."""
+    from ..format.native import TARGETS
+
+    if TARGETS:
+        return Finding("CPU kernels", "ok", "compiled")
+    words = "not compiled, so PyTorch computes the same bytes more slowly"
+    return Finding("CPU kernels", "warning", words, NO_KERNELS_HINT)
 
 
 def _memory_of(gpu: Gpu) -> Finding:

