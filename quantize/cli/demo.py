@@ -10,7 +10,8 @@ import click
 
 from ..errors import CheckFailed
 from .options import debug_option, format_option, json_option, recipe_option
-from .output import emit_json, gigabytes, print_table, say
+from .output import clear_live_line, emit_json, gigabytes, print_table, say, stage_reporter
+from .progress import progress_display
 
 NAMES = {
     "floor": "the same, every result rounded to BF16",
@@ -40,9 +41,14 @@ def command(output: Path, recipe_name: str, format_name: str, samples: int | Non
 
     Needs no account and no GPU; a few minutes on two cores.
     """
-    from ..demo.run import HELD_OUT_SAMPLES, DemoResult, run_demo
+    from ..demo.run import HELD_OUT_SAMPLES, DemoResult, Display, run_demo
 
-    result: DemoResult = run_demo(output, recipe_name, format_name, say, samples or HELD_OUT_SAMPLES)
+    def line(text: str) -> None:
+        clear_live_line()
+        say(text)
+
+    display = Display(line, progress_display, stage_reporter())
+    result: DemoResult = run_demo(output, recipe_name, format_name, display, samples or HELD_OUT_SAMPLES)
     if as_json:
         emit_json(result.as_json())
     else:
@@ -55,7 +61,12 @@ def _print_report(result: object) -> None:
     from ..demo.run import MODEL, PROMPT, DemoResult
 
     assert isinstance(result, DemoResult)
-    click.echo(f"\n{MODEL}: {result.plan['recipe']} in the {result.plan['format']} layout\n")
+    checks = result.verified.checks
+    failed = [check.name for check in checks if not check.passed]
+    verdict = f"passed all {len(checks)} checks"
+    if failed:
+        verdict = f"FAILED {len(failed)} of {len(checks)} checks ({', '.join(failed)})"
+    click.echo(f"\n{MODEL}, {result.plan['recipe']} in the {result.plan['format']} layout: {verdict}.\n")
     rows = [
         [part["name"], part["scheme"], str(part["tensors"]), gigabytes(part["bytes_in"]), gigabytes(part["bytes_out"])]
         for part in result.plan["groups"]
@@ -66,13 +77,12 @@ def _print_report(result: object) -> None:
         f"\nConverted in {converted.seconds:.0f} s, peak {gigabytes(converted.peak_host_bytes)} of memory; "
         f"{converted.quantized} matrices, {gigabytes(converted.tensor_bytes)}: {converted.output}"
     )
-    passed = sum(check.passed for check in result.verified.checks)
-    click.echo(f"Verified: {passed} of {len(result.verified.checks)} checks passed.\n")
+    click.echo()
     numbers = result.verified.numerics
     if numbers is not None:
         _print_numbers(numbers)
-    click.echo(f"\n{PROMPT!r} goes on with {result.answer!r}. Report: {result.report}")
-    click.echo(f"{result.seconds:.0f} s in all. Next: vllm serve {converted.output}")
+    click.echo(f"\n{PROMPT!r} continues with {result.answer!r}. Report: {result.report}")
+    click.echo(f"{result.seconds:.0f} s in total. Next: vllm serve {converted.output}")
 
 
 def _print_numbers(numbers: Mapping[str, Any]) -> None:

