@@ -6,7 +6,6 @@ Source: the safetensors format, README of huggingface/safetensors, section "Form
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -16,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .json_text import parse_json, quoted
+from .regular import open_regular, unreadable
 
 HEADER_LIMIT_BYTES = 100_000_000
+MOST_AXES = 16  # the weights of a 3-D convolution have 5
+MOST_NAME = 400  # characters of a tensor's name
+_AGAIN = "download the shard again"
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -67,24 +71,24 @@ def read_header(path: Path) -> Header:
     Raises:
         InputError: the file is missing or unreadable, or its header contradicts itself or the file's size.
     """
-    try:
-        with path.open("rb") as file:
+    with open_regular(path, path.parent, _AGAIN) as file:
+        try:
             status = os.fstat(file.fileno())  # before anything is read: what changes later is noticed
             file_bytes = status.st_size
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
             _check_length(path, length, file_bytes)
             blob = file.read(length)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}): download the shard again.") from error
+        except OSError as error:
+            raise unreadable(path, error, _AGAIN) from error
     return replace(parse_header(path, blob, file_bytes), mtime_ns=status.st_mtime_ns)
 
 
 def parse_header(path: Path, blob: bytes, file_bytes: int) -> Header:
     """Check the JSON part of a header against the file's size; see `read_header`."""
     try:
-        entries = json.loads(blob.decode(), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(blob, unique=True)
+    except ValueError as error:
         raise _damaged(path, f"has a header that is not JSON ({error})") from error
     if not isinstance(entries, dict):
         raise _damaged(path, "has a header that is not a JSON object")
@@ -111,20 +115,32 @@ def parse_header(path: Path, blob: bytes, file_bytes: int) -> Header:
     return Header(path, {tensor.name: tensor for tensor in tensors}, metadata, start, file_bytes)
 
 
+def check_name(name: str) -> str | None:
+    """What is wrong with the name of a tensor, as the end of a sentence; None where nothing is."""
+    if not name or not name.isprintable():
+        return f"{quoted(name)} for the name of a tensor"
+    if len(name) > MOST_NAME:
+        return f"a name of {len(name):,} characters for a tensor ({quoted(name, 40)})"
+    return None
+
+
 def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    fault = check_name(name)
+    if fault is not None:
+        raise _damaged(path, f"has a header with {fault}")
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _damaged(path, f"has a header whose entry {name!r} lacks dtype, shape or data_offsets") from error
-    if not name.isprintable():
-        raise _damaged(path, f"has a header with {name!r} for the name of a tensor")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise InputError(
-            f"{path.name}: tensor {name} has the dtype {dtype!r}, which is not known here; sources are BF16, "
+            f"{path.name}: tensor {name} has the dtype {quoted(dtype)}, which is not known here; sources are BF16, "
             f"F16 or F32."
         )
     if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
         raise _damaged(path, f"has a header whose entry {name!r} has a shape or an offset that is not a natural number")
+    if len(shape) > MOST_AXES or math.prod(n or 1 for n in shape) >= 2**63:
+        raise _damaged(path, f"has a header whose tensor {name} has a shape that no tensor has ({len(shape):,} axes)")
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise _damaged(
             path,
@@ -140,12 +156,5 @@ def _check_length(path: Path, length: int, file_bytes: int) -> None:
         raise InputError(f"{path.name} ends at byte {file_bytes:,}, inside its own header: download the shard again.")
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
-
-
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path.name} {what}: download the shard again.")
+    return InputError(f"{path.name} {what}: {_AGAIN}.")

@@ -4,16 +4,18 @@ range, never mapped."""
 from __future__ import annotations
 
 import itertools
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .headers import Header, TensorInfo, read_header
+from .headers import Header, TensorInfo, check_name, read_header
+from .json_text import quoted
+from .json_text import read_json as read_json
+from .regular import is_file
 from .shard_bytes import LocalBytes, ReadingOrder, ShardBytes
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 COPY_CHUNK_BYTES = 16 << 20
+MOST_FILE_NAME_BYTES = 240  # file systems take 255, and a copy is written under a longer name first
 MOST_READERS = 4  # threads that read at once: one alone does not fill a fast disk
 MOST_GAP_BYTES = 64 << 10  # is read sooner than skipped
 
@@ -157,40 +160,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         InputError: anything missing, damaged or contradictory, each in one sentence.
     """
-    if not _is(Path.is_dir, folder):
+    if not _is_folder(folder):
         raise InputError(f"{folder} is not a folder: give the path of a model folder (with config.json) or a Hub id.")
     config = read_json(folder / "config.json", "every Hugging Face model folder has one")
     index_path = folder / INDEX_NAME
-    if _is(Path.exists, index_path):
+    if is_file(index_path):
         files = read_index(index_path)
-    elif _is(Path.exists, folder / SINGLE_NAME):
+    elif is_file(folder / SINGLE_NAME):
         files = dict.fromkeys(read_header(folder / SINGLE_NAME).tensors, SINGLE_NAME)
     else:
         raise InputError(_no_weights(folder))
     shards = {}
     for name in sorted(set(files.values())):
-        if not _is(Path.is_file, folder / name):
+        if not is_file(folder / name):
             raise InputError(f"{folder}: shard {name} is missing although the index names it: download it again.")
         shards[name] = read_header(folder / name)
     check_index(str(folder), files, shards)
     return Checkpoint(folder, config, shards, files)
-
-
-def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        InputError: the file is missing or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: {hint}.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}): download it again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object: download it again.")
-    return value
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -244,11 +230,11 @@ def _near_rows(rows: torch.Tensor, row_bytes: int) -> list[tuple[int, int]]:
     return ranges
 
 
-def _is(kind: Callable[[Path], bool], path: Path) -> bool:
-    """`Path.is_file` and its like; False too where the system refuses the name itself, as one that is too long."""
+def _is_folder(path: Path) -> bool:
+    """Whether there is such a folder; False too where the system refuses the name itself, as one that is too long."""
     try:
-        return kind(path)
-    except OSError:
+        return path.is_dir()
+    except (OSError, ValueError):
         return False
 
 
@@ -258,14 +244,22 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         InputError: it is damaged, or names what is no safetensors file of its folder.
     """
-    weight_map = read_json(path, "it lists the shards").get("weight_map")
+    weight_map = read_json(path, "it lists the shards", unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path} has no weight_map: download it again.")
     for tensor, name in weight_map.items():
+        fault = check_name(tensor)
+        if fault is not None:
+            raise InputError(f"{path} has {fault}: download it again.")
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
             raise InputError(
-                f"{path}: tensor {tensor} is said to lie in {name!r}, outside of the folder: the index is not "
+                f"{path}: the index places tensor {tensor} in {quoted(name)}, outside of the folder: the index is not "
                 f"trustworthy."
+            )
+        if not name.isprintable() or len(os.fsencode(name)) > MOST_FILE_NAME_BYTES:
+            raise InputError(
+                f"{path}: the index places tensor {tensor} in {quoted(name)}, which is no name of a shard: the index "
+                f"is not trustworthy."
             )
         if not name.endswith(".safetensors"):
             raise InputError(

@@ -98,13 +98,21 @@ def test_a_single_file_needs_no_index(folder: Path) -> None:
     assert torch.equal(checkpoint.read("b.weight"), tensors()["b.weight"])
 
 
-def test_links_into_a_cache_are_followed(folder: Path, tmp_path: Path) -> None:
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
-    for name in (FIRST, SECOND):
+def test_links_of_a_cached_snapshot_are_followed(folder: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/0123abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", INDEX_NAME, FIRST, SECOND):
         (folder / name).rename(blobs / name)
-        (folder / name).symlink_to(blobs / name)
-    assert torch.equal(open_checkpoint(folder).read("a.weight"), tensors()["a.weight"])
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert torch.equal(open_checkpoint(snapshot).read("a.weight"), tensors()["a.weight"])
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX_NAME, FIRST])
+def test_a_file_that_is_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    assert f"{name} is a link to a file outside of its folder" in refused(folder)
 
 
 def test_rows_are_read_in_the_order_asked_for(folder: Path) -> None:
@@ -289,10 +297,27 @@ def test_the_index_must_name_files(folder: Path, target: object) -> None:
     assert INDEX_NAME in refused(folder)
 
 
-@pytest.mark.parametrize("target", ["n" * 400 + ".safetensors", "nul\0.safetensors", "\ud800.safetensors"])
-def test_a_shard_name_that_the_system_refuses_is_a_missing_shard(folder: Path, target: str) -> None:
+@pytest.mark.parametrize(
+    "target", ["n" * 230 + ".safetensors", "nul\0.safetensors", "a\nb.safetensors", "\x1b[31m.safetensors"]
+)
+def test_a_name_that_no_shard_has_is_refused_on_one_line(folder: Path, target: str) -> None:
     edit_index(folder, lambda weight_map: weight_map.update({"a.weight": target}))
-    assert "is missing although the index names it" in refused(folder)
+    message = refused(folder)
+    assert "tensor a.weight" in message and "which is no name of a shard" in message
+    assert message.isprintable() and len(message) < 500
+
+
+@pytest.mark.parametrize("name", ["a\nError: b", "\x1b[2J", "", "x" * 401])
+def test_a_name_that_no_tensor_has_is_refused_in_the_index(folder: Path, name: str) -> None:
+    edit_index(folder, lambda weight_map: weight_map.update({name: FIRST}))
+    message = refused(folder)
+    assert INDEX_NAME in message and "for a tensor" in message.replace("the name of a", "a")
+    assert message.isprintable() and len(message) < 500
+
+
+def test_an_index_that_lists_a_tensor_twice_is_refused(folder: Path) -> None:
+    (folder / INDEX_NAME).write_text('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}')
+    assert "a name occurs twice" in refused(folder)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": null}'])
@@ -344,7 +369,7 @@ def test_a_missing_or_odd_config_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
     assert refused(folder) == f"{folder / 'config.json'} is missing: every Hugging Face model folder has one."
     (folder / "config.json").mkdir()
-    assert "config.json is not readable JSON" in refused(folder)
+    assert "config.json is a folder, not a file" in refused(folder)
 
 
 def test_pickles_are_named_as_the_reason(folder: Path) -> None:

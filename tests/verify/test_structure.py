@@ -143,7 +143,7 @@ def test_another_quantization_is_refused(copy: Callable[[str], Copy], models: di
     other = tmp_path / "gptq"
     other.mkdir()
     for path in made.source.iterdir():
-        (other / path.name).symlink_to(path)
+        (other / path.name).hardlink_to(path)
     (other / "config.json").unlink()
     (other / "config.json").write_text((made.source / "config.json").read_text())
     with edit_json(other / "config.json") as config:
