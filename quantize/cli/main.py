@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -25,7 +29,8 @@ COMMANDS = {
     "recipes": "List the recipes, or show one.",
     "demo": "The whole chain on an embedded real model.",
 }
-INTERRUPTED = 130
+WRONG, LACKING, INTERRUPTED = 2, 3, 130
+MOST_MESSAGE = 1200  # characters
 
 
 class _LazyGroup(click.Group):
@@ -64,19 +69,118 @@ def _without_secrets(text: str) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit with its code; a user's error is one sentence on stderr."""
-    debug = "--debug" in (sys.argv[1:] if args is None else args)
+    """Run the command line and exit with its code; whatever goes wrong is one sentence on stderr."""
+    _open_missing_streams()
+    given = sys.argv[1:] if args is None else args
+    code = _run(given, "--debug" in given)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError) as error:
+            code = _lost_stream(error)
+    sys.exit(code)
+
+
+def _run(args: list[str], debug: bool) -> int:
+    """The exit code of a command; every error has been told."""
     try:
-        result: Any = cli.main(args=args, prog_name="nvquant", standalone_mode=False)
-        sys.exit(result if isinstance(result, int) else 0)
+        return _invoke(args)
     except NvquantError as error:
+        return _tell(str(error), error.exit_code, debug)
+    except click.ClickException as error:
+        return _tell(error.show, error.exit_code, debug=False)
+    except (click.Abort, KeyboardInterrupt):
+        return _tell(lambda: click.echo("Stopped.", err=True), INTERRUPTED, debug=False)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            return _lost_stream(error)
+        return _tell(_unexpected(error), LACKING if _is_lack(error) else WRONG, debug)
+    except MemoryError:
+        return _tell("The memory of this machine does not suffice: free some, or use a larger machine.", LACKING, debug)
+    except Exception as error:
+        return _tell(_unexpected(error), WRONG, debug)
+
+
+def _invoke(args: list[str]) -> int:
+    """Run a command. As click's own `main`, but that takes any broken pipe for that of the results, and ends in 1."""
+    if "_NVQUANT_COMPLETE" in os.environ:  # a shell asks how a word may go on
+        cli.main(args=args, prog_name="nvquant")
+    try:
+        with cli.make_context("nvquant", list(args)) as context:
+            result: Any = cli.invoke(context)
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    return result if isinstance(result, int) else 0
+
+
+def _tell(message: str | Callable[[], None], code: int, debug: bool) -> int:
+    """Say a sentence on stderr, with the traceback in front of it where that is asked for; the code comes back."""
+    try:
         if debug:
             click.echo(_without_secrets(traceback.format_exc()), err=True, nl=False)
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Stopped.", err=True)
-        sys.exit(INTERRUPTED)
+        if isinstance(message, str):
+            click.echo(f"Error: {_shortened(message)}", err=True)
+        else:
+            message()
+    except (OSError, ValueError) as error:
+        _lost_stream(error)
+    return code
+
+
+def _shortened(message: str) -> str:
+    """A message without its middle, where it repeats more of a file than anybody reads; its end is the way out."""
+    end = MOST_MESSAGE // 3
+    return message if len(message) <= MOST_MESSAGE else f"{message[: MOST_MESSAGE - end]} … {message[-end:]}"
+
+
+def _unexpected(error: Exception) -> str:
+    """A sentence for an error that no code foresaw; where it came up and how it calls itself."""
+    if isinstance(error, OSError) and error.strerror:
+        files = [repr(str(name)) for name in (error.filename, error.filename2) if name is not None]
+        where = f"{' and '.join(files)}: " if files else ""
+        return f"{where}{error.strerror}. Mend that and run the command again; --debug shows where it came up."
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" at {last[0].filename.rpartition('/')[2]}:{last[0].lineno}" if last else ""
+    words = " ".join(_without_secrets(str(error)[:1000]).split())[:200].encode("unicode_escape").decode()
+    return (
+        f"An error came up that nvquant does not know ({type(error).__name__}{where}{words and ': '}{words}): check "
+        f"the input files, and report what the command shows with --debug."
+    )
+
+
+def _is_lack(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def _open_missing_streams() -> None:
+    """Open /dev/null for each standard stream that the caller closed: else the next file would take its place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+            setattr(sys, name, open(number, mode, closefd=False))
+
+
+def _lost_stream(error: Exception) -> int:
+    """The code for a reader that went away, which is told nothing, or for results that found no room, which is said
+    on stderr where that is still open. Nothing more is written to a stream that fails."""
+    if not isinstance(error, BrokenPipeError):
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "the stream is closed"
+        with contextlib.suppress(OSError, ValueError):
+            os.write(2, f"Error: The results cannot be written ({reason}): give a place with room.\n".encode())
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(nothing, stream.fileno())  # what is still in the buffer goes there when Python ends
+                stream.flush()
+    os.close(nothing)
+    return LACKING

@@ -39,7 +39,10 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="left" if at == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+    console = Console(soft_wrap=True)
+    with console.capture() as text:
+        console.print(table)
+    click.echo(text.get(), nl=False)  # where the reader has gone, rich would end the program with a code of its own
 
 
 def stage_reporter() -> Callable[[int, int, str], None]:
