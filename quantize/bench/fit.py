@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..checkpoint.config_values import config_int
 from ..plan.forecast import BF16_BYTES, SERVING_OVERHEAD_BYTES, kv_cache_bytes
 from ..recipe.roles import text_config
 from .ceiling import FP8_BYTES
@@ -86,7 +87,7 @@ def longest_context(subject: Subject, room_bytes: int, kv_value_bytes: int) -> i
 
 def ranks_that_fit(subject: Subject, context: int, memory_bytes: int, kv_value_bytes: int) -> int | None:
     """The least number of such GPUs that serve it together, with vLLM's defaults; None where not even eight do."""
-    heads = int(text_config(subject.config).get("num_attention_heads") or 1)
+    heads = config_int(text_config(subject.config), "num_attention_heads", 1)
     possible = (fit(subject, context, memory_bytes, kv_value_bytes, n) for n in _RANKS if heads % n == 0)
     return next((found.ranks for found in possible if found.fits_by_default), None)
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.config_values import config_int
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import InputError
@@ -84,8 +85,7 @@ class Subject:
     @property
     def longest_context(self) -> int | None:
         """Tokens of the longest sequence that the model was made for."""
-        longest = text_config(self.config).get("max_position_embeddings")
-        return int(longest) if longest else None
+        return config_int(text_config(self.config), "max_position_embeddings") or None
 
     @property
     def has_tokenizer(self) -> bool:

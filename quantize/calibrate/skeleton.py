@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.json_text import quoted
 from ..checkpoint.source import Checkpoint
 from ..errors import EnvironmentLack, InputError
 from .quiet import quiet_transformers
@@ -23,6 +25,7 @@ from .quiet import quiet_transformers
 log = logging.getLogger("nvquant.calibrate")
 
 ATTENTION = "sdpa"
+MOST_REASON = 300  # characters of an error of transformers that a message repeats
 
 
 @dataclass(frozen=True)
@@ -160,13 +163,22 @@ def import_model_code(source: Checkpoint) -> None:
     _model_class(source)
 
 
+def _made_with(source: Checkpoint) -> tuple[str, str]:
+    """The architecture and the version of transformers that config.json names, as messages can repeat them."""
+    named, wrote = source.config.get("architectures"), source.config.get("transformers_version")
+    first = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "none"
+    is_version = isinstance(wrote, str) and re.fullmatch(r"[\w.+-]{1,40}", wrote) is not None
+    return (first if re.fullmatch(r"\w{1,100}", first) else quoted(first)), (
+        str(wrote) if is_version else "another one"
+    )
+
+
 def _model_class(source: Checkpoint) -> Any:
     """The class that config.json names."""
     import transformers
 
-    architecture = str((source.config.get("architectures") or ["none"])[0])
+    architecture, wrote = _made_with(source)
     model_class: Any = getattr(transformers, architecture, None)
-    wrote = source.config.get("transformers_version", "another version")
     is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     if not is_model:
         raise EnvironmentLack(
@@ -192,8 +204,8 @@ def _build(source: Checkpoint, dtype: torch.dtype) -> Any:
                 raise
             return model_class._from_config(config, dtype=dtype)  # a part of the model has no sdpa: its own choice then
     except Exception as error:  # each model's code raises what it likes on a config that it does not understand
-        reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(" .:")
-        wrote = source.config.get("transformers_version", "another version")
+        reason = (str(error)[:MOST_REASON].strip() or "no reason given").splitlines()[0].rstrip(" .:")
+        _, wrote = _made_with(source)
         raise EnvironmentLack(
             f"{source.where}: transformers {transformers.__version__} cannot build {model_class.__name__} from "
             f"config.json, made with {wrote} ({type(error).__name__}: {reason}): install the transformers that wrote "

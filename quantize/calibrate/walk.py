@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.config_values import config_int
 from ..errors import CheckFailed, InputError
 from ..recipe.groups import FusedGroup
 from ..recipe.roles import text_config
@@ -67,7 +68,7 @@ class Walk:
         if not batches:  # a rank of several that has no sequences
             return
         load_outer(self.skeleton, torch.cat([batch.flatten() for batch in batches]))
-        hidden_size = int(text_config(self.skeleton.source.config).get("hidden_size") or 0)
+        hidden_size = config_int(text_config(self.skeleton.source.config), "hidden_size")
         self.hidden.reserve(sum(self._tokens) * hidden_size * self.skeleton.dtype.itemsize)
         while (at := len(self._calls)) < len(batches):
             try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .config_sizes import check_sizes
 from .headers import Header, TensorInfo, check_name, read_header
 from .json_text import quoted
 from .json_text import read_json as read_json
@@ -176,6 +177,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise InputError(f"{folder}: shard {name} is missing although the index names it: download it again.")
         shards[name] = read_header(folder / name)
     check_index(str(folder), files, shards)
+    check_sizes(config, (info for header in shards.values() for info in header.tensors.values()))
     return Checkpoint(folder, config, shards, files)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..calibrate.quiet import quiet_transformers
 from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import ATTENTION
+from ..checkpoint.config_values import config_int
 from ..checkpoint.hub.shards import DownloadedShards
 from ..checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
 from ..checkpoint.writer import TensorEntry
@@ -125,7 +126,7 @@ def needed_bytes(plan: Plan, calibration: CalibrationSet | None, dtype: torch.dt
     elements = [math.prod(info.shape) for info in plan.source.infos().values()]
     largest = max((matrix.rows * matrix.cols for matrix in plan.matrices.values()), default=0)
     tokens = max((len(ids) for ids in calibration.samples), default=0) if calibration else 0
-    heads = int(text_config(plan.source.config).get("num_attention_heads") or 1)
+    heads = config_int(text_config(plan.source.config), "num_attention_heads", 1)
     scores = SCORE_COPIES * heads * tokens * tokens
     return (sum(elements) + MATRIX_COPIES * largest + scores) * dtype.itemsize
 

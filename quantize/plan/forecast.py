@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..checkpoint.config_values import config_int, config_kinds, config_largest, config_part
 from ..recipe.roles import text_config
 from .plan import Plan
 
@@ -81,11 +82,11 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
             keys and values nothing.
     """
     text = text_config(config)
-    layers = int(text.get("num_hidden_layers") or 0)
-    kinds = text.get("layer_types") or ["full_attention"] * layers
-    window = int(text.get("sliding_window") or tokens)
+    layers = config_int(text, "num_hidden_layers")
+    kinds = config_kinds(text) or ["full_attention"] * layers
+    window = config_int(text, "sliding_window", tokens)
     total = 0
-    for at, kind in enumerate(kinds[: layers - int(text.get("num_kv_shared_layers") or 0)]):
+    for at, kind in enumerate(kinds[: max(0, layers - config_int(text, "num_kv_shared_layers"))]):
         heads, size = kv_heads(text, at, kind)
         total += 2 * BF16_BYTES * heads * size * (min(tokens, window) if kind == "sliding_attention" else tokens)
     return total
@@ -98,14 +99,14 @@ def kv_heads(text: Mapping[str, Any], layer: int, kind: str) -> tuple[int, int]:
         text: the part of config.json for the text decoder.
         kind: of the layer's attention, `full_attention` or `sliding_attention`.
     """
-    attention_heads = int(text.get("num_attention_heads") or 1)
-    heads = text.get("num_key_value_heads") or attention_heads
-    size = text.get("head_dim") or int(text.get("hidden_size") or 0) // attention_heads
+    attention_heads = config_int(text, "num_attention_heads", 1)
+    heads = config_int(text, "num_key_value_heads", attention_heads)
+    size = config_int(text, "head_dim", config_int(text, "hidden_size") // attention_heads)
     if kind == "full_attention":
-        heads = text.get("num_global_key_value_heads") or heads
-        size = text.get("global_head_dim") or size
-    own = (text.get("per_layer_config") or {}).get(f"{layer:02d}") or {}
-    return int(own.get("num_key_value_heads") or heads), int(own.get("head_dim") or size)
+        heads = config_int(text, "num_global_key_value_heads", heads)
+        size = config_int(text, "global_head_dim", size)
+    own = config_part(config_part(text, "per_layer_config"), f"{layer:02d}")
+    return config_int(own, "num_key_value_heads", heads), config_int(own, "head_dim", size)
 
 
 def serving_bytes(plan: Plan) -> int:
@@ -149,7 +150,7 @@ def fixed_memory(plan: Plan, batch_tokens: int, gpu: bool) -> Memory:
     output = max((shard.tensor_bytes for shard in plan.shards if shard.layer is not None), default=0)
     matrix = max((matrix.source_bytes for matrix in plan.matrices.values()), default=0)
     text = text_config(plan.source.config)
-    hidden, inner = int(text.get("hidden_size") or 0), int(text.get("intermediate_size") or 0)
+    hidden, inner = config_int(text, "hidden_size"), config_largest(text, "intermediate_size")
     working = batch_tokens * (12 * hidden + 6 * inner) * (BF16_BYTES if gpu else 4)
     if gpu:  # two layers on the device, one in use and one on its way; two outputs on the host, likewise
         return Memory(
@@ -171,7 +172,7 @@ def forecast_memory(plan: Plan, samples: int, sequence_length: int, batch_size: 
     if not plan.recipe.needs_calibration:
         return fixed_memory(plan, 0, gpu)
     fixed = fixed_memory(plan, batch_size * sequence_length, gpu)
-    hidden_size = int(text_config(plan.source.config).get("hidden_size") or 0)
+    hidden_size = config_int(text_config(plan.source.config), "hidden_size")
     hidden_states = samples * sequence_length * hidden_size * (BF16_BYTES if gpu else 4)
     if gpu:
         return Memory(fixed.host_bytes, fixed.gpu_bytes + hidden_states)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from ..checkpoint.config_values import config_int, config_kinds
 from ..checkpoint.headers import TensorInfo
 from ..recipe.roles import Role, layer_index, share_of_experts, text_config, unused_tensors
 from .forecast import kv_heads
@@ -138,10 +139,10 @@ def attention_flop(config: Mapping[str, Any], layer: int, tokens: int) -> int:
         tokens: length of the sequence.
     """
     text = text_config(config)
-    kinds = text.get("layer_types") or []
+    kinds = config_kinds(text)
     kind = kinds[layer] if layer < len(kinds) else "full_attention"
-    window = int(text.get("sliding_window") or tokens) if kind == "sliding_attention" else tokens
+    window = config_int(text, "sliding_window", tokens) if kind == "sliding_attention" else tokens
     seen = min(window, tokens)
     pairs = seen * (seen + 1) // 2 + (tokens - seen) * seen
-    heads = int(text.get("num_attention_heads") or 0)
+    heads = config_int(text, "num_attention_heads")
     return 4 * heads * kv_heads(text, layer, kind)[1] * pairs

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
+from ..checkpoint.config_values import config_int
+
 
 class Role(Enum):
     """The part that a tensor plays; the value is what reports call it."""
@@ -119,8 +121,8 @@ def share_of_experts(text: Mapping[str, Any]) -> float:
     Args:
         text: see `text_config`.
     """
-    number = next((int(text[key]) for key in _EXPERTS if text.get(key)), 0)
-    used = next((int(text[key]) for key in _EXPERTS_USED if text.get(key)), 0)
+    number = next(filter(None, (config_int(text, key) for key in _EXPERTS)), 0)
+    used = next(filter(None, (config_int(text, key) for key in _EXPERTS_USED)), 0)
     return min(1.0, used / number) if number else 0.0
 
 
@@ -128,12 +130,11 @@ def unused_tensors(config: Mapping[str, Any], tensors: Iterable[str]) -> frozens
     """Keys and values of layers that use another layer's: stored in some checkpoints (Gemma 4 E2B, E4B), read by
     no layer."""
     text = text_config(config)
-    first_shared = int(text.get("num_hidden_layers") or 0) - int(text.get("num_kv_shared_layers") or 0)
+    shared = config_int(text, "num_kv_shared_layers")
+    first_shared = config_int(text, "num_hidden_layers") - shared
     expression = re.compile(r".+\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.weight$")
     matches = (expression.match(name) for name in tensors if _role_outside_of_layers(name.split(".")) is None)
-    return frozenset(
-        match[0] for match in matches if match and text.get("num_kv_shared_layers") and int(match[1]) >= first_shared
-    )
+    return frozenset(match[0] for match in matches if match and shared and int(match[1]) >= first_shared)
 
 
 def describe(tensors: Iterable[str], limit: int = 3) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.config_values import config_int
 from ..checkpoint.source import read_json
 from ..errors import CheckFailed, InputError
 from ..plan.forecast import kv_cache_bytes
@@ -313,7 +314,7 @@ def _is_weight_only_modelopt(checkpoint: Path, config: Mapping[str, Any]) -> boo
 
 
 def _own_limit(config: Mapping[str, Any]) -> int:
-    return int(text_config(config).get("max_position_embeddings") or DEFAULT_CONTEXT)
+    return config_int(text_config(config), "max_position_embeddings", DEFAULT_CONTEXT)
 
 
 def _mark(port: int) -> str:

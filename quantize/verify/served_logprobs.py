@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, quantiles
 from typing import Any
 
+from ..checkpoint.config_values import config_int
 from ..recipe.roles import text_config
 from ..serving.kernels import Arithmetic
 from .report import Finding, not_applicable
@@ -132,7 +133,7 @@ def knows_text(subject: Subject, source: SourceFigures | None) -> bool:
 
 def _guessing(subject: Subject) -> float:
     """Nats a token of a model that knows nothing."""
-    return math.log(int(text_config(subject.config).get("vocab_size") or 2))
+    return math.log(config_int(text_config(subject.config), "vocab_size", 2))
 
 
 def too_few(ids: Sequence[int] | None, arithmetics: Sequence[Arithmetic]) -> Finding | None:

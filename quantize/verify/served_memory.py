@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoint.config_values import config_int, config_kinds
 from ..recipe.roles import Role, text_config
 from ..serving.kernels import DECODED_IN_MEMORY
 from ..serving.log import LogFacts
@@ -39,11 +40,11 @@ def forecast_weights(subject: Subject, tensor_parallel: int) -> int:
 def rotary_bytes(config: Mapping[str, Any]) -> int:
     """Bytes of the tables of sines and cosines, for each kind of layer one, float32 at most."""
     text = text_config(config)
-    heads = int(text.get("num_attention_heads") or 1)
-    size = int(text.get("head_dim") or int(text.get("hidden_size") or 0) // heads)
-    sizes = {size, int(text.get("global_head_dim") or size)}
-    kinds = max(len(sizes), len(set(text.get("layer_types") or ())))
-    return kinds * max(sizes) * int(text.get("max_position_embeddings") or 0) * ROTARY_BYTES
+    heads = config_int(text, "num_attention_heads", 1)
+    size = config_int(text, "head_dim", config_int(text, "hidden_size") // heads)
+    sizes = {size, config_int(text, "global_head_dim", size)}
+    kinds = max(len(sizes), len(set(config_kinds(text))))
+    return kinds * max(sizes) * config_int(text, "max_position_embeddings") * ROTARY_BYTES
 
 
 def check_memory(subject: Subject, facts: LogFacts, forecast: int, is_cpu: bool | None, tree_bytes: int) -> Finding:

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from ..calibrate.quiet import quiet_transformers
+from ..checkpoint.config_values import config_int
 from ..recipe.roles import text_config
 from ..serving.client import Client
 from .report import Finding, not_applicable
@@ -100,7 +101,7 @@ def check_tokens(
     """
     if not tokenizer.is_there:
         return not_applicable("the checkpoint has no tokenizer that transformers can load")
-    rows = int(text_config(subject.config).get("vocab_size") or 0)
+    rows = config_int(text_config(subject.config), "vocab_size")
     if rows and tokenizer.size > rows:  # a server may die of ids beyond its table
         fault = f"the tokenizer has {tokenizer.size:,} tokens, the model {rows:,}: it is another model's"
         return Finding("the sizes of the vocabularies", [fault])

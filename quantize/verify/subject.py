@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.config_sizes import check_sizes
 from ..checkpoint.headers import Header, TensorInfo, read_header
 from ..checkpoint.hub.repository import HubModel
 from ..checkpoint.hub.shards import RemoteShards
@@ -204,6 +205,7 @@ def open_subject(folder: Path, progress: Progress | None = None, hub: HubModel |
         raise InputError(f"{folder} holds no .safetensors file: give the folder of a checkpoint.")
     subject = Subject(folder, config, headers, tuple(damaged), progress or tell_nobody, hub=hub)
     if not damaged:
+        check_sizes(config, subject.infos.values())
         refuse_other_formats(subject)
     return subject
 

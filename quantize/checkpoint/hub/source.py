@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from ...errors import InputError
+from ..config_sizes import check_sizes
 from ..headers import HEADER_LIMIT_BYTES, Header, parse_header, read_header
 from ..shard_bytes import ShardBytes
 from ..sidefiles import SIDE_FILE_PATTERNS, TEMPLATE_FOLDER
@@ -49,6 +50,7 @@ def open_hub_checkpoint(model: HubModel, low_disk: bool = False) -> Checkpoint:
             f"with safetensors weights."
         )
     check_index(model.repo, files, headers)
+    check_sizes(config, (info for header in headers.values() for info in header.tensors.values()))
     content: ShardBytes = RemoteShards(reader) if low_disk else DownloadedShards(model)
     return Checkpoint(folder, config, headers, files, content, model)
 
