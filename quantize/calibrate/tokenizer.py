@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from datetime import date
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.sidefiles import side_files
 from ..errors import InputError
 from .quiet import quiet_transformers
+from .template import ChatTemplate, ChatTemplateError, Message
+from .template_worker import TODAY
 
-Message = Mapping[str, Any]
+__all__ = ["TODAY", "ChatTemplateError", "Message", "ModelTokenizer", "load_tokenizer"]
 
-# Templates that write today's date get this one, or two days would give two calibration sets.
-TODAY = date(2026, 1, 1)
-
-
-class ChatTemplateError(Exception):
-    """The chat template raised on a conversation: a role it does not know, turns that do not alternate."""
+MOST_REASON = 300  # characters of an error of transformers that a message repeats
 
 
 class ModelTokenizer:
@@ -35,7 +32,8 @@ class ModelTokenizer:
         Raises:
             InputError: no tokenizer there that transformers can load.
         """
-        self._tokenizer = _load(folder)
+        self._tokenizer = load_tokenizer(folder)
+        self._template = ChatTemplate(self._tokenizer, folder)
         self.bos_id: int | None = self._tokenizer.bos_token_id
         self.has_chat_template = bool(self._tokenizer.chat_template)
         added = self._tokenizer.added_tokens_decoder.items()
@@ -82,30 +80,25 @@ class ModelTokenizer:
 
         Raises:
             ChatTemplateError: the template cannot render these turns.
+            InputError: it takes more time or memory, or writes more, than any template needs.
         """
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(messages),
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                    strftime_now=TODAY.strftime,
-                    **switches,
-                )
-            )
-        except Exception as error:  # a template is a program and may raise anything
-            raise ChatTemplateError(str(error) or type(error).__name__) from error
+        return self._template.render(messages, generation_prompt=generation_prompt, **switches)
 
 
-def _load(folder: Path) -> Any:
-    """The tokenizer object of transformers, which is imported only now: it takes seconds."""
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer object of transformers, which is imported only now: it takes seconds.
+
+    Raises:
+        InputError: there is none that transformers can load.
+    """
     from transformers import AutoTokenizer
 
+    side_files(folder)  # transformers would follow every link, and wait for a pipe
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, ImportError, KeyError and bare Exception are all in use there
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = (str(error)[:MOST_REASON].strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
             f"{folder} has no tokenizer that transformers can load ({reason}): put the model's tokenizer files there, "
             "or give token ids with --calibration, which need none."

@@ -6,6 +6,8 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 
+from .regular import is_file, read_regular, regular_path, unreadable
+
 SIDE_FILE_PATTERNS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,11 +37,30 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 
 
 def side_files(folder: Path) -> list[str]:
-    """Names (relative to the folder, sorted) of the side files that a checkpoint has."""
-    names = [
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in SIDE_FILE_PATTERNS)
-    ]
-    names += [f"{TEMPLATE_FOLDER}/{path.name}" for path in (folder / TEMPLATE_FOLDER).glob("*.jinja")]
-    return sorted(names)
+    """Names (relative to the folder, sorted) of the side files that a checkpoint has.
+
+    Raises:
+        InputError: one is a link out of the folder or to nowhere, or no file; or the folder cannot be read.
+    """
+    try:
+        found = [path for path in folder.iterdir() if any(fnmatch(path.name, known) for known in SIDE_FILE_PATTERNS)]
+        found += (folder / TEMPLATE_FOLDER).glob("*.jinja")
+    except OSError as error:
+        raise unreadable(folder, error, "check the folder's rights") from error
+    files = [path for path in found if is_file(path) and not _leads_to_a_folder(path)]
+    for path in files:
+        regular_path(path, folder, "put the file itself in its place, or remove it")
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def read_side_file(folder: Path, name: str) -> bytes:
+    """All bytes of a side file.
+
+    Raises:
+        InputError: it is no regular file of the folder, is too large, or cannot be read.
+    """
+    return read_regular(folder / name, folder)
+
+
+def _leads_to_a_folder(path: Path) -> bool:
+    return path.parent.name != TEMPLATE_FOLDER and path.is_dir()

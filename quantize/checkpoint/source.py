@@ -18,6 +18,7 @@ from .json_text import quoted
 from .json_text import read_json as read_json
 from .regular import is_file
 from .shard_bytes import LocalBytes, ReadingOrder, ShardBytes
+from .sidefiles import side_files
 
 if TYPE_CHECKING:
     import torch
@@ -164,6 +165,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not _is_folder(folder):
         raise InputError(f"{folder} is not a folder: give the path of a model folder (with config.json) or a Hub id.")
     config = read_json(folder / "config.json", "every Hugging Face model folder has one")
+    side_files(folder)  # what is no file is refused now, not when it is copied hours later
     index_path = folder / INDEX_NAME
     if is_file(index_path):
         files = read_index(index_path)

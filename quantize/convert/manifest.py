@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import __version__
 from ..calibrate.samples import CalibrationSet
+from ..checkpoint.regular import read_regular
 from ..checkpoint.shard_bytes import read_range
 from ..checkpoint.source import Checkpoint
 from ..plan.plan import Plan
@@ -57,7 +58,7 @@ def source_identity(source: Checkpoint) -> dict[str, Any]:
     """What the source is: of a model on the Hub its name, commit and published hashes, and which integrity was proved
     of what was read; of a folder each shard's size, modification time and header hash. Either way config.json's hash.
     """
-    config = {"config_sha256": hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest()}
+    config = {"config_sha256": hashlib.sha256(read_regular(source.folder / "config.json", source.folder)).hexdigest()}
     if source.hub is not None:
         files = {name: source.hub.files[name] for name in source.shards}
         return {

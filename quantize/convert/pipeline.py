@@ -13,7 +13,7 @@ import torch
 
 from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import ATTENTION, import_model_code
-from ..checkpoint.sidefiles import side_files
+from ..checkpoint.sidefiles import read_side_file, side_files
 from ..checkpoint.source import INDEX_NAME, open_checkpoint, read_json
 from ..checkpoint.writer import write_bytes, write_json
 from ..errors import CheckFailed, InputError, NvquantError
@@ -175,7 +175,7 @@ def write_side_files(plan: Plan, folder: Path, configs: Mapping[str, Mapping[str
     """Copy the source's side files (tokenizer, chat template, …) and write the output's own configs."""
     for name in side_files(plan.source.folder):
         (folder / name).parent.mkdir(exist_ok=True)
-        write_bytes(folder / name, (plan.source.folder / name).read_bytes())
+        write_bytes(folder / name, read_side_file(plan.source.folder, name))
     for name, config in configs.items():
         write_json(folder / name, config)
 

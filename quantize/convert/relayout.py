@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checkpoint.sidefiles import side_files
+from ..checkpoint.sidefiles import read_side_file, side_files
 from ..checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, read_json, tensor_bytes
 from ..checkpoint.writer import TensorEntry, order_entries, write_bytes, write_json, write_shard
 from ..errors import CheckFailed, InputError
@@ -359,7 +359,7 @@ def _write_other_files(
         )
     for name in side_files(source.folder):
         (partial / name).parent.mkdir(exist_ok=True)
-        write_bytes(partial / name, (source.folder / name).read_bytes())
+        write_bytes(partial / name, read_side_file(source.folder, name))
     for name, config in configs.items():
         write_json(partial / name, config)
 

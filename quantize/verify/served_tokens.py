@@ -9,7 +9,10 @@ from statistics import mean
 from typing import Any
 
 from ..calibrate.quiet import quiet_transformers
+from ..calibrate.template import ChatTemplate, ChatTemplateError
+from ..calibrate.tokenizer import load_tokenizer
 from ..checkpoint.config_values import config_int
+from ..errors import InputError
 from ..recipe.roles import text_config
 from ..serving.client import Client
 from .report import Finding, not_applicable
@@ -34,13 +37,14 @@ class OwnTokenizer:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
         try:
-            with quiet_transformers():
-                return AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
-        except Exception:  # whatever is wrong with the files: the server needs none from us
+            return load_tokenizer(self._folder)
+        except InputError:  # whatever is wrong with the files: the server needs none from us
             return None
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer, self._folder)
 
     @property
     def is_there(self) -> bool:
@@ -68,10 +72,15 @@ class OwnTokenizer:
         return [int(token) for token in self._tokenizer(text, verbose=False)["input_ids"]]
 
     def encode_question(self, question: str) -> list[int]:
-        """Ids of one user's turn, up to where the answer begins."""
+        """Ids of one user's turn, up to where the answer begins.
+
+        Raises:
+            ChatTemplateError: the template cannot render it.
+            InputError: the template takes more than any needs.
+        """
         messages = [{"role": "user", "content": question}]
         with quiet_transformers():
-            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            rendered = self._template.render(messages, generation_prompt=True)
         return [int(token) for token in self._tokenizer(rendered, add_special_tokens=False)["input_ids"]]
 
 
@@ -111,7 +120,10 @@ def check_tokens(
     if tokenizer.has_chat_template:
         asked = list(client.chat([{"role": "user", "content": QUESTION}], 1).prompt_ids)
         looked_at += f", {len(asked)} of a chat"
-        faults += _differences("a chat", asked, tokenizer.encode_question(QUESTION))
+        try:
+            faults += _differences("a chat", asked, tokenizer.encode_question(QUESTION))
+        except ChatTemplateError as refusal:
+            faults.append(f"the chat template cannot render a question ({refusal})")
     bos = tokenizer.bos_id
     if bos is not None:
         if served[:1] == [bos]:

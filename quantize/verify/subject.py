@@ -20,6 +20,7 @@ from ..checkpoint.headers import Header, TensorInfo, read_header
 from ..checkpoint.hub.repository import HubModel
 from ..checkpoint.hub.shards import RemoteShards
 from ..checkpoint.shard_bytes import LocalBytes, ShardBytes
+from ..checkpoint.sidefiles import side_files
 from ..checkpoint.source import Checkpoint, read_json
 from ..errors import InputError
 from ..format.layouts import COMPRESSED_TENSORS, LAYOUTS, Layout
@@ -194,6 +195,7 @@ def open_subject(folder: Path, progress: Progress | None = None, hub: HubModel |
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the path of a checkpoint.")
     config = read_json(folder / "config.json", "every checkpoint has one")
+    side_files(folder)
     headers: dict[str, Header] = {}
     damaged = []
     for path in sorted(folder.glob("*.safetensors")):
