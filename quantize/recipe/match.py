@@ -11,6 +11,7 @@ from ..checkpoint.headers import TensorInfo
 from ..errors import InputError, ShapeError
 from ..format.constants import BLOCK
 from .groups import FusedGroup, fused_groups, fused_name
+from .patterns import matches
 from .roles import QUANTIZABLE, Role, decoder_prefix, describe, layer_index, module_of, role_of, unused_tensors
 from .schema import SELECTORS, Recipe, Scheme
 
@@ -91,9 +92,9 @@ def _matches(
     if pattern in SELECTORS:
         found = [module for module, name in modules.items() if roles[name] is _SELECTED_ROLE[pattern]]
     elif pattern.startswith("re:"):
-        expression = re.compile(pattern.removeprefix("re:"))
+        expression = pattern.removeprefix("re:")
         found = [
-            module for module, name in modules.items() if expression.match(module) and len(tensors[name].shape) > 1
+            module for module, name in modules.items() if len(tensors[name].shape) > 1 and matches(expression, module)
         ]
     else:
         found = [module for module in modules if module == pattern]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from ..checkpoint.json_text import quoted
+from .patterns import PatternError, compiled
 
 Scheme = Literal["nvfp4", "nvfp4-a16"]
 SELECTORS = ("mlp", "attention")
@@ -34,9 +36,9 @@ class QuantizeEntry(_Strict):
     def _patterns_compile(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
         for module in modules:
             try:
-                re.compile(module.removeprefix("re:"))
-            except re.error as error:
-                raise ValueError(f"{module!r} is not a regular expression ({error})") from error
+                compiled(module.removeprefix("re:"))
+            except PatternError as error:
+                raise ValueError(f"{quoted(module)} is not a regular expression ({error.reason})") from error
         return modules
 
 

@@ -12,11 +12,11 @@ Source: vLLM 0.32.0 and 0.33.0, vllm/model_executor/layers/quantization/compress
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from .groups import FUSED_MEMBERS
+from .patterns import matches
 from .roles import Role, role_of
 
 UNQUANTIZED = "unquantized"
@@ -111,7 +111,7 @@ def _rename(entry: str, at: int) -> str:
 
 def _equal_or_regex(name: str, entry: str, at: int) -> bool:
     if entry.startswith("re:"):
-        return re.match(entry[3:], name) is not None
+        return matches(entry[3:], name)
     return name == _rename(entry, at)
 
 
