@@ -103,6 +103,10 @@ def arithmetic(words: str, mean: float, agreement: float, delta: float) -> dict[
 
 def numerics(layers: int = 60) -> dict[str, Any]:
     return {
+        "kl": 0.0831,
+        "perplexity": math.exp(2.1733 + 0.0378),
+        "perplexity_source": math.exp(2.1733),
+        "top1": 0.8924,
         "source": "gemma-4-31b",
         "text": {
             "name": "heldout",
@@ -114,7 +118,6 @@ def numerics(layers: int = 60) -> dict[str, Any]:
         "device": "cuda",
         "dtype": "bfloat16",
         "nll_source": 2.1733,
-        "perplexity_source": math.exp(2.1733),
         "arithmetics": {
             "w4a4": arithmetic(WORDS["w4a4"], 0.0831, 0.8924, 0.0378),
             "weight_only": arithmetic(

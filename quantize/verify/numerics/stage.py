@@ -131,7 +131,13 @@ def measure(
     nll = float(nll_of_tokens.mean())
     words = {**WORDS, "floor": run.floor_words}
     thresholds = thresholds_of(subject).tightened(options.max_kl, options.min_top1)
+    lanes = {name: {"words": words[name], **score.as_json(nll_of_tokens)} for name, score in scores.items()}
+    own = lanes[arithmetics[0]]  # of the checkpoint's own scheme
     return {
+        "kl": own["kl"]["mean"],
+        "perplexity": own["perplexity"],
+        "perplexity_source": perplexity(nll),
+        "top1": own["top1"]["agreement"],
         "source": source.name,
         "text": {
             "name": text.name,
@@ -144,8 +150,7 @@ def measure(
         "device": _device_name(run.device),
         "dtype": str(run.dtype).removeprefix("torch."),
         "nll_source": nll,
-        "perplexity_source": perplexity(nll),
-        "arithmetics": {name: {"words": words[name], **score.as_json(nll_of_tokens)} for name, score in scores.items()},
+        "arithmetics": lanes,
         "layers": [_layer_json(layer, run) for layer in run.layers],
         "matrices": run.matrices,
         "inputs": [_input_json(name, run) for name in run.inputs],

@@ -47,8 +47,8 @@ def test_a_good_checkpoint_passes_every_check(document: dict[str, Any]) -> None:
 
 def test_the_document_has_the_keys_that_readers_rely_on(document: dict[str, Any]) -> None:
     assert set(document) == {
-        "source", "text", "device", "dtype", "nll_source", "perplexity_source", "arithmetics", "layers", "matrices",
-        "inputs", "thresholds",
+        "kl", "perplexity", "perplexity_source", "top1", "source", "text", "device", "dtype", "nll_source",
+        "arithmetics", "layers", "matrices", "inputs", "thresholds",
     }  # fmt: skip
     assert set(document["text"]) == {"name", "framing", "sequences", "tokens", "scored", "sha256"}
     assert set(document["arithmetics"]) == {"w4a4", "weight_only", "floor"}
@@ -68,6 +68,18 @@ def test_the_document_has_the_keys_that_readers_rely_on(document: dict[str, Any]
     assert len(document["inputs"]) == 12  # of fused layers
     assert set(document["inputs"][0]) == {"name", "layer", "amax", "calibrated_amax", "clipped", "lost"}
     assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_the_first_numbers_are_those_of_the_checkpoints_own_scheme(
+    document: dict[str, Any], good: Callable[[str], Path], models: dict[str, Path]
+) -> None:
+    weight_only = measured(good("llama-a16-ct"), models["llama"], random_samples()).document
+    for found, scheme in ((document, "w4a4"), (weight_only, "weight_only")):
+        own = found["arithmetics"][scheme]
+        assert list(found)[:4] == ["kl", "perplexity", "perplexity_source", "top1"]
+        assert (found["kl"], found["perplexity"]) == (own["kl"]["mean"], own["perplexity"])
+        assert found["top1"] == own["top1"]["agreement"]
+        assert found["perplexity_source"] == pytest.approx(math.exp(found["nll_source"]))
 
 
 def test_the_text_is_counted(document: dict[str, Any]) -> None:
