@@ -12,6 +12,7 @@ from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import InputError
 from ..format.layouts import LAYOUTS
+from ..recipe.heads import is_tied
 from ..recipe.roles import Role, role_of, text_config, unused_tensors
 from ..serving.faults import Capability, Situation
 from ..verify.matrices import Matrix, find_matrices, layouts_present
@@ -110,7 +111,6 @@ class Subject:
     ) -> Situation:
         """For looking up known faults of a vLLM of this version."""
         text = text_config(self.config)
-        ties = (part.get("tie_word_embeddings") for part in (text, self.config))
         return Situation(
             vllm=vllm,
             capability=capability,
@@ -118,7 +118,7 @@ class Subject:
             model_type=str(text.get("model_type") or ""),
             layout=self.layout,
             arithmetics=frozenset("w4a4" if m.has_input_scale else "weight_only" for m in self.matrices.values()),
-            is_tied=bool(next((value for value in ties if value is not None), False)),
+            is_tied=is_tied(self.config),
             has_experts=any(role_of(name, info.shape) is Role.EXPERT for name, info in self.infos.items()),
             kv_cache_dtype=kv_cache_dtype,
             columns_per_rank=frozenset(

@@ -67,11 +67,7 @@ def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype:
         EnvironmentLack: the installed transformers does not know the architecture, or cannot build it from the config.
         InputError: the model's code or names are not as the walk needs them.
     """
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
-    with quiet_transformers(), init_empty_weights(include_buffers=False), no_init_weights():
-        full = _build(source, dtype)
+    full = _on_meta(source, dtype)
     full.eval().requires_grad_(False)
     decoder = full.get_decoder()
     layers = getattr(decoder, "layers", None)
@@ -171,6 +167,24 @@ def _made_with(source: Checkpoint) -> tuple[str, str]:
     return (first if re.fullmatch(r"\w{1,100}", first) else quoted(first)), (
         str(wrote) if is_version else "another one"
     )
+
+
+def embedding_rows(source: Checkpoint) -> int | None:
+    """Rows of the token embedding that the model's class builds from config.json, which may be more than `vocab_size`;
+    None where transformers cannot build it."""
+    try:
+        return len(_on_meta(source, torch.float32).get_input_embeddings().weight)
+    except (EnvironmentLack, AttributeError, NotImplementedError):
+        return None
+
+
+def _on_meta(source: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model of the class that config.json names, without weights."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with quiet_transformers(), init_empty_weights(include_buffers=False), no_init_weights():
+        return _build(source, dtype)
 
 
 def _model_class(source: Checkpoint) -> Any:

@@ -16,6 +16,7 @@ from ..recipe.groups import FusedGroup
 from ..recipe.match import Selection, select
 from ..recipe.roles import decoder_prefix, layer_index
 from ..recipe.schema import Recipe, Scheme
+from .heads import refuse_other_head
 
 SHARD_LIMIT_BYTES = 5_000_000_000
 Part = Literal["packed", "scales", "weight_global", "input_global"]
@@ -130,12 +131,14 @@ class Plan:
 
 
 def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str) -> Plan:
-    """Plan the conversion of a checkpoint; no weight byte is read.
+    """Plan the conversion of a checkpoint; no weight is read but a head that is stored although the config ties it.
 
     Raises:
-        InputError: the source is quantized already, or the recipe does not fit it (see `recipe.match.select`).
+        InputError: the source is quantized already, its stored head contradicts its config, or the recipe does not fit
+            it (see `recipe.match.select`).
     """
     refuse_quantized(source, model)
+    refuse_other_head(source, model)
     infos = source.infos()
     shapes = {name: info.shape for name, info in infos.items()}
     selection = select(recipe, infos, model, source.config)

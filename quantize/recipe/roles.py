@@ -36,8 +36,10 @@ QUANTIZABLE = frozenset({Role.MLP, Role.ATTENTION, Role.LINEAR})
 _LAYER = re.compile(r"^(?P<prefix>(?:.+\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
 TOWER = re.compile(r"vision|visual|audio|image|speech|video|^vit$")
 PROJECTOR = re.compile(r"^embed_(vision|audio)$|projector|^connector$|^aligner$|^merger$")
-_EMBEDDINGS = frozenset({"wte", "wpe", "word_embeddings", "embeddings"})
+# Tables that ids or positions are looked up in; what embeds patches multiplies, as every linear does.
+_TABLE = re.compile(r"^w[tp]e$|^embed_(tokens|in|positions?)|(^|_)embed(s|ding|dings)?$|^relative_attention_bias$")
 _HEADS = frozenset({"lm_head", "embed_out", "score"})
+_OUTER_HEADS = frozenset({"output", "output_layer"})  # inside of a layer these are linears
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERTS_USED = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
@@ -72,15 +74,23 @@ def role_of(tensor: str, shape: tuple[int, ...]) -> Role:
     return Role.LINEAR
 
 
+def is_table(module: str) -> bool:
+    """Whether a module is a table that is looked up (an embedding of tokens or positions), by its name; no server
+    quantizes one, wherever it stands."""
+    leaf = module.rpartition(".")[2]
+    return _TABLE.search(leaf) is not None and "patch" not in leaf and leaf not in _HEADS
+
+
 def _role_outside_of_layers(parts: list[str]) -> Role | None:
     """Role of what is protected wherever it stands; None for the rest."""
     if any(PROJECTOR.search(part) for part in parts):
         return Role.PROJECTOR
     if any(TOWER.search(part) for part in parts):
         return Role.TOWER
-    if parts[-1] in _HEADS:
+    is_inside = any(part.isdecimal() for part in parts)
+    if parts[-1] in _HEADS or (parts[-1] in _OUTER_HEADS and not is_inside):
         return Role.HEAD
-    if parts[-1] in _EMBEDDINGS or parts[-1].startswith("embed_tokens"):
+    if is_table(".".join(parts)):
         return Role.EMBEDDING
     if parts[-1].startswith("per_layer"):
         return Role.PER_LAYER_INPUT

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
+from ..calibrate.ids import config_value
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.sidefiles import side_files
 from ..checkpoint.source import Checkpoint, read_json, tensor_bytes, torch_dtype
 from ..errors import InputError
+from ..plan.heads import equal_tensors, tied_pair
 from ..recipe.roles import Role, role_of, unused_tensors
 from .matrices import KV_SCALES, split_name
 from .report import Finding, counted
-from .subject import Subject, is_tied, pieces
+from .subject import Subject, pieces
 from .threads import map_in_threads
 
 # Which program wrote the file and where its input lay: other tools rewrite them, and nothing reads them.
@@ -28,7 +30,7 @@ def check_names(subject: Subject, source: Checkpoint) -> Finding:
     """Every tensor of the source is there, copied under its name or quantized; nothing is there that it lacks.
 
     Other tools may leave out what no server reads: the head of a tied model, keys and values that no layer uses. They
-    may store what was BF16 or FP16 as FP32, which holds the same values.
+    may store what was BF16 or FP16 as FP32, which holds the same values, and a tied head as a copy of the embedding.
     """
     faults = []
     copies = _copies(subject)
@@ -40,13 +42,17 @@ def check_names(subject: Subject, source: Checkpoint) -> Finding:
         module, leaf = split_name(name)
         copied = copies.get(name)
         if copied is not None:
-            if not _is_same_type(copied, info) and not _is_widened(subject, copied, info):
+            if not (
+                _is_same_type(copied, info) or _is_widened(subject, copied, info) or _is_padded(subject, copied, info)
+            ):
                 faults.append(f"{name} is {copied.dtype} {list(copied.shape)}, was {info.dtype} {list(info.shape)}")
         elif leaf != "weight" or module not in subject.matrices:
             faults.append(f"{name} is missing")
         elif module in subject.sound and (shape := _shape(subject, module)) != info.shape:
             faults.append(f"{module} is quantized as {list(shape)}, was {list(info.shape)}")
-    faults += [f"{name} is added" for name in copies if name not in infos and not _is_kv_scale(subject, name)]
+    added = [name for name in copies if name not in infos and not _is_kv_scale(subject, name)]
+    copied_head = _equal_copy(subject.checkpoint) if added and subject.manifest is None else frozenset()
+    faults += [f"{name} is added" for name in added if name not in copied_head]
     faults += [f"{module} is quantized, but the source has no such weight" for module in subject.matrices
                if f"{module}.weight" not in infos]  # fmt: skip
     words = f"{counted(len(infos), 'source tensor')}, {len(subject.matrices):,} of them quantized"
@@ -63,11 +69,24 @@ def _is_widened(subject: Subject, copied: TensorInfo, info: TensorInfo) -> bool:
     return subject.manifest is None and is_wider and copied.shape == info.shape
 
 
+def _is_padded(subject: Subject, copied: TensorInfo, info: TensorInfo) -> bool:
+    """Whether another tool gave an embedding or a head more rows, as many as its config counts: rows of no token, which
+    make the vocabulary a round number."""
+    is_vocabulary = role_of(info.name, info.shape) in (Role.EMBEDDING, Role.HEAD)
+    is_longer = len(info.shape) == 2 and copied.shape[1:] == info.shape[1:] and copied.shape > info.shape
+    is_counted = copied.shape[:1] == (config_value(subject.config, "vocab_size"),)
+    return subject.manifest is None and is_vocabulary and is_longer and is_counted and copied.dtype == info.dtype
+
+
 def _unread(source: Checkpoint) -> frozenset[str]:
     """Tensors of the source that no server reads."""
-    infos = source.infos()
-    heads = [name for name, info in infos.items() if role_of(name, info.shape) is Role.HEAD]
-    return unused_tensors(source.config, infos) | (frozenset(heads) if is_tied(source.config) else frozenset())
+    return unused_tensors(source.config, source.infos()) | _equal_copy(source)
+
+
+def _equal_copy(checkpoint: Checkpoint) -> frozenset[str]:
+    """The head of a tied model that is stored as a copy of its embedding, which changes nothing."""
+    pair = tied_pair(checkpoint)
+    return frozenset(pair[:1]) if pair is not None and equal_tensors(checkpoint, *pair) else frozenset()
 
 
 def _copies(subject: Subject) -> dict[str, TensorInfo]:
@@ -92,8 +111,9 @@ def check_untouched(subject: Subject, source: Checkpoint) -> Finding:
         for name, info in copies.items()
         if name in infos
         and (
-            (info.dtype, info.shape) == (infos[name].dtype, infos[name].shape)
+            _is_same_type(info, infos[name])
             or _is_widened(subject, info, infos[name])
+            or _is_padded(subject, info, infos[name])
         )
     ]
     found = map_in_threads(
@@ -105,16 +125,20 @@ def check_untouched(subject: Subject, source: Checkpoint) -> Finding:
         if at is not None
     ]
     size = sum(infos[name].nbytes for name in names)
-    more = sum(copies[name].nbytes for name in names) - size
-    widened = sum(_is_widened(subject, copies[name], infos[name]) for name in names)
+    widened = [name for name in names if _is_widened(subject, copies[name], infos[name])]
+    more = sum(copies[name].nbytes - infos[name].nbytes for name in widened)
     words = f"{counted(len(names), 'tensor')}, {size:,} bytes"
-    return Finding(f"{words}; {widened} stored in FP32, {more:,} bytes for nothing" if widened else words, faults)
+    words += f"; {len(widened)} stored in FP32, {more:,} bytes for nothing" if widened else ""
+    for name in names:
+        if _is_padded(subject, copies[name], infos[name]):
+            words += f"; {name} has {copies[name].shape[0] - infos[name].shape[0]:,} rows more"
+    return Finding(words, faults)
 
 
 def _first_difference(one: Checkpoint, other: Checkpoint, name: str) -> int | None:
     """Number of the first byte of `other`'s tensor whose value is another in `one`, where it may be stored in FP32."""
     dtype = torch_dtype(other.info(name).dtype)
-    is_wider = one.info(name).nbytes > other.info(name).nbytes
+    is_wider = one.info(name).dtype != other.info(name).dtype
     for at, right in pieces(other, name):
         left = bytearray(2 * len(right) if is_wider else len(right))
         one.read_into(name, memoryview(left), 2 * at if is_wider else at)
@@ -128,18 +152,20 @@ def _first_difference(one: Checkpoint, other: Checkpoint, name: str) -> int | No
 def check_config_source(subject: Subject, source: Checkpoint) -> Finding:
     """config.json says of the model what the source's says; only `quantization_config` is new.
 
-    Of another tool's output, the keys that name the program that wrote the file may differ; the dtype too, where the
-    tensors have it.
+    Of another tool's output, the keys that name the program that wrote the file may differ; the dtype and the
+    size of the vocabulary too, where the tensors have it.
     """
     allowed = {"quantization_config"} | (PROVENANCE_KEYS if subject.manifest is None else frozenset())
     infos = source.infos()
     if any(_is_widened(subject, info, infos[name]) for name, info in _copies(subject).items() if name in infos):
         allowed |= DTYPE_KEYS
+    if any(_is_padded(subject, info, infos[name]) for name, info in _copies(subject).items() if name in infos):
+        allowed |= {"vocab_size", "text_config.vocab_size"}
     differences = list(_differences(source.config, subject.config, ""))
     faults = [
         words
         for key, words in differences
-        if key.partition(".")[0] not in allowed and key.rpartition(".")[2] not in DTYPE_KEYS & allowed
+        if not {key, key.partition(".")[0]} & allowed and key.rpartition(".")[2] not in DTYPE_KEYS & allowed
     ]
     return Finding(counted(len(source.config), "key"), faults)
 

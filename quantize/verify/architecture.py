@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from ..calibrate.ids import config_value
+from ..calibrate.skeleton import embedding_rows
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import torch_dtype
 from ..format.native import amax_on_cpu, has_native
-from ..recipe.roles import Role, decoder_prefix, layer_index, text_config
+from ..recipe.heads import tie_of, token_embedding
+from ..recipe.roles import Role, decoder_prefix, layer_index, role_of, text_config
 from .report import Finding, counted, not_read
 from .subject import Subject, pieces
 from .threads import map_in_threads
@@ -24,9 +26,9 @@ def check_architecture(subject: Subject) -> Finding:
     prefix = decoder_prefix({name: info.shape for name, info in subject.infos.items()})
     layers = {layer_index(name, prefix) for name in subject.infos} - {None}
     faults = [*_wrong_layers(subject, {layer for layer in layers if layer is not None}), *_wrong_vocabulary(subject)]
-    head = next((name for name, role in subject.roles.items() if role is Role.HEAD), None)
-    stated = [part.get("tie_word_embeddings") for part in (text_config(subject.config), subject.config)]
-    if head is None and False in stated and True not in stated:
+    names = [*subject.roles, *(f"{module}.weight" for module in subject.matrices)]
+    has_head = any(role_of(name, (1, 1)) is Role.HEAD for name in names)
+    if not has_head and tie_of(subject.config) is False:
         faults.append("tie_word_embeddings is false, but no head is stored: servers would leave it uninitialized")
     return Finding(counted(len(layers), "decoder layer"), faults)
 
@@ -45,12 +47,15 @@ def _wrong_layers(subject: Subject, layers: set[int]) -> Iterator[str]:
 
 
 def _wrong_vocabulary(subject: Subject) -> Iterator[str]:
+    """An embedding with other rows than the config counts, unless its class builds more of them (as Mllama does); vLLM
+    refuses all others as it loads them (`VocabParallelEmbedding.weight_loader`)."""
     size = config_value(subject.config, "vocab_size")
-    for name, role in subject.roles.items():
-        if role is Role.EMBEDDING and name.endswith("embed_tokens.weight") and isinstance(size, int):
-            rows = subject.infos[name].shape[0]
-            if rows != size:
-                yield f"vocab_size is {size}, but {name} has {rows} rows"
+    name = token_embedding({name: subject.infos[name].shape for name in subject.roles}, subject.config)
+    if name is None or not isinstance(size, int):
+        return
+    rows = subject.infos[name].shape[0]
+    if rows < size or (rows > size and embedding_rows(subject.checkpoint) != rows):
+        yield f"vocab_size is {size}, but {name} has {rows} rows"
 
 
 def check_unquantized(subject: Subject) -> Finding:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ..format.constants import SCALE_RANGE
 from ..format.marlin import RULE_READ_FROM, count_flushed_blocks
+from ..plan.heads import HOW_READERS_TAKE_IT, equal_tensors, tied_pair
 from ..plan.plan import Part
 from ..recipe.groups import fused_name
 from ..recipe.roles import QUANTIZABLE, Role, module_of, role_of
 from .manifest import Manifest
 from .report import Finding, counted
-from .subject import Subject, is_tied, pieces
+from .subject import Subject, pieces
 
 # Bounds on the amax that a global scale stands for. A weight's lies below 2688, where divisor and multiplier meet at 1:
 # no trained model has such a weight, and a scale stored the wrong way round stands for one. For inputs there is no such
@@ -108,19 +109,10 @@ def check_protected(subject: Subject) -> Finding:
     roles = {module: role_of(f"{module}.weight", (1, 1)) for module in subject.matrices}
     faults = [f"{module} ({role.value}) is quantized" for module, role in roles.items() if role not in allowed]
     kept = sum(role not in allowed and len(subject.infos[name].shape) > 1 for name, role in subject.roles.items())
-    head = next((name for name, role in subject.roles.items() if role is Role.HEAD and name.endswith(".weight")), None)
-    embedding = next((name for name, role in subject.roles.items() if role is Role.EMBEDDING), None)
-    if head is not None and embedding is not None and is_tied(subject.config) and not _equal(subject, head, embedding):
-        faults.append(f"{head} differs from {embedding}, although the config ties them: servers will not read it")
+    pair = tied_pair(subject.checkpoint)
+    if pair is not None and pair[0] in subject.roles and not equal_tensors(subject.checkpoint, *pair):
+        faults.append(f"{pair[0]} differs from {pair[1]}, although the config ties them: {HOW_READERS_TAKE_IT}")
     return Finding(f"{_matrices(len(subject.matrices))} quantized; {counted(kept, 'protected tensor')}", faults)
-
-
-def _equal(subject: Subject, left: str, right: str) -> bool:
-    one, other = subject.infos[left], subject.infos[right]
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    pairs = zip(pieces(subject.checkpoint, left), pieces(subject.checkpoint, right), strict=True)
-    return all(a == b for (_, a), (_, b) in pairs)
 
 
 def check_marlin(subject: Subject) -> Finding:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..recipe.heads import is_tied
 from ..recipe.roles import Role, text_config
 from ..serving.client import ServerError
 from ..serving.faults import Situation, known_faults
@@ -20,7 +21,7 @@ from .served_answers import Answers
 from .served_logprobs import Emulate, SourceFigures, compare_logprobs, knows_text, too_few
 from .served_memory import check_memory, forecast_weights
 from .served_tokens import OwnTokenizer, check_tokens
-from .subject import Subject, is_tied
+from .subject import Subject
 
 STAGE = "serve"
 _SAID = {"w4a4": "W4A4", "weight_only": "weights only"}

@@ -27,12 +27,13 @@ from ..format.layouts import COMPRESSED_TENSORS, LAYOUTS, Layout
 from ..format.marlin import scale_histogram
 from ..plan.plan import Part
 from ..recipe.groups import FusedGroup, fused_groups
-from ..recipe.roles import Role, role_of, text_config, unused_tensors
+from ..recipe.roles import Role, role_of, unused_tensors
 from .manifest import Manifest, read_manifest
 from .matrices import Matrix, find_matrices, layouts_present
 from .threads import Progress, map_in_threads, tell_nobody
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
+FP8_CACHE: Mapping[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}  # as modelopt's config.json says it
 PIECE_BYTES = 16 << 20
 
 
@@ -100,7 +101,9 @@ class Subject:
             return {}
         if not isinstance(nested, Mapping):
             return {}
-        return {**nested, "quant_method": "modelopt", "ignore": nested.get("exclude_modules")}
+        found = {**nested, "quant_method": "modelopt", "ignore": nested.get("exclude_modules")}
+        cache = nested.get("kv_cache_quant_algo")
+        return found if cache is None else {**found, "kv_cache_scheme": FP8_CACHE if cache == "FP8" else cache}
 
     @property
     def method(self) -> str:
@@ -221,12 +224,6 @@ def pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, bytearray]]
         piece = piece if len(piece) == length else bytearray(length)
         checkpoint.read_into(name, memoryview(piece), at)
         yield at, piece
-
-
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the model's head is its embedding."""
-    values = (part.get("tie_word_embeddings") for part in (text_config(config), config))
-    return bool(next((value for value in values if value is not None), False))
 
 
 def refuse_other_formats(subject: Subject) -> None:

@@ -10,6 +10,7 @@ from nvquant.recipe.roles import (
     Role,
     decoder_prefix,
     describe,
+    is_table,
     layer_index,
     module_of,
     role_of,
@@ -82,6 +83,14 @@ TENSORS: list[tuple[str, str, tuple[int, ...], Role]] = [
     ("gemma3n", "model.language_model.layers.0.laurel.linear_left.weight", MATRIX, Role.LINEAR),
     ("gpt2", "transformer.wte.weight", MATRIX, Role.EMBEDDING),
     ("gpt2", "transformer.wpe.weight", MATRIX, Role.EMBEDDING),
+    ("opt", "model.decoder.embed_positions.weight", MATRIX, Role.EMBEDDING),
+    ("gpt-neox", "gpt_neox.embed_in.weight", MATRIX, Role.EMBEDDING),
+    ("internlm2", "model.tok_embeddings.weight", MATRIX, Role.EMBEDDING),
+    ("internlm2", "output.weight", MATRIX, Role.HEAD),
+    ("internvl", "language_model.output.weight", MATRIX, Role.HEAD),
+    ("chatglm", "transformer.output_layer.weight", MATRIX, Role.HEAD),
+    ("rwkv", "model.layers.3.attention.output.weight", MATRIX, Role.ATTENTION),
+    ("bloom", "transformer.word_embeddings_layernorm.weight", VECTOR, Role.OTHER),
     ("gpt2", "transformer.h.0.attn.c_attn.weight", MATRIX, Role.ATTENTION),
     ("gpt2", "h.0.mlp.c_fc.weight", MATRIX, Role.MLP),
     ("gpt-neox", "gpt_neox.layers.0.attention.query_key_value.weight", MATRIX, Role.ATTENTION),
@@ -181,3 +190,33 @@ def test_names_are_shown_up_to_a_limit() -> None:
     assert describe([], 3) == ""
     assert module_of("a.b.weight") == "a.b"
     assert module_of("a.weight_scale") == "a.weight_scale"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "vision_tower.embeddings.position_embedding",  # SigLIP, CLIP
+        "model.visual.pos_embed",  # Qwen3-VL
+        "vision_model.gated_positional_embedding.tile_embedding",  # Llama 3.2
+        "model.decoder.embed_positions",
+        "bert.embeddings.token_type_embeddings",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",  # T5
+        "model.embed_vision.embedding",  # Gemma 3n
+    ],
+)
+def test_a_table_is_known_by_its_name_wherever_it_stands(module: str) -> None:
+    assert is_table(module)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "vision_model.embeddings.patch_embedding",  # a linear in SigLIP 2
+        "model.visual.patch_embed.proj",
+        "model.embed_vision.embedding_projection",
+        "model.audio_embed.fc1",
+        "embed_out",
+    ],
+)
+def test_what_multiplies_is_no_table(module: str) -> None:
+    assert not is_table(module)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ...calibrate.skeleton import Skeleton
 from ...errors import InputError
+from ...plan.heads import equal_tensors
+from ...recipe.heads import stored_head
 
 PART_BYTES = 64 << 20  # of the head's rows in float32
 
@@ -33,27 +35,56 @@ class Head:
             raise InputError(f"{type(full).__name__} has no head with logits: its numbers cannot be measured.")
         self._module = head
         name = next(name for name, module in full.named_modules() if module is head)
-        self._name = self._stored_name(f"{name}.weight")
-        self._bias = self._stored_bias(f"{name}.bias") if head.bias is not None else None
+        self._name = self._stored_name(name)
+        self._bias = self._stored_bias(name) if head.bias is not None else None
         self.rows, self.cols = skeleton.source.info(self._name).shape
 
-    def _stored_name(self, name: str) -> str:
-        """Where the head's rows are: in the embedding of a tied model, whatever else it stores, else under its own
-        name."""
+    def _stored_name(self, head: str) -> str:
+        """Where the head's rows are: under its own name, or in the embedding that the model's class ties it to.
+
+        Where both are stored and differ, transformers and vLLM read the head (see `plan.heads`).
+        """
         skeleton = self._skeleton
         full: Any = skeleton.full
-        if full.config.get_text_config().tie_word_embeddings:
-            decoder: Any = skeleton.decoder
-            embedding = decoder.get_input_embeddings()
-            inside = next(inside for inside, module in skeleton.decoder.named_modules() if module is embedding)
-            name = f"{skeleton.root}{inside}.weight"
+        stored = self._own_name(head)
+        if f"{head}.weight" in full.all_tied_weights_keys:
+            embedding = self._embedding()
+            if stored is None or equal_tensors(skeleton.source, stored, embedding):
+                return embedding
+        if stored is None:
+            raise InputError(
+                f"{skeleton.source.where} stores no {head}.weight, and {type(full).__name__} does not tie it to the "
+                f"embedding: the checkpoint is incomplete."
+            )
+        return stored
+
+    def _own_name(self, head: str) -> str | None:
+        """The stored weight of the head: of the model's own name, or else of the same shape under another."""
+        source = self._skeleton.source
+        if f"{head}.weight" in source.files:
+            return f"{head}.weight"
+        name = stored_head({name: info.shape for name, info in source.infos().items()})
+        return name if name is not None and source.info(name).shape == self._module.weight.shape else None
+
+    def _embedding(self) -> str:
+        """The stored weight of the embedding.
+
+        Raises:
+            InputError: there is none.
+        """
+        skeleton = self._skeleton
+        decoder: Any = skeleton.decoder
+        embedding = decoder.get_input_embeddings()
+        inside = next(inside for inside, module in skeleton.decoder.named_modules() if module is embedding)
+        name = f"{skeleton.root}{inside}.weight"
         if name not in skeleton.source.files:
-            raise InputError(f"{skeleton.source.folder} stores no {name}: the checkpoint is incomplete.")
+            raise InputError(f"{skeleton.source.where} stores no {name}: the checkpoint is incomplete.")
         return name
 
-    def _stored_bias(self, name: str) -> Tensor | None:
+    def _stored_bias(self, head: str) -> Tensor | None:
         source = self._skeleton.source
-        return source.read(name).float() if name in source.files else None
+        names = (f"{head}.bias", f"{self._name.removesuffix('.weight')}.bias")
+        return next((source.read(name).float() for name in names if name in source.files), None)
 
     def parts(self) -> Iterator[tuple[int, Tensor]]:
         """The head's rows in parts: number of the first row, and the rows as stored, on the CPU."""

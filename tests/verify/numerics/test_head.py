@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from nvquant.calibrate.hidden import HiddenBudget
 from nvquant.calibrate.record import finish_batch
 from nvquant.calibrate.skeleton import Skeleton, load_outer
 from nvquant.calibrate.walk import Walk
+from nvquant.checkpoint.headers import Header
 from nvquant.errors import InputError
 from nvquant.verify.numerics import head as heads
 from nvquant.verify.numerics.head import Head
 from safetensors.torch import load_file, save_file
 from support.conversions import layer_weights, random_samples, skeleton_of
-from support.tiny_models import WRITERS, perturb, tiny_gemma2, tiny_gemma4, tiny_llama
+from support.tiny_models import WRITERS, perturb, tiny_gemma2, tiny_gemma4, tiny_gemma4_text, tiny_llama
 from torch import Tensor, nn
 from verify.numerics.measuring import original
 
@@ -54,6 +56,12 @@ def granite(folder: Path) -> Path:
     return write("GraniteForCausalLM", config, folder)
 
 
+def gpt_neox(folder: Path) -> Path:
+    """A head of another name, `embed_out`."""
+    config = transformers.GPTNeoXConfig(**SMALL, tie_word_embeddings=False)
+    return write("GPTNeoXForCausalLM", config, folder)
+
+
 def untied_llama(folder: Path) -> Path:
     return tiny_llama(folder, tied=False)
 
@@ -67,7 +75,7 @@ def capped_gemma4(folder: Path) -> Path:
     return tiny_gemma4(folder, final_logit_softcapping=0.3)
 
 
-OTHERS = (untied_llama, phi, cohere, granite, capped_gemma2, capped_gemma4)
+OTHERS = (untied_llama, phi, cohere, granite, gpt_neox, capped_gemma2, capped_gemma4)
 ALL = {**WRITERS, **{other.__name__: other for other in OTHERS}}
 
 
@@ -107,7 +115,9 @@ def test_logits_by_parts_are_the_models_own(folder: Path, monkeypatch: pytest.Mo
     torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5 * float(logits.abs().max()))
 
 
-@pytest.mark.parametrize("folder", [other.__name__ for other in OTHERS if other is not untied_llama], indirect=True)
+@pytest.mark.parametrize(
+    "folder", [other.__name__ for other in OTHERS if other not in (untied_llama, gpt_neox)], indirect=True
+)
 def test_caps_factors_and_biases_of_these_models_show_in_their_logits(folder: Path) -> None:
     """Else the test above would pass without them."""
     (ids,) = random_samples((9,))
@@ -179,14 +189,74 @@ def test_an_untied_head_that_is_missing_is_not_taken_from_the_embedding(tmp_path
     skeleton = skeleton_of(tiny_llama(tmp_path / "llama", tied=False))
     files = {name: file for name, file in skeleton.source.files.items() if name != "lm_head.weight"}
     source = replace(skeleton.source, files=files)
-    with pytest.raises(InputError, match=r"stores no lm_head\.weight: the checkpoint is incomplete"):
+    source = replace(source, shards={file: drop(header, "lm_head.weight") for file, header in source.shards.items()})
+    with pytest.raises(InputError, match=r"stores no lm_head\.weight, and LlamaForCausalLM does not tie it"):
         Head(replace(skeleton, source=source))
 
 
-def test_a_tied_models_head_is_its_embedding_even_where_another_one_is_stored(tmp_path: Path) -> None:
-    folder = tiny_llama(tmp_path / "llama", shards=1)
+def drop(header: Header, name: str) -> Header:
+    return replace(header, tensors={key: info for key, info in header.tensors.items() if key != name})
+
+
+EMBEDDING = {"llama": "model.embed_tokens.weight", "gemma4": "model.language_model.embed_tokens.weight"}
+EMBEDDING["gemma4 text"] = EMBEDDING["llama"]
+WRITE = {"llama": tiny_llama, "gemma4": tiny_gemma4, "gemma4 text": tiny_gemma4_text}
+Flag = bool | None
+# (model, flag at the top, flag in text_config, factor between embedding and stored head; None stores no head)
+TIES: list[tuple[str, Flag, Flag, float | None]] = [
+    ("llama", True, None, None),
+    ("llama", True, None, 1.0),
+    ("llama", True, None, 1.5),  # the head is loaded, whatever the config says
+    ("llama", None, None, 1.5),  # Llama's class is not tied where nothing is written
+    ("llama", False, None, 1.0),
+    ("gemma4 text", None, None, None),  # Gemma's is
+    ("gemma4 text", False, None, 1.5),
+    ("gemma4", True, None, None),
+    ("gemma4", True, False, None),
+    ("gemma4", None, True, None),
+    ("gemma4", None, False, None),
+    ("gemma4", None, None, None),
+    ("gemma4", False, None, 1.5),  # the text config's class has a default of its own, which counts for nothing
+    ("gemma4", False, True, 1.5),
+    ("gemma4", True, True, 1.0),
+    ("gemma4", True, True, 1.5),
+]
+
+
+@pytest.mark.parametrize(("name", "top", "text", "factor"), TIES)
+def test_the_head_is_the_one_that_the_models_class_loads(
+    name: str, top: Flag, text: Flag, factor: float | None, tmp_path: Path
+) -> None:
+    folder = WRITE[name](tmp_path / "model", shards=1)
+    set_tie(folder, top, text)
+    if factor is not None:
+        tensors = load_file(folder / "model.safetensors")
+        head = {"lm_head.weight": tensors[EMBEDDING[name]] * factor}
+        save_file({**tensors, **head}, folder / "model.safetensors", {"format": "pt"})
+    (ids,) = random_samples((12,))
+    model_class = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
+    model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        finished = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    torch.testing.assert_close(by_parts(skeleton_of(folder), finished), logits, rtol=1e-5, atol=1e-5)
+
+
+def set_tie(folder: Path, top: Flag, text: Flag) -> None:
+    """Write the flags at both levels of config.json, or nothing where None."""
+    config = json.loads((folder / "config.json").read_text())
+    for part, flag in ((config, top), (config.get("text_config", {}), text)):
+        part.pop("tie_word_embeddings", None)
+        part.update({} if flag is None else {"tie_word_embeddings": flag})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "output.weight", "transformer.output_layer.weight"])
+def test_a_head_under_another_name_is_found(name: str, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model", shards=1, tied=False)
     (ids,) = random_samples((12,))
     _, finished, logits = whole(folder, ids)
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": torch.zeros(512, 64).bfloat16()}, folder / "model.safetensors")
+    head = tensors.pop("lm_head.weight")
+    save_file({**tensors, name: head}, folder / "model.safetensors", {"format": "pt"})
     torch.testing.assert_close(by_parts(skeleton_of(folder), finished), logits, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,92 @@
+"""A head that is stored although the config ties it to the embedding.
+
+Readers do not agree on it. transformers 5 (`PreTrainedModel.tie_weights`) and vLLM 0.32 (`maybe_untie_word_embeddings`)
+take the stored head where it differs; older ones take the embedding. An equal copy is the same model to all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..checkpoint.source import COPY_CHUNK_BYTES, Checkpoint, torch_dtype
+from ..errors import InputError
+from ..recipe.heads import is_tied, stored_head, token_embedding
+
+SPAN_BYTES = 64 << 10
+HOW_READERS_TAKE_IT = "transformers 5 and vLLM 0.32 use the stored head, older readers use the embedding"
+
+
+def tied_pair(source: Checkpoint) -> tuple[str, str] | None:
+    """A stored head and the embedding that it is tied to; None where no head is stored or the model is not tied."""
+    shapes = {name: info.shape for name, info in source.infos().items()}
+    head, embedding = stored_head(shapes), token_embedding(shapes, source.config)
+    if head is None or embedding is None or not is_tied(source.config):
+        return None
+    return head, embedding
+
+
+def refuse_other_head(source: Checkpoint, model: str) -> None:
+    """Refuse a model with a head of its own that its config ties to the embedding.
+
+    Of a model on the Hub a few ranges of both are compared, else every byte; nothing is read where there is no such
+    head.
+
+    Raises:
+        InputError: the head differs.
+    """
+    pair = tied_pair(source)
+    if pair is None or _are_equal(source, *pair):
+        return
+    head, embedding = pair
+    raise InputError(
+        f"{model} stores {head}, which differs from {embedding}, although config.json ties them: "
+        f"{HOW_READERS_TAKE_IT}. "
+        f"Set tie_word_embeddings to false in config.json to keep the stored head, or remove {head} from the weights."
+    )
+
+
+def _are_equal(source: Checkpoint, head: str, embedding: str) -> bool:
+    if source.hub is None:
+        return equal_tensors(source, head, embedding)
+    from ..checkpoint.hub.ranges import RangeReader
+    from ..checkpoint.hub.shards import RemoteShards
+
+    reader = RangeReader(source.hub)
+    try:
+        return equal_tensors(replace(source, content=RemoteShards(reader)), head, embedding, is_sampled=True)
+    finally:
+        reader.end()
+
+
+def equal_tensors(checkpoint: Checkpoint, one: str, other: str, is_sampled: bool = False) -> bool:
+    """Whether two tensors of a checkpoint hold the same values, in whatever dtypes.
+
+    Args:
+        is_sampled: compare the beginning, the middle and the end only.
+    """
+    left, right = checkpoint.info(one), checkpoint.info(other)
+    if left.shape != right.shape:
+        return False
+    sizes = [torch_dtype(info.dtype).itemsize for info in (left, right)]
+    count = left.nbytes // sizes[0]
+    span = (SPAN_BYTES if is_sampled else COPY_CHUNK_BYTES) // max(sizes)
+    starts = [0, max(0, count // 2 - span), max(0, count - span)] if is_sampled else range(0, count, span)
+    for start in starts:
+        length = min(span, count - start)
+        values = []
+        for info, size in zip((left, right), sizes, strict=True):
+            piece = bytearray(length * size)
+            checkpoint.read_into(info.name, memoryview(piece), start * size)
+            values.append(piece)
+        if values[0] != values[1] and (left.dtype == right.dtype or not _same_values(values, left.dtype, right.dtype)):
+            return False
+    return True
+
+
+def _same_values(pieces: list[bytearray], *dtypes: str) -> bool:
+    import torch
+
+    left, right = (
+        torch.frombuffer(piece, dtype=torch_dtype(name)).float() for piece, name in zip(pieces, dtypes, strict=True)
+    )
+    return torch.equal(left, right)
