@@ -21,21 +21,25 @@ PACKED_FORMAT = "nvfp4-pack-quantized"
 
 
 def check_layout(subject: Subject) -> Finding:
-    """The quantization method that config.json names is the one whose tensor names, formats and files are there."""
+    """The quantization method that config.json names is the one whose tensor names, formats and files are there.
+
+    Older exports of modelopt have hf_quant_config.json alone, by which vLLM finds them too.
+    """
     method = subject.method
     counts = layouts_present(subject.infos)
     looked_at = ", ".join(
         [f"quant_method {method}", *(f"{n:,} tensors named as {name} does" for name, n in counts.items())]
     )
     faults = []
-    if "quantization_config" not in subject.config:
+    is_legacy = "quantization_config" not in subject.config and method == "modelopt"
+    if "quantization_config" not in subject.config and not is_legacy:
         faults.append("config.json has no quantization_config")
     elif method not in LAYOUTS:
         faults.append(f"quant_method is {method}, not one of {', '.join(LAYOUTS)}")
     faults += [f"{n:,} tensors are named as {name} does" for name, n in counts.items() if name != method]
     if not subject.matrices:
         faults.append("no tensor is packed")
-    if method == "modelopt":
+    if method == "modelopt" and not is_legacy:
         faults += _unequal_hf_quant_config(subject)
     elif method == "compressed-tensors":
         if (subject.folder / HF_QUANT_CONFIG).exists():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..recipe.groups import fused_name
-from ..recipe.roles import Role, module_of
+from ..recipe.roles import Role, is_table, module_of
 from ..recipe.vllm_rules import REFUSED, UNQUANTIZED, compressed_tensors_verdict, modelopt_verdict
 from .subject import Subject
 
@@ -46,7 +46,7 @@ def served_layers(subject: Subject) -> tuple[ServedLayer, ...]:
         module_of(name)
         for name, role in subject.roles.items()
         if name.endswith(".weight") and len(subject.infos[name].shape) == 2 and name not in subject.unused
-        and not (role is Role.EMBEDDING and subject.method == "modelopt")
+        and not (is_table(module_of(name)) and (role is not Role.EMBEDDING or subject.method == "modelopt"))
     }  # fmt: skip
     members: dict[str, list[str]] = {fused_name(module): [] for module in sorted(modules)}
     for module in subject.matrices:
