@@ -67,6 +67,12 @@ def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype:
         EnvironmentLack: the installed transformers does not know the architecture, or cannot build it from the config.
         InputError: the model's code or names are not as the walk needs them.
     """
+    skeleton = _assemble(source, prefix, device, dtype)
+    _check_tensors(skeleton)
+    return skeleton
+
+
+def _assemble(source: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype) -> Skeleton:
     full = _on_meta(source, dtype)
     full.eval().requires_grad_(False)
     decoder = full.get_decoder()
@@ -77,9 +83,13 @@ def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype:
             f"architecture."
         )
     root = prefix.removesuffix("layers")
-    skeleton = Skeleton(source, full, full.base_model, decoder, layers, root, prefix, device, dtype)
-    _check_tensors(skeleton)
-    return skeleton
+    return Skeleton(source, full, full.base_model, decoder, layers, root, prefix, device, dtype)
+
+
+def wanted_shapes(source: Checkpoint, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that the model's decoder has, by its name in the checkpoint; arguments and errors as of
+    `build_skeleton`, which refuses a checkpoint that lacks one."""
+    return _wanted(_assemble(source, prefix, torch.device("cpu"), torch.float32))
 
 
 def load_outer(skeleton: Skeleton, token_ids: Tensor) -> None:
@@ -241,11 +251,16 @@ def _is_outer(name: str) -> bool:
     return name != "layers" and not name.startswith("layers.")
 
 
+def _wanted(skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
+    outer = {skeleton.root + name: value for name, value in skeleton.decoder.state_dict().items() if _is_outer(name)}
+    for number, layer in enumerate(skeleton.layers):
+        outer |= {f"{skeleton.layer_prefix}.{number}.{name}": value for name, value in layer.state_dict().items()}
+    return {name: tuple(value.shape) for name, value in outer.items()}
+
+
 def _check_tensors(skeleton: Skeleton) -> None:
     source = skeleton.source
-    wanted = {skeleton.root + name: value for name, value in skeleton.decoder.state_dict().items() if _is_outer(name)}
-    for number, layer in enumerate(skeleton.layers):
-        wanted |= {f"{skeleton.layer_prefix}.{number}.{name}": value for name, value in layer.state_dict().items()}
+    wanted = _wanted(skeleton)
     missing = [name for name in wanted if name not in source.files]
     if missing:
         raise InputError(
@@ -253,11 +268,11 @@ def _check_tensors(skeleton: Skeleton) -> None:
             f"{type(skeleton.decoder).__name__} needs): "
             "the checkpoint is incomplete, or stores the model in a form that nvquant cannot walk."
         )
-    for name, value in wanted.items():
-        if source.info(name).shape != value.shape:
+    for name, shape in wanted.items():
+        if source.info(name).shape != shape:
             raise InputError(
                 f"{source.where}: {name} has shape {list(source.info(name).shape)}, but config.json describes "
-                f"{list(value.shape)}: config and weights must be of the same model."
+                f"{list(shape)}: config and weights must be of the same model."
             )
 
 

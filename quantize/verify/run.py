@@ -16,6 +16,7 @@ from ..convert.memory import give_back_gpu_memory
 from ..errors import EnvironmentLack, InputError
 from ..serving.server import ServeOptions
 from .contents import describe_checkpoint
+from .loadable import COMPLETE, loading_checks
 from .numerics.emulated import emulated_logprobs
 from .numerics.stage import NumericsOptions, NumericsStage
 from .numerics.text import reference_ids
@@ -31,7 +32,9 @@ from .threads import Progress
 Stage = Literal["structure", "numerics", "serve"]
 STAGES: tuple[Stage, ...] = ("structure", "numerics", "serve")
 # Without these the tensors cannot be read for what they are, and no number means anything.
-READABLE = frozenset({"headers", "index", "layout", "matrices"})
+READABLE = frozenset({"headers", "index", "layout", "matrices", COMPLETE})
+# Without these a server ends, or answers with what nothing has filled.
+LOADABLE = READABLE | {"architecture"}
 
 
 @dataclass(frozen=True)
@@ -108,15 +111,18 @@ class Verification:
         stages = self._options.stages
         if STRUCTURE in stages:
             yield from structure_checks(subject, self._source)
+        # After a fault of the structure its verdict stands, and the stages tell what they cannot do.
+        if {"numerics", "serve"} & set(stages) and all(check.passed for check in self._checks):
+            yield from loading_checks(subject, is_proved=STRUCTURE in stages)
         if "numerics" in stages:
             yield from self._numerics(subject)
         if "serve" in stages:
             yield from self._serve(subject)
 
     def _numerics(self, subject: Subject) -> Iterator[Check]:
-        unreadable = self._unreadable(subject)
-        if unreadable:
-            yield Check("numerics", "predictions", Finding("not measured", unreadable))
+        failed = self._failed(READABLE)
+        if failed:
+            yield Check("numerics", "predictions", Finding("not measured", failed))
             return
         assert self._source is not None
         stage = NumericsStage(subject, self._source, self._options.numerics, self._progress)
@@ -130,7 +136,7 @@ class Verification:
         self._documents["numerics"] = stage.document
 
     def _serve(self, subject: Subject) -> Iterator[Check]:
-        failed = self._failed_readable()
+        failed = self._failed(LOADABLE)
         if failed:  # no server is started for minutes on what cannot be read
             yield Check("serve", "start", Finding("not started", failed))
             return
@@ -164,17 +170,9 @@ class Verification:
         device = self._options.numerics.device
         return lambda ids, arithmetic: emulated_logprobs(subject, ids, arithmetic, device)
 
-    def _failed_readable(self) -> list[str]:
-        failed = [check.name for check in self._checks if check.name in READABLE and not check.passed]
+    def _failed(self, needed: frozenset[str]) -> list[str]:
+        failed = [check.name for check in self._checks if check.name in needed and not check.passed]
         return [f"the checks {', '.join(failed)} must hold first"] if failed else []
-
-    def _unreadable(self, subject: Subject) -> list[str]:
-        """Why the tensors cannot be read for what they are."""
-        failed = self._failed_readable()
-        if failed:
-            return failed
-        damaged = [*subject.damaged, *(fault for matrix in subject.matrices.values() for fault in matrix.faults)]
-        return damaged[:1]
 
 
 def _reference_ids(subject: Subject) -> list[int] | None:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..errors import EnvironmentLack, InputError
 from ..recipe.heads import is_tied
 from ..recipe.roles import Role, text_config
 from ..serving.client import ServerError
@@ -211,7 +212,10 @@ class ServeStage:
         return None
 
     def _compare(self, emulate: Emulate, ids: list[int], served: Sequence[float]) -> Finding:
-        emulated = {arithmetic: emulate(ids, arithmetic) for arithmetic in self._arithmetics()}
+        try:
+            emulated = {arithmetic: emulate(ids, arithmetic) for arithmetic in self._arithmetics()}
+        except (InputError, EnvironmentLack) as refusal:  # a model that cannot be walked may be served all the same
+            return not_applicable(f"the checkpoint's numbers cannot be computed here ({refusal})")
         finding, self._logprobs = compare_logprobs(self._subject, served, emulated, self._source)
         return finding
 

@@ -1,0 +1,105 @@
+"""What a server's loader needs, counted in the headers before any stage that takes minutes.
+
+vLLM does not check a quantized checkpoint for tensors that are missing: it starts, and answers with whatever lay in the
+memory of a scale or a norm that nothing filled (0.32, `track_weights_loading`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ..calibrate.skeleton import wanted_shapes
+from ..errors import EnvironmentLack, InputError
+from ..recipe.roles import Role, layer_index, role_of
+from .files import check_headers
+from .matrices import KV_SCALES, split_name
+from .numerics.served import ServedModel
+from .report import Check, Finding, counted
+from .served import W4A4, served_layers
+from .structure import ALONE, STAGE
+from .subject import Subject
+
+# Of the structure's checks, those that read no weight and say whether a loader finds what it needs.
+COUNTED = ("index", "layout", "matrices", "config", "architecture")
+COMPLETE = "complete"
+
+
+def loading_checks(subject: Subject, is_proved: bool) -> Iterator[Check]:
+    """The checks of headers and configs that fail, for stages that stand without the structure.
+
+    Args:
+        is_proved: the structure has been proved before, so that only what it leaves out is counted.
+    """
+    headers = Check(STAGE, "headers", check_headers(subject))
+    if not headers.passed:
+        if not is_proved:
+            yield headers
+        return
+    counted_checks = () if is_proved else (Check(STAGE, name, ALONE[name](subject)) for name in COUNTED)
+    for check in (*counted_checks, Check(STAGE, COMPLETE, check_complete(subject))):
+        if not check.passed:
+            yield check
+
+
+def check_complete(subject: Subject) -> Finding:
+    """Every tensor that the model's class has is stored, in the shape that config.json describes, and every W4A4 matrix
+    has its input scale.
+
+    Where transformers does not know the class, or the checkpoint names its tensors otherwise, only input scales are
+    looked at.
+    """
+    scales = [
+        f"{module} lacks {subject.layout.input_global}, which its W4A4 scheme needs"
+        for layer in served_layers(subject)
+        if layer.verdict == W4A4
+        for module in layer.quantized
+        if not subject.matrices[module].has_input_scale
+    ]
+    wanted, prefix = _wanted(subject)
+    stored = {name: info.shape for name, info in subject.infos.items() if name in subject.roles}
+    stored |= {f"{module}.weight": (matrix.rows, matrix.cols) for module, matrix in subject.sound.items()}
+    damaged = {f"{module}.weight" for module in subject.matrices if module not in subject.sound}  # `matrices` tells
+    missing = [name for name in _missing(subject, wanted, stored, prefix) if name not in damaged]
+    faults = [f"{name} is not stored" for name in missing]
+    faults += [
+        f"{name} has shape {list(stored[name])}, but config.json describes {list(shape)}"
+        for name, shape in wanted.items()
+        if name in stored and stored[name] != shape and role_of(name, shape) is not Role.EMBEDDING
+    ]
+    return Finding(f"{counted(len(wanted), 'tensor')} of the model's decoder", [*faults, *scales])
+
+
+def _wanted(subject: Subject) -> tuple[Mapping[str, tuple[int, ...]], str]:
+    """What the model's decoder has, and what precedes a layer's number; nothing where that cannot be known."""
+    try:
+        model = ServedModel(subject)
+        return wanted_shapes(model.checkpoint, model.prefix), model.prefix
+    except (InputError, EnvironmentLack):
+        return {}, ""
+
+
+def _missing(
+    subject: Subject, wanted: Mapping[str, object], stored: Mapping[str, object], prefix: str
+) -> Iterator[str]:
+    """Tensors of the decoder that are nowhere.
+
+    Some checkpoints store what the class has under other names, as experts one by one. So a tensor that no layer stores
+    is missed only where no layer stores anything else instead.
+    """
+    layers = {layer_index(name, prefix) for name in wanted} - {None}
+    inside = {name for name in stored if layer_index(name, prefix) in layers}
+    places = {_place(name, prefix) for name in inside}
+    others = [
+        name for name in inside
+        if name not in wanted and name not in subject.unused and split_name(name)[1] not in KV_SCALES
+    ]  # fmt: skip
+    for name in wanted:
+        if name not in stored:
+            is_inside = layer_index(name, prefix) is not None
+            if not others or (is_inside and _place(name, prefix) in places):
+                yield name
+
+
+def _place(name: str, prefix: str) -> str:
+    """A tensor's name inside of its layer."""
+    return name[len(prefix) + 1 :].partition(".")[2]
