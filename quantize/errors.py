@@ -6,11 +6,19 @@ without `--debug`.
 
 from __future__ import annotations
 
+from .quoting import message
+
 
 class NvquantError(Exception):
-    """Base of all errors whose message is meant for the user."""
+    """Base of all errors whose message is meant for the user.
+
+    As text it is one line without control characters, secrets and commands to a reader of logs, whatever it names.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return message(super().__str__())
 
 
 class CheckFailed(NvquantError):

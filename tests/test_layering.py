@@ -13,12 +13,12 @@ import nvquant
 import pytest
 
 ROOT = Path(nvquant.__file__).parent
-# In the order in which a tensor meets them; a room may import those to its left. errors.py may be used by all.
+# In the order in which a tensor meets them; a room may import those to its left, and the modules of COMMON.
 ROOMS = [
     *("format", "checkpoint", "recipe", "plan", "calibrate", "quantizers"),
     *("convert", "serving", "verify", "report", "bench", "publish", "demo", "cli"),
 ]
-COMMON = {"", "errors"}
+COMMON = {"", "errors", "quoting"}
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 # Programs that run beside nvquant, and the one module that may import the second engine.
 NEVER_IMPORTED = {"vllm", "modelopt"}
@@ -72,7 +72,9 @@ def room_of(module: str) -> str:
 def test_every_folder_is_a_room_of_the_order() -> None:
     folders = {room_of(module) for module in MODULES} - {""}
     assert folders <= set(ROOMS)
-    assert {"__init__.py", "__main__.py", "errors.py"} == {module for module in MODULES if not room_of(module)}
+    assert {"__init__.py", "__main__.py", "errors.py", "quoting.py"} == {
+        module for module in MODULES if not room_of(module)
+    }
 
 
 @modules

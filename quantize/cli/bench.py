@@ -11,7 +11,7 @@ import click
 
 from ..errors import InputError
 from .options import debug_option, json_option
-from .output import emit_json, say
+from .output import emit_json, say, tell
 from .serving_options import serving_options, take_serve_options
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def command(
     if as_json:
         emit_json(results.document)
     else:
-        click.echo(plain_table(results.points))
+        tell(plain_table(results.points))
         for point in results.points:
             if point.get("failed"):
                 say(f"Failed: {where_of(point)}: {point['failed']}")

@@ -28,7 +28,7 @@ from .options import (
     resolve_device,
     revision_option,
 )
-from .output import emit_json, gigabytes, say
+from .output import emit_json, gigabytes, say, tell
 from .publishing import check_push, push_made, report_push
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def _finish(
     """Say what was made, and publish it where that was asked for."""
     _tell(result, profile)
     if not as_json:
-        click.echo(
+        tell(
             f"{result['output']}: {result['tensors']} tensors, {gigabytes(result['tensor_bytes'])}, "
             f"{result['quantized']} matrices quantized in "
             f"{result['seconds']:.1f} s; peak {gigabytes(result['peak_host_bytes'])} host, "

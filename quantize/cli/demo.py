@@ -10,7 +10,7 @@ import click
 
 from ..errors import CheckFailed
 from .options import debug_option, format_option, json_option, recipe_option
-from .output import clear_live_line, emit_json, gigabytes, print_table, say, stage_reporter
+from .output import clear_live_line, emit_json, gigabytes, print_table, say, stage_reporter, tell
 from .progress import progress_display
 
 NAMES = {
@@ -66,14 +66,14 @@ def _print_report(result: object) -> None:
     verdict = f"passed all {len(checks)} checks"
     if failed:
         verdict = f"FAILED {len(failed)} of {len(checks)} checks ({', '.join(failed)})"
-    click.echo(f"\n{MODEL}, {result.plan['recipe']} in the {result.plan['format']} layout: {verdict}.\n")
+    tell(f"\n{MODEL}, {result.plan['recipe']} in the {result.plan['format']} layout: {verdict}.\n")
     rows = [
         [part["name"], part["scheme"], str(part["tensors"]), gigabytes(part["bytes_in"]), gigabytes(part["bytes_out"])]
         for part in result.plan["groups"]
     ]
     print_table(["part", "scheme", "tensors", "before", "after"], rows)
     converted = result.converted
-    click.echo(
+    tell(
         f"\nConverted in {converted.seconds:.0f} s, peak {gigabytes(converted.peak_host_bytes)} of memory; "
         f"{converted.quantized} matrices, {gigabytes(converted.tensor_bytes)}: {converted.output}"
     )
@@ -81,8 +81,8 @@ def _print_report(result: object) -> None:
     numbers = result.verified.numerics
     if numbers is not None:
         _print_numbers(numbers)
-    click.echo(f"\n{PROMPT!r} continues with {result.answer!r}. Report: {result.report}")
-    click.echo(f"{result.seconds:.0f} s in total. Next: vllm serve {converted.output}")
+    tell(f"\n{PROMPT!r} continues with {result.answer!r}. Report: {result.report}")
+    tell(f"{result.seconds:.0f} s in total. Next: vllm serve {converted.output}")
 
 
 def _print_numbers(numbers: Mapping[str, Any]) -> None:

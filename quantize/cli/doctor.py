@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .options import debug_option, json_option
-from .output import emit_json
+from .output import emit_json, tell
 
 LACKS = 3
 
@@ -36,12 +36,12 @@ def command(checkpoint: Path | None, context: int | None, kv_cache_dtype: str, v
     for finding in doctor.run():
         findings.append(finding)
         if not as_json:
-            click.echo(f"{finding.status:<8} {finding.name:<21} {finding.words}")
+            tell(f"{finding.status:<8} {finding.name:<21} {finding.words}")
             if finding.hint:
-                click.echo(f"{'':<30} {finding.hint}.")
+                tell(f"{'':<30} {finding.hint}.")
     if as_json:
         emit_json(document(doctor, findings))
     lacking = [finding.name for finding in findings if finding.status == "lacks"]
     if lacking and not as_json:
-        click.echo(f"Lacking: {', '.join(dict.fromkeys(lacking))}.")
+        tell(f"Lacking: {', '.join(dict.fromkeys(lacking))}.")
     return LACKS if lacking else 0

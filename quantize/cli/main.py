@@ -17,6 +17,7 @@ import click
 from .. import __version__
 from ..checkpoint.hub.quiet import without_signatures
 from ..errors import NvquantError
+from .output import send_warnings_to_stderr
 
 COMMANDS = {
     "plan": "Sizes, memory and GPUs that fit, before any work.",
@@ -61,6 +62,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
     3 the environment lacks something.
     """
     ctx.obj = {"debug": debug}
+    send_warnings_to_stderr()
 
 
 def _without_secrets(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -10,18 +10,39 @@ from typing import Any
 
 import click
 
+from ..quoting import json_text, lines, message
+
 PLAIN_INTERVAL_SECONDS = 10.0
 BAR_CELLS = 24
 
 
 def emit_json(document: Mapping[str, Any]) -> None:
     """One JSON document on stdout."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    click.echo(json_text(document))
+
+
+def tell(text: str = "") -> None:
+    """Lines on stdout; whatever they name, they hold no control character, no secret and no command to a CI system."""
+    click.echo(lines(text))
 
 
 def say(text: str) -> None:
-    """A line on stderr."""
-    click.echo(text, err=True)
+    """`tell` on stderr."""
+    click.echo(lines(text), err=True)
+
+
+class _Log(logging.Handler):
+    """Shows nvquant's own warnings as `say` does; Python's last resort would show what they name as it stands."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(message(record.getMessage()))
+
+
+def send_warnings_to_stderr() -> None:
+    """Let the warnings of nvquant's loggers appear on stderr, quoted; again and again has no further effect."""
+    logger = logging.getLogger("nvquant")
+    if not any(isinstance(handler, _Log) for handler in logger.handlers):
+        logger.addHandler(_Log(logging.WARNING))
 
 
 def gigabytes(size: int) -> str:
@@ -33,12 +54,13 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; plain where stdout is no terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for at, column in enumerate(columns):
         table.add_column(column, justify="left" if at == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(message(value)) for value in row))
     console = Console(soft_wrap=True)
     with console.capture() as text:
         console.print(table)
@@ -72,6 +94,7 @@ def progress_reporter() -> Callable[[int, int, str], None]:
             if phase == "layers"
             else phase
         )
+        line = message(line)
         if is_terminal:
             click.echo(f"\r\x1b[K{_bar(done, total)}{line}", err=True, nl=False)
             if done == total:

@@ -23,7 +23,7 @@ from .options import (
     recipe_option,
     revision_option,
 )
-from .output import emit_json, gigabytes, print_table, say
+from .output import emit_json, gigabytes, print_table, say, tell
 
 EXAMPLES = """
 \b
@@ -77,17 +77,17 @@ def command(
         time = None if conversion is None else time_document(conversion)
         emit_json({**plan_document(plan, memory), "time": time})
         return
-    click.echo(f"{plan.model}, recipe {recipe.name}, {plan.layout.name} layout\n")
+    tell(f"{plan.model}, recipe {recipe.name}, {plan.layout.name} layout\n")
     rows = [[g.name, g.scheme, str(g.tensors), gigabytes(g.bytes_in), gigabytes(g.bytes_out)] for g in census(plan)]
     source_bytes = sum(g.bytes_in for g in census(plan))
     rows.append(["total", "", str(plan.tensors), gigabytes(source_bytes), gigabytes(plan.tensor_bytes)])
     print_table(["part", "scheme", "tensors", "before", "after"], rows)
-    click.echo(
+    tell(
         f"\n{len(plan.matrices)} matrices quantized; {plan.tensor_bytes:,} bytes of tensors in "
         f"{len(plan.shards)} files."
     )
     if conversion is None:
-        click.echo(
+        tell(
             f"Conversion needs up to {gigabytes(memory.host_bytes)} of host memory and "
             f"{gigabytes(memory.gpu_bytes)} of GPU memory."
         )
@@ -99,9 +99,7 @@ def command(
 def _say_fits(plan: Plan) -> None:
     fitting = [fit.gpu for fit in fits(plan) if fit.fits]
     needed = gigabytes(serving_bytes(plan))
-    click.echo(
-        f"Serving 8192 tokens of context needs {needed}: fits {', '.join(fitting) or 'none of the GPUs known here'}."
-    )
+    tell(f"Serving 8192 tokens of context needs {needed}: fits {', '.join(fitting) or 'none of the GPUs known here'}.")
     if plan.recipe.name == "nvfp4-full":
         return
     from ..plan.plan import compute_plan
@@ -114,4 +112,4 @@ def _say_fits(plan: Plan) -> None:
     )
     more = [fit.gpu for fit in fits(full) if fit.fits and fit.gpu not in fitting]
     if more:
-        click.echo(f"With recipe nvfp4-full ({gigabytes(full.tensor_bytes)}) it fits {', '.join(more)} too.")
+        tell(f"With recipe nvfp4-full ({gigabytes(full.tensor_bytes)}) it fits {', '.join(more)} too.")

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from .options import resolve_device
-from .output import gigabytes, say, stage_reporter
+from .output import gigabytes, say, stage_reporter, tell
 
 if TYPE_CHECKING:
     from ..checkpoint.source import Checkpoint
@@ -68,5 +66,5 @@ def report_push(result: PushResult) -> None:
         done = f"{done}; {sent}{gone}"
     else:
         done = f"{done}, all there already: nothing was uploaded"
-    click.echo(f"{result.url}: {done}; {'private' if result.is_private else 'public'}, commit {result.commit}.")
+    tell(f"{result.url}: {done}; {'private' if result.is_private else 'public'}, commit {result.commit}.")
     say(f"Next: nvquant verify {result.repo}")

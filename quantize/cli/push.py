@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import debug_option, json_option, open_model
-from .output import emit_json, print_table, say
+from .output import emit_json, print_table, say, tell
 from .publishing import proved, report_push
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _show(parcel: Parcel, as_json: bool) -> None:
     if as_json:
         emit_json(parcel.as_json())
         return
-    click.echo(parcel.card)
+    tell(parcel.card)
     uploaded = {file.name for file in changes.upload}
     rows = [[file.name, f"{file.size:,}", "upload" if file.name in uploaded else "there"] for file in changes.files]
     print_table(["file", "bytes", ""], [*rows, *([name, "", "delete"] for name in changes.delete)])

@@ -8,6 +8,7 @@ import click
 
 from ..recipe.load import load_recipe, shipped_recipes
 from .options import debug_option
+from .output import tell
 
 
 @click.group("recipes", invoke_without_command=True)
@@ -17,7 +18,7 @@ def command(ctx: click.Context) -> None:
     """List the recipes that ship with nvquant, or show one as the start of your own."""
     if ctx.invoked_subcommand is None:
         for name in shipped_recipes():
-            click.echo(f"{name:<12} {load_recipe(name).description}")
+            tell(f"{name:<12} {load_recipe(name).description}")
 
 
 @command.command("show")
@@ -27,7 +28,8 @@ def show(name: str) -> None:
     """Print the recipe NAME; a file of your own is checked first."""
     load_recipe(name)
     if name in shipped_recipes():
-        click.echo(resources.files("nvquant.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8"), nl=False)
+        text = resources.files("nvquant.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        tell(text.removesuffix("\n"))
     else:
         with click.open_file(name, encoding="utf-8") as file:
-            click.echo(file.read(), nl=False)
+            tell(file.read().removesuffix("\n"))

@@ -8,7 +8,7 @@ import click
 
 from ..format.layouts import FORMAT_NAMES, LAYOUTS
 from .options import debug_option, json_option, open_model
-from .output import emit_json, gigabytes, say
+from .output import emit_json, gigabytes, say, tell
 
 EXAMPLES = """
 \b
@@ -39,7 +39,7 @@ def command(checkpoint: str, format_name: str, output: Path, as_json: bool) -> N
         emit_json(result.as_json())
         return
     how = "made from the recorded amaxes" if result.scalars == "exact" else "inverted, right to an ulp"
-    click.echo(
+    tell(
         f"{result.output}: {result.tensors} tensors, {gigabytes(result.tensor_bytes)}, {result.quantized} matrices in "
         f"the {result.format} layout in {result.seconds:.1f} s; global scales {how}."
     )

@@ -12,8 +12,9 @@ import click
 
 from ..checkpoint.source import read_json
 from ..errors import InputError
+from .annotations import AnnotatedCommand, write_annotations
 from .options import debug_option, device_option, find_remote, json_option, open_model, resolve_device
-from .output import clear_live_line, emit_json, gigabytes, say, stage_reporter
+from .output import clear_live_line, emit_json, gigabytes, say, stage_reporter, tell
 from .serving_options import serving_options, take_serve_options
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ Examples:
 """
 
 
-@click.command("verify", epilog=EXAMPLES)
+@click.command("verify", cls=AnnotatedCommand, epilog=EXAMPLES)
 @click.argument("checkpoint")
 @click.option(
     "--against",
@@ -175,23 +176,24 @@ def _write(
         junit.parent.mkdir(parents=True, exist_ok=True)
         write_junit(report, junit)
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in github_annotations(report, checkpoint):
-            say(line)
+        commands = github_annotations(report, checkpoint)
+        if not write_annotations(commands):
+            click.echo("\n".join(commands), err=True, nl=bool(commands))
         if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
             write_step_summary(report, Path(summary))
 
 
 def _print_check(check: Check) -> None:
     verdict = "FAILED" if not check.passed else "unread" if check.is_unread else "ok"
-    click.echo(f"{verdict:<7} {check.name:<14} {check.finding.looked_at}")
+    tell(f"{verdict:<7} {check.name:<14} {check.finding.looked_at}")
     for fault in check.shown_faults:
-        click.echo(f"{'':<10} {fault}")
+        tell(f"{'':<10} {fault}")
 
 
 def _say_unread(report: Report) -> None:
     unread = report.checkpoint.get("unread_bytes")
     if unread:
-        click.echo(
+        tell(
             f"Not read: {gigabytes(unread)} of {gigabytes(report.checkpoint['bytes'])} of tensors, which stayed on the "
             f"Hub; the same command without --stage downloads them and checks all."
         )
@@ -200,8 +202,8 @@ def _say_unread(report: Report) -> None:
 def _print_verdict(report: Report) -> None:
     failed = [check.name for check in report.checks if not check.passed]
     if failed:
-        click.echo(f"FAILED: {len(failed)} of {len(report.checks)} checks: {', '.join(failed)}.")
+        tell(f"FAILED: {len(failed)} of {len(report.checks)} checks: {', '.join(failed)}.")
     else:
         unread = [check.name for check in report.checks if check.is_unread]
         rest = f"; not read: {', '.join(unread)}" if unread else ""
-        click.echo(f"Passed: all {len(report.checks) - len(unread)} checks{rest}.")
+        tell(f"Passed: all {len(report.checks) - len(unread)} checks{rest}.")

@@ -14,11 +14,13 @@ from typing import Any
 from .. import __version__
 from ..checkpoint.sidefiles import side_files
 from ..convert.manifest import MANIFEST_NAME
+from ..quoting import code, fenced, one_line, shell
+from ..quoting import markdown as escaped
 from ..report.document import at
-from ..report.markdown import code, escaped, fenced, table
+from ..report.markdown import table
 from ..report.page import page_of
 from ..report.parts import Page, Stage
-from ..report.words import one_line, size
+from ..report.words import size
 from .files import CHART_NAME
 from .frontmatter import card_data
 from .provenance import (
@@ -137,15 +139,18 @@ def _checking(facts: CardFacts) -> dict[str, Any]:
     if manifest.is_file():
         made.append((f"sha256 of {MANIFEST_NAME}", hashlib.sha256(manifest.read_bytes()).hexdigest()))
     made.append(("Verified and published with nvquant", __version__))
-    against = facts.provenance.source
     return {
         "provenance": [(name, one_line(value)) for name, value in made],
         "source_unknown": facts.provenance.base_model is None,
         "source_shards": source_shards(facts.provenance),
         "has_manifest": manifest.is_file(),
         "nvquant_page": nvquant_page(),
-        "verify_command": f"nvquant verify {facts.repo}",
-        "verify_against_command": f"nvquant verify {facts.repo} --against {against}",
+        "verify_command": "\n".join(
+            [
+                shell(["nvquant", "verify", facts.repo]),
+                shell(["nvquant", "verify", facts.repo, "--against", facts.provenance.source]),
+            ]
+        ),
         "licence_files": [
             name for name in side_files(facts.folder) if any(fnmatch(name, pattern) for pattern in LEGAL)
         ],

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..quoting import visible
+
 # Of the source alone: what was measured on it, what it was made from, and how one gets at its own repository.
 DROPPED = frozenset(
     {
@@ -21,6 +23,9 @@ STALE_TAGS = frozenset(
         *("gguf", "onnx", "openvino", "mlx", "coreml", "tflite", "jax", "flax", "tf", "pytorch"),
     }
 )
+MOST_VALUES, MOST_DEPTH = 20_000, 20  # long cards have some hundred languages and data sets
+_KEY = re.compile(r"[A-Za-z][\w-]{0,99}", re.ASCII)
+_ARGUMENTS = frozenset({"self", "ignore_metadata_errors"})
 _BLOCK = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
 
 
@@ -33,9 +38,28 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
         return {}, text
     try:
         data = yaml.safe_load(match[1])
-    except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
-        data = None
-    return ({str(key): value for key, value in data.items()} if isinstance(data, dict) else {}), text[match.end() :]
+        plain = _plain(data, [MOST_VALUES]) if isinstance(data, dict) else {}
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none is a ValueError
+        plain = {}
+    return plain, text[match.end() :]
+
+
+def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
+    """A value of YAML whose texts hold nothing that cannot be seen.
+
+    Args:
+        left: how many values there may still be; an alias counts each time, since it is written out each time.
+    Raises:
+        ValueError: there are more, or they are nested too deeply.
+    """
+    left[0] -= 1
+    if left[0] < 0 or depth > MOST_DEPTH:
+        raise ValueError("more data than a card has")
+    if isinstance(value, dict):
+        return {visible(key): _plain(item, left, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, left, depth + 1) for item in value]
+    return visible(value) if isinstance(value, str) else value
 
 
 def card_data(source: Mapping[str, Any], base_model: str | None, layout: str) -> str:
@@ -48,8 +72,11 @@ def card_data(source: Mapping[str, Any], base_model: str | None, layout: str) ->
     """
     from huggingface_hub import ModelCardData
 
-    kept = {key: value for key, value in source.items() if key not in DROPPED and not key.startswith(DROPPED_PREFIX)}
-    kept.pop("ignore_metadata_errors", None)  # an argument of ModelCardData, and no data
+    kept = {
+        key: value
+        for key, value in source.items()
+        if key not in DROPPED and not key.startswith(DROPPED_PREFIX) and _is_name_of_data(key)
+    }
     kept["language"] = _languages(kept.get("language"))
     # transformers reads compressed-tensors, but not the other layout.
     library = kept.get("library_name") if layout == "compressed-tensors" else None
@@ -59,6 +86,13 @@ def card_data(source: Mapping[str, Any], base_model: str | None, layout: str) ->
         kept |= {"base_model": base_model, "base_model_relation": "quantized"}
     text: str = ModelCardData(**kept).to_yaml()
     return text
+
+
+def _is_name_of_data(key: str) -> bool:
+    """Whether a key can be one of ModelCardData: not an argument or a method of it, which the key would replace."""
+    from huggingface_hub import ModelCardData
+
+    return _KEY.fullmatch(key) is not None and not hasattr(ModelCardData, key) and key not in _ARGUMENTS
 
 
 def _tags(source: Any, layout: str) -> list[str]:

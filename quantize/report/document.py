@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from ..quoting import without_secrets
 from ..verify.report import Report, plain_json
 
 STAGES = ("structure", "numerics", "serve")
@@ -25,7 +26,17 @@ def publishable(whole: dict[str, Any]) -> dict[str, Any]:
     for server in [at(whole, "serve", "server"), *rows(at(whole, "bench", "servers"))]:
         if isinstance(server, dict):
             server.update({key: _portable(key, server[key]) for key in ("command", "url") if key in server})
+    whole.update({key: _without_secrets(value) for key, value in whole.items()})
     return whole
+
+
+def _without_secrets(value: Any) -> Any:
+    """Every string of a document without tokens, passwords and signed addresses, whoever wrote it there."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, dict):
+        return {without_secrets(key): _without_secrets(item) for key, item in value.items()}
+    return [_without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def at(values: Any, *keys: str) -> Any:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..quoting import workflow_command
 from ..verify.report import Check, Report
 from .document import document
 from .markdown import render_markdown
 from .page import page_of
-from .words import visible
 
 MOST_ANNOTATIONS = 10  # GitHub shows ten of a kind and a step
 MOST_SUMMARY_BYTES = 900_000  # GitHub drops a step's whole summary over 1 MiB
@@ -19,7 +19,7 @@ _FILE = re.compile(r"[\w.-]+\.(?:safetensors|json|jinja|model|txt)\b")
 
 
 def github_annotations(report: Report, folder: Path) -> list[str]:
-    """Workflow commands that name the failing checks, one a line of the log.
+    """Workflow commands that name the failing checks, one a line.
 
     Args:
         folder: the checkpoint; a file of it that a check names is linked if it lies in the workspace.
@@ -29,7 +29,9 @@ def github_annotations(report: Report, folder: Path) -> list[str]:
     lines = [_annotation(check, folder) for check in shown]
     if len(failed) > len(shown):
         names = ", ".join(f"{check.name} ({check.stage})" for check in failed[len(shown) :])
-        lines.append(_command({"title": f"nvquant: {len(failed) - len(shown)} more checks failed"}, names))
+        lines.append(
+            workflow_command("error", {"title": f"nvquant: {len(failed) - len(shown)} more checks failed"}, names)
+        )
     return lines
 
 
@@ -52,7 +54,7 @@ def _annotation(check: Check, folder: Path) -> str:
     if file is not None:
         properties["file"] = file
     properties["title"] = f"nvquant: {check.name} failed ({check.stage})"
-    return _command(properties, "\n".join([*check.shown_faults, check.finding.looked_at]))
+    return workflow_command("error", properties, "\n".join([*check.shown_faults, check.finding.looked_at]))
 
 
 def _named_file(check: Check, folder: Path) -> str | None:
@@ -63,14 +65,3 @@ def _named_file(check: Check, folder: Path) -> str | None:
             if path.is_file() and path.is_relative_to(Path.cwd()):
                 return path.relative_to(Path.cwd()).as_posix()
     return None
-
-
-def _command(properties: dict[str, Any], message: str) -> str:
-    stated = ",".join(
-        f"{key}={_escaped(value).replace(':', '%3A').replace(',', '%2C')}" for key, value in properties.items()
-    )
-    return f"::error {stated}::{_escaped(message)}"
-
-
-def _escaped(text: str) -> str:
-    return visible(text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A"))

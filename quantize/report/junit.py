@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from ..quoting import visible
 from ..verify.report import NOT_READ, Report
 from .document import STAGES, document, stages_run
-from .words import visible
 
 NOT_APPLICABLE = "not applicable"
 NOT_RUN = {"structure": "files not checked", "numerics": "numbers not measured", "serve": "not served"}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
+from ..quoting import cell, code, fenced
+from ..quoting import markdown as escaped
 from .parts import Answer, CheckLine, Page, Served, Table, Verdict
 
 MARKS = {"passed": "✅", "failed": "❌", "absent": "⚪"}
-_SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$!])")
 
 
 def render_markdown(page: Page, *, with_details: bool = True) -> str:
@@ -18,28 +18,6 @@ def render_markdown(page: Page, *, with_details: bool = True) -> str:
         with_details: the tables of all layers, of matrices and of checks that held, too.
     """
     return "\n\n".join(_blocks(page, with_details)) + "\n"
-
-
-def escaped(text: str) -> str:
-    """Text that Markdown and HTML leave as it is."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _SPECIAL.sub(r"\\\1", text).replace("\n", " ")
-
-
-def code(text: str) -> str:
-    """Text in a code span, where it makes no link and mentions nobody, whatever it holds."""
-    text = " ".join(text.split())
-    if not text:
-        return ""
-    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
-    padding = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{padding}{text}{padding}{fence}"
-
-
-def fenced(text: str) -> str:
-    """Text in a fenced block that nothing in it can close."""
-    fence = "`" * max(3, max((len(run) for run in re.findall("`+", text)), default=0) + 1)
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def table(found: Table) -> str:
@@ -55,8 +33,8 @@ def table(found: Table) -> str:
         lines.append(
             _row(
                 [
-                    code(cell).replace("|", "\\|") if column.kind == "code" else escaped(cell)
-                    for cell, column in zip(row, found.columns, strict=True)
+                    cell(code(value)) if column.kind == "code" else escaped(value)
+                    for value, column in zip(row, found.columns, strict=True)
                 ]
             )
         )
@@ -155,7 +133,7 @@ def _checks(checks: Sequence[CheckLine], with_details: bool) -> Iterator[str]:
 
 def _reproduce(page: Page) -> Iterator[str]:
     yield "### How to reproduce"
-    yield f"```sh\n{page.command}\n```"
+    yield fenced(page.command, "sh")
     facts = [*page.reproduce, *page.machine]
     yield "\n".join(f"- {escaped(name)}: {code(value)}" for name, value in facts)
 

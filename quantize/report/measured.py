@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from ..quoting import one_line
 from .document import at, numeric, rows
 from .parts import Bar, Column, Layers, Series, Sizes, Table, Tile
-from .words import ABSENT, as_float, fixed, number, one_line, percent, size, with_error
+from .words import ABSENT, as_float, fixed, number, percent, size, with_error
 
 ARITHMETICS = {"w4a4": "W4A4", "weight_only": "weights only"}
 COLOURS = 8

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from .. import __version__
+from ..quoting import one_line, shell
 from .document import at, stages_run
 from .measured import (
     accuracy_notes,
@@ -23,7 +23,7 @@ from .parts import Page
 from .served import served_of, served_tiles
 from .speed import machine_facts, speed_notes, speed_tables
 from .verdict import check_lines, verdict_of
-from .words import ABSENT, is_finite, one_line
+from .words import ABSENT, is_finite
 
 LIMITS = {"max_kl": "--max-kl", "min_top1": "--min-top1"}
 
@@ -65,17 +65,18 @@ def _subtitle(checkpoint: Mapping[str, Any]) -> str:
 
 def _command(whole: Mapping[str, Any]) -> str:
     """The command that gives this report, as far as the document tells."""
-    words = ["nvquant", "verify", str(whole["checkpoint"].get("name") or "CHECKPOINT")]
+    name = str(whole["checkpoint"].get("name") or "CHECKPOINT")
+    words = ["nvquant", "verify", f"./{name}" if name.startswith("-") else name]
     source = whole["checkpoint"].get("source") or at(whole, "numerics", "source")
     if source:
-        words += ["--against", str(source)]
+        words += [f"--against={source}"] if str(source).startswith("-") else ["--against", str(source)]
     for stage in stages_run(whole):
         words += ["--stage", stage]
     for key, option in LIMITS.items():
         limit = value_at(whole, "numerics", "thresholds", key)
         if is_finite(limit):
             words += [option, f"{limit:g}"]
-    return shlex.join(one_line(word) for word in words)
+    return shell(words)
 
 
 def _reproduce(whole: Mapping[str, Any]) -> list[tuple[str, Any]]:

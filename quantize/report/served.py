@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..quoting import one_line, visible
 from .document import at, rows
 from .measured import fixed_unit, signed, value_at
 from .parts import Answer, Served, Tile
-from .words import ABSENT, fixed, is_finite, number, one_line, size, visible
+from .words import ABSENT, fixed, is_finite, number, size
 
 ENDPOINTS = {"completions": "completion", "chat": "chat"}
 

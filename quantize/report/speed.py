@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..quoting import one_line
 from .document import at, numeric, rows
 from .parts import Column, Table
-from .words import fixed, is_finite, number, one_line, percent, size
+from .words import fixed, is_finite, number, percent, size
 
 POINTS: Mapping[str, str] = {
     "name": "model",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..quoting import one_line
 from ..verify.report import NOT_READ, counted
 from .document import STAGES, stages_run
 from .junit import NOT_APPLICABLE, NOT_RUN
 from .parts import CheckLine, Failure, Stage, State, Verdict
-from .words import one_line
 
 SHOWN_FAILURES = 5
 SHOWN_FAULTS = 8

@@ -1,26 +1,11 @@
-"""Numbers and strings as people read them: meaningful digits, units, nothing invisible."""
+"""Numbers as people read them: meaningful digits and units."""
 
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 ABSENT = "\u2013"  # an en dash
-# XML and HTML cannot hold these, or do not show them; answers of a damaged model are full of them.
-_UNPRINTABLE = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
-
-
-def visible(text: object) -> str:
-    """Text whose control characters, direction overrides and lone surrogates became escapes; None is empty."""
-    return "" if text is None else _UNPRINTABLE.sub(_sign, str(text).replace("\r\n", "\n"))
-
-
-def one_line(text: object) -> str:
-    """Visible text on one line."""
-    return " ".join(visible(text).split())
 
 
 def as_float(value: Any) -> float | None:
@@ -84,8 +69,3 @@ def size(value: Any) -> str:
         if abs(value) >= divisor:
             return f"{number(value / divisor)} {unit}"
     return f"{value:,.0f} bytes"
-
-
-def _sign(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+from nvquant.quoting import one_line, visible
 from nvquant.report.charts import Axis, layer_ticks, value_axis, value_ticks
-from nvquant.report.words import number, one_line, percent, size, visible, with_error
+from nvquant.report.words import number, percent, size, with_error
 
 
 @pytest.mark.parametrize(
