@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from ..serving.client import base_url
+from ..serving.address import base_url
 from .load import RANDOM
 from .subject import Subject, need_tokenizer, open_subject
 

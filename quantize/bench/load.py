@@ -108,7 +108,9 @@ def call(command: Sequence[str], settings: Mapping[str, str], said: Path) -> int
         LoadFailed: it does not start, or does not end within four hours.
     """
     # A generator computes almost nothing; with a thread for each core it would take them from a server on a CPU.
-    environment = server_environment({"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **settings})
+    environment = server_environment(
+        {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **settings}, command[0]
+    )
     with said.open("wb") as output:
         try:
             process = subprocess.Popen(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckFailed, InputError
-from ..serving.client import LOCAL_HOSTS, Client, ServerError
+from ..serving.address import is_local
+from ..serving.answers import Meta
+from ..serving.client import Client
 from ..serving.faults import known_faults
+from ..serving.http import ServerError
 from ..serving.machine import Gpu, used_bytes
 from ..serving.server import ServeOptions, Server, ServerDied, serving
 from .ceiling import Ceiling
@@ -146,7 +148,7 @@ class _Served:
         assert first.subject is not None
         self._tokenizer: Subject = target.subject or first.subject
         self._subject = target.subject
-        self._is_local = target.url is None or urllib.parse.urlsplit(target.url).hostname in LOCAL_HOSTS
+        self._is_local = target.url is None or is_local(target.url)
         self._is_vllm = True
         self._ceiling: Ceiling | None = None
         if self._subject is not None:
@@ -189,9 +191,9 @@ class _Served:
         """What it tells once it runs."""
         facts = server.facts
         self._is_vllm = facts.version is not None
-        file = {} if self._is_vllm else _meta(next(iter(server.client.models()), {}))
-        if self._ceiling is None and file.get("size"):  # its KV cache is taken for 16 bits
-            self._ceiling = Ceiling(self._tokenizer.config, int(file["size"]))
+        file = Meta() if self._is_vllm else _meta(server.client)
+        if self._ceiling is None and file.size:  # its KV cache is taken for 16 bits
+            self._ceiling = Ceiling(self._tokenizer.config, file.size)
         on_gpu = self._is_local and not server.is_cpu and bool(self._setting.gpus)
         hints = []
         if self._subject is not None and (facts.version or server.process is not None):
@@ -200,7 +202,7 @@ class _Served:
                 facts.version, capability, bool(server.is_cpu), self.dtype, self._setting.options.tensor_parallel
             )
             hints = [f"{fault.hint} ({fault.source})" for fault in known_faults(situation)]
-        told = {"scheme": f"GGUF {file.get('ftype', '')}".strip(), "checkpoint_bytes": file.get("size")} if file else {}
+        told = {"scheme": f"GGUF {file.ftype or ''}".strip(), "checkpoint_bytes": file.size} if file.size else {}
         return told | {
             "vllm": facts.version,
             "command": server.command,
@@ -211,7 +213,7 @@ class _Served:
             "attention": facts.attention,
             "weights_bytes": facts.weights_bytes,
             "kv_cache_tokens": facts.kv_tokens,
-            "max_model_len": facts.max_model_len or file.get("n_ctx"),
+            "max_model_len": facts.max_model_len or file.n_ctx,
             "gpu_memory_bytes": used_bytes(self._setting.gpus) if on_gpu else None,
             "process_memory_bytes": server.process.memory_bytes() if server.process else None,
             "read_bytes_per_token": self._ceiling.weight_bytes if self._ceiling else None,
@@ -286,14 +288,13 @@ def _rounded(value: float | None) -> float | None:
 def _served_limit(url: str) -> int | None:
     client = Client(url, "")
     try:
-        model = next(iter(client.models()), {})
+        model = next(iter(client.models()), None)
     except CheckFailed as error:
         raise InputError(f"{url}: no server answers there ({error})") from error
-    limit = model.get("max_model_len") or _meta(model).get("n_ctx")
-    return limit if isinstance(limit, int) else None
+    return None if model is None else model.max_model_len or (model.meta or Meta()).n_ctx
 
 
-def _meta(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a llama.cpp server tells of its file: `size` in bytes, `ftype`, `n_ctx` of one request."""
-    meta = model.get("meta")
-    return meta if isinstance(meta, Mapping) else {}
+def _meta(client: Client) -> Meta:
+    """What a llama.cpp server tells of its file."""
+    model = next(iter(client.models()), None)
+    return (model and model.meta) or Meta()

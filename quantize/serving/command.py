@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..errors import EnvironmentLack, InputError
+from ..quoting import shell_without_secrets
 from .environment import server_environment
 from .machine import gpus
 
@@ -92,7 +93,7 @@ def _split(given: str) -> list[str]:
     try:
         words = shlex.split(given)
     except ValueError as error:
-        raise InputError(f"--vllm {given!r} is not a command line ({error}).") from error
+        raise InputError(f"--vllm is not a command line ({error}): check its quotes.") from error
     if not words:
         raise InputError("--vllm is empty: give a command, as vllm, or the Python of an environment that has vLLM.")
     if shutil.which(words[0]) is None:
@@ -139,7 +140,7 @@ def _from_python(python: list[str], prefers_server_module: bool) -> VllmCommand:
 
 def _probe(python: list[str]) -> dict[str, dict[str, str]]:
     done = _run([*python, "-c", _PROBE])
-    shown = shlex.join(python)
+    shown = shell_without_secrets(python)
     if done is None or done.returncode != 0:
         said = "" if done is None else (done.stderr.strip().splitlines() or [""])[-1]
         raise EnvironmentLack(f"{shown} does not start{f' ({said})' if said else ''}: name another one with --vllm.")
@@ -178,7 +179,7 @@ def _installed(name: str) -> bool:
 def _run(words: list[str]) -> subprocess.CompletedProcess[str] | None:
     try:
         return subprocess.run(
-            words, env=server_environment({}), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            words, env=server_environment({}, words[0]), stdin=subprocess.DEVNULL, capture_output=True, text=True,
             timeout=PROBE_SECONDS, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import PurePath
+
+from ..quoting import is_secret_name, without_secrets
 
 GIB = 1 << 30
 # These would lead the server's Python to nvquant's packages and settings.
 FOREIGN_PREFIXES = ("PYTHON", "VIRTUAL_ENV", "PYTEST_", "__PYVENV_LAUNCHER__")
 # Thread pools of nvquant's own computing; what a server needs is another matter.
 FOREIGN_NAMES = frozenset({"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"})
+# Of CI systems and clouds: they tell of the machine's owner, or open what is theirs.
+_PRIVATE_PREFIXES = (
+    *("GITHUB_", "ACTIONS_", "RUNNER_", "GITLAB_", "CI_", "JENKINS_", "BUILDKITE_", "CIRCLE_"),
+    *("AWS_", "AZURE_", "GOOGLE_", "GCP_", "ARM_", "DOCKER_", "KUBERNETES_", "SSH_", "GPG_", "NPM_", "TWINE_"),
+)
+_PRIVATE_NAMES = frozenset(
+    {"HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH", "NETRC", "KUBECONFIG", "PGPASSFILE", "VAULT_ADDR"}
+)
+_PRIVATE_PARTS = frozenset(
+    {"TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "PASS", "PWD", "CREDENTIAL", "CREDENTIALS",
+     "AUTH", "AUTHORIZATION", "APIKEY", "COOKIE", "PAT"}
+)  # fmt: skip
+_OWN_PREFIXES = ("VLLM_", "TORCH", "CUDA", "NCCL")
+# These fetch vLLM before they start it, and need what opens an index and a proxy.
+_FETCHING = ("uv", "uvx", "pipx")
+_FETCHING_PREFIXES = ("UV_", "PIP_", "PIPX_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NETRC")
 # One eager pass without compilation: on a CPU, compiling takes minutes, and each request only tenths of a second.
 CPU_FLAGS = ("--enforce-eager",)
 
@@ -24,6 +43,7 @@ def own_settings(is_cpu: bool, kv_cache_bytes: int, tensor_parallel: int, ready_
     settings = {
         "PYTHONSAFEPATH": "1",  # a folder named vllm where the user stands is not vLLM
         "HF_HUB_OFFLINE": "1",  # the checkpoint is a folder
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",  # nor is the token of `hf auth login` needed
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENGINE_READY_TIMEOUT_S": str(max(600, round(ready_seconds))),
     }
@@ -44,14 +64,35 @@ def own_settings(is_cpu: bool, kv_cache_bytes: int, tensor_parallel: int, ready_
     return settings
 
 
-def server_environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """The environment of this process without what concerns nvquant alone, and with `settings` where it has none."""
+def server_environment(settings: Mapping[str, str], program: str = "") -> dict[str, str]:
+    """The environment of this process without what concerns nvquant alone, and with `settings` where it has none.
+
+    A child needs no token, no key and no password: it reads a folder and listens on this machine. So none is handed on
+    that a name or a value tells of.
+
+    Args:
+        program: what is started; one that fetches vLLM keeps what opens its package index.
+    """
+    fetches = PurePath(program).name in _FETCHING
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(FOREIGN_PREFIXES) and name not in FOREIGN_NAMES
+        if not name.startswith(FOREIGN_PREFIXES)
+        and name not in FOREIGN_NAMES
+        and (not _is_private(name, value) or (fetches and name.upper().startswith(_FETCHING_PREFIXES)))
     }
     return {**settings, **kept}
+
+
+def _is_private(name: str, value: str) -> bool:
+    upper = name.upper()
+    if upper in ("PWD", "OLDPWD"):
+        return False
+    if upper.startswith(_PRIVATE_PREFIXES) or upper in _PRIVATE_NAMES or is_secret_name(name):
+        return True
+    if not upper.startswith(_OWN_PREFIXES) and not _PRIVATE_PARTS.isdisjoint(upper.split("_")):
+        return True
+    return upper.endswith(("PASSWORD", "PASSWD", "APIKEY")) or without_secrets(value) != value
 
 
 def _cores() -> int:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..quoting import HIDDEN, secrets_among, without_secrets
 from . import guard
 from .guard import GRACE_SECONDS, descendants
 
@@ -28,6 +29,7 @@ class ServerProcess:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
+        self._secrets = secrets_among(command)
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 # -I: nothing of the caller's Python settings; -S: no site packages, which take a second to find.
@@ -54,6 +56,13 @@ class ServerProcess:
             return signal.Signals(code - FIRST_SIGNAL).name
         return None
 
+    def read_log(self) -> str:
+        """What it logged so far, without the keys and passwords of its command."""
+        text = self.log.read_text(errors="replace")
+        for secret in self._secrets:
+            text = text.replace(secret, HIDDEN)
+        return without_secrets(text)
+
     def pids(self) -> list[int]:
         """The command's process and all below it."""
         return descendants(self._process.pid)
@@ -78,6 +87,15 @@ class ServerProcess:
             self._process.wait()
             if isinstance(impatience, KeyboardInterrupt):
                 raise
+        finally:
+            self._clean_log()
+
+    def _clean_log(self) -> None:
+        """A log lies beside a report, and goes where that goes."""
+        with contextlib.suppress(OSError):
+            cleaned = self.read_log()
+            if cleaned != self.log.read_text(errors="replace"):
+                self.log.write_text(cleaned, errors="replace")
 
 
 def _proportional_bytes(pid: int) -> int:

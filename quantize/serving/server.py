@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +14,14 @@ from ..checkpoint.config_values import config_int
 from ..checkpoint.source import read_json
 from ..errors import CheckFailed, InputError
 from ..plan.forecast import kv_cache_bytes
+from ..quoting import shell_without_secrets
 from ..recipe.roles import text_config
 from .causes import root_cause
-from .client import Client, ServerError, ServerGone
+from .client import Client
 from .command import VllmCommand, find_vllm, has_gpu
 from .environment import CPU_FLAGS, own_settings, server_environment
 from .faults import LOAD_CHECK_REFUSES_WEIGHT_ONLY_MODELOPT, hint_for
+from .http import ServerError, ServerGone
 from .log import LogFacts, parse_log, phase_of
 from .process import ServerProcess
 
@@ -128,11 +129,11 @@ class Server:
         """What the log says so far; of a server that ran already, what it tells when asked."""
         if self.log is not None:
             return parse_log(self.log.read_text(errors="replace"))
-        limit = next((model.get("max_model_len") for model in self.client.models()), None)
+        limit = next((model.max_model_len for model in self.client.models()), None)
         return LogFacts(
             version=self.client.version(),
             kv_tokens=self.client.kv_cache_tokens(),
-            max_model_len=limit if isinstance(limit, int) else None,
+            max_model_len=limit,
         )
 
     def explain(self, error: ServerError) -> CheckFailed:
@@ -199,7 +200,7 @@ def _running(options: ServeOptions) -> Server:
         raise InputError(f"--url {options.url}: no server answers there ({error})") from error
     if not models:
         raise InputError(f"--url {options.url}: the server there serves no model.")
-    client.model = str(models[0].get("id"))
+    client.model = models[0].id
     return Server(client, client.url, client.model)
 
 
@@ -226,13 +227,13 @@ def _start(checkpoint: Path, vllm: VllmCommand, options: ServeOptions, folder: P
     settings = own_settings(
         is_cpu, kv_cache_bytes(config, context), options.tensor_parallel, options.ready_seconds
     )  # fmt: skip
-    environment = server_environment(settings)
     words = vllm.serve(str(checkpoint), flags)
+    environment = server_environment(settings, words[0])
     shown = [*(f"{key}={environment[key]}" for key in settings), *words]
     client = Client(f"http://{HOST}:{port}", name, options.request_seconds)
     process = ServerProcess(words, environment, folder / LOG_NAME)
     notes = [NO_LOAD_CHECK] if skips_check else []
-    return Server(client, client.url, name, shlex.join(shown), process.log, process, 0.0, is_cpu, notes)
+    return Server(client, client.url, name, shell_without_secrets(shown), process.log, process, 0.0, is_cpu, notes)
 
 
 def _wait(server: Server, process: ServerProcess, options: ServeOptions, progress: Progress) -> None:
@@ -250,7 +251,7 @@ def _wait(server: Server, process: ServerProcess, options: ServeOptions, progres
             raise ServerDied("was not ready in time", cause, "give it more with --ready-seconds", process.log)
         time.sleep(POLL_SECONDS)
     server.ready_seconds = time.monotonic() - started
-    if _mark(int(server.url.rpartition(":")[2])) not in {str(model.get("id")) for model in server.client.models()}:
+    if _mark(int(server.url.rpartition(":")[2])) not in {model.id for model in server.client.models()}:
         cause = f"another program answers on port {server.url.rpartition(':')[2]}"
         raise _PortTaken(ServerDied("could not listen", cause, "run it again", process.log))
 
@@ -279,7 +280,7 @@ class _LogWatch:
 
 
 def _death(doing: str, process: ServerProcess) -> ServerDied:
-    log = process.log.read_text(errors="replace")
+    log = process.read_log()
     cause = root_cause(log)
     if cause is None and (name := process.signal_name):
         cause = f"ended by {name}"
@@ -294,7 +295,7 @@ def _refuse_own_flags(flags: tuple[str, ...]) -> None:
     for flag in flags:
         name = flag.partition("=")[0].replace("_", "-")
         if name in _OWN_FLAGS:
-            raise InputError(f"--vllm-flag {flag}: {_OWN_FLAGS[name]}; leave it out.")
+            raise InputError(f"--vllm-flag {name}: {_OWN_FLAGS[name]}; leave it out.")
 
 
 def _is_weight_only_modelopt(checkpoint: Path, config: Mapping[str, Any]) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import EnvironmentLack, InputError
 from ..recipe.heads import is_tied
 from ..recipe.roles import Role, text_config
-from ..serving.client import ServerError
 from ..serving.faults import Situation, known_faults
+from ..serving.http import ServerError
 from ..serving.kernels import Arithmetic
 from ..serving.log import LogFacts, parse_log
 from ..serving.machine import gpus

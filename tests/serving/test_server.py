@@ -80,7 +80,7 @@ def test_a_server_is_started_asked_and_ended(
     options = ServeOptions(vllm=small_server, flags=("--max-num-seqs=4",))
     with serving(checkpoint, options, tmp_path / "proof", said.append) as server:
         assert server.model == "tiny-nvfp4"
-        assert server.client.models()[0]["id"] == "tiny-nvfp4"
+        assert server.client.models()[0].id == "tiny-nvfp4"
         assert [kernel.name for kernel in server.facts.kernels] == ["MarlinNvFp4LinearKernel"]
         assert server.log == tmp_path / "proof" / LOG_NAME
         assert server.process is not None and len(server.process.pids()) == 1
@@ -246,3 +246,43 @@ def test_settings_for_a_cpu_yield_to_the_users(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "40")
     assert server_environment(settings)["VLLM_CPU_KVCACHE_SPACE"] == "40"
     assert "VLLM_CPU_KVCACHE_SPACE" not in own_settings(False, 0, 1, 60)
+
+
+SECRET = "s3cr3tw0rd"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN", "PGPASSWORD"),
+        *("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "OPENAI_API_KEY", "WANDB_API_KEY", "VLLM_API_KEY", "DB_PASS"),
+        *("CI_JOB_TOKEN", "SSH_AUTH_SOCK", "GOOGLE_APPLICATION_CREDENTIALS", "npm_config__auth", "UV_INDEX_X_PASSWORD"),
+    ],
+)
+def test_no_secret_of_the_environment_reaches_a_server(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("MY_INDEX", f"https://me:{SECRET}@host/")
+    assert SECRET not in str(server_environment({}, "/usr/bin/vllm"))
+
+
+def test_what_a_server_needs_of_the_environment_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("CUDA_VISIBLE_DEVICES", "VLLM_CPU_KVCACHE_SPACE", "TOKENIZERS_PARALLELISM", "LD_LIBRARY_PATH", "TMPDIR")
+    for name in names:
+        monkeypatch.setenv(name, "x")
+    assert all(server_environment({}).get(name) == "x" for name in (*names, "PATH") if name != "PATH")
+    assert "PATH" in server_environment({})
+    monkeypatch.setenv("UV_INDEX_X_PASSWORD", SECRET)
+    assert server_environment({}, "/usr/bin/uvx")["UV_INDEX_X_PASSWORD"] == SECRET
+
+
+def test_a_key_in_the_command_is_shown_nowhere(checkpoint: Path, small_server: str, tmp_path: Path) -> None:
+    flags = (f"--api-key={SECRET}", "--hf-token", SECRET)
+    with serving(
+        checkpoint, ServeOptions(vllm=small_server, flags=flags), tmp_path / "proof", lambda _: None
+    ) as server:
+        assert SECRET in str(started(tmp_path)[0])  # the server itself has it
+        assert SECRET not in server.command and "--api-key=… --hf-token …" in server.command
+        assert server.log is not None
+        with server.log.open("a") as log:
+            log.write(f"non-default args: {{'api_key': ['{SECRET}']}}\n")
+    assert SECRET not in server.log.read_text() and "non-default args" in server.log.read_text()
