@@ -18,6 +18,7 @@ from ..checkpoint.source import read_json
 from ..checkpoint.writer import sync_folder, write_json
 from ..errors import CheckFailed, InputError
 from ..plan.plan import PlannedShard
+from .manifest_form import ShardRecord, held_to
 
 STATE_FOLDER = "nvquant_run"
 CLEARED_FOLDER = "nvquant_run.cleared"
@@ -107,9 +108,10 @@ class Journal:
         path = self._path(shard)
         try:
             record = read_json(path, "")
+            form = held_to(ShardRecord, record, str(path))
         except InputError as error:
             raise CheckFailed(f"{path} is damaged: remove this file and run the same command again.") from error
-        if not isinstance(record.get("sha256"), str) or (record.get("layer") is None) != (shard.layer is None):
+        if (form.layer is None) != (shard.layer is None):
             raise CheckFailed(f"{path} is damaged: remove this file and run the same command again.")
         return record
 

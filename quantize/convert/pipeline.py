@@ -24,6 +24,7 @@ from .device import DeviceStart
 from .engine import Engine
 from .journal import Journal
 from .manifest import MANIFEST_NAME, difference, run_identity
+from .manifest_form import ManifestForm, held_to
 from .memory import peak_gpu_bytes, peak_host_bytes
 from .options import ConvertOptions, ConvertResult
 from .output import (
@@ -74,8 +75,8 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
             except BaseException as error:
                 _leave(plan, options, begun.journal, error)
                 raise
-    records = read_json(options.output / MANIFEST_NAME, "")["layers"]
-    flushed = sum(group["marlin_flushed_blocks"] for layer in records for group in layer["groups"].values())
+    made = held_to(ManifestForm, read_json(options.output / MANIFEST_NAME, ""), str(options.output / MANIFEST_NAME))
+    flushed = sum(group.marlin_flushed_blocks for layer in made.layers for group in layer.groups.values())
     return ConvertResult(
         output=str(options.output),
         tensors=plan.tensors,

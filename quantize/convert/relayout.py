@@ -29,6 +29,7 @@ from ..recipe.match import Selection
 from ..recipe.roles import QUANTIZABLE, Role, describe, role_of, unused_tensors
 from .config import QuantizedModel, output_configs
 from .manifest import MANIFEST_NAME, source_identity
+from .manifest_form import ManifestForm, held_to
 from .matrices import stored_scalar
 from .output import check_output, fresh_partial, publish
 
@@ -93,7 +94,7 @@ def relayout(source: Checkpoint, target: Layout, output: Path) -> RelayoutResult
         raise InputError(f"{source.where} is in the {target.name} layout already: there is nothing to do.")
     matrices = stored_matrices(source, layout)
     manifest = _read_manifest(source, layout)
-    amaxes = recorded_amaxes(manifest) if manifest else {}
+    amaxes = recorded_amaxes(manifest[1]) if manifest else {}
     scalars = {
         name: _inverted(source, name, target, layout, amaxes.get(name.rpartition(".")[0], {}).get(part))
         for matrix in matrices.values()
@@ -107,7 +108,7 @@ def relayout(source: Checkpoint, target: Layout, output: Path) -> RelayoutResult
         hashes = {file: _write_shard(source, partial / file, moves) for file, moves in shards.items()}
         _write_other_files(source, partial, planned, configs)
         if manifest:
-            write_json(partial / MANIFEST_NAME, {**manifest, "format": target.name, "files": hashes})
+            write_json(partial / MANIFEST_NAME, {**manifest[0], "format": target.name, "files": hashes})
         _check_written(partial, planned)
         publish(partial, output)
     return RelayoutResult(
@@ -189,40 +190,39 @@ def unequal_groups(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], la
     return found
 
 
-def recorded_amaxes(manifest: Mapping[str, Any]) -> dict[str, dict[Part, float]]:
+def recorded_amaxes(manifest: ManifestForm) -> dict[str, dict[Part, float]]:
     """The amaxes behind the global scales, by module and part, head-room included.
 
     Raises:
-        InputError: the manifest is not as nvquant writes it.
+        InputError: the quantizer is unknown.
     """
     amaxes: dict[str, dict[Part, float]] = {}
-    try:
-        headroom = get_quantizer(manifest["quantizer"]).headroom
-        for layer in manifest["layers"]:
-            for group in layer["groups"].values():
-                of_group: dict[Part, float] = {"weight_global": group["weight_amax"] * headroom}
-                if "input" in group:
-                    of_group["input_global"] = group["input"]["calibrated_amax"]
-                amaxes.update(dict.fromkeys(group["members"], of_group))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{MANIFEST_NAME} is not as nvquant writes it ({type(error).__name__}: {error}): remove it to go by the "
-            f"tensors alone."
-        ) from error
+    headroom = get_quantizer(manifest.quantizer).headroom
+    for layer in manifest.layers:
+        for group in layer.groups.values():
+            of_group: dict[Part, float] = {"weight_global": group.weight_amax * headroom}
+            if group.input is not None:
+                of_group["input_global"] = group.input.calibrated_amax
+            amaxes.update(dict.fromkeys(group.members, of_group))
     return amaxes
 
 
-def _read_manifest(source: Checkpoint, layout: Layout) -> dict[str, Any] | None:
+def _read_manifest(source: Checkpoint, layout: Layout) -> tuple[dict[str, Any], ManifestForm] | None:
+    """The manifest as it stands, and held to its form; None where there is none."""
     path = source.folder / MANIFEST_NAME
     if not path.exists():
         return None
     manifest = read_json(path, "nvquant writes one")
-    if manifest.get("format") != layout.name:
+    try:
+        form = held_to(ManifestForm, manifest, str(path))
+    except InputError as error:
+        raise InputError(f"{str(error).rstrip('.')}: remove it to go by the tensors alone.") from error
+    if form.format != layout.name:
         raise InputError(
-            f"{path} speaks of the {manifest.get('format')} layout, but the tensors are in {layout.name}: remove it "
-            f"to go by the tensors alone."
+            f"{path} speaks of the {form.format} layout, but the tensors are in {layout.name}: remove it to go by the "
+            f"tensors alone."
         )
-    return manifest
+    return manifest, form
 
 
 def _scalar_names(matrix: PlannedMatrix, layout: Layout) -> dict[Part, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,10 +12,12 @@ from ..calibrate.specs import CalibrationSpec, load_spec, shipped_folder, shippe
 from ..checkpoint.hub.repository import hub_name
 from ..checkpoint.source import read_json
 from ..convert.manifest import MANIFEST_NAME
+from ..convert.manifest_form import ManifestForm, held_to
 from ..errors import InputError
+from ..quoting import shell
 from ..report.document import at, rows
 from ..report.parts import Column, Table
-from ..report.words import number
+from ..report.words import ABSENT, number
 
 HUB = "https://huggingface.co"
 FRAMINGS = {
@@ -31,11 +32,13 @@ class Provenance:
     """Where a checkpoint comes from.
 
     Attributes:
-        manifest: the JSON of nvquant_manifest.json; empty where there is none.
+        form: nvquant_manifest.json in its form; None where there is none.
+        manifest: its JSON; empty where there is none.
         base_model: the source's id on the Hub; None where it is not known.
         commit: of it; None for a source that was a local folder.
     """
 
+    form: ManifestForm | None
     manifest: Mapping[str, Any]
     base_model: str | None
     commit: str | None
@@ -50,14 +53,14 @@ class Provenance:
     @property
     def source_file_bytes(self) -> int | None:
         """Size of the source's weights files; None where nothing tells."""
-        shards = at(self.manifest, "source", "shards")
-        sizes = [shard.get("bytes") for shard in shards.values()] if isinstance(shards, Mapping) else []
-        return sum(sizes) if sizes and all(isinstance(size, int) for size in sizes) else None
+        shards = self.form.source.shards.values() if self.form is not None else ()
+        sizes = [shard.bytes for shard in shards if shard.bytes is not None]
+        return sum(sizes) if sizes and len(sizes) == len(shards) else None
 
     @property
     def is_calibrated(self) -> bool:
         """Whether inputs were observed."""
-        return at(self.manifest, "calibration") is not None
+        return self.form is not None and self.form.calibration is not None
 
 
 def read_provenance(folder: Path, base_model: str | None) -> Provenance:
@@ -66,43 +69,47 @@ def read_provenance(folder: Path, base_model: str | None) -> Provenance:
     Args:
         base_model: of `--base-model`.
     Raises:
-        InputError: `base_model` is no id, or is not what the manifest says; the manifest is no JSON.
+        InputError: `base_model` is no id, or is not what the manifest says; the manifest is not as nvquant writes it.
     """
     name = None if base_model is None else hub_name(base_model)
     if base_model is not None and (name is None or name[1] is not None):
         raise InputError(f"--base-model {base_model} is not a model's id: give it as org/name.")
     path = folder / MANIFEST_NAME
     manifest = read_json(path, "nvquant writes one") if path.is_file() else {}
-    known, commit = at(manifest, "source", "hub", "id"), at(manifest, "source", "hub", "commit")
-    if not isinstance(known, str) or hub_name(known) is None:
-        return Provenance(manifest, base_model, None)
-    if base_model is not None and base_model != known:
+    form = held_to(ManifestForm, manifest, str(path)) if manifest or path.is_file() else None
+    known = None if form is None else form.source.hub
+    if known is None:
+        return Provenance(form, manifest, base_model, None)
+    if base_model is not None and base_model != known.id:
         raise InputError(
-            f"--base-model {base_model}: {MANIFEST_NAME} says that this was made from {known}: leave the option out."
+            f"--base-model {base_model}: {MANIFEST_NAME} says that this was made from {known.id}: leave the option out."
         )
-    return Provenance(manifest, known, commit if isinstance(commit, str) else None)
+    return Provenance(form, manifest, known.id, known.commit)
 
 
 def convert_command(provenance: Provenance) -> str | None:
     """The command that makes this checkpoint from its source, as far as the manifest tells; None without one."""
-    manifest = provenance.manifest
-    if not manifest:
+    form = provenance.form
+    if form is None:
         return None
-    words = ["nvquant", "convert", provenance.source, "--recipe", str(at(manifest, "recipe", "name"))]
-    words += ["--format", str(manifest.get("format"))]
-    if manifest.get("quantizer") != at(manifest, "recipe", "quantizer"):
-        words += ["--quantizer", str(manifest.get("quantizer"))]
-    calibration = at(manifest, "calibration")
-    if calibration is not None:
-        words += ["--calibration", str(at(calibration, "name"))]
-        for key, option in (("samples", "--samples"), ("sequence_length", "--sequence-length"), ("seed", "--seed")):
-            if isinstance(at(calibration, key), int):
-                words += [option, str(at(calibration, key))]
-    if at(manifest, "run", "batch_size") not in (None, 1):
-        words += ["--batch-size", str(at(manifest, "run", "batch_size"))]
-    if at(manifest, "run", "device") in ("cpu", "cuda"):
-        words += ["--device", str(at(manifest, "run", "device"))]
-    return shlex.join(words)
+    words = ["nvquant", "convert", provenance.source, "--recipe", form.recipe.name, "--format", form.format]
+    if form.quantizer != form.recipe.quantizer:
+        words += ["--quantizer", form.quantizer]
+    if form.calibration is not None:
+        # As one word, so that a name which begins with a dash is no option.
+        name = form.calibration.name
+        words += [f"--calibration={name}"] if name.startswith("-") else ["--calibration", name]
+        words += ["--samples", str(form.calibration.samples)]
+        for option, value in (
+            ("--sequence-length", form.calibration.sequence_length),
+            ("--seed", form.calibration.seed),
+        ):
+            words += [] if value is None else [option, str(value)]
+    if form.run.batch_size not in (None, 1):
+        words += ["--batch-size", str(form.run.batch_size)]
+    if form.run.device in ("cpu", "cuda"):
+        words += ["--device", form.run.device]
+    return shell(words)
 
 
 def source_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
@@ -112,48 +119,48 @@ def source_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
         yield "Source" if is_recorded else "Source, as its publisher names it", provenance.base_model
     if provenance.commit is not None:
         yield "Source's commit", provenance.commit
-    integrity = at(provenance.manifest, "source", "integrity")
-    if isinstance(integrity, str):
-        yield "Source's integrity", integrity
+    form = provenance.form
+    if form is not None and form.source.integrity is not None:
+        yield "Source's integrity", form.source.integrity
 
 
 def source_shards(provenance: Provenance) -> Table | None:
     """What was recorded of the shards of a local folder; None for a source on the Hub, whose commit tells all."""
-    shards = at(provenance.manifest, "source", "shards")
-    if provenance.commit is not None or not isinstance(shards, Mapping):
+    if provenance.commit is not None or provenance.form is None or not provenance.form.source.shards:
         return None
-    lines = [(str(name), number(at(shard, "bytes")), str(at(shard, "header_sha256"))) for name, shard in shards.items()]
+    lines = [
+        (name, number(shard.bytes), shard.header_sha256 or ABSENT)
+        for name, shard in provenance.form.source.shards.items()
+    ]
     columns = (Column("shard", "code"), Column("bytes"), Column("sha256 of its header", "code"))
     return Table("Shards of the source", columns, tuple(lines))
 
 
 def run_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
     """Name and value of what it was made with."""
-    manifest = provenance.manifest
-    if not manifest:
+    form = provenance.form
+    if form is None:
         return
-    yield "nvquant", str(manifest.get("nvquant"))
-    versions = at(manifest, "run", "versions")
-    yield from ((str(name), str(version)) for name, version in (versions.items() if isinstance(versions, dict) else ()))
-    run = [str(at(manifest, "run", key)) for key in ("device", "processor", "dtype") if at(manifest, "run", key)]
-    yield "Computed on", ", ".join(run)
+    yield "nvquant", form.nvquant
+    yield from form.run.versions.items()
+    yield "Computed on", ", ".join(part for part in (form.run.device, form.run.processor, form.run.dtype) if part)
 
 
 def calibration_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
     """Name and value of what the inputs' scales were calibrated with."""
-    found = at(provenance.manifest, "calibration")
+    found = None if provenance.form is None else provenance.form.calibration
     if found is None:
         return
-    yield "Set", str(at(found, "name"))
-    framing = str(at(found, "framing"))
-    tokens = f"{number(at(found, 'samples'))} with {number(at(found, 'tokens'))} tokens"
-    yield "Samples", f"{tokens}, {FRAMINGS.get(framing, framing)}"
-    yield "sha256 of the token ids", str(at(found, "sha256"))
+    yield "Set", found.name
+    tokens = f"{number(found.samples)} with {number(found.tokens)} tokens"
+    yield "Samples", f"{tokens}, {FRAMINGS.get(found.framing, found.framing)}"
+    yield "sha256 of the token ids", found.sha256
 
 
 def calibration_licence(provenance: Provenance) -> str:
     """A sentence in Markdown on what the calibration set is and under which licence."""
-    name = str(at(provenance.manifest, "calibration", "name"))
+    assert provenance.form is not None and provenance.form.calibration is not None
+    name = provenance.form.calibration.name
     if name in shipped_names():
         spec = load_spec(shipped_folder() / f"{name}.yaml")
         return f"{spec.description} Licence: {spec.licence}.{_origins(spec)}"

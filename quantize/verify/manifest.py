@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.source import read_json
 from ..convert.manifest import MANIFEST_NAME
+from ..convert.manifest_form import GroupRecord, ManifestForm, held_to
 from ..errors import InputError
 from ..recipe.schema import Recipe
 
@@ -68,46 +68,37 @@ def read_manifest(folder: Path) -> Manifest | str | None:
     if not (folder / MANIFEST_NAME).exists():
         return None
     try:
-        return _parse(read_json(folder / MANIFEST_NAME, ""))
+        return _parse(held_to(ManifestForm, read_json(folder / MANIFEST_NAME, ""), MANIFEST_NAME))
     except InputError as error:
         return str(error)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        # pydantic's errors are ValueErrors of many lines
-        return f"{MANIFEST_NAME} lacks or misstates a key ({type(error).__name__}: {str(error).splitlines()[0]})"
 
 
-def _parse(document: Mapping[str, Any]) -> Manifest:
-    calibration = document["calibration"]
+def _parse(form: ManifestForm) -> Manifest:
     return Manifest(
-        version=str(document["nvquant"]),
-        format=str(document["format"]),
-        quantizer=str(document["quantizer"]),
-        recipe=Recipe.model_validate(document["recipe"]),
-        framing=None if calibration is None else str(calibration["framing"]),
+        version=form.nvquant,
+        format=form.format,
+        quantizer=form.quantizer,
+        recipe=form.recipe,
+        framing=None if form.calibration is None else form.calibration.framing,
         groups={
-            name: _parse_group(name, _text(layer["file"]), record)
-            for layer in document["layers"]
-            for name, record in layer["groups"].items()
+            name: _parse_group(name, layer.file, record)
+            for layer in form.layers
+            for name, record in layer.groups.items()
         },
-        files={str(name): str(digest) for name, digest in document["files"].items()},
+        files=form.files,
     )
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a name")
-    return value
-
-
-def _parse_group(name: str, file: str, record: Mapping[str, Any]) -> RecordedGroup:
-    inputs = record.get("input")
-    keys = ("observed_amax", "low_percentile", "calibrated_amax")
+def _parse_group(name: str, file: str, record: GroupRecord) -> RecordedGroup:
+    inputs = record.input
     return RecordedGroup(
         name=name,
         file=file,
-        scheme=str(record["scheme"]),
-        members=tuple(_text(member) for member in record["members"]),
-        weight_amax=float(record["weight_amax"]),
-        input=None if inputs is None else RecordedInput(*(float(inputs[key]) for key in keys)),
-        marlin_flushed_blocks=int(record["marlin_flushed_blocks"]),
+        scheme=record.scheme,
+        members=record.members,
+        weight_amax=record.weight_amax,
+        input=None
+        if inputs is None
+        else RecordedInput(inputs.observed_amax, inputs.low_percentile, inputs.calibrated_amax),
+        marlin_flushed_blocks=record.marlin_flushed_blocks,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from nvquant.publish.card import CardFacts, render_card
 from nvquant.publish.frontmatter import split_card
 from nvquant.publish.provenance import read_provenance
 from nvquant.publish.target import MARKER
+from nvquant.quoting import one_line
 from nvquant.report.words import ABSENT
 from nvquant.serving.machine import FP4_WORDS
 from support import reports
@@ -267,6 +268,9 @@ def test_a_base_model_must_be_an_id_and_what_the_manifest_says(copy: Callable[[]
         read_provenance(folder, "org/other")
 
 
+# Texts of any kind, which the card fences and quotes.
+FREE = {("recipe", "description"), *(("recipe", "quantize", 0, "modules", at) for at in range(4))}
+UNREAD = {"config_sha256", "attention", "source_sha256"}
 HOSTILE = [
     "<script>alert(1)</script>",
     "a | b\n| --- |\n# title",
@@ -284,15 +288,14 @@ def test_nothing_out_of_a_checkpoint_becomes_markup(
 ) -> None:
     folder = copy()
     manifest = json.loads((folder / "nvquant_manifest.json").read_text())
+    line = one_line(text)
+    shard = line.replace("/", "-").replace("\\", "-")
     edit_manifest(
         folder,
-        nvquant=text,
-        quantizer=text,
-        format=text,
-        recipe={**manifest["recipe"], "name": text, "description": text},
-        calibration={"name": text, "samples": text, "tokens": text, "framing": text, "sha256": text},
-        run={"device": text, "dtype": text, "batch_size": text, "versions": {text: text}},
-        source={"integrity": text, "hub": {"id": text, "commit": text}, "shards": {text: {"bytes": text}}},
+        recipe={**manifest["recipe"], "description": text},
+        calibration={**manifest["calibration"], "name": line},
+        run={**manifest["run"], "processor": line},
+        source={"integrity": line, "shards": {shard: {"bytes": 5, "header_sha256": "0" * 64}}},
     )
     contents = {**measured["checkpoint"], "name": text, "made_by": text, "recipe": text, "source": text}
     contents["groups"] = [{"name": f"{text}, NVFP4 {text}", "tensors": 1, "bytes": 9, "source_bytes": None}]
@@ -306,3 +309,52 @@ def test_nothing_out_of_a_checkpoint_becomes_markup(
     assert "<script" not in html and "<img" not in html and "example.org</a>" not in html
     assert html.count("<h1>") == 1 and html.count("<h2>") == 7
     assert html.count("<details>") == html.count("</details>") and "49" not in html.split()
+
+
+@pytest.mark.parametrize("text", ["a\n```\nrm -rf ~\n```", "\x1b[31m", "a\u202eb", "../../x\n"])
+def test_a_manifest_is_held_to_its_form_wherever_a_stranger_wrote_something(
+    copy: Callable[[], Path], text: str
+) -> None:
+    folder = from_hub(copy())
+    path = folder / "nvquant_manifest.json"
+    manifest = json.loads(path.read_text())
+    refused = 0
+    for at in places(manifest):
+        path.write_text(json.dumps(changed(manifest, at, text)))
+        try:
+            read_provenance(folder, None)
+        except InputError as error:
+            refused += 1
+            assert "nvquant_manifest.json" in str(error) and len(str(error)) < 1000
+        else:
+            assert at[-1] in UNREAD or at in FREE, at
+    assert refused > 40
+
+
+def test_a_command_of_the_card_is_one_line_of_quoted_words(copy: Callable[[], Path], measured: dict[str, Any]) -> None:
+    folder = from_hub(copy())
+    manifest = json.loads((folder / "nvquant_manifest.json").read_text())
+    for name in ("--trust-remote-code", "$(touch owned).jsonl", "`id`; rm -rf ~", "a'b.jsonl", "```"):
+        edit_manifest(folder, calibration={**manifest["calibration"], "name": name})
+        command = next(line for line in card_of(folder, measured).splitlines() if line.startswith("nvquant convert"))
+        words = shlex.split(command)
+        assert (f"--calibration={name}" if name.startswith("-") else name) in words
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of each text of a document."""
+    for at, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(item, dict | list):
+            yield from places(item, (*path, at))
+        elif isinstance(item, str):
+            yield (*path, at)
+
+
+def changed(document: dict[str, Any], at: tuple[Any, ...], text: str) -> dict[str, Any]:
+    """A copy of a document with another text at that place."""
+    whole: dict[str, Any] = json.loads(json.dumps(document))
+    inner: Any = whole
+    for step in at[:-1]:
+        inner = inner[step]
+    inner[at[-1]] = text
+    return whole

@@ -1,0 +1,159 @@
+"""The forms of `nvquant_manifest.json` and of a run's journal: each file is held to its form where it is read.
+
+A manifest comes with a checkpoint, so whoever made the checkpoint may have written anything there. Behind this module
+its names are names, its hashes are hashes and its numbers are numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import InputError
+from ..quoting import visible
+from ..recipe.schema import Recipe
+
+MOST_NAME_CHARACTERS = 4096
+
+
+def _one_visible_line(text: str) -> str:
+    if visible(text) != text or "\n" in text or "\t" in text:
+        raise ValueError("it holds characters that cannot be seen")
+    return text
+
+
+def _file_in_folder(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise ValueError("it is not the name of a file in this folder")
+    return name
+
+
+Line = Annotated[str, Field(max_length=MOST_NAME_CHARACTERS), AfterValidator(_one_visible_line)]
+Word = Annotated[str, Field(pattern=r"^\w[\w.+-]{0,99}\z")]
+FileName = Annotated[Line, AfterValidator(_file_in_folder)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}\z")]
+HubId = Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}/\w[\w.-]{0,99}\z")]
+Natural = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
+Amax = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class HubSource(_Form):
+    """A source on the Hub."""
+
+    id: HubId
+    commit: Commit
+
+
+class SourceShard(_Form):
+    """What was recorded of a shard of the source: of a folder its header's hash, of a model on the Hub its ETag."""
+
+    bytes: Natural | None = None
+    etag: Annotated[str, Field(pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?\z")] | None = None
+    header_sha256: Sha256 | None = None
+
+
+class Source(_Form):
+    """What a checkpoint was made from."""
+
+    hub: HubSource | None = None
+    integrity: Line | None = None
+    shards: dict[FileName, SourceShard] = Field(default_factory=dict)
+
+
+class Run(_Form):
+    """How it was computed."""
+
+    device: Word
+    dtype: Word
+    processor: Line | None = None
+    batch_size: Annotated[int, Field(ge=1, lt=1 << 31, strict=True)] | None = None
+    versions: dict[Word, Word] = Field(default_factory=dict)
+
+
+class CalibrationRecord(_Form):
+    """What the inputs' scales were calibrated with."""
+
+    name: Line
+    samples: Natural
+    sequence_length: Natural | None = None
+    seed: Natural | None = None
+    tokens: Natural
+    framing: Word
+    sha256: Sha256
+
+
+class InputRecord(_Form):
+    """What calibration observed at a group's input, and the amax that its scale was made from."""
+
+    observed_amax: Amax
+    low_percentile: Amax
+    calibrated_amax: Amax
+
+
+class GroupRecord(_Form):
+    """A fused group; without `input` for a weight-only scheme."""
+
+    scheme: Word
+    members: Annotated[tuple[Line, ...], Field(min_length=1)]
+    weight_amax: Amax
+    input: InputRecord | None = None
+    marlin_flushed_blocks: Natural
+
+
+class LayerRecord(_Form):
+    """A layer, and the shard that holds it."""
+
+    file: FileName
+    groups: dict[Line, GroupRecord]
+
+
+class ManifestForm(_Form):
+    """`nvquant_manifest.json`."""
+
+    nvquant: Word
+    source: Source
+    recipe: Recipe
+    format: Word
+    quantizer: Word
+    run: Run
+    calibration: CalibrationRecord | None
+    layers: tuple[LayerRecord, ...]
+    files: dict[FileName, Sha256]
+
+
+class ShardRecord(_Form):
+    """A shard in a run's journal; `layer` is None for the rest of the model."""
+
+    sha256: Sha256
+    layer: LayerRecord | None
+
+
+_WORDS = {"missing": "is missing", "string_pattern_mismatch": "is not of the form that nvquant writes"}
+Form = TypeVar("Form", bound=_Form)
+
+
+def held_to(form: type[Form], document: Mapping[str, Any], where: str) -> Form:
+    """A document in its form.
+
+    Args:
+        where: as messages name the file.
+    Raises:
+        InputError: it has another one; the message names the first key that is wrong.
+    """
+    try:
+        return form.model_validate(document)
+    except (ValidationError, RecursionError) as error:
+        said = "it is nested too deeply"
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            at = ".".join(str(part)[:80] for part in first["loc"]) or "the whole"
+            wrong = _WORDS.get(first["type"], f"is wrong: {first['msg'].removeprefix('Value error, ')}")
+            said = f"{at} {wrong}"
+        raise InputError(f"{where} lacks or misstates a key ({said}).") from error
