@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from ..checkpoint.hub.errors import hub_errors, network_error
+from ..checkpoint.hub.forms import commit_of, file_name_of
+from ..checkpoint.hub.guarded import guard_client
 from ..errors import InputError
 from .rows import TABLE_SUFFIXES, TEXT_SUFFIX, data_suffix
 
@@ -95,11 +97,14 @@ def _listing(repo: str, revision: str | None, endpoint: str | None, cache: Path 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    guard_client(endpoint)
     api = HfApi(endpoint=endpoint)
+    where = f"Hub data set {repo}"
     with hub_errors("data set", repo, revision, OTHERWISE):
         try:
-            commit = api.dataset_info(repo, revision=revision).sha
-            return str(commit), api.list_repo_files(repo, repo_type="dataset", revision=commit)
+            commit = commit_of(api.dataset_info(repo, revision=revision).sha, where)
+            names = api.list_repo_files(repo, repo_type="dataset", revision=commit)
+            return commit, [file_name_of(name, where) for name in names]
         except HfHubHTTPError:
             raise
         except (network_error(), OfflineModeIsEnabled):

@@ -9,8 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.hub.forms import commit_of, repo_of
+from ..checkpoint.hub.guarded import guard_client
 from ..checkpoint.hub.patience import may_pass
-from ..checkpoint.hub.repository import HubFile, hub_name
+from ..checkpoint.hub.repository import HubFile, hub_name, published_files
 from ..checkpoint.sidefiles import SIDE_FILE_PATTERNS
 from ..convert.manifest import MANIFEST_NAME
 from ..errors import InputError
@@ -70,6 +72,7 @@ def hub_api(endpoint: str | None) -> HfApi:
     """The Hub's client; it finds the token by itself, and nothing here ever holds one."""
     from huggingface_hub import HfApi
 
+    guard_client(endpoint)
     return HfApi(endpoint=endpoint)
 
 
@@ -127,21 +130,13 @@ def look_at(repo: str, endpoint: str | None = None) -> Target:
             raise
         except RepositoryNotFoundError:
             return Target(repo)
-        files = published_files(found)
+        where = f"Hub model {repo}"
+        name, commit = repo_of(found.id, where), commit_of(found.sha, where)
+        files = published_files(found, where)
         is_ours = CARD_NAME not in files or patiently(
-            lambda: _is_card_ours(api, str(found.id), str(found.sha)), f"reading the card of {repo}"
+            lambda: _is_card_ours(api, name, commit), f"reading the card of {repo}"
         )
-    return Target(str(found.id), str(found.sha), bool(found.private), files, is_ours)
-
-
-def published_files(found: Any) -> dict[str, HubFile]:
-    """What the answer to `model_info` with `files_metadata` says of the files."""
-    return {
-        sibling.rfilename: HubFile(
-            sibling.rfilename, sibling.size, sibling.blob_id if sibling.lfs is None else sibling.lfs.sha256
-        )
-        for sibling in found.siblings or ()
-    }
+    return Target(name, commit, bool(found.private), files, is_ours)
 
 
 def changes_for(target: Target, files: Sequence[LocalFile], *, replace: bool, needs_card: bool) -> Changes:

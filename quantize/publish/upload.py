@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.hub.errors import network_error, status_of
+from ..checkpoint.hub.forms import commit_of
 from ..checkpoint.hub.patience import Patience
+from ..checkpoint.hub.repository import published_files
 from ..errors import CheckFailed, InputError
 from ..report.words import size
 from .files import LocalFile
 from .refusals import AGAIN, patiently, push_errors, quiet_hub
-from .target import Changes, Target, published_files, shortened
+from .target import Changes, Target, shortened
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -77,7 +79,7 @@ def confirm(api: HfApi, repo: str, commit: str, files: Sequence[LocalFile]) -> N
     """
     with quiet_hub(), push_errors(repo):
         found = patiently(lambda: api.model_info(repo, revision=commit, files_metadata=True), f"reading back {repo}")
-    published = published_files(found)
+    published = published_files(found, f"Hub model {repo}")
     wrong = [
         file.name for file in files if file.name not in published or not file.is_published_as(published[file.name])
     ]
@@ -122,7 +124,7 @@ def _commit(api: HfApi, target: Target, changes: Changes, operations: list[Any],
     while True:
         try:
             made = api.create_commit(target.repo, operations, commit_message=message, parent_commit=target.commit)
-            return str(made.oid)
+            return commit_of(made.oid, f"Hub model {target.repo}")
         except network_error() as error:
             landed = _landed(api, target.repo, changes) if _may_have_landed(error) else None
             if landed is not None:
@@ -144,6 +146,6 @@ def _landed(api: HfApi, repo: str, changes: Changes) -> str | None:
         found = api.model_info(repo, files_metadata=True)
     except network_error():
         return None
-    published = published_files(found)
+    published = published_files(found, f"Hub model {repo}")
     is_whole = all(file.name in published and file.is_published_as(published[file.name]) for file in changes.files)
-    return str(found.sha) if is_whole and not set(changes.delete) & set(published) else None
+    return commit_of(found.sha, f"Hub model {repo}") if is_whole and not set(changes.delete) & set(published) else None

@@ -9,10 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 from ...errors import InputError
 from .errors import hub_errors, network_error, status_of
+from .guarded import origin_of
 from .patience import Patience
 from .repository import OTHERWISE, HubModel
 
@@ -123,4 +123,4 @@ class RangeReader:
             return True
 
     def _is_the_hub(self, address: str) -> bool:
-        return urlsplit(address)[:2] == urlsplit(self.model.endpoint)[:2]
+        return origin_of(address) == origin_of(self.model.endpoint)

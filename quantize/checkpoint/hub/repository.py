@@ -11,6 +11,8 @@ from typing import Any
 
 from ...errors import InputError
 from .errors import hub_errors, network_error
+from .forms import commit_of, file_name_of, hash_of, repo_of, siblings_of, size_of
+from .guarded import guard_client
 from .quiet import hide_signatures
 
 logger = logging.getLogger("nvquant.checkpoint.hub")
@@ -97,6 +99,7 @@ def find_model(
 
     hide_signatures()
     endpoint = endpoint or constants.ENDPOINT
+    guard_client(endpoint)
     with hub_errors("model", repo, revision, OTHERWISE):
         try:
             found = _ask(repo, revision, endpoint)
@@ -108,10 +111,23 @@ def find_model(
                 raise
             logger.warning("The Hub cannot be reached; taking %s at %s from the local cache", repo, cached.commit[:12])
             return cached
-    if found.id != repo:
-        logger.warning("The Hub has %s under the name %s", repo, found.id)
-    files = {sibling.rfilename: _published(sibling) for sibling in found.siblings or ()}
-    return HubModel(str(found.id), str(found.sha), files, revision, endpoint, cache)
+    where = f"Hub model {repo}"
+    name = repo_of(found.id, where)
+    if name != repo:
+        logger.warning("The Hub has %s under the name %s", repo, name)
+    return HubModel(name, commit_of(found.sha, where), published_files(found, where), revision, endpoint, cache)
+
+
+def published_files(found: Any, where: str) -> dict[str, HubFile]:
+    """What the answer to `model_info` with `files_metadata` says of the files, by name.
+
+    Args:
+        where: whose answer it is, as `Hub model org/name`.
+    Raises:
+        InputError: a name, a size or a hash has another form.
+    """
+    files = (_published(sibling, where) for sibling in siblings_of(found, where))
+    return {file.name: file for file in files}
 
 
 def _ask(repo: str, revision: str | None, endpoint: str) -> Any:
@@ -132,9 +148,10 @@ def _ask(repo: str, revision: str | None, endpoint: str) -> Any:
         return api.model_info(alike[0], revision=revision, files_metadata=True)
 
 
-def _published(sibling: Any) -> HubFile:
+def _published(sibling: Any, where: str) -> HubFile:
     lfs = sibling.lfs
-    return HubFile(sibling.rfilename, sibling.size, sibling.blob_id if lfs is None else lfs.sha256)
+    published = sibling.blob_id if lfs is None else lfs.sha256
+    return HubFile(file_name_of(sibling.rfilename, where), size_of(sibling.size, where), hash_of(published, where))
 
 
 def _cached(repo: str, revision: str | None, endpoint: str, cache: Path | None) -> HubModel | None:
@@ -146,6 +163,7 @@ def _cached(repo: str, revision: str | None, endpoint: str, cache: Path | None) 
         folder = Path(snapshot_download(repo, revision=revision, cache_dir=cache, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+    commit_of(folder.name, "The cache")
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {
         name: HubFile(name, path.stat().st_size, path.readlink().name if path.is_symlink() else None)

@@ -1,0 +1,189 @@
+"""A mirror of the Hub that means harm: it writes no file but those of the cache, and gets no token but its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import get_session, hf_hub_download
+from huggingface_hub.hf_api import ModelInfo
+from nvquant.checkpoint.hub.download import download
+from nvquant.checkpoint.hub.forms import commit_of, etag_of, file_name_of, hash_of, repo_of, size_of
+from nvquant.checkpoint.hub.guarded import guard_client, may_have_token
+from nvquant.checkpoint.hub.ranges import RangeReader
+from nvquant.checkpoint.hub.repository import find_model
+from nvquant.errors import InputError
+from support.hub_faults import Headers
+from support.hub_server import HubServer
+
+NAME = "Org/Tiny-Llama"
+FIRST = "model-00001-of-00002.safetensors"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ESCAPES = ["../../../../evil", "/tmp/evil", "a/../../evil", "..", "", "x" * 5000, "a\nb", "a\\b", "\x1b[31m", "ä" * 40]
+
+
+@pytest.mark.parametrize("value", [*ESCAPES, COMMIT.upper(), COMMIT[:-1], COMMIT + "0", COMMIT + "\n", None, 5])
+def test_a_commit_has_forty_digits(value: object) -> None:
+    assert commit_of(COMMIT, "It") == COMMIT
+    with pytest.raises(InputError, match="for a commit, which has another form"):
+        commit_of(value, "It")
+
+
+@pytest.mark.parametrize("value", [*ESCAPES, "0" * 63, COMMIT + "\n", 5])
+def test_a_hash_is_one_of_git_or_sha256(value: object) -> None:
+    assert hash_of(COMMIT, "It") == COMMIT and hash_of("a" * 64, "It") == "a" * 64 and hash_of(None, "It") is None
+    with pytest.raises(InputError, match="for the hash of a file"):
+        hash_of(value, "It")
+
+
+@pytest.mark.parametrize("value", [*ESCAPES, '"../../evil"', 'W/"a/b"', '"."', '".."', '"'])
+def test_an_etag_can_be_the_name_of_a_file(value: str) -> None:
+    for good in (f'"{COMMIT}"', f'W/"{COMMIT}"', "a" * 64):
+        assert etag_of(good, "It") == good
+    with pytest.raises(InputError, match="for an ETag"):
+        etag_of(value, "It")
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 60, "-5", "9" * 5000, "²", True, 1.5, [1]])
+def test_a_size_is_natural_and_bounded(value: object) -> None:
+    assert size_of(5, "It") == size_of("5", "It") == 5 and size_of(None, "It") is None
+    with pytest.raises(InputError, match="for the size of a file"):
+        size_of(value, "It")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["../evil", "/etc/passwd", "a/../../b", "a//b", "./a", "a/", "", "a\\b", "a\nb", "a\x00", "\u202ea", "x" * 300, 5],
+)
+def test_the_name_of_a_file_is_relative_and_inside(value: object) -> None:
+    assert file_name_of("onnx/model.onnx", "It") == "onnx/model.onnx" and file_name_of(".gitattributes", "It")
+    with pytest.raises(InputError, match="for the name of a file"):
+        file_name_of(value, "It")
+
+
+@pytest.mark.parametrize(
+    "value", ["org", "org/a/b", "../evil", "org/..", "/a", "org/a\n", "", None, "org/" + "x" * 300]
+)
+def test_a_repository_has_an_owner_and_a_name(value: object) -> None:
+    assert repo_of("Org/Tiny-Llama_2.5", "It") == "Org/Tiny-Llama_2.5"
+    with pytest.raises(InputError, match="for a name"):
+        repo_of(value, "It")
+
+
+def info(**changes: Any) -> ModelInfo:
+    sibling = {"rfilename": "config.json", "size": 5, "blobId": COMMIT, **changes.pop("sibling", {})}
+    return ModelInfo(**{"id": NAME, "sha": COMMIT, "siblings": [sibling], **changes})
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"sha": "../../evil"},
+        {"id": "../../evil"},
+        *({"sibling": {"rfilename": name}} for name in ("../evil", "/tmp/evil", "a\\..\\b")),
+        {"sibling": {"blobId": "../../evil"}},
+        {"sibling": {"size": -1}},
+        {"sibling": {"size": 1 << 60}},
+    ],
+)
+def test_what_the_hub_tells_of_a_model_is_held_to_its_form(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]
+) -> None:
+    answer = info(**found)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: answer)
+    with pytest.raises(InputError, match=f"Hub model {NAME}: the server gave"):
+        find_model(NAME)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        *({"X-Repo-Commit": value} for value in ("../../../evil", "a" * 39, "/tmp/evil")),
+        *({"X-Linked-Etag": value, "ETag": value} for value in ('"../../../../evil"', '"/tmp/evil"', '"a/b"')),
+        {"X-Linked-Size": "-5"},
+        {"X-Linked-Size": "9" * 40},
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", FIRST])
+def test_no_header_of_a_mirror_becomes_a_path(
+    hub: HubServer, tmp_path: Path, headers: dict[str, str], name: str
+) -> None:
+    model = find_model(NAME)
+    before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    hub.fail(f"*/resolve/*/{name}", Headers(headers), times=50)
+    with pytest.raises(InputError, match="which has another form"):
+        download(model, name)
+    with pytest.raises(InputError, match="which has another form"):
+        RangeReader(model).read_into(name, 0, memoryview(bytearray(8)))
+    assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
+    assert not [path for path in tmp_path.rglob("*") if "evil" in path.name]
+
+
+@pytest.fixture
+def other() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """A server on another port of the same host, which notes the headers that it gets."""
+    seen: list[dict[str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(dict(self.headers))
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{COMMIT}"')
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(b"{}")
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", seen
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_token_follows_no_redirect_to_another_port(
+    hub: HubServer, other: tuple[str, list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, seen = other
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    model = find_model(NAME)
+    hub.fail("*/resolve/*", Headers({"Location": f"{url}/stolen"}), times=50)
+    with suppress(Exception):  # what came of it is not asked for here
+        hf_hub_download(NAME, FIRST, revision=model.commit, endpoint=hub.endpoint, force_download=True)
+    get_session().get(f"{url}/direct", headers={"authorization": "Bearer hf_abcdefghijklmnop", "cookie": "a=b"})
+    assert seen
+    for headers in seen:
+        assert not {"authorization", "cookie"} & {name.lower() for name in headers}
+    assert any("hf_abcdefghijklmnop" in str(request.headers) for request in hub.log)  # the Hub itself got it
+
+
+@pytest.mark.parametrize(
+    ("address", "is_trusted"),
+    [
+        ("https://hub.example/api", True),
+        ("https://hub.example:443/api", True),
+        ("https://HUB.example/api", True),
+        ("http://hub.example/api", False),
+        ("https://hub.example:8443/api", False),
+        ("https://evil.hub.example/", False),
+        ("https://hub.example@evil.example/", False),
+    ],
+)
+def test_the_hub_is_known_by_scheme_host_and_port(address: str, is_trusted: bool) -> None:
+    guard_client("https://hub.example")
+    assert may_have_token(address) is is_trusted
