@@ -85,6 +85,12 @@ def shell(words: Iterable[str]) -> str:
     return " ".join(_shell_word(str(word)) for word in words)
 
 
+def argument(name: object) -> str:
+    """A file or folder as an argument that no command takes for an option."""
+    text = str(name)
+    return f"./{text}" if text.startswith("-") else text
+
+
 def shell_without_secrets(words: Iterable[str]) -> str:
     """`shell`, with `…` in the place of every key, token and password that stands among the words."""
     shown: list[str] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..checkpoint.places import write_whole
 from ..errors import InputError
 from ..serving.machine import BANDWIDTH_SOURCE, Gpu, fp4_path, ram_bytes
 
@@ -204,6 +205,4 @@ def _cell(key: str, value: Any) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text.encode("utf-8", errors="replace"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..checkpoint.places import new_file
 from ..errors import CheckFailed
 from ..serving.environment import server_environment
 
@@ -111,7 +112,7 @@ def call(command: Sequence[str], settings: Mapping[str, str], said: Path) -> int
     environment = server_environment(
         {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **settings}, command[0]
     )
-    with said.open("wb") as output:
+    with new_file(said) as output:
         try:
             process = subprocess.Popen(
                 list(command), env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT

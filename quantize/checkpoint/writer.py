@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import CheckFailed, InputError
 from . import uncached
 from .headers import DTYPE_BYTES
+from .places import new_file
 
 ALIGNMENT = 8
 
@@ -128,7 +129,7 @@ def _replacing(path: Path) -> Iterator[int]:
     """The descriptor of a file that gets its name when it is whole and on the disk; after an error nothing is left."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb", buffering=0) as file:
+        with new_file(temporary) as file:
             yield file.fileno()
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -14,6 +14,7 @@ import click
 from .. import __version__
 from ..errors import InputError
 from ..plan.plan import Plan
+from ..quoting import argument, shell
 from ..recipe.load import load_recipe
 from .options import (
     calibration_options,
@@ -274,7 +275,8 @@ def _finish(
             f"{gigabytes(result['peak_gpu_bytes'])} GPU."
         )
     if push_to is None:
-        say(f"Next: nvquant verify {result['output']} --against {plan.model}")
+        words = ["nvquant", "verify", argument(result["output"]), "--against", argument(plan.model)]
+        say(f"Next: {shell(words)}")
     else:
         pushed = push_made(target, plan.source, push_to)
         result = {**result, "push": pushed.as_json()}

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..errors import CheckFailed
+from ..quoting import argument, shell
 from .options import debug_option, format_option, json_option, recipe_option
 from .output import clear_live_line, emit_json, gigabytes, print_table, say, stage_reporter, tell
 from .progress import progress_display
@@ -82,7 +83,7 @@ def _print_report(result: object) -> None:
     if numbers is not None:
         _print_numbers(numbers)
     tell(f"\n{PROMPT!r} continues with {result.answer!r}. Report: {result.report}")
-    tell(f"{result.seconds:.0f} s in total. Next: vllm serve {converted.output}")
+    tell(f"{result.seconds:.0f} s in total. Next: {shell(['vllm', 'serve', argument(converted.output)])}")
 
 
 def _print_numbers(numbers: Mapping[str, Any]) -> None:

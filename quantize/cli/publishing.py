@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..quoting import argument, shell
 from .options import resolve_device
 from .output import gigabytes, say, stage_reporter, tell
 
@@ -45,9 +46,10 @@ def push_made(checkpoint: Path, source: Checkpoint, repo: str) -> PushResult:
 
     is_kept = not isinstance(source.content, RemoteShards)
     if not is_kept:
+        command = shell(["nvquant", "push", argument(checkpoint), repo, "--against", argument(source.name)])
         say(
-            f"Numbers are not measured, since --low-disk kept no weights: `nvquant push {checkpoint} {repo} --against "
-            f"{source.name}` measures them and adds them to the card."
+            f"Numbers are not measured, since --low-disk kept no weights: `{command}` measures them and adds them to "
+            f"the card."
         )
     document = proved(checkpoint, source if is_kept else None, None)
     return push(PushRequest(checkpoint, repo, document, source=source.folder, say=say))

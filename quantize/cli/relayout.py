@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..format.layouts import FORMAT_NAMES, LAYOUTS
+from ..quoting import argument, shell
 from .options import debug_option, json_option, open_model
 from .output import emit_json, gigabytes, say, tell
 
@@ -43,4 +44,4 @@ def command(checkpoint: str, format_name: str, output: Path, as_json: bool) -> N
         f"{result.output}: {result.tensors} tensors, {gigabytes(result.tensor_bytes)}, {result.quantized} matrices in "
         f"the {result.format} layout in {result.seconds:.1f} s; global scales {how}."
     )
-    say(f"Next: nvquant verify {result.output}")
+    say(f"Next: {shell(['nvquant', 'verify', argument(result.output)])}")

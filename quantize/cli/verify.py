@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..checkpoint.places import refuse_link
 from ..checkpoint.source import read_json
 from ..errors import InputError
 from .annotations import AnnotatedCommand, write_annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..verify.report import Check, Report
     from ..verify.run import VerifyOptions
 
+REPORT_NAMES = ("report.html", "report.md", "report.json", "junit.xml")
 STAGES = ("structure", "numerics", "serve")
 EXAMPLES = """
 \b
@@ -115,6 +117,7 @@ def command(
 
     for folder in (report_folder, None if junit is None else junit.parent):
         _check_writable(folder)
+    _refuse_links(report_folder, junit)
     remote = find_remote(checkpoint)
     source = None if model is None else open_model(model)
     asked = stages or (("structure",) if model is None else ("structure", "numerics"))
@@ -151,6 +154,15 @@ def _options(stages: tuple[str, ...], measured: dict[str, Any], log_folder: Path
     serve = take_serve_options(measured)
     numerics = NumericsOptions(**measured)
     return VerifyOptions(tuple(stage for stage in IN_ORDER if stage in stages), numerics, serve, log_folder)
+
+
+def _refuse_links(report_folder: Path | None, junit: Path | None) -> None:
+    """Refuse, before hours of work, a report that would be written through a link."""
+    if report_folder is not None:
+        for name in REPORT_NAMES:
+            refuse_link(report_folder / name)
+    if junit is not None:
+        refuse_link(junit, "--junit")
 
 
 def _check_writable(folder: Path | None) -> None:

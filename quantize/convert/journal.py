@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.places import own_folder
 from ..checkpoint.source import read_json
 from ..checkpoint.writer import sync_folder, write_json
 from ..errors import CheckFailed, InputError
 from ..plan.plan import PlannedShard
-from .manifest_form import ShardRecord, held_to
+from .manifest_form import FileNames, ShardRecord, held_to
 
 STATE_FOLDER = "nvquant_run"
 CLEARED_FOLDER = "nvquant_run.cleared"
 IDENTITY_NAME = "identity.json"
+LIST_NAME = "files.json"
 _HASH_CHUNK_BYTES = 16 << 20
 _HASH_THREADS = 4
 
@@ -50,9 +52,25 @@ class Journal:
         except InputError as error:
             raise CheckFailed(f"{path} is damaged: begin anew with --restart.") from error
 
-    def begin(self, identity: Mapping[str, Any]) -> None:
-        """Note whose run this is."""
-        self.folder.mkdir(exist_ok=True)
+    def listed(self) -> frozenset[str] | None:
+        """Names of the shards that the run is going to write; None where no list tells."""
+        path = self.folder / LIST_NAME
+        if self.folder.is_symlink() or not path.is_file():
+            return None
+        try:
+            return frozenset(held_to(FileNames, read_json(path, ""), str(path)).files)
+        except InputError:
+            return None
+
+    def begin(self, identity: Mapping[str, Any], files: Iterable[str] = ()) -> None:
+        """Note whose run this is.
+
+        Args:
+            files: names of the shards that it is going to write.
+        """
+        own_folder(self.folder)
+        if names := sorted(files):
+            write_json(self.folder / LIST_NAME, {"files": names})
         write_json(self.folder / IDENTITY_NAME, identity)
         sync_folder(self.partial)
 

@@ -128,6 +128,12 @@ class ManifestForm(_Form):
     files: dict[FileName, Sha256]
 
 
+class FileNames(_Form):
+    """Of a manifest, or of a journal's list, the names of files alone."""
+
+    files: dict[FileName, str] | tuple[FileName, ...]
+
+
 class ShardRecord(_Form):
     """A shard in a run's journal; `layer` is None for the rest of the model."""
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.hub.shards import DownloadedShards
+from ..checkpoint.places import refuse_link
 from ..checkpoint.source import Checkpoint, read_json
 from ..checkpoint.writer import sync_folder
 from ..errors import InputError
-from .journal import CLEARED_FOLDER, STATE_FOLDER, Journal
+from .journal import STATE_FOLDER, Journal
 from .manifest import MANIFEST_NAME, difference
+from .ownership import is_ours, refuse_foreign, remove_own
 
 PARTIAL_SUFFIX = ".partial"
 SLACK_BYTES = 64 << 20  # side files, index, manifest
-_OURS = (CLEARED_FOLDER, MANIFEST_NAME, STATE_FOLDER)  # one of them is in every partial folder that is not empty
 
 
 def partial_folder(output: Path) -> Path:
@@ -40,6 +41,16 @@ def check_output(output: Path, needed_bytes: int, source: Path) -> None:
     Raises:
         InputError: it exists and is not nvquant's, or would overwrite the source, or there is not enough disk.
     """
+    try:
+        _check_places(output, source)
+        _check_room(output, needed_bytes)
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise InputError(
+            f"-o {output} cannot be written to ({error.strerror}): choose another folder with -o."
+        ) from error
+
+
+def _check_places(output: Path, source: Path) -> None:
     if source.resolve().is_relative_to(output.resolve()):
         raise InputError(f"-o {output} is the source itself, or holds it: choose another folder.")
     if output.exists():
@@ -48,8 +59,17 @@ def check_output(output: Path, needed_bytes: int, source: Path) -> None:
                 f"-o {output} exists and was not made by nvquant: choose another folder, or remove it yourself."
             )
     partial = partial_folder(output)
-    if partial.exists() and (not partial.is_dir() or not _is_ours(partial)):
-        raise InputError(f"{partial} exists and was not made by nvquant: remove it, or choose another folder with -o.")
+    for folder in (partial, _replaced_folder(output)):
+        refuse_link(folder)
+        refuse_link(folder / STATE_FOLDER)
+        if folder.exists() and not (folder.is_dir() and is_ours(folder)):
+            raise InputError(
+                f"{folder} exists and was not made by nvquant: remove it, or choose another folder with -o."
+            )
+
+
+def _check_room(output: Path, needed_bytes: int) -> None:
+    partial = partial_folder(output)
     parent = _existing_parent(partial)
     freed = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
     free = shutil.disk_usage(parent).free + freed
@@ -67,9 +87,11 @@ def check_finished(output: Path, identity: Mapping[str, Any], restart: bool) -> 
         InputError: it was made by another run, and may not be replaced.
     """
     path = output / MANIFEST_NAME
+    if restart and output.is_dir():
+        refuse_foreign(output, "--restart")
     if restart or not path.exists():
         return False
-    shutil.rmtree(_replaced_folder(output), ignore_errors=True)
+    _drop_replaced(output)
     differs = difference(read_json(path, "nvquant writes one"), identity)
     if differs is not None:
         raise InputError(
@@ -88,8 +110,9 @@ def locked_partial(output: Path) -> Iterator[Path]:
     """
     partial = partial_folder(output)
     try:
+        refuse_link(partial)
         partial.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY)
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise InputError(f"{partial} cannot be made ({error.strerror}): choose another folder with -o.") from error
     try:
@@ -107,13 +130,14 @@ def locked_partial(output: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def open_partial(partial: Path, identity: Mapping[str, Any], restart: bool) -> Journal:
+def open_partial(partial: Path, identity: Mapping[str, Any], restart: bool, files: Iterable[str] = ()) -> Journal:
     """Continue what an earlier run of this identity left in the partial folder, or begin.
 
     Args:
-        restart: drop what is there, whatever it is.
+        restart: drop what an earlier run wrote there.
+        files: names of the shards that the run is going to write.
     Raises:
-        InputError: it holds another run.
+        InputError: it holds another run, or something that nvquant did not write.
         CheckFailed: what says whose run it holds is damaged.
     """
     journal = Journal(partial)
@@ -126,21 +150,17 @@ def open_partial(partial: Path, identity: Mapping[str, Any], restart: bool) -> J
             f"{partial} holds a run that is not this one ({differs}): use the same files and options to continue it, "
             f"or --restart to begin anew."
         )
-    empty_folder(partial)
-    journal.begin(identity)
+    refuse_link(journal.folder)
+    refuse_foreign(partial, "--restart" if restart else "a new run")
+    remove_own(partial)
+    journal.begin(identity, files)
     return journal
-
-
-def empty_folder(folder: Path) -> None:
-    """Remove all that a folder holds, its records last: what is left of it is still known to be nvquant's."""
-    for path in sorted(folder.iterdir(), key=lambda path: _OURS.index(path.name) if path.name in _OURS else -1):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def remove_partial(partial: Path) -> None:
     """Remove a partial folder, as far as the system lets us."""
     with suppress(OSError):
-        empty_folder(partial)
+        remove_own(partial)
         partial.rmdir()
 
 
@@ -168,20 +188,20 @@ def publish(partial: Path, output: Path) -> None:
     folder, replaced = output.resolve(), _replaced_folder(output)
     Journal(partial).clear()
     sync_folder(partial)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _drop_replaced(output)
     with suppress(FileNotFoundError):
         folder.rename(replaced)
     partial.rename(folder)
     sync_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _drop_replaced(output)
 
 
 @contextmanager
-def fresh_partial(output: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
+def fresh_partial(output: Path, identity: Mapping[str, Any], files: Iterable[str] = ()) -> Iterator[Path]:
     """An empty partial folder for this process alone, for work that is not resumed; after an error nothing is left."""
     finish_publishing(output)
     with locked_partial(output) as partial:
-        open_partial(partial, identity, restart=True)
+        open_partial(partial, identity, True, files)
         try:
             yield partial
         except BaseException:
@@ -212,8 +232,11 @@ def check_cache(source: Checkpoint, output: Path, output_bytes: int) -> None:
         )
 
 
-def _is_ours(partial: Path) -> bool:
-    return any((partial / name).exists() for name in _OURS) or not any(partial.iterdir())
+def _drop_replaced(output: Path) -> None:
+    """Remove the output that another has replaced, as far as nvquant wrote it and the system lets us."""
+    replaced = _replaced_folder(output)
+    if replaced.is_dir() and not replaced.is_symlink():
+        remove_partial(replaced)
 
 
 def _existing_parent(path: Path) -> Path:

@@ -13,6 +13,7 @@ import torch
 
 from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import ATTENTION, import_model_code
+from ..checkpoint.places import own_folder
 from ..checkpoint.sidefiles import read_side_file, side_files
 from ..checkpoint.source import INDEX_NAME, open_checkpoint, read_json
 from ..checkpoint.writer import write_bytes, write_json
@@ -139,7 +140,8 @@ def _begin(plan: Plan, options: ConvertOptions, identity: Mapping[str, Any], hel
                 begun = _Begun(journal, {}, is_finished=True)
             else:
                 partial = held.enter_context(locked_partial(options.output))
-                journal = open_partial(partial, identity, options.restart)
+                files = [shard.file for shard in plan.shards]
+                journal = open_partial(partial, identity, options.restart, files)
                 begun = _Begun(journal, journal.done(plan.shards))
     with ranks.step():
         first, found = ranks.exchange((begun, identity))[0]
@@ -175,7 +177,7 @@ def _finish(
 def write_side_files(plan: Plan, folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Copy the source's side files (tokenizer, chat template, …) and write the output's own configs."""
     for name in side_files(plan.source.folder):
-        (folder / name).parent.mkdir(exist_ok=True)
+        own_folder((folder / name).parent)
         write_bytes(folder / name, read_side_file(plan.source.folder, name))
     for name, config in configs.items():
         write_json(folder / name, config)

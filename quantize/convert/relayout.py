@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..checkpoint.places import own_folder
 from ..checkpoint.sidefiles import read_side_file, side_files
 from ..checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, read_json, tensor_bytes
 from ..checkpoint.writer import TensorEntry, order_entries, write_bytes, write_json, write_shard
@@ -104,7 +105,7 @@ def relayout(source: Checkpoint, target: Layout, output: Path) -> RelayoutResult
     shards = _shards(source, matrices, layout, target, scalars)
     planned = [PlannedShard(file, None, tuple(move.entry for move in moves)) for file, moves in shards.items()]
     check_output(output, sum(shard.file_bytes for shard in planned), source.folder)
-    with fresh_partial(output, {"relayout": target.name, "source": source_identity(source)}) as partial:
+    with fresh_partial(output, {"relayout": target.name, "source": source_identity(source)}, shards) as partial:
         hashes = {file: _write_shard(source, partial / file, moves) for file, moves in shards.items()}
         _write_other_files(source, partial, planned, configs)
         if manifest:
@@ -358,7 +359,7 @@ def _write_other_files(
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
     for name in side_files(source.folder):
-        (partial / name).parent.mkdir(exist_ok=True)
+        own_folder((partial / name).parent)
         write_bytes(partial / name, read_side_file(source.folder, name))
     for name, config in configs.items():
         write_json(partial / name, config)

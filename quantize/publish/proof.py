@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoint.source import Checkpoint, read_json
 from ..errors import InputError
+from ..quoting import argument, shell
 from ..report.document import at, document, publishable, stages_run
 from ..verify.contents import checkpoint_identity
 from ..verify.numerics.stage import NumericsOptions
@@ -69,7 +70,7 @@ def read_earlier(path: Path, folder: Path) -> dict[str, Any]:
     if stated != actual:
         raise InputError(
             f"{path} is of another checkpoint ({of_checkpoint.get('name')}, or an earlier state of it): write it again "
-            f"with `nvquant verify {folder} --json`."
+            f"with `{shell(['nvquant', 'verify', argument(folder), '--json'])}`."
         )
     return publishable({"numerics": None, "serve": None, "bench": None, **found})
 

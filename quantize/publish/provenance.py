@@ -14,7 +14,7 @@ from ..checkpoint.source import read_json
 from ..convert.manifest import MANIFEST_NAME
 from ..convert.manifest_form import ManifestForm, held_to
 from ..errors import InputError
-from ..quoting import shell
+from ..quoting import argument, shell
 from ..report.document import at, rows
 from ..report.parts import Column, Table
 from ..report.words import ABSENT, number
@@ -96,9 +96,7 @@ def convert_command(provenance: Provenance) -> str | None:
     if form.quantizer != form.recipe.quantizer:
         words += ["--quantizer", form.quantizer]
     if form.calibration is not None:
-        # As one word, so that a name which begins with a dash is no option.
-        name = form.calibration.name
-        words += [f"--calibration={name}"] if name.startswith("-") else ["--calibration", name]
+        words += ["--calibration", argument(form.calibration.name)]
         words += ["--samples", str(form.calibration.samples)]
         for option, value in (
             ("--sequence-length", form.calibration.sequence_length),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from ..checkpoint.places import write_whole
 from ..quoting import visible
 from ..verify.report import NOT_READ, Report
 from .document import STAGES, document, stages_run
@@ -29,7 +30,7 @@ def write_junit(report: Report, path: Path) -> Path:
         root.set(name, str(sum(int(suite.get(name, "0")) for suite in root)))
     ElementTree.indent(root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n")
+    write_whole(path, ElementTree.tostring(root, encoding="utf-8", xml_declaration=True) + b"\n")
     return path
 
 

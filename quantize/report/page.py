@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import __version__
-from ..quoting import one_line, shell
+from ..quoting import argument, one_line, shell
 from .document import at, stages_run
 from .measured import (
     accuracy_notes,
@@ -66,10 +66,10 @@ def _subtitle(checkpoint: Mapping[str, Any]) -> str:
 def _command(whole: Mapping[str, Any]) -> str:
     """The command that gives this report, as far as the document tells."""
     name = str(whole["checkpoint"].get("name") or "CHECKPOINT")
-    words = ["nvquant", "verify", f"./{name}" if name.startswith("-") else name]
+    words = ["nvquant", "verify", argument(name)]
     source = whole["checkpoint"].get("source") or at(whole, "numerics", "source")
     if source:
-        words += [f"--against={source}"] if str(source).startswith("-") else ["--against", str(source)]
+        words += ["--against", argument(source)]
     for stage in stages_run(whole):
         words += ["--stage", stage]
     for key, option in LIMITS.items():

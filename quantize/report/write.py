@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.places import write_whole
 from ..verify.report import Report
 from .document import document
 from .html import render_html
@@ -36,5 +37,5 @@ def write_report(report: Report, folder: Path, bench: Mapping[str, Any] | None =
     }
     for name, text in texts.items():
         # A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
-        (folder / name).write_bytes(text.encode("utf-8", errors="replace"))
+        write_whole(folder / name, text.encode("utf-8", errors="replace"))
     return [*(folder / name for name in texts), write_junit(report, folder / "junit.xml")]

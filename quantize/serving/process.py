@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..checkpoint.places import new_file, write_whole
+from ..errors import InputError
 from ..quoting import HIDDEN, secrets_among, without_secrets
 from . import guard
 from .guard import GRACE_SECONDS, descendants
@@ -30,7 +32,7 @@ class ServerProcess:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
         self._secrets = secrets_among(command)
-        with log.open("wb") as output:
+        with new_file(log) as output:
             self._process = subprocess.Popen(
                 # -I: nothing of the caller's Python settings; -S: no site packages, which take a second to find.
                 [sys.executable, "-I", "-S", guard.__file__, *command],
@@ -92,10 +94,10 @@ class ServerProcess:
 
     def _clean_log(self) -> None:
         """A log lies beside a report, and goes where that goes."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, InputError):
             cleaned = self.read_log()
             if cleaned != self.log.read_text(errors="replace"):
-                self.log.write_text(cleaned, errors="replace")
+                write_whole(self.log, cleaned.encode(errors="replace"))
 
 
 def _proportional_bytes(pid: int) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from nvquant.checkpoint.places import write_whole
+from nvquant.checkpoint.writer import write_json
 from nvquant.convert.journal import CLEARED_FOLDER, IDENTITY_NAME, STATE_FOLDER, Journal
 from nvquant.convert.manifest import MANIFEST_NAME
 from nvquant.convert.output import (
@@ -134,17 +136,19 @@ def test_a_finished_output_is_known_by_its_identity(tmp_path: Path) -> None:
         check_finished(output, {"nvquant": "2"}, restart=False)
 
 
-@pytest.mark.parametrize("before", [None, (), ("old.safetensors",)], ids=["nothing", "empty", "moved away"])
+@pytest.mark.parametrize(
+    "before", [None, (), ("model-00001-of-00001.safetensors",)], ids=["nothing", "empty", "moved away"]
+)
 def test_a_whole_output_gets_the_name_that_a_killed_run_did_not_give_it(
     tmp_path: Path, before: tuple[str, ...] | None
 ) -> None:
     output = tmp_path / "out"
-    filled(tmp_path / "out.partial", MANIFEST_NAME, "new.safetensors")
-    filled(tmp_path / "out.partial" / CLEARED_FOLDER, "new.safetensors.json")
+    filled(tmp_path / "out.partial", MANIFEST_NAME, "model.safetensors")
+    filled(tmp_path / "out.partial" / CLEARED_FOLDER, "model.safetensors.json")
     if before is not None:
         filled(tmp_path / ".out.nvquant-replaced" if before else output, *before)
     finish_publishing(output)
-    assert sorted(path.name for path in output.iterdir()) == ["new.safetensors", MANIFEST_NAME]
+    assert sorted(path.name for path in output.iterdir()) == ["model.safetensors", MANIFEST_NAME]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -156,15 +160,15 @@ def test_what_is_not_whole_or_would_replace_an_output_is_not_published(tmp_path:
     finish_publishing(output)
     assert not output.exists()
     Journal(partial).clear()
-    filled(output, MANIFEST_NAME, "old.safetensors")
+    filled(output, MANIFEST_NAME, "model-00001-of-00001.safetensors")
     finish_publishing(output)
-    assert (output / "old.safetensors").exists()
+    assert (output / "model-00001-of-00001.safetensors").exists()
     assert partial.exists()
 
 
 def test_a_partial_folder_is_removed_but_for_nothing(tmp_path: Path) -> None:
     partial = left_by(tmp_path / "out.partial", {}, "config.json", MANIFEST_NAME)
-    filled(partial / "processor", "config.json")
+    filled(partial / "additional_chat_templates", "tool.jinja")
     remove_partial(partial)
     assert not any(tmp_path.iterdir())
 
@@ -224,19 +228,19 @@ def test_the_partial_folder_lies_beside_the_output(tmp_path: Path, monkeypatch: 
 
 
 def test_publishing_replaces_an_earlier_output(tmp_path: Path) -> None:
-    output = filled(tmp_path / "out", MANIFEST_NAME, "old.safetensors")
-    partial = left_by(tmp_path / "out.partial", {}, MANIFEST_NAME, "new.safetensors")
+    output = filled(tmp_path / "out", MANIFEST_NAME, "model-00001-of-00001.safetensors")
+    partial = left_by(tmp_path / "out.partial", {}, MANIFEST_NAME, "model.safetensors")
     publish(partial, output)
-    assert sorted(path.name for path in output.iterdir()) == ["new.safetensors", MANIFEST_NAME]
+    assert sorted(path.name for path in output.iterdir()) == ["model.safetensors", MANIFEST_NAME]
     assert not partial.exists()
 
 
 def test_publishing_through_a_link_keeps_the_link(tmp_path: Path) -> None:
-    target = filled(tmp_path / "disk" / "out", MANIFEST_NAME, "old.safetensors")
+    target = filled(tmp_path / "disk" / "out", MANIFEST_NAME, "model-00001-of-00001.safetensors")
     link = link_to(target, tmp_path / "out")
-    publish(left_by(tmp_path / "disk" / "out.partial", {}, MANIFEST_NAME, "new.safetensors"), link)
+    publish(left_by(tmp_path / "disk" / "out.partial", {}, MANIFEST_NAME, "model.safetensors"), link)
     assert link.is_symlink()
-    assert sorted(path.name for path in target.iterdir()) == ["new.safetensors", MANIFEST_NAME]
+    assert sorted(path.name for path in target.iterdir()) == ["model.safetensors", MANIFEST_NAME]
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
@@ -245,3 +249,82 @@ def test_a_partial_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) ->
     with pytest.raises(InputError, match=r"out\.partial cannot be made \(Not a directory\)"):
         with locked_partial(tmp_path / "file" / "out"):
             pass
+
+
+@pytest.mark.parametrize("name", ["out.partial", ".out.nvquant-replaced", "out.partial/nvquant_run"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, source: Path, name: str) -> None:
+    elsewhere = filled(tmp_path / "elsewhere", MANIFEST_NAME, "precious")
+    link = tmp_path / name
+    link.parent.mkdir(exist_ok=True)
+    link_to(elsewhere, link)
+    with pytest.raises(InputError, match="is a link, and nvquant writes through none"):
+        check_output(tmp_path / "out", 1000, source)
+    with pytest.raises(InputError, match="is a link, and nvquant writes through none"):
+        with locked_partial(tmp_path / "out") as partial:
+            open_partial(partial, {"nvquant": "1"}, restart=True)
+            check_output(tmp_path / "out", 1000, source)
+    assert sorted(path.name for path in elsewhere.iterdir()) == [MANIFEST_NAME, "precious"]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("foreign", ["precious", "model-00009-of-00009.safetensors", "notes", "config.json.bak"])
+def test_restart_removes_only_what_the_journal_lists(tmp_path: Path, listed: bool, foreign: str) -> None:
+    shard = "model-00001-of-00004.safetensors"
+    partial = filled(tmp_path / "out.partial", shard, f"{shard}.tmp", "config.json", "tokenizer.json")
+    Journal(partial).begin({"nvquant": "1"}, [shard] if listed else ())
+    if foreign == "notes":
+        filled(partial / foreign, "text")
+    else:
+        filled(partial, foreign)
+    if not listed and foreign.startswith("model-"):
+        return  # without a list the form of a name tells
+    with locked_partial(tmp_path / "out") as locked:
+        with pytest.raises(InputError, match=f"holds {foreign}, which nvquant did not write"):
+            open_partial(locked, {"nvquant": "2"}, restart=True)
+        assert sorted(path.name for path in partial.iterdir()) == sorted(
+            [shard, f"{shard}.tmp", "config.json", "tokenizer.json", STATE_FOLDER, foreign]
+        )
+        (partial / foreign).rename(tmp_path / "moved")
+        open_partial(locked, {"nvquant": "2"}, restart=True)
+    assert [path.name for path in partial.iterdir()] == [STATE_FOLDER]
+
+
+@pytest.mark.parametrize(
+    "manifest", ["{}", '{"files": {"model.safetensors": "00"}}', "not JSON", '{"files": {"../x": ""}}']
+)
+def test_restart_replaces_no_output_with_something_foreign_in_it(tmp_path: Path, manifest: str) -> None:
+    output = filled(tmp_path / "out", "model.safetensors", "config.json", "precious")
+    (output / MANIFEST_NAME).write_text(manifest)
+    with pytest.raises(InputError, match="holds precious, which nvquant did not write, so --restart does not remove"):
+        check_finished(output, {"nvquant": "1"}, restart=True)
+    (output / "precious").unlink()
+    assert not check_finished(output, {"nvquant": "1"}, restart=True)
+
+
+def test_a_foreign_folder_under_the_name_for_replaced_outputs_is_kept(tmp_path: Path, source: Path) -> None:
+    foreign = filled(tmp_path / ".out.nvquant-replaced", "precious")
+    with pytest.raises(InputError, match="nvquant-replaced exists and was not made by nvquant"):
+        check_output(tmp_path / "out", 1000, source)
+    publish(left_by(tmp_path / "out.partial", {}, MANIFEST_NAME, "model.safetensors"), tmp_path / "out")
+    assert (foreign / "precious").exists()
+
+
+def test_a_link_under_a_temporary_name_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("victim")
+    link_to(victim, tmp_path / "config.json.tmp")
+    write_json(tmp_path / "config.json", {"a": 1})
+    assert victim.read_text() == "victim"
+    assert json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
+    assert not (tmp_path / "config.json").is_symlink()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_json(tmp_path / "a.json", {})
+        write_whole(tmp_path / "b.html", b"")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~mask}

@@ -59,3 +59,15 @@ def test_a_file_is_known_by_gits_hash_or_by_its_sha256(tmp_path: Path) -> None:
 def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone\.json cannot be read \(No such file or directory\)"):
         hash_files([LocalFile("gone.json", tmp_path / "gone.json")])
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "generation_config.json", "additional_chat_templates/x.jinja"])
+def test_a_link_that_leads_out_of_the_folder_is_refused_by_name(copy: Callable[[], Path], name: str) -> None:
+    folder = copy()
+    secret = folder.parent / "secret"
+    secret.write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(InputError, match=name):
+        checkpoint_files(folder)
