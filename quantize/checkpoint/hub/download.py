@@ -20,14 +20,20 @@ from .repository import OTHERWISE, HubFile, HubModel
 logger = logging.getLogger("nvquant.checkpoint.hub")
 
 _HASH_CHUNK_BYTES = 16 << 20
+MOST_UNSIZED_BYTES = 100_000_000  # of a file whose size nobody tells
 _MARKS = ".nvquant"  # beside the cache's own blobs, refs and snapshots
 
 
 @dataclass
 class Counter:
-    """Counts the bytes of a download as they come; read by other threads."""
+    """Counts the bytes of a download as they come; read by other threads.
+
+    Attributes:
+        most: as many as may come; None for no limit.
+    """
 
     bytes: int = 0
+    most: int | None = None
 
     def bar(self) -> type[Any]:
         """What huggingface_hub takes for the class of its progress bars: one that shows nothing and counts here."""
@@ -41,6 +47,11 @@ class Counter:
 
             def update(self, n: float | None = 1) -> bool | None:
                 counter.bytes += int(n or 0)
+                if counter.most is not None and counter.bytes > counter.most:
+                    raise InputError(
+                        f"A file of the Hub came with more than the {counter.most:,} bytes that were published: check "
+                        f"HF_ENDPOINT and the network."
+                    )
                 return None
 
         return Bar
@@ -68,9 +79,10 @@ def download(model: HubModel, name: str, closed: threading.Event | None = None, 
             published one.
     """
     file = model.file(name)
-    closed = closed or threading.Event()
+    closed, counter = closed or threading.Event(), counter or Counter()
+    counter.most = MOST_UNSIZED_BYTES if file.size is None else file.size
     for attempt in range(2):
-        path = _fetch(model, name, closed, counter or Counter())
+        path = _fetch(model, name, closed, counter)
         fault = _fault(file, path)
         if fault is None:
             return path

@@ -51,6 +51,10 @@ def hub_errors(what: str, repo: str, revision: str | None = None, otherwise: str
         raise HubError(_unreachable(what, where, otherwise)) from error
     except errors.HFValidationError as error:
         raise HubError(f"{repo} is not a name that the Hub can have: give it as org/name.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise HubError(
+            f"Hub {what} {where}: the server's answer is not of the Hub's form: check HF_ENDPOINT and the network."
+        ) from error
 
 
 def network_error() -> type[Exception]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import get_session, hf_hub_download
 from huggingface_hub.hf_api import ModelInfo
+from nvquant.checkpoint.hub import guarded
 from nvquant.checkpoint.hub.download import download
 from nvquant.checkpoint.hub.forms import commit_of, etag_of, file_name_of, hash_of, repo_of, size_of
 from nvquant.checkpoint.hub.guarded import guard_client, may_have_token
@@ -147,13 +150,8 @@ def other() -> Iterator[tuple[str, list[dict[str, str]]]]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", seen
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with listening(Handler) as url:
+        yield url, seen
 
 
 def test_a_token_follows_no_redirect_to_another_port(
@@ -187,3 +185,94 @@ def test_a_token_follows_no_redirect_to_another_port(
 def test_the_hub_is_known_by_scheme_host_and_port(address: str, is_trusted: bool) -> None:
     guard_client("https://hub.example")
     assert may_have_token(address) is is_trusted
+
+
+class Telling(BaseHTTPRequestHandler):
+    """Answers everything with the same body."""
+
+    body = b""
+    encoding: str | None = None
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.body)))
+        if self.encoding:
+            self.send_header("Content-Encoding", self.encoding)
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(
+            b"",
+            b"null",
+            b"5",
+            b"[]",
+            b"{}",
+            b"<html>",
+            b"\xff\xfe",
+            b"[" * 200_000,
+            b'{"id": 5}',
+            b'{"id": "a/b", "siblings": 5}',
+        ),
+        *(b'{"id": "a/b", "siblings": [{}]}', b'{"id": "a/b", "sha": null, "siblings": [{"rfilename": 5}]}'),
+        b'{"id": "a/b", "lastModified": 5, "siblings": []}',
+    ],
+    ids=lambda body: repr(body[:30]),
+)
+def test_an_answer_of_another_form_is_one_sentence(hub: HubServer, body: bytes) -> None:
+    with listening(type("Bound", (Telling,), {"body": body})) as url, pytest.raises(InputError):
+        find_model(NAME, endpoint=url)
+
+
+def test_a_compressed_answer_is_not_unpacked(hub: HubServer) -> None:
+    bomb = gzip.compress(b" " * (64 << 20))
+    with listening(type("Bound", (Telling,), {"body": bomb, "encoding": "gzip"})) as url:
+        with pytest.raises(InputError, match="is compressed, which nobody asked for"):
+            find_model(NAME, endpoint=url)
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Begins to answer, and goes on for as long as somebody listens."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        with suppress(OSError):
+            while True:
+                self.wfile.write(b" " * (1 << 16))
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def test_an_answer_of_the_hub_has_an_end(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guarded, "MOST_ANSWER_BYTES", 1 << 20)
+    with listening(Endless) as url, pytest.raises(InputError, match="has no end"):
+        find_model(NAME, endpoint=url)
+
+
+def test_a_file_has_no_more_bytes_than_were_published(hub: HubServer) -> None:
+    model = find_model(NAME)
+    short = replace(model, files={**model.files, FIRST: replace(model.files[FIRST], size=1000)})
+    with pytest.raises(InputError, match="more than the 1,000 bytes that were published"):
+        download(short, FIRST)
