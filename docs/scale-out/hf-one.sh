@@ -7,8 +7,8 @@ owner=${1:?usage: hf-one.sh OWNER [MODEL] [RECIPE]}
 model=${2:-google/gemma-4-31b}
 recipe=${3:-nvfp4}
 
-# The token goes as a secret, read from the environment or the login. Without --timeout a job ends after half an hour.
-# What stands in single quotes is for the job's shell. (Not bash -e: hf would take that option for its own.)
+# hf passes the token as a secret, from the environment or the login. Without --timeout a job ends after half an hour.
+# The job's shell expands the text in single quotes. (bash -e does not work here, because hf takes the option for its own.)
 # shellcheck disable=SC2016
 hf jobs run --detach --flavor h200 --timeout 2h --secrets HF_TOKEN \
     --env MODEL="$model" --env RECIPE="$recipe" --env TARGET="$owner/${model##*/}-$recipe" \

@@ -2,7 +2,7 @@
 
 usage: hf auth login; python hf_fleet.py OWNER [models.txt] [--flavor h200] [--timeout 2h]
 
-Prints a line for each job: the model that it makes, and where its log is.
+Prints a line for each job, with the model that it makes and the address of its log.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("owner")
     parser.add_argument("models", type=Path, nargs="?", default=Path(__file__).with_name("models.txt"))
     parser.add_argument("--flavor", default="h200")
-    parser.add_argument("--timeout", default="2h", help="a job that takes longer is ended, and its disk is lost")
+    parser.add_argument("--timeout", default="2h", help="A job that takes longer is ended, and its disk is lost.")
     options = parser.parse_args()
     token = get_token()
     if token is None:
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def requests(listed: str, owner: str, token: str) -> Iterator[dict[str, Any]]:
-    """What `run_job` is to be called with, for each line `MODEL RECIPE`; the token goes as a secret."""
+    """The arguments of `run_job` for each line `MODEL RECIPE`. The token is passed as a secret."""
     for line in listed.splitlines():
         words = line.partition("#")[0].split()
         if words:
