@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, NvquantError
 from ..recipe.roles import text_config
-from .skeleton import Skeleton
+from .skeleton import Skeleton, computing_on
+
+MOST_OUTPUTS = 3  # of a decoder layer: the hidden state, attention weights, a state or a router's logits
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class TensorPool:
         return value
 
 
+class _Handed:
+    """Stands for what a layer gives beside the hidden state: attention weights that nobody asked for, as a rule, and in
+    some models a state that the next layer takes."""
+
+
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: notes its arguments and hands the hidden state on untouched."""
 
@@ -88,7 +95,8 @@ class _Recorder(nn.Module):
         else:
             hidden = kwargs.pop("hidden_states")
         hidden = self._log.note(hidden, LayerCall(args, kwargs))
-        return (hidden,) if self._log.as_tuple else hidden
+        form = self._log.form
+        return (hidden, *(_Handed() for _ in range(form - 1))) if form else hidden
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -101,16 +109,18 @@ class _Log:
     """What the recorders saw.
 
     Attributes:
+        form: of how many values a layer's output is made; 0 for the hidden state itself.
         given: takes the place of what enters the first layer.
         output: of the model.
+        hands_more: a layer was given what the one before it gave beside the hidden state.
     """
 
-    def __init__(self, as_tuple: bool, given: Tensor | None) -> None:
-        self.as_tuple, self.given = as_tuple, given
+    def __init__(self, form: int, given: Tensor | None) -> None:
+        self.form, self.given = form, given
         self.hidden: Tensor | None = None
         self.output: Any = None
         self.calls: list[LayerCall] = []
-        self.is_chain = True
+        self.is_chain, self.hands_more = True, False
         self.error: Exception | None = None
 
     def note(self, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -118,8 +128,15 @@ class _Log:
         if self.hidden is None:
             self.hidden = hidden = hidden if self.given is None else self.given
         self.is_chain = self.is_chain and hidden is self.hidden
+        self.hands_more |= any(_holds_handed(value) for value in (*call.args, *call.kwargs.values()))
         self.calls.append(call)
         return hidden
+
+
+def _holds_handed(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_holds_handed, value))
+    return isinstance(value, _Handed)
 
 
 def record_batches(skeleton: Skeleton, batches: Sequence[Tensor]) -> Iterator[RecordedBatch]:
@@ -137,15 +154,15 @@ def record_batches(skeleton: Skeleton, batches: Sequence[Tensor]) -> Iterator[Re
     shapes: dict[torch.Size, _Shape] = {}
     unusual = torch.tensor(sorted(_placeholder_ids(skeleton)), dtype=torch.int64)
     has_unusual = bool(torch.isin(torch.cat([batch.flatten() for batch in batches]), unusual).any())
-    as_tuple = False
+    form = 0
     for batch in batches:
         shape = shapes.setdefault(batch.shape, _Shape())
         is_usual = not (has_unusual and bool(torch.isin(batch, unusual).any()))
         if is_usual and shape.is_settled:
             yield RecordedBatch(_embed(skeleton, batch), shape.fresh_calls())
             continue
-        log = _run_chain(skeleton, batch, as_tuple)
-        as_tuple = log.as_tuple
+        log = _run_chain(skeleton, batch, form)
+        form = log.form
         assert log.hidden is not None
         recorded = RecordedBatch(log.hidden, pool.share(log.calls))
         if is_usual:
@@ -234,7 +251,7 @@ def finish_batch(skeleton: Skeleton, batch: Tensor, hidden: Tensor) -> Tensor:
     Raises:
         InputError: the model computes between its layers.
     """
-    log = _run_chain(skeleton, batch, as_tuple=False, given=hidden)
+    log = _run_chain(skeleton, batch, given=hidden)
     finished: Tensor = log.output.last_hidden_state
     return finished
 
@@ -257,12 +274,20 @@ def _embed(skeleton: Skeleton, batch: Tensor) -> Tensor:
     return hidden
 
 
-def _run_chain(skeleton: Skeleton, batch: Tensor, as_tuple: bool, given: Tensor | None = None) -> _Log:
-    log = _run(skeleton, batch, as_tuple, given)
-    if not log.is_chain and not as_tuple:  # layers of this model may return tuples
-        log = _run(skeleton, batch, True, given)
+def _run_chain(skeleton: Skeleton, batch: Tensor, form: int = 0, given: Tensor | None = None) -> _Log:
+    """Run the model with recorders for layers, whose output has the form that its loop takes apart."""
+    log = _run(skeleton, batch, form, given)
+    for other in range(form + 1, MOST_OUTPUTS + 1):
+        if log.is_chain:
+            break
+        log = _run(skeleton, batch, other, given)
+    name = type(skeleton.decoder).__name__
+    if log.hands_more:
+        raise InputError(
+            f"{name} hands more than a hidden state from one decoder layer to the next, which the layer-by-layer walk "
+            f"cannot follow: use a weight-only recipe."
+        )
     if not log.is_chain or log.hidden is None or len(log.calls) != len(skeleton.layers):
-        name = type(skeleton.decoder).__name__
         raise InputError(
             f"{name} computes between its decoder layers, which the layer-by-layer walk cannot follow: use "
             f"a weight-only recipe."
@@ -271,16 +296,23 @@ def _run_chain(skeleton: Skeleton, batch: Tensor, as_tuple: bool, given: Tensor 
 
 
 @torch.no_grad()
-def _run(skeleton: Skeleton, batch: Tensor, as_tuple: bool, given: Tensor | None) -> _Log:
-    log = _Log(as_tuple, given)
+def _run(skeleton: Skeleton, batch: Tensor, form: int, given: Tensor | None) -> _Log:
+    log = _Log(form, given)
     layers = list(skeleton.layers)
     try:
         for at, layer in enumerate(layers):
             skeleton.layers[at] = _Recorder(layer, log)
-        log.output = skeleton.model(input_ids=batch.to(skeleton.device), use_cache=False)
-    except (TypeError, IndexError, AttributeError) as error:
+        with computing_on(skeleton.device):
+            log.output = skeleton.model(input_ids=batch.to(skeleton.device), use_cache=False)
+    except (NvquantError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each model's loop raises what it likes
         if not log.calls:
-            raise
+            reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(" .:")
+            raise InputError(
+                f"{type(skeleton.model).__name__} does not run without the weights that surround its decoder "
+                f"({type(error).__name__}: {reason}), as the layer-by-layer walk needs: use a weight-only recipe."
+            ) from error
         log.is_chain, log.error = False, error  # the loop takes the layers' output to be something else
     finally:
         for at, layer in enumerate(layers):

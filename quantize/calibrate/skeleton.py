@@ -26,6 +26,7 @@ log = logging.getLogger("nvquant.calibrate")
 
 ATTENTION = "sdpa"
 MOST_REASON = 300  # characters of an error of transformers that a message repeats
+_POSITIONS = re.compile(r"(^|\.)wpe$|position|(^|_)pos_")  # tables that are small, and not asked for token ids
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Skeleton:
         decoder: the text decoder.
         layers: its decoder layers.
         root: what precedes the decoder's own names in the checkpoint, with a final dot; empty for nothing.
-        layer_prefix: what precedes a layer's number in the checkpoint.
+        layer_prefix: what precedes a layer's number in the checkpoint; its last part is what the decoder calls them.
     """
 
     source: Checkpoint
@@ -76,14 +77,17 @@ def _assemble(source: Checkpoint, prefix: str, device: torch.device, dtype: torc
     full = _on_meta(source, dtype)
     full.eval().requires_grad_(False)
     decoder = full.get_decoder()
-    layers = getattr(decoder, "layers", None)
+    container = prefix.rpartition(".")[2]
+    layers = getattr(decoder, container, None)
     if not isinstance(layers, nn.ModuleList):
         raise InputError(
             f"{source.where}: {type(decoder).__name__} has no list of decoder layers: nvquant cannot walk this "
             f"architecture."
         )
-    root = prefix.removesuffix("layers")
-    return Skeleton(source, full, full.base_model, decoder, layers, root, prefix, device, dtype)
+    root = prefix.removesuffix(container)
+    # Some classes name a base model that they do not have; their base model is then the whole.
+    model = decoder if full.base_model is full else full.base_model
+    return Skeleton(source, full, model, decoder, layers, root, prefix, device, dtype)
 
 
 def wanted_shapes(source: Checkpoint, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -109,7 +113,9 @@ def load_outer(skeleton: Skeleton, token_ids: Tensor) -> None:
     by_token: type[nn.Embedding] = type(decoder.get_input_embeddings())
     modules = dict(_outer_modules(skeleton))
     embeddings = {
-        name: module for name, module in modules.items() if isinstance(module, by_token) and type(module) is by_token
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, by_token) and type(module) is by_token and not _POSITIONS.search(name)
     }
     for name, embedding in embeddings.items():
         _load_embedding_rows(skeleton, f"{skeleton.root}{name}.weight", embedding, token_ids)
@@ -156,6 +162,23 @@ def _move_tables(module: nn.Module, device: torch.device) -> None:
     for key, buffer in module._buffers.items():
         if buffer is not None and not buffer.is_meta:
             module._buffers[key] = buffer.to(device)
+
+
+@contextlib.contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Let models say that they are on this device: they go by their first weight, which may be one without a value."""
+    import transformers
+
+    model_class: Any = transformers.PreTrainedModel
+    own = vars(model_class).get("device")
+    model_class.device = property(lambda _model: device)
+    try:
+        yield
+    finally:
+        if own is None:
+            del model_class.device
+        else:
+            model_class.device = own
 
 
 def import_model_code(source: Checkpoint) -> None:
@@ -217,42 +240,53 @@ def _build(source: Checkpoint, dtype: torch.dtype) -> Any:
     import transformers
 
     model_class = _model_class(source)
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            Path(source.folder), local_files_only=True, trust_remote_code=False
-        )
+    refusals: list[Exception] = []
+    # What a part refuses is refused for the whole model: then each part chooses for itself, and last none has a choice.
+    for attention in (ATTENTION, None, "eager"):
         try:
-            return model_class._from_config(config, dtype=dtype, attn_implementation=ATTENTION)
-        except ValueError as error:
-            if "attention implementation" not in str(error):
-                raise
-            return model_class._from_config(config, dtype=dtype)  # a part of the model has no sdpa: its own choice then
-    except Exception as error:  # each model's code raises what it likes on a config that it does not understand
-        reason = (str(error)[:MOST_REASON].strip() or "no reason given").splitlines()[0].rstrip(" .:")
-        _, wrote = _made_with(source)
-        raise EnvironmentLack(
-            f"{source.where}: transformers {transformers.__version__} cannot build {model_class.__name__} from "
-            f"config.json, made with {wrote} ({type(error).__name__}: {reason}): install the transformers that wrote "
-            f"it, or use a weight-only recipe."
-        ) from error
+            config = transformers.AutoConfig.from_pretrained(  # anew: a config keeps the attention that was refused
+                Path(source.folder), local_files_only=True, trust_remote_code=False
+            )
+            config._attn_implementation = None
+            return model_class._from_config(config, dtype=dtype, attn_implementation=attention)
+        except Exception as error:  # each model's code raises what it likes on a config that it does not understand
+            refusals.append(error)
+            if not _is_about_attention(error):
+                break
+    last = refusals[-1]
+    reason = (str(last)[:MOST_REASON].strip() or "no reason given").splitlines()[0].rstrip(" .:")
+    _, wrote = _made_with(source)
+    raise EnvironmentLack(
+        f"{source.where}: transformers {transformers.__version__} cannot build {model_class.__name__} from "
+        f"config.json, made with {wrote} ({type(last).__name__}: {reason}): install the transformers that wrote "
+        f"it, or use a weight-only recipe."
+    ) from last
+
+
+def _is_about_attention(error: Exception) -> bool:
+    """Whether a model's class refuses a way of computing attention, in the words of transformers 5.15 to 5.23."""
+    return isinstance(error, ValueError | ImportError | NotImplementedError) and bool(
+        re.search(r"attention implementation|attn_implementation|scaled_dot_product_attention|sdpa", str(error))
+    )
 
 
 def _outer_modules(skeleton: Skeleton) -> Iterator[tuple[str, nn.Module]]:
     for name, module in skeleton.decoder.named_modules():
-        if _is_outer(name):
+        if _is_outer(skeleton, name):
             yield name, module
 
 
 def _outer_state(skeleton: Skeleton) -> list[str]:
-    return [name for name in skeleton.decoder.state_dict() if _is_outer(name)]
+    return [name for name in skeleton.decoder.state_dict() if _is_outer(skeleton, name)]
 
 
-def _is_outer(name: str) -> bool:
-    return name != "layers" and not name.startswith("layers.")
+def _is_outer(skeleton: Skeleton, name: str) -> bool:
+    return name.partition(".")[0] != skeleton.layer_prefix.rpartition(".")[2]
 
 
 def _wanted(skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
-    outer = {skeleton.root + name: value for name, value in skeleton.decoder.state_dict().items() if _is_outer(name)}
+    state = skeleton.decoder.state_dict()
+    outer = {skeleton.root + name: state[name] for name in _outer_state(skeleton)}
     for number, layer in enumerate(skeleton.layers):
         outer |= {f"{skeleton.layer_prefix}.{number}.{name}": value for name, value in layer.state_dict().items()}
     return {name: tuple(value.shape) for name, value in outer.items()}

@@ -162,7 +162,7 @@ class Walk:
 def run_layer(module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     """Call a layer as the model would have; returns the hidden state."""
     output: Any = module(hidden, *call.args, **call.kwargs)
-    result = output[0] if isinstance(output, tuple) else output
+    result = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(result, Tensor) or result.shape != hidden.shape:
         raise CheckFailed(f"{type(module).__name__} returned something that is not a hidden state.")
     return result

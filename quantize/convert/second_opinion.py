@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -209,12 +210,11 @@ def _load(plan: Plan, device: str, dtype: torch.dtype) -> Any:
 
     is_multimodal = "vision_config" in plan.source.config
     auto = transformers.AutoModelForImageTextToText if is_multimodal else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(
-        plan.source.folder,
-        dtype=dtype,
-        attn_implementation=ATTENTION,
-        local_files_only=True,
-    )
+    load = partial(auto.from_pretrained, plan.source.folder, dtype=dtype, local_files_only=True)
+    try:
+        model = load(attn_implementation=ATTENTION)
+    except ValueError:  # a part of the model refuses it: each part chooses for itself then
+        model = load()
     return model.eval().to(device)
 
 

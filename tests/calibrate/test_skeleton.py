@@ -165,9 +165,11 @@ def test_a_config_of_another_model_is_refused(tmp_path: Path, changes: dict[str,
 
 
 def test_a_model_without_a_list_of_layers_is_refused(tmp_path: Path) -> None:
-    config = transformers.GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=64)
-    transformers.GPT2LMHeadModel._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="GPT2Model has no list of decoder layers"):
+    config = transformers.CpmAntConfig(
+        vocab_size=512, hidden_size=64, num_attention_heads=4, dim_head=16, dim_ff=128, num_hidden_layers=2
+    )
+    transformers.CpmAntForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="CpmAntModel has no list of decoder layers"):
         skeleton_of(tmp_path)
 
 

@@ -34,7 +34,7 @@ class LayerError:
     def add(self, before: Tensor, after: Tensor, got: Tensor) -> None:
         """Take in a batch, each [sequences, tokens, hidden size]: input and output of the reference's layer, and the
         output of the other for that same input."""
-        x, y, z = (tensor[:, 1:].float() for tensor in (before, after, got))
+        x, y, z = (tensor[..., 1:, :].float() for tensor in (before, after, got))
         share = _dot(x, y) / max(_dot(x, x), 1e-30)
         y_added, z_added = y - share * x, z - share * x
         self.error += _dot(z - y, z - y)
@@ -62,7 +62,7 @@ class StreamError:
 
     def add(self, reference: Tensor, got: Tensor) -> None:
         """Take in a batch, both [sequences, tokens, hidden size]."""
-        y, z = reference[:, 1:].float(), got[:, 1:].float()
+        y, z = reference[..., 1:, :].float(), got[..., 1:, :].float()
         self.error += _dot(z - y, z - y)
         self.energy += _dot(y, y)
 

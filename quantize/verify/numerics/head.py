@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...calibrate.skeleton import Skeleton
+from ...calibrate.skeleton import Skeleton, computing_on
 from ...errors import InputError
 from ...plan.heads import equal_tensors
 from ...recipe.heads import stored_head
@@ -34,10 +34,20 @@ class Head:
         if not isinstance(head, nn.Linear):
             raise InputError(f"{type(full).__name__} has no head with logits: its numbers cannot be measured.")
         self._module = head
+        self._owner, self._base = self._find_base(full)
         name = next(name for name, module in full.named_modules() if module is head)
         self._name = self._stored_name(name)
         self._bias = self._stored_bias(name) if head.bias is not None else None
         self.rows, self.cols = skeleton.source.info(self._name).shape
+
+    def _find_base(self, owner: nn.Module) -> tuple[nn.Module, str]:
+        """The module that holds the base model, and its name there: what has the decoder in it but not the head."""
+        name, child = next(
+            (name, child)
+            for name, child in owner.named_children()
+            if any(part is self._skeleton.decoder for part in child.modules())
+        )
+        return self._find_base(child) if any(part is self._module for part in child.modules()) else (owner, name)
 
     def _stored_name(self, head: str) -> str:
         """Where the head's rows are: under its own name, or in the embedding that the model's class ties it to.
@@ -104,19 +114,20 @@ class Head:
             float32 [tokens, part].
         """
         full: Any = self._skeleton.full
-        prefix = str(full.base_model_prefix)
-        base = getattr(full, prefix)
+        base = getattr(self._owner, self._base)
         module = self._module
         weight, bias = module.weight, module.bias
         try:
-            setattr(full, prefix, _Gives(finished.unsqueeze(0)))
+            setattr(self._owner, self._base, _Gives(base, finished.unsqueeze(0)))
             module.weight = nn.Parameter(rows, requires_grad=False)
             if self._bias is not None:
                 part = self._bias[first : first + len(rows)].to(rows.device)
                 module.bias = nn.Parameter(part, requires_grad=False)
-            output: Any = full(input_ids=torch.zeros((1, len(finished)), dtype=torch.int64, device=finished.device))
+            ids = torch.zeros((1, len(finished)), dtype=torch.int64, device=finished.device)
+            with computing_on(finished.device):
+                output: Any = full(input_ids=ids)
         finally:
-            setattr(full, prefix, base)
+            setattr(self._owner, self._base, base)
             module.weight, module.bias = weight, bias
         logits: Tensor = output.logits[0]
         if logits.shape != (len(finished), len(rows)):
@@ -125,14 +136,23 @@ class Head:
 
 
 class _Gives(nn.Module):
-    """Stands in for the base model and gives its result."""
+    """Stands in for the base model, or for the decoder in it, and gives its result."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, base: nn.Module, hidden: Tensor) -> None:
         super().__init__()
+        self._real = [base]  # in a list, so that it is not registered as a child
         self._output = _Output(last_hidden_state=hidden)
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Some heads' classes call a part of their base model (OPT), or ask it for what it knows.
+            real = getattr(self._real[0], name)
+            return self if callable(real) and isinstance(real, nn.Module) else real
 
 
 class _Output(dict[str, Any]):
