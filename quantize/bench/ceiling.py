@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..plan.forecast import BF16_BYTES, kv_cache_bytes
-from ..recipe.roles import Role, decoder_prefix, layer_index, role_of, share_of_experts, text_config, unused_tensors
+from ..recipe.decoder import decoder_prefix, layer_count, layer_index, text_config
+from ..recipe.roles import Role, role_of, share_of_experts, unused_tensors
 
 FP8_BYTES = 1
 _OTHER_STACK = re.compile(r"\.(?:layers|h|blocks)\.\d+\.")
@@ -82,14 +83,14 @@ def read_bytes(config: Mapping[str, Any], tensors: Iterable[Stored]) -> int:
     a ceiling must not count on it. A second stack of layers, as one that drafts tokens, does not count.
     """
     found = {tensor.name: tensor for tensor in tensors}
-    prefix = decoder_prefix({name: tensor.shape for name, tensor in found.items()})
+    prefix = decoder_prefix({name: tensor.shape for name, tensor in found.items()}, config)
     unused = unused_tensors(config, found)
     roles = {name: _role(name, tensor.shape) for name, tensor in found.items() if name not in unused}
     has_head = Role.HEAD in roles.values()
     share = share_of_experts(text_config(config))
     total = 0.0
     for name, role in roles.items():
-        if _is_read(name, role, prefix, has_head):
+        if _is_read(name, role, prefix, layer_count(config), has_head):
             total += found[name].nbytes * (share if role is Role.EXPERT else 1)
     return round(total)
 
@@ -111,10 +112,11 @@ def _role(name: str, shape: tuple[int, ...]) -> Role:
     return role_of(f"{module}.weight" if module and is_part else name, shape)
 
 
-def _is_read(name: str, role: Role, prefix: str | None, has_head: bool) -> bool:
-    if layer_index(name, prefix) is not None:
-        return True
-    if role in (Role.TOWER, Role.PROJECTOR) or _OTHER_STACK.search(name):
+def _is_read(name: str, role: Role, prefix: str | None, count: int | None, has_head: bool) -> bool:
+    layer = layer_index(name, prefix)
+    if layer is not None:
+        return count is None or layer < count  # what lies behind drafts tokens
+    if role in (Role.TOWER, Role.PROJECTOR, Role.DRAFT) or _OTHER_STACK.search(name):
         return False
     if role is Role.EMBEDDING:  # another table than the tokens' own is only looked up
         return not has_head and "per_layer" not in name

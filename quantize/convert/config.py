@@ -11,8 +11,9 @@ from ..errors import CheckFailed
 from ..format.layouts import Layout
 from ..plan.plan import Plan
 from ..recipe.coverage import Coverage, coverage_of
-from ..recipe.groups import fused_name
-from ..recipe.match import Selection
+from ..recipe.drafts import draft_names
+from ..recipe.groups import Fusions
+from ..recipe.match import Selection, fusions_of
 from ..recipe.roles import Role, module_of
 from ..recipe.vllm_rules import UNQUANTIZED, compressed_tensors_verdict, modelopt_verdict
 
@@ -38,6 +39,11 @@ class QuantizedModel:
     shapes: Mapping[str, tuple[int, ...]]
     config: Mapping[str, Any]
     kv_cache: Literal["bf16", "fp8"]
+
+    @property
+    def fusions(self) -> Fusions:
+        """What servers fuse of the model."""
+        return fusions_of(self.shapes, self.config)
 
 
 def described(subject: Plan | QuantizedModel) -> QuantizedModel:
@@ -88,7 +94,7 @@ def coverage_in_order(subject: Plan | QuantizedModel) -> Coverage:
         for name in shapes
         if name.endswith(".weight") and module_of(name) in model.selection.schemes
     }
-    return coverage_of(replace(model.selection, schemes=schemes), shapes)
+    return coverage_of(replace(model.selection, schemes=schemes), shapes, model.config)
 
 
 def _natural(name: str) -> list[tuple[str, int]]:
@@ -100,10 +106,12 @@ def disagreements(subject: Plan | QuantizedModel, config: Mapping[str, Any]) -> 
     """Layers that vLLM would treat otherwise than the plan: (layer, what the plan has, what vLLM's rules say)."""
     model = described(subject)
     verdict = modelopt_verdict if config.get("quant_method") == "modelopt" else compressed_tensors_verdict
-    schemes = {fused_name(module): scheme for module, scheme in model.selection.schemes.items()}
+    fusions = model.fusions
+    schemes = {fusions.name(module): scheme for module, scheme in model.selection.schemes.items()}
+    members = {fusions.name(module): fusions.members(module) for module in _linears(model)}
     result = []
     for layer in served_linears(model):
-        found = verdict(layer, config)
+        found = verdict(layer, config, members.get(layer, ()))
         expected = _expected(schemes.get(layer), config)
         if found != expected:
             result.append((layer, expected, found))
@@ -113,15 +121,25 @@ def disagreements(subject: Plan | QuantizedModel, config: Mapping[str, Any]) -> 
 def served_linears(subject: Plan | QuantizedModel) -> list[str]:
     """Every linear layer that a server builds, by its fused name, in the model's order; without embeddings."""
     model = described(subject)
-    names = [
-        fused_name(module_of(name))
+    fusions = model.fusions
+    drafts = [
+        name
+        for module in _linears(model)
+        if model.selection.roles[f"{module}.weight"] is Role.DRAFT
+        for name in draft_names(fusions.name(module), model.config)
+    ]
+    return list(dict.fromkeys([*map(fusions.name, _linears(model)), *drafts, "lm_head"]))
+
+
+def _linears(model: QuantizedModel) -> list[str]:
+    return [
+        module_of(name)
         for name, shape in model.shapes.items()
         if len(shape) == 2
         and name.endswith(".weight")
         and model.selection.roles[name] is not Role.EMBEDDING
         and name not in model.selection.unused
     ]
-    return list(dict.fromkeys([*names, "lm_head"]))
 
 
 def _expected(scheme: str | None, config: Mapping[str, Any]) -> str:

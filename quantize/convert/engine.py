@@ -26,7 +26,7 @@ from ..errors import InputError, NvquantError
 from ..plan.plan import Plan, PlannedShard
 from ..quantizers.base import Quantizer
 from ..recipe.groups import FusedGroup
-from ..recipe.roles import layer_index
+from ..recipe.roles import Role
 from .budget import hidden_budget
 from .device import telling_of_full_gpu
 from .journal import Journal
@@ -136,7 +136,11 @@ class Engine:
         plan = self._plan
         by_layer = plan.tensors_by_layer()
         root = plan.prefix.removesuffix("layers")
-        outer = {name for name in plan.source.files if name.startswith(root) and layer_index(name, plan.prefix) is None}
+        outer = {
+            name
+            for name in plan.source.files
+            if name.startswith(root) and plan.layer_of(name) is None and plan.selection.roles[name] is not Role.DRAFT
+        }
         written = {}
         for shard in plan.shards if is_calibrated else ():
             if shard.layer is None and shard.file in self._done:

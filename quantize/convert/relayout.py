@@ -25,9 +25,9 @@ from ..errors import CheckFailed, InputError
 from ..format.layouts import LAYOUTS, Layout
 from ..plan.plan import Part, PlannedMatrix, PlannedShard, matrix_entries
 from ..quantizers import get_quantizer
-from ..recipe.groups import FusedGroup, fused_groups, fused_name
-from ..recipe.match import Selection
-from ..recipe.roles import QUANTIZABLE, Role, describe, role_of, unused_tensors
+from ..recipe.groups import FusedGroup, Fusions
+from ..recipe.match import Selection, fusions_of
+from ..recipe.roles import QUANTIZABLE, Role, describe, roles_of, unused_tensors
 from .config import QuantizedModel, output_configs
 from .manifest import MANIFEST_NAME, source_identity
 from .manifest_form import ManifestForm, held_to
@@ -161,6 +161,7 @@ def stored_matrices(source: Checkpoint, layout: Layout) -> dict[str, PlannedMatr
         InputError: a part has the wrong dtype or shape.
     """
     matrices = {}
+    fusions = _fusions(source, layout)
     for name in source.infos():
         prefix = name.removesuffix(layout.packed)
         if prefix == name or not _has_parts(source, prefix, layout):
@@ -168,7 +169,7 @@ def stored_matrices(source: Checkpoint, layout: Layout) -> dict[str, PlannedMatr
         info, module = source.info(name), prefix[:-1]
         scheme: Literal["nvfp4", "nvfp4-a16"] = "nvfp4" if prefix + layout.input_global in source.files else "nvfp4-a16"
         rows, cols = (info.shape[0], 2 * info.shape[1]) if len(info.shape) == 2 else (0, 0)
-        matrices[module] = PlannedMatrix(module, scheme, fused_name(module), rows, cols, info.nbytes)
+        matrices[module] = PlannedMatrix(module, scheme, fusions.name(module), rows, cols, info.nbytes)
         for part, entry in matrix_entries(matrices[module], layout).items():
             stored = source.info(entry.name)
             is_scalar = part in ("weight_global", "input_global") and stored.nbytes == entry.nbytes
@@ -180,10 +181,16 @@ def stored_matrices(source: Checkpoint, layout: Layout) -> dict[str, PlannedMatr
     return matrices
 
 
+def _fusions(source: Checkpoint, layout: Layout) -> Fusions:
+    """What servers fuse of a quantized checkpoint."""
+    ends = (".weight", f".{layout.packed}")
+    return Fusions((name.rpartition(".")[0] for name in source.infos() if name.endswith(ends)), source.config)
+
+
 def unequal_groups(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], layout: Layout) -> list[FusedGroup]:
     """The fused groups whose members do not share their weight's, or their input's, global scale bit for bit."""
     found = []
-    for group in fused_groups(matrices):
+    for group in _fusions(source, layout).groups(matrices):
         scalars = [_scalar_names(matrices[member], layout) for member in group.members]
         values = {tuple(float(source.read(name)) for name in names.values()) for names in scalars}
         if len(values) > 1:
@@ -259,9 +266,9 @@ def _described(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], target
     shapes |= {matrix.source: (matrix.rows, matrix.cols) for matrix in matrices.values()}
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     unused = unused_tensors(config, shapes)
-    roles = {name: Role.OTHER if name in unused else role_of(name, shape) for name, shape in shapes.items()}
+    roles = {**roles_of(shapes, config), **dict.fromkeys(unused, Role.OTHER)}
     _refuse_others(source, matrices, roles)
-    selection = Selection(schemes, fused_groups(schemes), roles, unused)
+    selection = Selection(schemes, fusions_of(shapes, config).groups(schemes), roles, unused)
     return QuantizedModel(target, selection, shapes, config, _kv_cache(source))
 
 

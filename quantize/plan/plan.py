@@ -12,9 +12,10 @@ from ..checkpoint.writer import TensorEntry, build_header, order_entries
 from ..errors import InputError
 from ..format.constants import BLOCK
 from ..format.layouts import Layout
+from ..recipe.decoder import decoder_prefix, layer_index
 from ..recipe.groups import FusedGroup
 from ..recipe.match import Selection, select
-from ..recipe.roles import decoder_prefix, layer_index
+from ..recipe.roles import Role
 from ..recipe.schema import Recipe, Scheme
 from .heads import refuse_other_head
 
@@ -120,11 +121,15 @@ class Plan:
         """Numbers of the decoder's layers, ascending."""
         return [shard.layer for shard in self.shards if shard.layer is not None]
 
+    def layer_of(self, tensor: str) -> int | None:
+        """The number of the decoder layer that owns a source tensor; None outside of them, as for draft layers."""
+        return _layer_of(tensor, self.prefix, self.selection)
+
     def tensors_by_layer(self) -> dict[int, list[str]]:
         """Source names of each decoder layer's tensors."""
         layers: dict[int, list[str]] = {layer: [] for layer in self.layers}
         for name in self.source.files:
-            number = layer_index(name, self.prefix)
+            number = self.layer_of(name)
             if number is not None:
                 layers[number].append(name)
         return layers
@@ -142,7 +147,7 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
     infos = source.infos()
     shapes = {name: info.shape for name, info in infos.items()}
     selection = select(recipe, infos, model, source.config)
-    prefix = decoder_prefix(shapes)
+    prefix = decoder_prefix(shapes, source.config)
     if prefix is None:
         raise InputError(
             f"{model} has no decoder layers (no tensor named …layers.N.…): nvquant converts decoder models."
@@ -154,7 +159,7 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
         )
     matrices = _matrices(selection, infos)
     origins, entries = _outputs(infos, matrices, layout)
-    shards = _shards(entries, origins, prefix)
+    shards = _shards(entries, origins, prefix, selection)
     return Plan(model, source, recipe, layout, selection, matrices, selection.groups, origins, shards, prefix)
 
 
@@ -209,12 +214,18 @@ def _outputs(
     return origins, entries
 
 
-def _shards(entries: Mapping[str, TensorEntry], origins: Mapping[str, Origin], prefix: str) -> tuple[PlannedShard, ...]:
+def _layer_of(tensor: str, prefix: str, selection: Selection) -> int | None:
+    return None if selection.roles[tensor] is Role.DRAFT else layer_index(tensor, prefix)
+
+
+def _shards(
+    entries: Mapping[str, TensorEntry], origins: Mapping[str, Origin], prefix: str, selection: Selection
+) -> tuple[PlannedShard, ...]:
     """One shard a decoder layer, then the rest in shards of at most 5 GB (a larger tensor has one of its own)."""
     layers: dict[int, list[TensorEntry]] = {}
     rest: list[TensorEntry] = []
     for entry in entries.values():
-        number = layer_index(origins[entry.name].source, prefix)
+        number = _layer_of(origins[entry.name].source, prefix, selection)
         (rest if number is None else layers.setdefault(number, [])).append(entry)
     parts: list[tuple[int | None, tuple[TensorEntry, ...]]] = [
         (number, order_entries(layers[number])) for number in sorted(layers)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.config_values import config_int, config_kinds
 from ..checkpoint.headers import TensorInfo
-from ..recipe.roles import Role, layer_index, share_of_experts, text_config, unused_tensors
+from ..recipe.roles import Role, share_of_experts, text_config, unused_tensors
 from .forecast import kv_heads
 from .plan import Plan
 
@@ -82,8 +82,12 @@ def measure_work(plan: Plan, samples: int, sequence_length: int, batch_size: int
     if not plan.recipe.needs_calibration:
         samples = 0
     root = plan.prefix.removesuffix("layers")
-    rest = [info for name, info in infos.items() if layer_index(name, plan.prefix) is None]
-    outer = [info for info in rest if samples and info.name.startswith(root)]
+    rest = [info for name, info in infos.items() if plan.layer_of(name) is None]
+    outer = [
+        info
+        for info in rest
+        if samples and info.name.startswith(root) and plan.selection.roles[info.name] is not Role.DRAFT
+    ]
     return Work(
         _layers(plan, infos, sequence_length),
         sum(info.nbytes for info in rest),
@@ -105,7 +109,7 @@ def _layers(plan: Plan, infos: Mapping[str, TensorInfo], sequence_length: int) -
     share = share_of_experts(text_config(config))
     elements: dict[int, int] = dict.fromkeys(names, 0)
     for matrix in plan.matrices.values():
-        elements[layer_index(matrix.source, plan.prefix) or 0] += matrix.rows * matrix.cols
+        elements[plan.layer_of(matrix.source) or 0] += matrix.rows * matrix.cols
     found = []
     for at, (layer, tensors) in enumerate(names.items()):
         used = [infos[name] for name in tensors if name not in unused]

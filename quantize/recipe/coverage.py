@@ -8,12 +8,15 @@ and k_proj there is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from .groups import FUSED_MEMBERS
-from .match import Selection
-from .roles import PROJECTOR, QUANTIZABLE, TOWER, Role, decoder_prefix, layer_index, module_of
+from .decoder import DRAFT, PROJECTOR, TOWER, decoder_prefix, layer_index
+from .drafts import drafts_behind
+from .groups import FUSIONS, Fusion, Fusions
+from .match import Selection, fusions_of
+from .roles import QUANTIZABLE, Role, module_of
 from .schema import Scheme
 
 
@@ -45,7 +48,8 @@ class Pattern:
         """As modelopt's readers take them."""
         numbers = ["*"] if self.layers is None else [str(number) for number in self.layers]
         # A block itself too: vLLM asks for `experts`, not for what is in it.
-        ends = [self.path, f"{self.path}.*"] if self.leaves is None else self.leaves
+        whole = [self.path, f"{self.path}.*"] if self.path else ["*"]
+        ends = whole if self.leaves is None else self.leaves
         block = f"{self.path}." if self.path and self.leaves is not None else ""
         return [f"*.{self.container}.{number}.{block}{end}" for number in numbers for end in ends]
 
@@ -75,14 +79,18 @@ class Coverage:
         ]
 
 
-def coverage_of(selection: Selection, shapes: Mapping[str, tuple[int, ...]]) -> Coverage:
+def coverage_of(
+    selection: Selection, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None = None
+) -> Coverage:
     """Patterns that fit a selection, from what the model has.
 
     Args:
         selection: what is quantized.
         shapes: all tensors of the source.
+        config: its config.json.
     """
-    prefix = decoder_prefix(shapes) or "model.layers"
+    config = config or {}
+    prefix, fusions = decoder_prefix(shapes, config) or "model.layers", fusions_of(shapes, config)
     quantized: dict[Scheme, list[str]] = {}
     for module, scheme in selection.schemes.items():
         quantized.setdefault(scheme, []).append(module)
@@ -92,23 +100,39 @@ def coverage_of(selection: Selection, shapes: Mapping[str, tuple[int, ...]]) -> 
         for name in inside
         if module_of(name) not in selection.schemes
         and name not in selection.unused
+        and selection.roles[name] is not Role.DRAFT
         and (name.endswith(".weight") or selection.roles[name] is Role.EXPERT)
     ]
     everything = [*selection.schemes, *unquantized]
     targets = {
-        scheme: _patterns(modules, everything, prefix, whole_blocks=False) for scheme, modules in quantized.items()
+        scheme: _patterns(modules, everything, prefix, fusions, whole_blocks=False)
+        for scheme, modules in quantized.items()
     }
-    return Coverage(
-        targets, _patterns(unquantized, everything, prefix, whole_blocks=True), _outer_parts(shapes, selection.roles)
-    )
+    ignore = _patterns(unquantized, everything, prefix, fusions, whole_blocks=True)
+    drafts = _draft_layers(shapes, selection.roles, config, prefix)
+    if drafts:
+        ignore += (Pattern(prefix.rpartition(".")[2], drafts, "", None),)
+    return Coverage(targets, ignore, _outer_parts(shapes, selection, prefix))
+
+
+def _draft_layers(
+    shapes: Mapping[str, tuple[int, ...]], roles: Mapping[str, Role], config: Mapping[str, Any], prefix: str
+) -> tuple[int, ...]:
+    """Numbers, behind the decoder's layers, under which draft layers are stored or built."""
+    drafts = [name for name in shapes if roles[name] is Role.DRAFT]
+    numbers = {layer for name in drafts if (layer := layer_index(name, prefix)) is not None}
+    if any(name.startswith("model.mtp") for name in drafts):
+        numbers.update(drafts_behind(config))
+    return tuple(sorted(numbers))
 
 
 def _patterns(
-    modules: Iterable[str], everything: Iterable[str], prefix: str, whole_blocks: bool
+    modules: Iterable[str], everything: Iterable[str], prefix: str, fusions: Fusions, whole_blocks: bool
 ) -> tuple[Pattern, ...]:
     """Patterns for `modules`, not matching the others of `everything`; grouped by layers, block and leaf."""
-    container = prefix.rpartition(".")[2]
+    container, modules = prefix.rpartition(".")[2], list(modules)
     wanted, present = _by_leaf(modules, prefix), _by_leaf(everything, prefix)
+    fused = {(place[0], fusions.fusion(module)) for place, module in _places(modules, prefix)}
     rows: dict[tuple[str, tuple[int, ...] | None], list[str]] = {}
     for (path, leaf), layers in wanted.items():
         all_layers = layers == present[path, leaf]
@@ -117,7 +141,7 @@ def _patterns(
     for (path, numbers), leaves in rows.items():
         below = {place for place in present if f"{place[0]}.".startswith(f"{path}.")}
         whole = whole_blocks and bool(path) and all(wanted.get(place) == present[place] for place in below)
-        patterns.append(Pattern(container, numbers, path, None if whole else _with_fused(leaves)))
+        patterns.append(Pattern(container, numbers, path, None if whole else _with_fused(path, leaves, fused)))
     return tuple(patterns)
 
 
@@ -126,22 +150,28 @@ def _all_experts(tensor: str) -> str:
     return tensor.partition(".experts.")[0] + ".experts.all"
 
 
-def _by_leaf(modules: Iterable[str], prefix: str) -> dict[tuple[str, str], set[int]]:
-    table: dict[tuple[str, str], set[int]] = {}
+def _places(modules: Iterable[str], prefix: str) -> Iterator[tuple[tuple[str, str, int], str]]:
+    """Path, leaf and layer of modules of the decoder."""
     for module in modules:
         number, _, rest = module[len(prefix) + 1 :].partition(".")
         path, _, leaf = rest.rpartition(".")
-        table.setdefault((path, leaf), set()).add(int(number))
+        yield (path, leaf, int(number)), module
+
+
+def _by_leaf(modules: Iterable[str], prefix: str) -> dict[tuple[str, str], set[int]]:
+    table: dict[tuple[str, str], set[int]] = {}
+    for (path, leaf, number), _ in _places(modules, prefix):
+        table.setdefault((path, leaf), set()).add(number)
     return table
 
 
-def _with_fused(leaves: Iterable[str]) -> tuple[str, ...]:
+def _with_fused(path: str, leaves: Iterable[str], fused: Collection[tuple[str, Fusion | None]]) -> tuple[str, ...]:
     """The leaves, preceded by the fused names that they make up; absent members (v_proj where K is V) are named too."""
     leaves = list(leaves)
     names: list[str] = []
-    for fused, members in FUSED_MEMBERS.items():
-        if any(member in leaves for member in members):
-            names += [fused, *members]
+    for fusion in FUSIONS:
+        if (path, fusion) in fused and any(member in leaves for member in fusion.members):
+            names += [fusion.name, *fusion.members]
     return tuple(dict.fromkeys([*names, *leaves]))
 
 
@@ -151,19 +181,34 @@ def _alternatives(leaves: tuple[str, ...]) -> str:
     return f"({'|'.join(map(re.escape, leaves))})" if len(leaves) > 1 else re.escape(leaves[0])
 
 
-def _outer_parts(shapes: Mapping[str, tuple[int, ...]], roles: Mapping[str, Role]) -> tuple[str, ...]:
+def _outer_parts(shapes: Mapping[str, tuple[int, ...]], selection: Selection, prefix: str) -> tuple[str, ...]:
     """Parts of names that mark branches outside of the decoder's layers; a head is always listed, since vLLM
     builds one."""
     parts = ["lm_head"]
+    quantized = {part for module in selection.schemes for part in module.split(".")}
     for name, shape in shapes.items():
-        role = roles[name]
+        role = selection.roles[name]
         if len(shape) < 2 or role in QUANTIZABLE:
             continue
+        branch = module_of(name).split(".")
         if role is Role.TOWER:
             parts.append(next(part for part in name.split(".") if TOWER.search(part)))
         elif role is Role.PROJECTOR:
             parts.append(next(part for part in name.split(".") if PROJECTOR.search(part)))
         elif role is Role.PER_LAYER_INPUT:
             # The whole last part: vLLM reads modelopt's `*per_layer*` as `*per_layer` and `*per_layer.*`.
-            parts.append(module_of(name).rpartition(".")[2])
+            parts.append(branch[-1])
+        elif role is Role.DRAFT and layer_index(name, prefix) is None:
+            parts.append(next(part for part in branch if DRAFT.search(part)))
+        elif role in (Role.OTHER, Role.HEAD) and len(shape) == 2 and layer_index(name, prefix) is None:
+            parts += _own_part(branch, prefix, quantized)
     return tuple(dict.fromkeys(parts))
+
+
+def _own_part(branch: list[str], prefix: str, quantized: Collection[str]) -> list[str]:
+    """The part of a name that marks its branch and is in no quantized module's name; empty where there is none."""
+    numbers = [at for at, part in enumerate(branch) if part.isdecimal()]
+    candidates = branch[: numbers[0]] if numbers else branch
+    decoder = set(prefix.split("."))
+    found = [part for part in candidates if part not in decoder and not any(part in other for other in quantized)]
+    return found[:1]

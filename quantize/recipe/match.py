@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.headers import TensorInfo
 from ..errors import InputError, ShapeError
 from ..format.constants import BLOCK
-from .groups import FusedGroup, fused_groups, fused_name
+from .decoder import decoder_prefix, unexpected_layer
+from .groups import FusedGroup, Fusions
 from .patterns import matches
-from .roles import QUANTIZABLE, Role, decoder_prefix, describe, layer_index, module_of, role_of, unused_tensors
+from .roles import QUANTIZABLE, Role, describe, module_of, roles_of, unused_tensors
 from .schema import SELECTORS, Recipe, Scheme
 
 SOURCE_DTYPES = ("BF16", "F16", "F32")
@@ -50,14 +51,11 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
             a mixture of experts that the recipe does not mention.
         ShapeError: a matrix whose columns are not a multiple of 16.
     """
-    roles = {name: role_of(name, info.shape) for name, info in tensors.items()}
+    shapes = {name: info.shape for name, info in tensors.items()}
+    _check_layers(shapes, config, model)
+    roles = roles_of(shapes, config)
     unused = unused_tensors(config, tensors)
     roles.update(dict.fromkeys(unused, Role.OTHER))
-    prefix = decoder_prefix({name: info.shape for name, info in tensors.items()})
-    # A second stack of layers, as a head that predicts several tokens, is no part of the walk.
-    roles.update(
-        {name: Role.OTHER for name, role in roles.items() if role in QUANTIZABLE and layer_index(name, prefix) is None}
-    )
     schemes: dict[str, Scheme] = {}
     for entry in recipe.quantize:
         for pattern in entry.modules:
@@ -75,9 +73,24 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
     }
     _check_matrices(ordered, tensors)
     _check_experts(recipe, roles, model)
-    groups = fused_groups(ordered)
-    _check_groups(recipe, groups, ordered, roles)
+    fusions = fusions_of(shapes, config)
+    groups = fusions.groups(ordered)
+    _check_groups(recipe, groups, ordered, roles, fusions)
     return Selection(ordered, groups, roles, unused)
+
+
+def fusions_of(tensors: Iterable[str], config: Mapping[str, Any]) -> Fusions:
+    """What servers fuse of an unquantized model, from the names of its tensors."""
+    return Fusions((module_of(name) for name in tensors if name.endswith(".weight")), config)
+
+
+def _check_layers(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], model: str) -> None:
+    unexpected = unexpected_layer(shapes, config, decoder_prefix(shapes, config) or "")
+    if unexpected is not None:
+        raise InputError(
+            f"{model} stores {unexpected}, but config.json counts fewer decoder layers: give the config.json that "
+            f"belongs to these weights."
+        )
 
 
 def _matches(
@@ -103,6 +116,11 @@ def _matches(
         hint = describe(
             sorted({re.sub(r"\d+", "N", module) for module, name in modules.items() if roles[name] in QUANTIZABLE}), 4
         )
+        if Role.TRANSPOSED in roles.values():
+            raise InputError(
+                f"{model} stores its matrices transposed, as GPT-2 does, and vLLM cannot serve such matrices in NVFP4: "
+                f"choose a model of another architecture."
+            )
         raise InputError(
             f"recipe {recipe.name}: pattern '{pattern}' matches no matrix of {model}; its text matrices are "
             f"{hint or 'none'}."
@@ -139,12 +157,16 @@ def _check_experts(recipe: Recipe, roles: Mapping[str, Role], model: str) -> Non
 
 
 def _check_groups(
-    recipe: Recipe, groups: tuple[FusedGroup, ...], schemes: Mapping[str, Scheme], roles: Mapping[str, Role]
+    recipe: Recipe,
+    groups: tuple[FusedGroup, ...],
+    schemes: Mapping[str, Scheme],
+    roles: Mapping[str, Role],
+    fusions: Fusions,
 ) -> None:
     siblings: dict[str, list[str]] = {}
     for name, role in roles.items():
         if role in QUANTIZABLE:
-            siblings.setdefault(fused_name(module_of(name)), []).append(module_of(name))
+            siblings.setdefault(fusions.name(module_of(name)), []).append(module_of(name))
     for group in groups:
         missing = [module for module in siblings[group.name] if module not in schemes]
         if missing:

@@ -7,12 +7,15 @@ says, because stock vLLM builds these layers unquantized and has no parameter fo
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
 from ..checkpoint.config_values import config_int
+from .decoder import DRAFT, LAYER, PROJECTOR, TOWER, layer_count
+from .decoder import decoder_prefix as decoder_prefix
+from .decoder import layer_index as layer_index
+from .decoder import text_config as text_config
 
 
 class Role(Enum):
@@ -26,6 +29,9 @@ class Role(Enum):
     PER_LAYER_INPUT = "per-layer input"
     EMBEDDING = "embedding"
     HEAD = "head"
+    DRAFT = "draft layers"
+    FULL_PRECISION = "built without quantization"
+    TRANSPOSED = "stored transposed"
     TOWER = "vision and audio"
     PROJECTOR = "projector"
     OTHER = "other text"
@@ -33,11 +39,21 @@ class Role(Enum):
 
 QUANTIZABLE = frozenset({Role.MLP, Role.ATTENTION, Role.LINEAR})
 
-_LAYER = re.compile(r"^(?P<prefix>(?:.+\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
-TOWER = re.compile(r"vision|visual|audio|image|speech|video|^vit$")
-PROJECTOR = re.compile(r"^embed_(vision|audio)$|projector|^connector$|^aligner$|^merger$")
-# Tables that ids or positions are looked up in; what embeds patches multiplies, as every linear does.
+# Tables that ids or positions are looked up in. A patch embedding multiplies, as every linear does.
 _TABLE = re.compile(r"^w[tp]e$|^embed_(tokens|in|positions?)|(^|_)embed(s|ding|dings)?$|^relative_attention_bias$")
+# What vLLM 0.32.0 builds with quant_config=None, or without any, in text decoders: Mamba's projections beside in_proj
+# and out_proj (mamba_mixer.py, mamba_mixer2.py), convolutions, Kimi K3's residual gates, hyper-connections.
+_FULL_PRECISION = frozenset(
+    {"conv1d", "q_conv1d", "k_conv1d", "v_conv1d", "x_proj", "dt_proj", "weights_proj", "wgate", "mlp_res_proj",
+     "self_attention_res_proj", "hc_fn", "hc_head_fn", "input_mix_weight_down", "input_mix_weight_up",
+     "block_inject_weight", "eh_proj"}
+)  # fmt: skip
+# Parents of which no matrix, or only the named ones, get the quantization config: deepseek_v2.py and the like build the
+# indexer's wk and weights_proj without, its wq_b with it; compressor.py all without.
+_FULL_PRECISION_OF = {"indexer": frozenset({"wk", "weights_proj"}), "compressor": frozenset({"wkv", "wgate"})}
+# GPT-2's Conv1D stores [inputs, outputs]; vLLM transposes it while it loads, which packed codes do not survive.
+_CONV1D = frozenset({"c_attn", "c_proj", "c_fc"})
+_CONV1D_MODELS = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
 _HEADS = frozenset({"lm_head", "embed_out", "score"})
 _OUTER_HEADS = frozenset({"output", "output_layer"})  # inside of a layer these are linears
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -55,7 +71,7 @@ def role_of(tensor: str, shape: tuple[int, ...]) -> Role:
     outside = _role_outside_of_layers(parts)
     if outside is not None:
         return outside
-    match = _LAYER.match(tensor)
+    match = LAYER.match(tensor)
     if match is None:
         return Role.OTHER
     inside = module_of(match["rest"]).split(".")
@@ -67,6 +83,10 @@ def role_of(tensor: str, shape: tuple[int, ...]) -> Role:
         return Role.EXPERT
     if len(shape) != 2 or not tensor.endswith(".weight"):
         return Role.OTHER
+    if "gate" in inside:
+        return Role.ROUTER
+    if _is_built_in_full_precision(inside):
+        return Role.FULL_PRECISION
     if any(part in ("self_attn", "self_attention", "attention", "attn") for part in inside[:-1]):
         return Role.ATTENTION
     if any(part in ("mlp", "feed_forward", "ffn", "shared_expert", "shared_experts") for part in inside[:-1]):
@@ -81,8 +101,16 @@ def is_table(module: str) -> bool:
     return _TABLE.search(leaf) is not None and "patch" not in leaf and leaf not in _HEADS
 
 
+def _is_built_in_full_precision(inside: list[str]) -> bool:
+    if inside[-1] in _FULL_PRECISION:
+        return True
+    return any(inside[-1] in _FULL_PRECISION_OF.get(parent, ()) for parent in inside[:-1])
+
+
 def _role_outside_of_layers(parts: list[str]) -> Role | None:
     """Role of what is protected wherever it stands; None for the rest."""
+    if any(DRAFT.search(part) for part in parts[:-1]):
+        return Role.DRAFT
     if any(PROJECTOR.search(part) for part in parts):
         return Role.PROJECTOR
     if any(TOWER.search(part) for part in parts):
@@ -97,32 +125,48 @@ def _role_outside_of_layers(parts: list[str]) -> Role | None:
     return None
 
 
-def decoder_prefix(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What precedes a layer's number in the names of the text decoder's tensors, as `model.layers`; None without
-    a decoder."""
-    counts = Counter(
-        match["prefix"]
-        for tensor, shape in shapes.items()
-        if (match := _LAYER.match(tensor)) and role_of(tensor, shape) not in (Role.TOWER, Role.PROJECTOR)
-    )
-    return counts.most_common(1)[0][0] if counts else None
+def roles_of(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, Role]:
+    """The role of every tensor of a model; `role_of` with what only the whole model tells.
+
+    Draft layers may be stored as further layers of the decoder. A second stack of layers is no part of the decoder.
+    """
+    prefix, count = decoder_prefix(shapes, config), layer_count(config)
+    roles = {name: role_of(name, shape) for name, shape in shapes.items()}
+    is_transposed = _stores_conv1d(shapes, config)
+    for name, role in roles.items():
+        layer = layer_index(name, prefix)
+        if layer is not None and count is not None and layer >= count:
+            roles[name] = Role.DRAFT
+        elif role in QUANTIZABLE and layer is None:
+            roles[name] = Role.OTHER
+        elif role in QUANTIZABLE and is_transposed and module_of(name).rpartition(".")[2] in _CONV1D:
+            roles[name] = Role.TRANSPOSED
+    for name in _mamba1(roles):
+        roles[name] = Role.FULL_PRECISION
+    return roles
 
 
-def layer_index(tensor: str, prefix: str | None) -> int | None:
-    """The number of the decoder layer that owns a tensor; None outside of the layers."""
-    if prefix is None or not tensor.startswith(prefix + "."):
-        return None
-    number = tensor[len(prefix) + 1 :].split(".", 1)[0]
-    return int(number) if number.isdecimal() else None
+def _stores_conv1d(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> bool:
+    """Whether a model's linears are GPT-2's Conv1D: by its class, or by more columns than rows where a linear has more
+    rows."""
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, (list, tuple)) and architectures else ""
+    if str(first).startswith(_CONV1D_MODELS):
+        return True
+    widening = [shape for name, shape in shapes.items() if name.endswith((".c_attn.weight", ".c_fc.weight"))]
+    return bool(widening) and all(len(shape) == 2 and shape[0] < shape[1] for shape in widening)
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of config.json that describes the text decoder."""
-    for key in ("text_config", "llm_config", "language_config"):
-        if isinstance(config.get(key), Mapping):
-            nested: Mapping[str, Any] = config[key]
-            return nested
-    return config
+def _mamba1(roles: Mapping[str, Role]) -> list[str]:
+    """The projections around Mamba 1's x_proj, which mamba_mixer.py builds without quantization too."""
+    mixers = {module_of(name).rpartition(".")[0] for name in roles if module_of(name).endswith(".x_proj")}
+    return [
+        name
+        for name, role in roles.items()
+        if role in QUANTIZABLE
+        and module_of(name).rpartition(".")[0] in mixers
+        and module_of(name).rpartition(".")[2] in ("in_proj", "out_proj")
+    ]
 
 
 def share_of_experts(text: Mapping[str, Any]) -> float:

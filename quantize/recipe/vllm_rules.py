@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from .groups import FUSED_MEMBERS
+from .groups import members_called
 from .patterns import matches
 from .roles import Role, role_of
 
@@ -52,12 +52,14 @@ def _same_under_all_names(module: str, verdict: Callable[[str, int], str]) -> st
     return verdicts.pop() if len(verdicts) == 1 else REFUSED
 
 
-def compressed_tensors_verdict(module: str, config: Mapping[str, object]) -> str:
+def compressed_tensors_verdict(module: str, config: Mapping[str, object], members: Sequence[str] | None = None) -> str:
     """The config group that vLLM gives a layer.
 
     Args:
         module: the layer by its name in the checkpoint, fused where vLLM fuses.
         config: `quantization_config` of the checkpoint.
+        members: last parts of the names that the layer is fused of, see `Fusions.members`; by default as most models
+            fuse a layer of its name.
     Returns:
         the name of a config group, "unquantized", or "refused" (vLLM raises: members of a fused layer differ; or the
         verdict depends on the
@@ -72,15 +74,16 @@ def compressed_tensors_verdict(module: str, config: Mapping[str, object]) -> str
     ]
 
     def verdict(name: str, at: int) -> str:
-        ignored = _shards_agree(name, lambda shard: any(_equal_or_regex(shard, entry, at) for entry in ignore))
+        shards = _shards(name, members)
+        ignored = _shards_agree(name, shards, lambda shard: any(_equal_or_regex(shard, entry, at) for entry in ignore))
         if ignored is None:
             return REFUSED
-        return UNQUANTIZED if ignored else _matched_target(name, targets, at)
+        return UNQUANTIZED if ignored else _matched_target(name, shards, targets, at)
 
     return _same_under_all_names(module, verdict)
 
 
-def modelopt_verdict(module: str, config: Mapping[str, object]) -> str:
+def modelopt_verdict(module: str, config: Mapping[str, object], members: Sequence[str] | None = None) -> str:
     """The algorithm that vLLM gives a layer, "unquantized" or "refused"; arguments as in
     `compressed_tensors_verdict`."""
     exclude = _entries(config.get("ignore") or config.get("exclude_modules"))
@@ -88,7 +91,7 @@ def modelopt_verdict(module: str, config: Mapping[str, object]) -> str:
 
     def verdict(name: str, at: int) -> str:
         entries = [_rename(part, at) for entry in exclude for part in _split_wildcard(entry)]
-        skipped = _shards_agree(name, lambda shard: shard in entries)
+        skipped = _shards_agree(name, _shards(name, members), lambda shard: shard in entries)
         if skipped is None:
             return REFUSED
         if skipped or any(entry in name or fnmatchcase(name, entry) for entry in entries):
@@ -115,29 +118,29 @@ def _equal_or_regex(name: str, entry: str, at: int) -> bool:
     return name == _rename(entry, at)
 
 
-def _shards(name: str) -> list[str]:
+def _shards(name: str, members: Sequence[str] | None) -> list[str]:
     """Names of the members of a fused layer; empty where a layer stands alone."""
     parent, _, leaf = name.rpartition(".")
-    return [f"{parent}.{member}" for member in FUSED_MEMBERS.get(leaf, ())]
+    return [f"{parent}.{member}" for member in (members_called(leaf) if members is None else members)]
 
 
-def _shards_agree(name: str, matches: Callable[[str], bool]) -> bool | None:
+def _shards_agree(name: str, shards: Sequence[str], matches: Callable[[str], bool]) -> bool | None:
     """Whether a layer is matched, by its fused name or by all of its members; None where only some members are."""
     if matches(name):
         return True
-    found = [matches(shard) for shard in _shards(name)]
+    found = [matches(shard) for shard in shards]
     if any(found) and not all(found):
         return None
     return bool(found) and all(found)
 
 
-def _matched_target(name: str, targets: list[tuple[str, str]], at: int) -> str:
+def _matched_target(name: str, shards: Sequence[str], targets: list[tuple[str, str]], at: int) -> str:
     def first(candidate: str) -> str | None:
         return next((group for target, group in targets if _equal_or_regex(candidate, target, at)), None)
 
     found = first(name)
     if found is None:
-        members = [first(shard) for shard in _shards(name)]
+        members = [first(shard) for shard in shards]
         found = members[0] if members and None not in members else None
     # Heads and embeddings are ParallelLMHead and VocabParallelEmbedding.
     if found is not None or role_of(f"{name}.weight", (1, 1)) in (Role.HEAD, Role.EMBEDDING):

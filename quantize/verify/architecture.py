@@ -23,7 +23,7 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 def check_architecture(subject: Subject) -> Finding:
     """Every decoder layer that the config counts is there and no other, the embedding has a row for each token, and a
     head that the config does not tie to it is stored."""
-    prefix = decoder_prefix({name: info.shape for name, info in subject.infos.items()})
+    prefix = decoder_prefix(subject.shapes, subject.config)
     layers = {layer_index(name, prefix) for name in subject.infos} - {None}
     faults = [*_wrong_layers(subject, {layer for layer in layers if layer is not None}), *_wrong_vocabulary(subject)]
     names = [*subject.roles, *(f"{module}.weight" for module in subject.matrices)]

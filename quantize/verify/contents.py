@@ -10,7 +10,7 @@ from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import Checkpoint
 from ..convert.journal import file_sha256
 from ..convert.manifest import MANIFEST_NAME
-from ..recipe.roles import Role, role_of
+from ..recipe.roles import Role
 from .manifest import Manifest
 from .subject import Subject
 
@@ -62,7 +62,7 @@ def _tensors(subject: Subject) -> Iterator[tuple[str, str, TensorInfo]]:
     """Each tensor with the name that it has in the source, and the group that it is counted to."""
     for module, matrix in subject.matrices.items():
         scheme = "NVFP4 W4A4" if matrix.has_input_scale else "NVFP4, weights only"
-        label = f"{_words(role_of(f'{module}.weight', (1, 1)))}, {scheme}"
+        label = f"{_words(subject.model_roles[f'{module}.weight'])}, {scheme}"
         for info in matrix.parts.values():
             yield f"{module}.weight", label, info
     for name, role in subject.roles.items():

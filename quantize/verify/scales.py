@@ -11,8 +11,8 @@ from ..format.constants import SCALE_RANGE
 from ..format.marlin import RULE_READ_FROM, count_flushed_blocks
 from ..plan.heads import HOW_READERS_TAKE_IT, equal_tensors, tied_pair
 from ..plan.plan import Part
-from ..recipe.groups import fused_name
-from ..recipe.roles import QUANTIZABLE, Role, module_of, role_of
+from ..recipe.decoder import LAYER
+from ..recipe.roles import QUANTIZABLE, Role, module_of
 from .manifest import Manifest
 from .report import Finding, counted
 from .subject import Subject, pieces
@@ -84,7 +84,7 @@ def check_global_scales(subject: Subject) -> Finding:
 
 
 def check_fused_groups(subject: Subject) -> Finding:
-    """What servers fuse (q, k, v; gate, up) is quantized as a whole, with bit-equal weight and input global scales."""
+    """What servers fuse (see `recipe.groups`) is quantized as a whole, its weight and input global scales bit-equal."""
     faults = []
     parts: tuple[Part, ...] = ("weight_global", "input_global")
     fused = [group for group in subject.groups if len(group.members) > 1]
@@ -94,10 +94,11 @@ def check_fused_groups(subject: Subject) -> Finding:
             if len(set(map(repr, values.values()))) > 1:
                 listed = ", ".join(f"{module.rpartition('.')[2]} {value!r}" for module, value in values.items())
                 faults.append(f"{group.name}: {SCALE_NAMES[part]} global scales differ: {listed}")
-    quantized = {fused_name(module) for module in subject.matrices}
-    for name, role in subject.roles.items():
-        if role in QUANTIZABLE and name not in subject.unused and module_of(name) not in subject.matrices:
-            group_name = fused_name(module_of(name))
+    quantized = {subject.fusions.name(module) for module in subject.matrices}
+    for name in subject.roles:
+        is_matrix = name.endswith(".weight") and len(subject.infos[name].shape) > 1
+        if is_matrix and name not in subject.unused and module_of(name) not in subject.matrices:
+            group_name = subject.fusions.name(module_of(name))
             if group_name in quantized:
                 faults.append(f"{module_of(name)} is not quantized, but the rest of {group_name} is")
     return Finding(counted(len(fused), "fused group"), faults)
@@ -105,9 +106,14 @@ def check_fused_groups(subject: Subject) -> Finding:
 
 def check_protected(subject: Subject) -> Finding:
     """No tower, projector, router, embedding or head is quantized, and no tied model stores a head of its own."""
-    allowed = QUANTIZABLE | {Role.EXPERT}
-    roles = {module: role_of(f"{module}.weight", (1, 1)) for module in subject.matrices}
-    faults = [f"{module} ({role.value}) is quantized" for module, role in roles.items() if role not in allowed]
+    allowed = QUANTIZABLE | {Role.EXPERT, Role.DRAFT}
+    roles = {module: subject.model_roles[f"{module}.weight"] for module in subject.matrices}
+    faults = [
+        f"{module} ({role.value}) is quantized"
+        for module, role in roles.items()
+        # A second stack of layers, as an encoder's, may be quantized by other tools.
+        if role not in allowed and not (role is Role.OTHER and LAYER.match(f"{module}.weight"))
+    ]
     kept = sum(role not in allowed and len(subject.infos[name].shape) > 1 for name, role in subject.roles.items())
     pair = tied_pair(subject.checkpoint)
     if pair is not None and pair[0] in subject.roles and not equal_tensors(subject.checkpoint, *pair):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..recipe.groups import fused_name
+from ..recipe.drafts import draft_names
 from ..recipe.roles import Role, is_table, module_of
 from ..recipe.vllm_rules import REFUSED, UNQUANTIZED, compressed_tensors_verdict, modelopt_verdict
 from .subject import Subject
@@ -48,24 +48,33 @@ def served_layers(subject: Subject) -> tuple[ServedLayer, ...]:
         if name.endswith(".weight") and len(subject.infos[name].shape) == 2 and name not in subject.unused
         and not (is_table(module_of(name)) and (role is not Role.EMBEDDING or subject.method == "modelopt"))
     }  # fmt: skip
-    members: dict[str, list[str]] = {fused_name(module): [] for module in sorted(modules)}
-    for module in subject.matrices:
-        members.setdefault(fused_name(module), []).append(module)
-    members.setdefault("lm_head", [])
+    fusions = subject.fusions
+    layers: dict[str, list[str]] = {}
+    members: dict[str, tuple[str, ...]] = {}
+    for module in [*sorted(modules), *subject.matrices]:
+        names = [fusions.name(module)]
+        if subject.model_roles.get(f"{module}.weight") is Role.DRAFT:
+            names += draft_names(names[0], subject.config)
+        for name in names:
+            quantized = layers.setdefault(name, [])
+            quantized += [module] if module in subject.matrices else []
+            members[name] = fusions.members(module)
+    layers.setdefault("lm_head", [])
     return tuple(
-        ServedLayer(layer, tuple(quantized), scheme_of(layer, subject.quantization))
-        for layer, quantized in members.items()
+        ServedLayer(layer, tuple(quantized), scheme_of(layer, subject.quantization, members.get(layer, ())))
+        for layer, quantized in layers.items()
     )
 
 
-def scheme_of(layer: str, quantization: Mapping[str, Any]) -> str:
-    """The scheme that vLLM gives a layer under a `quantization_config`; see `ServedLayer.verdict`."""
+def scheme_of(layer: str, quantization: Mapping[str, Any], members: Sequence[str] | None = None) -> str:
+    """The scheme that vLLM gives a layer under a `quantization_config`; see `ServedLayer.verdict`, and
+    `compressed_tensors_verdict` for `members`."""
     if quantization.get("quant_method") == "modelopt":
-        verdict = modelopt_verdict(layer, {**quantization, "quant_algo": _algorithm(quantization)})
+        verdict = modelopt_verdict(layer, {**quantization, "quant_algo": _algorithm(quantization)}, members)
         return _ALGORITHMS.get(verdict, verdict)
     groups = _groups(quantization)
     try:
-        verdict = compressed_tensors_verdict(layer, {**quantization, "config_groups": groups})
+        verdict = compressed_tensors_verdict(layer, {**quantization, "config_groups": groups}, members)
     except re.error:
         return REFUSED
     return verdict if verdict in (UNQUANTIZED, REFUSED) else _group_scheme(groups[verdict])

@@ -26,8 +26,8 @@ from ..errors import InputError
 from ..format.layouts import COMPRESSED_TENSORS, LAYOUTS, Layout
 from ..format.marlin import scale_histogram
 from ..plan.plan import Part
-from ..recipe.groups import FusedGroup, fused_groups
-from ..recipe.roles import Role, role_of, unused_tensors
+from ..recipe.groups import FusedGroup, Fusions
+from ..recipe.roles import Role, module_of, roles_of, unused_tensors
 from .manifest import Manifest, read_manifest
 from .matrices import Matrix, find_matrices, layouts_present
 from .threads import Progress, map_in_threads, tell_nobody
@@ -131,7 +131,27 @@ class Subject:
     @cached_property
     def groups(self) -> tuple[FusedGroup, ...]:
         """The fused groups of the matrices."""
-        return fused_groups(self.matrices)
+        return self.fusions.groups(self.matrices)
+
+    @cached_property
+    def fusions(self) -> Fusions:
+        """What servers fuse of the model."""
+        copied = (module_of(name) for name in self.roles if name.endswith(".weight"))
+        return Fusions([*copied, *self.matrices], self.config)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the unquantized model's tensors, by name; (1, 1) for a matrix whose shape cannot be read."""
+        parts = {info.name for matrix in self.matrices.values() for info in matrix.parts.values()}
+        shapes = {name: info.shape for name, info in self.infos.items() if name not in parts}
+        for module, matrix in self.matrices.items():
+            shapes[f"{module}.weight"] = (matrix.rows, matrix.cols) if matrix.is_sound else (1, 1)
+        return shapes
+
+    @cached_property
+    def model_roles(self) -> dict[str, Role]:
+        """The role of each tensor of the unquantized model."""
+        return roles_of(self.shapes, self.config)
 
     @cached_property
     def sound_groups(self) -> tuple[FusedGroup, ...]:
@@ -142,7 +162,7 @@ class Subject:
     def roles(self) -> dict[str, Role]:
         """The role of each tensor that is no part of a quantized matrix."""
         parts = {info.name for matrix in self.matrices.values() for info in matrix.parts.values()}
-        return {name: role_of(name, info.shape) for name, info in self.infos.items() if name not in parts}
+        return {name: self.model_roles[name] for name in self.infos if name not in parts}
 
     @cached_property
     def unused(self) -> frozenset[str]:

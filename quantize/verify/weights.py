@@ -19,7 +19,6 @@ from ..format.constants import BLOCK
 from ..format.scales import global_scale
 from ..quantizers import QUANTIZERS
 from ..quantizers.base import Quantizer
-from ..recipe.groups import fused_name
 from .manifest import Manifest
 from .matrices import Matrix
 from .recorded import BYTE_OFFSETS, own_quantizer
@@ -57,7 +56,8 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     amaxes: dict[str, float] = {}
     for matrix, tally in zip(matrices, tallies, strict=True):
         faults += _bound_faults(matrix, tally) if rules[matrix.module] is None else _exact_faults(matrix, tally)
-        amaxes[fused_name(matrix.module)] = max(tally.amax, amaxes.get(fused_name(matrix.module), 0.0))
+        group = subject.fusions.name(matrix.module)
+        amaxes[group] = max(tally.amax, amaxes.get(group, 0.0))
     faults += _amax_faults(subject, amaxes) if quantizer is not None else []
     how = f"exact for {quantizer.name}" if quantizer is not None else "by bounds, since another tool made them"
     elements = sum(tally.blocks for tally in tallies) * BLOCK
@@ -102,7 +102,7 @@ def _rule(subject: Subject, matrix: Matrix, quantizer: Quantizer | None) -> Rule
     """What the quantizer may choose for a matrix, where the manifest has its group's amax."""
     if quantizer is None or not isinstance(subject.manifest, Manifest):
         return None
-    group = subject.manifest.groups.get(fused_name(matrix.module))
+    group = subject.manifest.groups.get(subject.fusions.name(matrix.module))
     if group is None:
         return None
     return Rule(global_scale(torch.tensor(group.weight_amax), quantizer.headroom), BYTE_OFFSETS[quantizer.name])

@@ -21,7 +21,7 @@ from nvquant.calibrate.skeleton import Skeleton
 from nvquant.calibrate.statistics import InputStatistics
 from nvquant.calibrate.walk import Walk, make_batches, run_layer
 from nvquant.errors import CheckFailed
-from nvquant.recipe.groups import fused_groups
+from nvquant.recipe.groups import Fusions
 from support.conversions import TinyModels, experts_in_bf16, layer_weights, planned, random_samples, skeleton_of
 from support.tiny_models import WRITERS
 from torch import Tensor, nn
@@ -255,7 +255,8 @@ def test_an_input_that_is_not_finite_ends_the_walk_with_the_matrix_named(tiny: T
     walk = walk_of(skeleton, random_samples((8,)))
     weights = layer_weights(skeleton, 0)
     weights["model.layers.0.input_layernorm.weight"][3] = torch.nan
-    groups = fused_groups(f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv")
+    modules = [f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv"]
+    groups = Fusions(modules, {}).groups(modules)
     with pytest.raises(CheckFailed, match=r"NaN or an infinity at the input of model\.layers\.0\.self_attn\.qkv_proj"):
         walk.step(0, weights, groups, False)[groups[0].name].result()
 

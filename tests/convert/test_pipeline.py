@@ -350,7 +350,7 @@ def test_an_output_that_is_not_as_planned_is_found_out(tiny: TinyModels, tmp_pat
 @pytest.mark.parametrize("layers", [2, 4])
 def test_a_config_with_another_number_of_layers_is_refused(tmp_path: Path, layers: int) -> None:
     source = edit_config(tiny_llama(tmp_path / "source"), num_hidden_layers=layers)
-    with pytest.raises(InputError, match=r"2 decoder layers, but the shards hold 3|lacks model\.layers\.3\."):
+    with pytest.raises(InputError, match=r"stores model\.layers\.2\.|lacks model\.layers\.3\."):
         converted(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,6 @@ from nvquant.convert.config import disagreements, output_configs, quantization_c
 from nvquant.format.layouts import LAYOUTS
 from nvquant.plan.plan import Plan, compute_plan
 from nvquant.recipe.coverage import Coverage, coverage_of
-from nvquant.recipe.groups import fused_name
 from nvquant.recipe.load import load_recipe, parse_recipe
 from nvquant.recipe.match import select
 from nvquant.recipe.schema import Recipe
@@ -67,7 +66,7 @@ def test_vllm_reads_every_layer_of_every_model_as_planned(tiny: Tiny, model: str
     assert disagreements(plan, config) == []
     # The same once more, layer by layer and without the code that compares.
     verdict = modelopt_verdict if layout == "modelopt" else compressed_tensors_verdict
-    quantized = {fused_name(module) for module in plan.matrices}
+    quantized = {group.name for group in plan.groups}
     served = served_linears(plan)
     assert quantized <= set(served)
     group = {"nvfp4": "NVFP4", "nvfp4-full": "NVFP4", "nvfp4-a16": "W4A16_NVFP4"}[recipe]

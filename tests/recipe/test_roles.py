@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from nvquant.recipe.decoder import unexpected_layer
 from nvquant.recipe.roles import (
     QUANTIZABLE,
     Role,
@@ -14,6 +15,7 @@ from nvquant.recipe.roles import (
     layer_index,
     module_of,
     role_of,
+    roles_of,
     text_config,
     unused_tensors,
 )
@@ -108,6 +110,24 @@ TENSORS: list[tuple[str, str, tuple[int, ...], Role]] = [
     ("qwen2-vl", "visual.patch_embed.proj.weight", (64, 3, 2, 14, 14), Role.TOWER),
     ("qwen2.5-omni", "thinker.audio_tower.layers.0.self_attn.q_proj.weight", MATRIX, Role.TOWER),
     ("qwen2.5-omni", "thinker.model.layers.0.self_attn.q_proj.weight", MATRIX, Role.ATTENTION),
+    ("deepseek-v3.2", LLAMA + "self_attn.indexer.weights_proj.weight", MATRIX, Role.FULL_PRECISION),
+    ("deepseek-v3.2", LLAMA + "self_attn.indexer.wk.weight", MATRIX, Role.FULL_PRECISION),
+    ("deepseek-v3.2", LLAMA + "self_attn.indexer.wq_b.weight", MATRIX, Role.ATTENTION),
+    ("deepseek-v4", "layers.0.attn.compressor.wgate.weight", MATRIX, Role.FULL_PRECISION),
+    ("deepseek-v4", "layers.0.attn.wkv.weight", MATRIX, Role.ATTENTION),
+    ("mamba", "backbone.layers.0.mixer.x_proj.weight", MATRIX, Role.FULL_PRECISION),
+    ("mamba", "backbone.layers.0.mixer.dt_proj.weight", MATRIX, Role.FULL_PRECISION),
+    ("qwen3.5", LLAMA + "linear_attn.in_proj_a.weight", MATRIX, Role.LINEAR),
+    ("qwen3.5", LLAMA + "linear_attn.conv1d.weight", (64, 1, 4), Role.OTHER),
+    ("hunyuan", LLAMA + "mlp.gate.wg.weight", MATRIX, Role.ROUTER),
+    ("longcat", LLAMA + "mlp.router.classifier.weight", MATRIX, Role.ROUTER),
+    ("qwen3.5", "mtp.fc.weight", MATRIX, Role.DRAFT),
+    ("qwen3.5", "mtp.layers.0.mlp.experts.0.up_proj.weight", MATRIX, Role.DRAFT),
+    ("qwen3.5", "mtp.pre_fc_norm_hidden.weight", VECTOR, Role.DRAFT),
+    ("mimo", "model.mtp_layers.0.self_attn.q_proj.weight", MATRIX, Role.DRAFT),
+    ("ernie", "model.mtp_linear_proj.0.weight", MATRIX, Role.DRAFT),
+    ("longcat", "model.mtp.embed_tokens.weight", MATRIX, Role.DRAFT),
+    ("eagle", "eagle3.layers.0.mlp.up_proj.weight", MATRIX, Role.DRAFT),
     ("llava", "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", MATRIX, Role.TOWER),
     ("llava", "language_model.model.layers.0.mlp.up_proj.weight", MATRIX, Role.MLP),
     ("llava", "image_newline", VECTOR, Role.TOWER),
@@ -145,6 +165,71 @@ def test_only_the_text_decoders_matrices_can_be_quantized() -> None:
 )
 def test_the_decoder_is_the_largest_stack_of_layers_outside_of_towers(names: list[str], prefix: str | None) -> None:
     assert decoder_prefix(dict.fromkeys(names, MATRIX)) == prefix
+
+
+WIDE, NARROW = (64, 64), (32, 32)
+# (the decoder, other stacks with the number and shape of their matrices, config.json)
+STACKS: list[tuple[str, dict[str, tuple[int, tuple[int, ...]]], dict[str, Any]]] = [
+    # A tower with more layers under a name that tells nothing.
+    ("model.layers", {"model.layers": (2, WIDE), "vit_g.layers": (9, NARROW)},
+     {"num_hidden_layers": 2, "hidden_size": 64}),
+    ("model.layers", {"model.layers": (2, WIDE), "encoder.layers": (9, WIDE)}, {"num_hidden_layers": 2}),
+    ("llm.model.layers", {"llm.model.layers": (2, WIDE), "patch.model.layers": (9, NARROW)},
+     {"llm_config": {"num_hidden_layers": 2, "hidden_size": 64}, "hidden_size": 32}),
+    # As many layers and as wide: the name decides.
+    ("model.decoder.layers", {"model.encoder.layers": (4, WIDE), "model.decoder.layers": (4, WIDE)},
+     {"num_hidden_layers": 4, "hidden_size": 64}),
+    ("model.language_model.layers", {"model.tower.layers": (4, WIDE), "model.language_model.layers": (3, WIDE)}, {}),
+    # Fewer tensors, but the layers that the config counts.
+    ("transformer.h", {"transformer.h": (6, WIDE), "adapter.blocks": (3, WIDE)}, {"n_layer": 6}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prefix", "stacks", "config"), STACKS)
+def test_the_decoder_is_the_stack_that_the_config_describes(
+    prefix: str, stacks: dict[str, tuple[int, tuple[int, ...]]], config: dict[str, Any]
+) -> None:
+    shapes = {
+        f"{stack}.{layer}.mlp.{leaf}.weight": shape
+        for stack, (count, shape) in stacks.items()
+        for layer in range(count)
+        for leaf in ("up_proj", "down_proj")
+    }
+    assert decoder_prefix(shapes, config) == prefix
+    roles = roles_of(shapes, config)
+    assert {name.startswith(prefix + ".") for name, role in roles.items() if role in QUANTIZABLE} == {True}
+    assert all(role in QUANTIZABLE for name, role in roles.items() if name.startswith(prefix + "."))
+
+
+def test_layers_behind_those_that_the_config_counts_are_draft_layers() -> None:
+    shapes = {f"model.layers.{layer}.mlp.up_proj.weight": MATRIX for layer in range(4)}
+    roles = roles_of(shapes, {"text_config": {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}})
+    assert list(roles.values()) == [Role.MLP] * 3 + [Role.DRAFT]
+    assert Role.DRAFT not in roles_of(shapes, {}).values()
+    assert unexpected_layer(shapes, {"num_hidden_layers": 4}, "model.layers") is None
+    assert unexpected_layer(shapes, {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}, "model.layers") is None
+    assert unexpected_layer(shapes, {"num_hidden_layers": 3}, "model.layers") == "model.layers.3.mlp.up_proj.weight"
+    marked = shapes | {"model.layers.3.eh_proj.weight": MATRIX}
+    assert unexpected_layer(marked, {"num_hidden_layers": 3}, "model.layers") is None
+
+
+@pytest.mark.parametrize("config", [{"architectures": ["GPT2LMHeadModel"]}, {}])
+def test_the_transposed_matrices_of_gpt2_are_not_quantized(config: dict[str, Any]) -> None:
+    shapes = {"h.0.attn.c_attn.weight": (64, 192), "h.0.attn.c_proj.weight": (64, 64), "h.0.mlp.c_fc.weight": (64, 256)}
+    assert set(roles_of(shapes, config).values()) == {Role.TRANSPOSED}
+
+
+def test_linears_of_the_same_names_are_quantized() -> None:
+    """GPT-BigCode and StarCoder 2 have linears where GPT-2 has its Conv1D."""
+    shapes = {"h.0.attn.c_attn.weight": (96, 64), "h.0.attn.c_proj.weight": (64, 64), "h.0.mlp.c_fc.weight": (256, 64)}
+    assert set(roles_of(shapes, {}).values()) == {Role.ATTENTION, Role.MLP}
+
+
+def test_mamba_1_is_built_without_quantization_and_mamba_2_with() -> None:
+    first = {f"backbone.layers.0.mixer.{leaf}.weight": MATRIX for leaf in ("in_proj", "x_proj", "dt_proj", "out_proj")}
+    second = {f"backbone.layers.0.mixer.{leaf}.weight": MATRIX for leaf in ("in_proj", "out_proj")}
+    assert set(roles_of(first, {}).values()) == {Role.FULL_PRECISION}
+    assert set(roles_of(second, {}).values()) == {Role.LINEAR}
 
 
 @pytest.mark.parametrize(

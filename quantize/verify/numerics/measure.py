@@ -27,7 +27,7 @@ from ...convert.memory import available_host_bytes, give_back_free_memory
 from ...convert.reading import LayerReader, LoadedLayer
 from ...convert.trace import Trace
 from ...errors import InputError
-from ...recipe.roles import decoder_prefix, layer_index
+from ...recipe.decoder import decoder_prefix, layer_index
 from ..threads import Progress
 from .errors import LayerError, StreamError, bfloat16_outputs, matrix_numbers
 from .served import Arithmetic, InputNumbers, InputRounding, ServedModel
@@ -127,7 +127,9 @@ class SideBySide:
     def _build_source(self) -> Skeleton | None:
         if self.source is None:
             return None
-        prefix = decoder_prefix({name: info.shape for name, info in self.source.infos().items()}) or ""
+        prefix = (
+            decoder_prefix({name: info.shape for name, info in self.source.infos().items()}, self.source.config) or ""
+        )
         skeleton = build_skeleton(self.source, prefix, self.device, self.dtype)
         if len(skeleton.layers) != len(self._quantized.layers):
             raise InputError(

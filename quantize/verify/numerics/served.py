@@ -24,8 +24,8 @@ from ...format.blocks import dequantize_blocks
 from ...format.constants import BLOCK, E4M3_MAX, SCALE_RANGE
 from ...format.marlin import flushed_bytes
 from ...plan.plan import Part
-from ...recipe.groups import FusedGroup, fused_name
-from ...recipe.roles import decoder_prefix, layer_index
+from ...recipe.decoder import decoder_prefix, layer_count, layer_index
+from ...recipe.groups import FusedGroup
 from ..matrices import Matrix
 from ..served import W4A4, scheme_of
 from ..subject import Subject
@@ -63,8 +63,7 @@ class ServedModel:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        shapes = {name: info.shape for name, info in subject.infos.items()}
-        prefix = decoder_prefix(shapes)
+        prefix = decoder_prefix(subject.shapes, subject.config)
         if prefix is None:
             raise InputError(f"{subject.folder} has no decoder layers: its numbers cannot be measured.")
         self.prefix = prefix
@@ -84,7 +83,8 @@ class ServedModel:
 
     def _group(self, group: FusedGroup) -> Iterator[tuple[str, ServedMatrix]]:
         subject = self.subject
-        rounds = scheme_of(group.name, subject.quantization) == W4A4
+        members = subject.fusions.members(group.members[0])
+        rounds = scheme_of(group.name, subject.quantization, members) == W4A4
         histogram = torch.stack([subject.histograms[module] for module in group.members]).sum(0)
         # One tensor for all members: by it an input that they share is known to be rounded already.
         divisor = self._kept(group, "weight_global")
@@ -129,9 +129,10 @@ class ServedModel:
     def stored_names(self) -> dict[int, list[str]]:
         """Names of the tensors as stored, by layer."""
         layers: dict[int, list[str]] = {}
+        count = layer_count(self.subject.config)
         for name in self.subject.checkpoint.files:
             layer = layer_index(name, self.prefix)
-            if layer is not None:
+            if layer is not None and (count is None or layer < count):
                 layers.setdefault(layer, []).append(name)
         return dict(sorted(layers.items()))
 
@@ -243,4 +244,4 @@ class InputRounding:
 
 def fused_members(model: ServedModel, group: str) -> list[str]:
     """Modules of a fused layer that are quantized."""
-    return [module for module in model.matrices if fused_name(module) == group]
+    return [module for module in model.matrices if model.subject.fusions.name(module) == group]
