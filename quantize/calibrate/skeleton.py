@@ -1,7 +1,8 @@
 """The source model without its weights: built on the meta device from its config, filled one decoder layer at a time.
 
 Names: a tensor's name in the checkpoint and in the model's state dict differ at most in what precedes the decoder
-(`model.language_model.`, `model.`, nothing); inside of the decoder they are equal, or the model is refused.
+(`model.language_model.`, `model.`, nothing); inside of the decoder they are equal, or transformers describes how the
+stored ones become the model's (see `stored_form`), or the model is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..checkpoint.json_text import quoted
 from ..checkpoint.source import Checkpoint
 from ..errors import EnvironmentLack, InputError
 from .quiet import quiet_transformers
+from .stored_form import Joined, joined_parameters, joined_shape
 
 log = logging.getLogger("nvquant.calibrate")
 
@@ -40,6 +42,7 @@ class Skeleton:
         layers: its decoder layers.
         root: what precedes the decoder's own names in the checkpoint, with a final dot; empty for nothing.
         layer_prefix: what precedes a layer's number in the checkpoint; its last part is what the decoder calls them.
+        joined: layers' parameters that the checkpoint stores in another form, by layer and name inside of it.
     """
 
     source: Checkpoint
@@ -51,18 +54,24 @@ class Skeleton:
     layer_prefix: str
     device: torch.device
     dtype: torch.dtype
+    joined: dict[int, dict[str, Joined]] = field(default_factory=dict, repr=False)
     _lookups: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list, repr=False)
 
     def layer_tensors(self, layer: int) -> dict[str, str]:
-        """Names inside of a layer to names in the checkpoint, for every parameter and buffer that the layer has."""
-        return {name: f"{self.layer_prefix}.{layer}.{name}" for name in self.layers[layer].state_dict()}
+        """Names inside of a layer to names in the checkpoint, for every parameter and buffer that it stores as such."""
+        joined = self.joined.get(layer, {})
+        return {
+            name: f"{self.layer_prefix}.{layer}.{name}"
+            for name in self.layers[layer].state_dict()
+            if name not in joined
+        }
 
 
 def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype) -> Skeleton:
     """Build the model of a checkpoint on the meta device and check that the checkpoint has all that its decoder needs.
 
     Args:
-        prefix: what precedes a layer's number in the checkpoint's names (`recipe.roles.decoder_prefix`).
+        prefix: what precedes a layer's number in the checkpoint's names (`recipe.decoder.decoder_prefix`).
         dtype: in which the model computes; rotary tables stay float32.
     Raises:
         EnvironmentLack: the installed transformers does not know the architecture, or cannot build it from the config.
@@ -136,15 +145,19 @@ def loaded_layer(skeleton: Skeleton, layer: int, tensors: Mapping[str, Tensor]) 
     from accelerate.utils import set_module_tensor_to_device
 
     module = skeleton.layers[layer]
-    names = skeleton.layer_tensors(layer)
+    names, joined = skeleton.layer_tensors(layer), skeleton.joined.get(layer, {})
     try:
         for name, stored in names.items():
             _set(skeleton, module, name, tensors[stored])
+        for name, parts in joined.items():
+            value = parts.make(tensors, name, skeleton.full)
+            assert value is not None  # as with the shapes, when the skeleton was built
+            _set(skeleton, module, name, value)
         for part in module.modules():
             _move_tables(part, skeleton.device)
         yield module
     finally:
-        for name in names:
+        for name in (*names, *joined):
             set_module_tensor_to_device(module, name, "meta")
 
 
@@ -297,6 +310,11 @@ def _check_tensors(skeleton: Skeleton) -> None:
     wanted = _wanted(skeleton)
     missing = [name for name in wanted if name not in source.files]
     if missing:
+        _find_joined(skeleton, missing)
+        made = {f"{skeleton.layer_prefix}.{layer}.{name}" for layer, found in skeleton.joined.items() for name in found}
+        wanted = {name: value for name, value in wanted.items() if name not in made}
+        missing = [name for name in missing if name not in made]
+    if missing:
         raise InputError(
             f"{source.where} lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors that "
             f"{type(skeleton.decoder).__name__} needs): "
@@ -308,6 +326,23 @@ def _check_tensors(skeleton: Skeleton) -> None:
                 f"{source.where}: {name} has shape {list(source.info(name).shape)}, but config.json describes "
                 f"{list(shape)}: config and weights must be of the same model."
             )
+
+
+def _find_joined(skeleton: Skeleton, missing: list[str]) -> None:
+    """Note how the layers' parameters that are not stored as such are made of what is stored."""
+    source, prefix = skeleton.source, skeleton.layer_prefix
+    path = next(name for name, module in skeleton.full.named_modules() if module is skeleton.layers)
+    stored = [name for name in source.files if name.startswith(f"{prefix}.")]
+    shapes = {name: source.info(name).shape for name in stored}
+    joined = joined_parameters(skeleton.full, stored)
+    for name in missing:
+        layer, _, inside = name.removeprefix(f"{prefix}.").partition(".")
+        found = joined.get(f"{path}.{layer}.{inside}") if name.startswith(f"{prefix}.") else None
+        if found is None or not layer.isdecimal() or int(layer) >= len(skeleton.layers):
+            continue
+        wanted = list(skeleton.layers[int(layer)].state_dict()[inside].shape)
+        if joined_shape(found, shapes, inside, skeleton.full) == wanted:
+            skeleton.joined.setdefault(int(layer), {})[inside] = found
 
 
 def _load_embedding_rows(skeleton: Skeleton, name: str, embedding: nn.Embedding, token_ids: Tensor) -> None:
