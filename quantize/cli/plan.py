@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..errors import InputError
+from ..errors import InputError, NvquantError
 from ..plan.conversion import as_json as time_document
 from ..plan.conversion import forecast_conversion
 from ..plan.forecast import as_json as plan_document
@@ -64,6 +64,9 @@ def command(
     """Say exactly what converting MODEL would write, and what it and its result need. Reads headers and config,
     no weights."""
     plan, recipe = make_plan(model, recipe_name, format_name, revision)
+    from ..convert.checks import check_conversion
+
+    check_conversion(plan)
     if plan.source.hub is not None:
         say(named(plan))
     calibration = recipe.calibration
@@ -102,14 +105,15 @@ def _say_fits(plan: Plan) -> None:
     tell(f"Serving 8192 tokens of context needs {needed}: fits {', '.join(fitting) or 'none of the GPUs known here'}.")
     if plan.recipe.name == "nvfp4-full":
         return
+    from ..convert.config import output_configs
     from ..plan.plan import compute_plan
 
-    full = compute_plan(
-        plan.source,
-        load_recipe("nvfp4-full").model_copy(update={"experts": plan.recipe.experts}),
-        plan.layout,
-        plan.model,
-    )
+    recipe = load_recipe("nvfp4-full").model_copy(update={"experts": plan.recipe.experts})
+    try:
+        full = compute_plan(plan.source, recipe, plan.layout, plan.model)
+        output_configs(full)
+    except NvquantError:  # only a hint: this recipe does not fit the model
+        return
     more = [fit.gpu for fit in fits(full) if fit.fits and fit.gpu not in fitting]
     if more:
         tell(f"With recipe nvfp4-full ({gigabytes(full.tensor_bytes)}) it fits {', '.join(more)} too.")

@@ -56,6 +56,7 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
     roles = roles_of(shapes, config)
     unused = unused_tensors(config, tensors)
     roles.update(dict.fromkeys(unused, Role.OTHER))
+    _check_experts(recipe, roles, model)
     schemes: dict[str, Scheme] = {}
     for entry in recipe.quantize:
         for pattern in entry.modules:
@@ -72,7 +73,6 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
         if module_of(name) in schemes and name.endswith(".weight")
     }
     _check_matrices(ordered, tensors)
-    _check_experts(recipe, roles, model)
     fusions = fusions_of(shapes, config)
     groups = fusions.groups(ordered)
     _check_groups(recipe, groups, ordered, roles, fusions)

@@ -13,8 +13,10 @@ from nvquant.plan.machines import DISKS, HUB_BYTES, Machine
 from nvquant.plan.times import forecast_times
 from nvquant.plan.work import measure_work
 from support.commands import Command
-from support.conversions import TinyModels, planned
+from support.conversions import TinyModels, edit_config, planned, random_samples, write_ids
 from support.synthetic_gemma4 import write_synthetic_gemma4
+from support.tiny_hybrids import tiny_experts
+from support.tiny_models import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +148,52 @@ def test_of_a_model_on_the_hub_a_rate_is_assumed_where_none_is_given() -> None:
     given = read_machine("H200", None, 5e8, False, None, from_hub=True)
     assert given == Machine("H200", 1, DISKS["nvme"], 5e8)
     assert read_machine(None, None, None, False, None, from_hub=True) is None
+
+
+def outcomes(nvquant: Command, model: Path, recipe: object, folder: Path) -> list[tuple[int, str]]:
+    """Exit code and error of plan and of convert."""
+    folder.mkdir(exist_ok=True)
+    ids = write_ids(folder / "ids.jsonl", random_samples((12, 12)))
+    calibration = ("--calibration", ids, "--samples", 2, "--sequence-length", 12, "--device", "cpu")
+    planned = nvquant("plan", model, "--recipe", recipe)
+    done = nvquant("convert", model, "--recipe", recipe, "-o", folder / "out", *calibration)
+    return [
+        (ended.code, next((line for line in ended.stderr.splitlines() if line.startswith("Error:")), ""))
+        for ended in (planned, done)
+    ]
+
+
+def test_a_hint_that_does_not_fit_the_model_says_nothing(nvquant: Command, tmp_path: Path) -> None:
+    """The attention's o_proj has 40 columns, which nvfp4-full refuses and nvfp4 leaves alone."""
+    model = tiny_llama(tmp_path / "model", head_dim=10)
+    assert outcomes(nvquant, model, "nvfp4", tmp_path) == [(0, ""), (0, "")]
+    assert "nvfp4-full" not in nvquant("plan", model, "--recipe", "nvfp4").stdout
+
+
+def test_plan_speaks_of_no_other_recipe_than_the_one_asked_for(nvquant: Command, tmp_path: Path) -> None:
+    model = tiny_experts(tmp_path / "model", "qwen3")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine\nexperts: bf16\nquantize:\n  - modules: [attention]\n    scheme: nvfp4\n")
+    assert outcomes(nvquant, model, recipe, tmp_path) == [(0, ""), (0, "")]
+    planned, done = outcomes(nvquant, model, "nvfp4-full", tmp_path / "b")
+    assert planned == done
+    assert planned[0] == 2 and "mixture of experts" in planned[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"hidden_act": "no such function"}, 3, "cannot build LlamaForCausalLM"),
+        ({"architectures": ["UnheardOfForCausalLM"]}, 3, "does not know the architecture UnheardOfForCausalLM"),
+        ({"intermediate_size": 96}, 2, "config and weights must be of the same model"),
+        ({"num_hidden_layers": 2}, 2, "counts fewer decoder layers"),
+        ({"num_hidden_layers": 4}, 2, r"lacks model.layers.3."),
+    ],
+)
+def test_plan_refuses_what_convert_refuses(
+    nvquant: Command, tmp_path: Path, changes: dict[str, Any], code: int, words: str
+) -> None:
+    model = edit_config(tiny_llama(tmp_path / "model"), **changes)
+    planned, done = outcomes(nvquant, model, "nvfp4", tmp_path)
+    assert planned == done
+    assert planned[0] == code and words in planned[1]
