@@ -105,13 +105,13 @@ def _say_fits(plan: Plan) -> None:
     tell(f"Serving 8192 tokens of context needs {needed}: fits {', '.join(fitting) or 'none of the GPUs known here'}.")
     if plan.recipe.name == "nvfp4-full":
         return
-    from ..convert.config import output_configs
+    from ..convert.config import check_patterns
     from ..plan.plan import compute_plan
 
     recipe = load_recipe("nvfp4-full").model_copy(update={"experts": plan.recipe.experts})
     try:
         full = compute_plan(plan.source, recipe, plan.layout, plan.model)
-        output_configs(full)
+        check_patterns(full)
     except NvquantError:  # only a hint: this recipe does not fit the model
         return
     more = [fit.gpu for fit in fits(full) if fit.fits and fit.gpu not in fitting]

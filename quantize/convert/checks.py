@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
-from ..calibrate.skeleton import build_skeleton
 from ..plan.plan import Plan
-from .config import output_configs
+from .config import check_patterns
 
 
 def check_conversion(plan: Plan) -> None:
@@ -17,6 +14,10 @@ def check_conversion(plan: Plan) -> None:
         EnvironmentLack: a recipe that calibrates, and no transformers that knows the architecture.
         InputError: a recipe that calibrates, and a model that cannot be walked.
     """
-    output_configs(plan)
+    check_patterns(plan)
     if plan.recipe.needs_calibration:
+        import torch
+
+        from ..calibrate.skeleton import build_skeleton
+
         build_skeleton(plan.source, plan.prefix, torch.device("cpu"), torch.bfloat16)

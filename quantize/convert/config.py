@@ -77,12 +77,37 @@ def quantization_config(subject: Plan | QuantizedModel) -> dict[str, Any]:
     coverage = coverage_in_order(model)
     build = _modelopt if model.layout.name == "modelopt" else _compressed_tensors
     config = build(coverage, model.kv_cache)
+    _refuse_disagreements(model, config)
+    return config
+
+
+def check_patterns(subject: Plan | QuantizedModel) -> None:
+    """Prove the patterns of the config to come, without building it: that takes the compressed-tensors library.
+
+    Raises:
+        CheckFailed: as `output_configs`.
+    """
+    model = described(subject)
+    coverage = coverage_in_order(model)
+    if model.layout.name == "modelopt":
+        _refuse_disagreements(model, _modelopt(coverage, model.kv_cache))
+        return
+    groups: dict[str, dict[str, Any]] = {
+        f"group_{at}": {
+            "targets": [pattern.regex() for pattern in patterns],
+            "input_activations": {} if scheme == "nvfp4" else None,
+        }
+        for at, (scheme, patterns) in enumerate(coverage.targets.items())
+    }
+    _refuse_disagreements(model, {"config_groups": groups, "ignore": coverage.ignore_regexes()})
+
+
+def _refuse_disagreements(model: QuantizedModel, config: Mapping[str, Any]) -> None:
     for layer, expected, found in disagreements(model, config):
         raise CheckFailed(
             f"the config would make vLLM treat {layer} as {found} where the plan has {expected}: please report "
             f"this model's names."
         )
-    return config
 
 
 def coverage_in_order(subject: Plan | QuantizedModel) -> Coverage:

@@ -71,8 +71,8 @@ def test_the_numbers_of_the_31b_are_exact(run: Run) -> None:
 
 
 @linux
-def test_it_takes_under_ten_seconds_and_a_gigabyte(run: Run) -> None:
-    assert run.seconds < 10
+def test_it_takes_under_a_minute_and_a_gigabyte(run: Run) -> None:
+    assert run.seconds < 60
     assert run.peak_bytes < 1_000_000_000
 
 
@@ -80,8 +80,9 @@ def test_it_takes_under_ten_seconds_and_a_gigabyte(run: Run) -> None:
 def test_no_weight_is_read(run: Run, model: Path) -> None:
     headers = sum(path.stat().st_blocks * 512 for path in model.iterdir())
     assert headers < 2_000_000, "the shards are holes"
-    # Python's own modules come to some 20 MB; the smallest MLP matrix alone has 231 MB.
-    assert run.read_bytes < 60_000_000
+    # Python's own modules come to some 20 MB, to 140 MB with the model's code where the recipe calibrates; the smallest
+    # MLP matrix alone has 231 MB.
+    assert run.read_bytes < (60_000_000 if run.document["recipe"] == "nvfp4-a16" else 200_000_000)
 
 
 def test_the_synthetic_source_is_the_census_that_it_claims_to_be(model: Path) -> None:
