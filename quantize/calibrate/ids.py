@@ -12,9 +12,11 @@ import torch
 
 from ..errors import InputError
 from .rows import data_suffix, read_rows
+from .text import columns_of
 
 logger = logging.getLogger("nvquant.calibrate.ids")
 
+MOST_ID = (1 << 63) - 1  # that an id of int64 can be
 IDS_SUFFIX = ".safetensors"
 INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
@@ -71,7 +73,7 @@ def check_vocabulary(samples: list[torch.Tensor], config: Mapping[str, Any], ori
         InputError: names the first sample and id at fault.
     """
     size = config_value(config, "vocab_size")
-    if not isinstance(size, int):
+    if not isinstance(size, int) or not 0 < size <= MOST_ID:
         return
     for number, ids in enumerate(samples, 1):
         wrong = ids[(ids < 0) | (ids >= size)]
@@ -86,7 +88,7 @@ def _table_rows(path: Path, samples: int) -> Iterator[tuple[str, torch.Tensor, t
     for number, row in islice(read_rows(path, None), samples):
         where = f"{path.name}, row {number}"
         if "input_ids" not in row:
-            raise InputError(f"{where} has no input_ids (columns: {', '.join(sorted(row))}): give ids in every row.")
+            raise InputError(f"{where} has no input_ids (columns: {columns_of(row)}): give ids in every row.")
         mask = row.get("attention_mask")
         yield (
             where,
@@ -152,7 +154,7 @@ def _unpadded(ids: torch.Tensor, mask: torch.Tensor | None, config: Mapping[str,
 
 def _without_pad_runs(ids: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     pad_id = config_value(config, "pad_token_id")
-    if not isinstance(pad_id, int):
+    if not isinstance(pad_id, int) or not 0 <= pad_id <= MOST_ID:
         return ids
     others = (ids != pad_id).nonzero().flatten()
     if not len(others):

@@ -10,13 +10,15 @@ import csv
 import gzip
 import hashlib
 import io
-import json
 import lzma
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
+from ..checkpoint.json_text import parse_json
+from ..checkpoint.regular import open_regular
 from ..errors import EnvironmentLack, InputError
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ Row = dict[str, Any]
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 TEXT_SUFFIX = ".txt"
 PACKED_SUFFIXES = (".xz", ".gz")
+MOST_WHOLE_BYTES = 300_000_000  # of a file that is read whole: a text, a CSV, a JSON array, and what is unpacked
+MOST_LINE_BYTES = 100_000_000
+_UNREADABLE = (UnicodeDecodeError, lzma.LZMAError, EOFError, OSError, zlib.error, csv.Error)
 
 
 def data_suffix(name: str) -> str:
@@ -52,16 +57,15 @@ def read_rows(source: Path | Traversable, seed: int | None) -> Iterator[tuple[in
         InputError: missing, empty or damaged file.
         EnvironmentLack: Parquet without pyarrow.
     """
-    if not source.is_file():
-        raise InputError(f"{source} is not a file: name an existing file with --calibration.")
+    _check_is_file(source)
     reader = {".parquet": _parquet, ".jsonl": _json_lines, ".json": _json, ".csv": _csv}[data_suffix(source.name)]
     is_empty = True
     try:
         for number, row in reader(source, seed):
             is_empty = False
             yield number, row
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile, csv.Error) as error:
-        raise InputError(f"{source.name} cannot be read ({error}): check the file.") from error
+    except _UNREADABLE as error:
+        raise InputError(f"{source.name} cannot be read ({_in_words(error)}): check the file.") from error
     if is_empty:
         raise InputError(f"{source.name} has no rows: give a file with text, messages or token ids.")
 
@@ -72,13 +76,12 @@ def read_text(source: Path | Traversable) -> str:
     Raises:
         InputError: missing, empty or not UTF-8.
     """
-    if not source.is_file():
-        raise InputError(f"{source} is not a file: name an existing file with --calibration.")
+    _check_is_file(source)
     try:
         with _bytes_of(source) as stream:
-            text = stream.read().decode("utf-8-sig")
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
-        raise InputError(f"{source.name} cannot be read ({error}): give a UTF-8 text.") from error
+            text = _whole(stream, source).decode("utf-8-sig")
+    except _UNREADABLE as error:
+        raise InputError(f"{source.name} cannot be read ({_in_words(error)}): give a UTF-8 text.") from error
     if not text.strip():
         raise InputError(f"{source.name} is empty: give a file with some text.")
     return text
@@ -87,11 +90,44 @@ def read_text(source: Path | Traversable) -> str:
 def _bytes_of(source: Path | Traversable) -> IO[bytes]:
     """A seekable stream; packed files are unpacked into memory, since seeking in them means reading again."""
     suffix = PurePosixPath(source.name).suffix.lower()
+    plain: IO[bytes] = open_regular(source) if isinstance(source, Path) else source.open("rb")
     if suffix not in PACKED_SUFFIXES:
-        return source.open("rb")
-    with source.open("rb") as packed:
-        data = packed.read()
-    return io.BytesIO(lzma.decompress(data) if suffix == ".xz" else gzip.decompress(data))
+        return plain
+    with plain, lzma.open(plain) if suffix == ".xz" else gzip.open(plain) as packed:
+        return io.BytesIO(_whole(packed, source))
+
+
+def _check_is_file(source: Path | Traversable) -> None:
+    try:
+        is_there = source.is_file()
+    except (OSError, ValueError):  # a name that the system refuses
+        is_there = False
+    if not is_there:
+        raise InputError(f"{source} is not a file: name an existing file with --calibration.")
+
+
+def _whole(stream: IO[bytes] | lzma.LZMAFile | gzip.GzipFile, source: Path | Traversable) -> bytes:
+    """All that is left of a stream, unpacked; a small file may unpack to more than any memory has."""
+    data = stream.read(MOST_WHOLE_BYTES + 1)
+    if len(data) > MOST_WHOLE_BYTES:
+        raise InputError(
+            f"{source.name} holds more than {MOST_WHOLE_BYTES:,} bytes: split it, or give it as .jsonl or .parquet."
+        )
+    return data
+
+
+def _lines(stream: IO[bytes], source: Path | Traversable) -> Iterator[bytes]:
+    while line := stream.readline(MOST_LINE_BYTES + 1):
+        if len(line) > MOST_LINE_BYTES:
+            raise InputError(f"{source.name} has a line of more than {MOST_LINE_BYTES:,} bytes: check the file.")
+        yield line
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start:,} is not UTF-8"
+    reason = error.strerror if isinstance(error, OSError) else None
+    return " ".join((reason or str(error) or type(error).__name__).split())[:200]
 
 
 def _order(count: int, seed: int | None) -> list[int]:
@@ -102,13 +138,13 @@ def _json_lines(source: Path | Traversable, seed: int | None) -> Iterator[tuple[
     """Only the lines that are asked for are parsed; a first pass notes where each begins."""
     with _bytes_of(source) as stream:
         if seed is None:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(_lines(stream, source), 1):
                 if line.strip():
                     yield number, _parsed(line, f"{source.name}, line {number}")
             return
         starts: list[tuple[int, int]] = []
         position = 0
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(_lines(stream, source), 1):
             if line.strip():
                 starts.append((number, position))
             position += len(line)
@@ -124,7 +160,7 @@ def _json(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, R
         begins_array = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         if begins_array:
             stream.seek(0)
-            rows = _parsed(stream.read(), source.name, list)
+            rows = _parsed(_whole(stream, source), source.name, list)
     if not begins_array:
         yield from _json_lines(source, seed)
         return
@@ -136,18 +172,18 @@ def _json(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, R
 
 def _parsed(data: bytes, where: str, kind: type = dict) -> Any:
     try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where} is not valid JSON ({error.msg}, column {error.colno}): write one object a line."
-        ) from error
+        value = parse_json(data, with_mark=True)
+    except ValueError as error:
+        raise InputError(f"{where} is not valid JSON ({error}): write one object a line.") from error
     if not isinstance(value, kind):
         raise InputError(f"{where} is not a JSON object: write one object a line.")
     return value
 
 
 def _csv(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, Row]]:
-    with io.TextIOWrapper(_bytes_of(source), encoding="utf-8-sig", newline="") as stream:
+    with _bytes_of(source) as plain:
+        text = _whole(plain, source).decode("utf-8-sig")
+    with io.StringIO(text, newline="") as stream:
         limit = csv.field_size_limit(sys.maxsize)  # the default of 128 kB is less than a document
         try:
             rows = list(csv.DictReader(stream))

@@ -17,10 +17,11 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ..checkpoint.regular import read_regular
 from ..errors import InputError
+from ..recipe.yaml_text import YamlFault, parse_yaml
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -99,18 +100,13 @@ def load_spec(source: Path | Traversable) -> CalibrationSpec:
     """
     if not source.is_file():
         raise InputError(f"{source} is not a file: name an existing YAML spec with --calibration.")
+    data = read_regular(source) if isinstance(source, Path) else source.read_bytes()
     try:
-        return CalibrationSpec.model_validate(yaml.safe_load(source.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise InputError(
-            f"{source.name}{line} is not valid YAML ({getattr(error, 'problem', None) or error})."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source.name} is not UTF-8 text: give a YAML spec.") from error
+        return CalibrationSpec.model_validate(parse_yaml(data)[1])
+    except YamlFault as error:
+        raise InputError(f"{source.name}:{error.line}: {error.problem}: give a YAML spec.") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the top level"
+        where = ".".join(str(part)[:60] for part in first["loc"]) or "the top level"
         what = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{source.name}: {where}: {what}; a spec has name, description, licence and parts.") from error

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.json_text import parse_json, quoted
 from ..errors import InputError
 from .datasets import HubDataset
 from .rows import TEXT_SUFFIX, Row, data_suffix, read_rows, read_text, seeded_order
@@ -18,6 +18,7 @@ from .rows import TEXT_SUFFIX, Row, data_suffix, read_rows, read_text, seeded_or
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
+MOST_COLUMNS = 12  # whose names a message repeats
 DIALOGUE_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
@@ -161,7 +162,7 @@ def _documents_in_file(
 
 def _text(row: Row, columns: Columns, where: str) -> str | None:
     """The text column's value, None where this row has none."""
-    seen = ", ".join(sorted(row)) or "none"
+    seen = columns_of(row)
     if columns.messages or columns.text:
         column = columns.messages or columns.text
         if column not in row:
@@ -198,8 +199,8 @@ def _turns(value: object, where: str) -> tuple[Turn, ...]:
     """Turns as templates know them; empty when a turn holds anything but text."""
     if isinstance(value, str) and value.lstrip().startswith("["):  # the only way that CSV has
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
+            value = parse_json(value.encode())
+        except ValueError:
             pass
     if not isinstance(value, list):
         raise InputError(f"{where} is {_kind_of(value)}, not a list of turns: each turn is {{role, content}}.")
@@ -216,7 +217,7 @@ def _turn(item: object, where: str) -> Turn | None:
         if ours not in turn and theirs in turn:
             turn[ours] = turn.pop(theirs)
     if not isinstance(turn.get("role"), str) or "content" not in turn:
-        raise InputError(f"{where} holds a turn with {', '.join(sorted(item)) or 'nothing'}, not role and content.")
+        raise InputError(f"{where} holds a turn with {columns_of(item)}, not role and content.")
     turn["role"] = ROLES.get(turn["role"], turn["role"])
     content = turn["content"]
     if isinstance(content, list):
@@ -235,6 +236,14 @@ def _joined(parts: Iterable[object]) -> str | None:
             return None
         texts.append(part["text"])
     return "".join(texts)
+
+
+def columns_of(row: Row) -> str:
+    """The names of a row's columns, as a message can repeat them; `none` without any."""
+    names = sorted(row)
+    shown = [name if name.isprintable() and 0 < len(name) <= 60 else quoted(name, 60) for name in names[:MOST_COLUMNS]]
+    more = [f"{len(names) - MOST_COLUMNS} more"] if len(names) > MOST_COLUMNS else []
+    return ", ".join([*shown, *more]) or "none"
 
 
 def _kind_of(value: object) -> str:

@@ -32,6 +32,7 @@ class ModelTokenizer:
         Raises:
             InputError: no tokenizer there that transformers can load.
         """
+        self._folder = folder
         self._tokenizer = load_tokenizer(folder)
         self._template = ChatTemplate(self._tokenizer, folder)
         self.bos_id: int | None = self._tokenizer.bos_token_id
@@ -68,7 +69,7 @@ class ModelTokenizer:
     def encode_rendered(self, text: str) -> list[int]:
         """Token ids of a rendered chat, whose special tokens are meant; none is added, since the template wrote BOS."""
         # `verbose` is about lengths beyond model_max_length: every sequence is cut later on.
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return encoded(self._tokenizer, text, self._folder, add_special_tokens=False)
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False, **switches: bool) -> str:
         """A conversation in the model's chat template, as text.
@@ -83,6 +84,24 @@ class ModelTokenizer:
             InputError: it takes more time or memory, or writes more, than any template needs.
         """
         return self._template.render(messages, generation_prompt=generation_prompt, **switches)
+
+
+def encoded(tokenizer: Any, text: str, folder: Path, **options: bool) -> list[int]:
+    """Token ids of a text by a tokenizer of transformers.
+
+    Args:
+        folder: of the model, for messages.
+    Raises:
+        InputError: it cannot; a tokenizer that was loaded may still have settings that no text passes.
+    """
+    try:
+        return [int(token) for token in tokenizer(text, verbose=False, **options)["input_ids"]]
+    except Exception as error:
+        reason = (str(error)[:MOST_REASON].strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise InputError(
+            f"{folder}: the tokenizer cannot encode a text ({type(error).__name__}: {reason}): repair its files, or "
+            f"give token ids, which need none."
+        ) from error
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -68,6 +68,7 @@ def read_json(
     hint: str = "",
     *,
     folder: Path | None = None,
+    is_named: bool = False,
     unique: bool = False,
     most: int = MOST_SMALL_BYTES,
     way_out: str = "download it again",
@@ -77,6 +78,7 @@ def read_json(
     Args:
         hint: what a missing file is for, as the end of a sentence.
         folder: where the file must lie, behind all links; by default the folder of its name.
+        is_named: the user named this very file, so that its links are followed.
         unique: see `parse_json`.
         most: bytes that it may have.
         way_out: what to do with a damaged file, as the end of a sentence.
@@ -85,7 +87,7 @@ def read_json(
         InputError: it is no regular file of the folder, no JSON object, or beyond the bounds.
     """
     try:
-        data = read_regular(path, folder or path.parent, way_out, most)
+        data = read_regular(path, None if is_named else folder or path.parent, way_out, most)
     except MissingFile as error:
         raise MissingFile(f"{path} is missing: {hint or way_out}.") from error
     try:

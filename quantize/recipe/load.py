@@ -9,10 +9,14 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from ..checkpoint.json_text import quoted
+from ..checkpoint.regular import read_regular, unreadable
 from ..errors import InputError
 from .schema import Recipe
+from .yaml_text import YamlFault, parse_yaml
 
 _PACKAGE = "nvquant.recipes"
+MOST_KEY = 60  # characters of a key that a message repeats
 # pydantic's kinds of errors where its own words are Python's, not YAML's.
 _IN_WORDS = {
     "missing": "is required",
@@ -39,22 +43,20 @@ def load_recipe(name: str) -> Recipe:
         InputError: no such recipe, or a file that does not fit the schema; names file, line and key.
     """
     if name in shipped_recipes():
-        return parse_recipe(
-            resources.files(_PACKAGE).joinpath(f"{name}.yaml").read_text(encoding="utf-8"), f"{name}.yaml"
-        )
+        return parse_recipe(resources.files(_PACKAGE).joinpath(f"{name}.yaml").read_bytes(), f"{name}.yaml")
     path = Path(name)
     try:
         if path.suffix in (".yaml", ".yml") or path.is_file():
-            return parse_recipe(path.read_text(encoding="utf-8"), name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe file {name} cannot be read ({error}): give the path of a YAML file.") from error
+            return parse_recipe(read_regular(path, hint="give the path of a YAML file"), name)
+    except OSError as error:
+        raise unreadable(path, error, "give the path of a YAML file") from error
     raise InputError(
         f"recipe '{name}' does not exist; available: {', '.join(shipped_recipes())}. A file of your own is "
         f"given as ./my.yaml."
     )
 
 
-def parse_recipe(text: str, file: str) -> Recipe:
+def parse_recipe(text: str | bytes, file: str) -> Recipe:
     """Check the text of a recipe.
 
     Args:
@@ -64,15 +66,9 @@ def parse_recipe(text: str, file: str) -> Recipe:
         InputError: not YAML or not a recipe; names file, line and key.
     """
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        problem = getattr(error, "problem", None) or getattr(error, "reason", error)
-        raise InputError(f"{file}:{line}: not YAML ({problem}).") from error
-    except (ValueError, RecursionError) as error:  # a date that does not exist; lists in lists in lists
-        raise InputError(f"{file}:1: holds a value that cannot be read ({error}).") from error
+        root, data = parse_yaml(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+    except YamlFault as error:
+        raise InputError(f"{file}:{error.line}: {error.problem}.") from error
     _refuse_duplicates(root, file)
     if not isinstance(data, dict):
         raise InputError(f"{file}:1: a recipe is a map with the keys name and quantize.")
@@ -80,7 +76,7 @@ def parse_recipe(text: str, file: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(str(part)[:MOST_KEY] for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(
             f"{file}:{_line_of(root, first['loc'])}: key '{key}': {_in_words(message, first['type'], first['loc'])}."
@@ -89,7 +85,7 @@ def parse_recipe(text: str, file: str) -> Recipe:
 
 def _in_words(message: str, kind: str, location: Sequence[int | str]) -> str:
     if kind == "extra_forbidden":
-        return f"'{location[-1]}' is not a key of a recipe; see `nvquant recipes show nvfp4` for all of them"
+        return f"{quoted(str(location[-1]))} is not a key of a recipe; see `nvquant recipes show nvfp4` for all of them"
     if kind in _IN_WORDS:
         return _IN_WORDS[kind]
     return message[0].lower() + message[1:]
@@ -107,10 +103,12 @@ def _refuse_duplicates(root: yaml.Node | None, file: str) -> None:
         if isinstance(node, yaml.SequenceNode):
             waiting += node.value
         elif isinstance(node, yaml.MappingNode):
-            names = [key.value for key, _ in node.value]
-            for at, (key, value) in enumerate(node.value):
-                if key.value in names[:at]:
-                    raise InputError(f"{file}:{key.start_mark.line + 1}: key '{key.value}' occurs twice: remove one.")
+            names: set[str] = set()
+            for key, value in node.value:
+                name = key.value if isinstance(key, yaml.ScalarNode) else ""
+                if name in names:
+                    raise InputError(f"{file}:{key.start_mark.line + 1}: key {quoted(name)} occurs twice: remove one.")
+                names |= {name} - {""}
                 waiting.append(value)
 
 

@@ -92,9 +92,9 @@ class Verify(_Strict):
         max_delta_nll: increase of the mean negative log-likelihood in nats.
     """
 
-    max_kl: float | None = Field(default=None, gt=0)
+    max_kl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     min_top1: float = Field(default=0.5, ge=0, le=1)
-    max_delta_nll: float = Field(default=1.0, gt=0)
+    max_delta_nll: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 def _none_is_default(value: object) -> object:

@@ -219,7 +219,7 @@ def test_a_column_named_in_the_spec_must_exist() -> None:
         ("a.jsonl", b'{"text": "x"}\n{"text":', r"a\.jsonl, line 2 is not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', r"a\.jsonl, line 2 is not a JSON object"),
         ("a.json", b'[{"text": "x"}, 3]', r"a\.json, row 2 is not a JSON object"),
-        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl cannot be read"),
+        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl, line 1 is not valid JSON \(byte 10 is not UTF-8\)"),
         ("a.txt", b"\xff\xfe\x00", r"a\.txt cannot be read"),
         ("a.jsonl.xz", lzma.compress(lines(ROWS))[:-20], r"a\.jsonl\.xz cannot be read"),
         ("a.jsonl.gz", gzip.compress(lines(ROWS))[:-20], r"a\.jsonl\.gz cannot be read"),
@@ -306,7 +306,7 @@ def test_a_wrong_spec_is_refused_by_its_key(changes: dict[str, object], message:
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"a: [", r"mine\.yaml:1 is not valid YAML"), (b"3", "mine.yaml: the top level: "), (b"\xff", "is not UTF-8")],
+    [(b"a: [", r"mine\.yaml:1: not YAML"), (b"3", "mine.yaml: the top level: "), (b"\xff", "is not UTF-8")],
 )
 def test_a_file_that_is_no_spec_is_refused(data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(data)
