@@ -122,7 +122,11 @@ def command(
     source = None if model is None else open_model(model)
     asked = stages or (("structure",) if model is None else ("structure", "numerics"))
     options = _options(asked, measured, report_folder)
-    bench = None if bench_file is None else read_json(bench_file, "nvquant bench writes it")
+    bench = (
+        None
+        if bench_file is None
+        else read_json(bench_file, "nvquant bench writes it", is_named=True, way_out="write it again")
+    )
     if remote is not None and stages == ("structure",):
         options = replace(options, by_ranges=True)
     verification = Verification(

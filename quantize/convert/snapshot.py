@@ -57,8 +57,10 @@ class Snapshots:
             return None
         try:
             record = read_json(path, "")
-            layer, file, sha256 = int(record["layer"]), str(record["file"]), record["sha256"]
-            if layer >= before or file_sha256(self._journal.folder / file) != sha256:
+            layer, file, sha256 = record["layer"], record["file"], record["sha256"]
+            if type(layer) is not int or not 0 <= layer < before or file != _file_of(layer):
+                return None
+            if file_sha256(self._journal.folder / file) != sha256:
                 return None
         except (InputError, OSError, KeyError, TypeError, ValueError):
             return None
@@ -94,7 +96,7 @@ class Snapshots:
         self._speed = size / max(1e-3, self._last - started)
 
     def _take(self, layer: int, hidden: HiddenStates) -> None:
-        file, old = f"hidden-{layer:05d}.safetensors", self._file
+        file, old = _file_of(layer), self._file
         states = hidden.on_host()
         shapes = hidden.shapes()
         entries = [TensorEntry(f"hidden.{at:06d}", _DTYPES[dtype], shape) for at, (shape, dtype) in enumerate(shapes)]
@@ -107,3 +109,7 @@ class Snapshots:
         self._file = file
         if old is not None and old != file:
             (self._journal.folder / old).unlink(missing_ok=True)
+
+
+def _file_of(layer: int) -> str:
+    return f"hidden-{layer:05d}.safetensors"

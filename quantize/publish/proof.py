@@ -10,7 +10,8 @@ from typing import Any
 from ..checkpoint.source import Checkpoint, read_json
 from ..errors import InputError
 from ..quoting import argument, shell
-from ..report.document import at, document, publishable, stages_run
+from ..report.document import STAGES, at, document, publishable, stages_run
+from ..report.measured import sizes_of
 from ..verify.contents import checkpoint_identity
 from ..verify.numerics.stage import NumericsOptions
 from ..verify.run import Stage, Verification, VerifyOptions
@@ -55,9 +56,9 @@ def read_earlier(path: Path, folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is no such document, says nothing of the checkpoint's bytes, or is of another one.
     """
-    found = read_json(path, "`nvquant verify --json` writes one")
+    found = read_json(path, "`nvquant verify --json` writes one", is_named=True, way_out="write it again")
     of_checkpoint = found.get("checkpoint")
-    if not _has_checks(found.get("checks")) or not isinstance(of_checkpoint, Mapping):
+    if not _is_document(found) or not isinstance(of_checkpoint, Mapping):
         raise InputError(f"{path} is not what `nvquant verify --json` writes: give such a file with --verify-json.")
     stated, actual = {key: of_checkpoint.get(key) for key in checkpoint_identity(folder)}, checkpoint_identity(folder)
     if actual["manifest_sha256"] is None:
@@ -99,21 +100,39 @@ def without_folders(found: dict[str, Any], folders: list[Path]) -> dict[str, Any
     return whole
 
 
-def _has_checks(found: Any) -> bool:
-    return isinstance(found, list) and all(isinstance(check, dict) and set(check) >= _KEYS for check in found)
+def _is_document(found: Mapping[str, Any]) -> bool:
+    """Whether a document has the form that verify writes, as far as anything relies on it."""
+    checks = found.get("checks")
+    return (
+        isinstance(checks, list)
+        and all(isinstance(check, dict) and set(check) >= _KEYS and _is_check(check) for check in checks)
+        and all(isinstance(found.get(key), (dict, type(None))) for key in ("numerics", "serve", "bench"))
+    )
+
+
+def _is_check(check: Mapping[str, Any]) -> bool:
+    faults = check["faults"]
+    return (
+        check["stage"] in STAGES
+        and all(isinstance(check[key], str) for key in ("name", "detail", "looked_at"))
+        and isinstance(check["passed"], bool)
+        and isinstance(faults, list)
+        and all(isinstance(fault, str) for fault in faults)
+    )
 
 
 def _joined(made: dict[str, Any], earlier: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
     """The new proof with the numbers and the checks of an earlier one."""
     checks = [*made["checks"], *(check for check in earlier["checks"] if check.get("stage") in known)]
     contents = made["checkpoint"]
-    if at(contents, "source_bytes") is None:  # told by the earlier run, which had the source
+    # Told by the earlier run, which had the source.
+    if at(contents, "source_bytes") is None and sizes_of(earlier["checkpoint"]) is not None:
         contents = {**contents, **{key: earlier["checkpoint"].get(key) for key in ("source", "source_bytes", "groups")}}
     return {
         **made,
         "passed": all(check["passed"] for check in checks),
         "checks": checks,
         "checkpoint": contents,
-        **{stage: earlier[stage] for stage in known},
+        **{stage: earlier.get(stage) for stage in known},
         "bench": earlier["bench"],
     }

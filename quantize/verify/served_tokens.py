@@ -10,7 +10,7 @@ from typing import Any
 
 from ..calibrate.quiet import quiet_transformers
 from ..calibrate.template import ChatTemplate, ChatTemplateError
-from ..calibrate.tokenizer import load_tokenizer
+from ..calibrate.tokenizer import encoded, load_tokenizer
 from ..checkpoint.config_values import config_int
 from ..errors import InputError
 from ..recipe.roles import text_config
@@ -69,7 +69,7 @@ class OwnTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, with the special tokens that the tokenizer itself adds."""
-        return [int(token) for token in self._tokenizer(text, verbose=False)["input_ids"]]
+        return encoded(self._tokenizer, text, self._folder)
 
     def encode_question(self, question: str) -> list[int]:
         """Ids of one user's turn, up to where the answer begins.
@@ -81,7 +81,7 @@ class OwnTokenizer:
         messages = [{"role": "user", "content": question}]
         with quiet_transformers():
             rendered = self._template.render(messages, generation_prompt=True)
-        return [int(token) for token in self._tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+        return encoded(self._tokenizer, rendered, self._folder, add_special_tokens=False)
 
 
 def needs_bos(subject: Subject) -> bool:

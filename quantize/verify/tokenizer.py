@@ -6,7 +6,6 @@ rows, added tokens beyond them (Gemma 3 has one), an end that only generation_co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..calibrate.ids import config_value
+from ..checkpoint.json_text import parse_json
+from ..checkpoint.regular import read_regular
 from ..checkpoint.sidefiles import TEMPLATE_FOLDER, side_files
 from ..checkpoint.source import read_json
 from ..errors import InputError
@@ -122,9 +123,11 @@ def _object(path: Path) -> Mapping[str, Any]:
 
 def _unreadable_json(path: Path) -> list[str]:
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        parse_json(read_regular(path, path.parent))
+    except ValueError as error:
         return [f"{path.name} is not readable JSON ({error})"]
+    except InputError as error:
+        return [str(error)]
     return []
 
 
