@@ -32,10 +32,12 @@ def say(text: str) -> None:
 
 
 class _Log(logging.Handler):
-    """Shows nvquant's own warnings as `say` does; Python's last resort would show what they name as it stands."""
+    """Shows nvquant's own warnings as `say` does, where nobody else takes them: Python's last resort would show what
+    they name as it stands."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(message(record.getMessage()))
+        if not logging.getLogger().handlers:
+            say(message(record.getMessage()))
 
 
 def send_warnings_to_stderr() -> None:

@@ -26,7 +26,10 @@ def test_no_command_prints_past_the_function_that_quotes(path: Path) -> None:
     assert allowed is None or len(calls) == allowed
 
 
-def test_whatever_is_printed_can_be_seen_and_commands_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+def test_whatever_is_printed_can_be_seen_and_commands_nobody(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a process of its own
     nasty = "\x1b[31mred\n::error::pwned \u202e hf_abcdefghijk"
     tell(nasty)
     say(nasty)
