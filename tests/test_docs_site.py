@@ -173,7 +173,7 @@ def test_a_broken_link_or_a_page_in_no_menu_fails_the_build(page: str, added: st
 
 
 def test_a_new_command_gets_its_page_by_itself(commands_module: ModuleType) -> None:
-    @click.group(help="All of them.\n\n\b\nExit codes: 0 fine;\n3 a | b.")
+    @click.group(help="All of them.\n\n\b\nExit codes:\n  0  fine\n  3  a | b")
     def group() -> None: ...
 
     @group.command("new", help="Do WHAT *now*.\n\nSee `a_b`.", epilog="\b\nExamples:\n  tool new x --n 2\n")
@@ -181,7 +181,8 @@ def test_a_new_command_gets_its_page_by_itself(commands_module: ModuleType) -> N
     @click.option("--n", type=click.IntRange(min=1), default=4, help="How <many>.")
     @click.option("--kind", type=click.Choice(["a", "b"]), help="Which.")
     @click.option("--deep/--flat", default=True, help="How.")
-    def new(what: str, n: int, kind: str, deep: bool) -> None: ...
+    @click.option("--size", type=click.IntRange(min=2), show_default="the *best*", help="Size.")
+    def new(what: str, n: int, kind: str, deep: bool, size: int) -> None: ...
 
     overview, page = commands_module.command_pages(group, "tool")
     assert [overview.path, page.path, page.title] == ["commands/index.md", "commands/new.md", "new"]
@@ -194,6 +195,7 @@ def test_a_new_command_gets_its_page_by_itself(commands_module: ModuleType) -> N
     assert "| `--n INTEGER` | How \\<many\\>. (at least 1) | `4` |" in page.text
     assert "| `--kind [a|b]` | Which. |  |" in page.text
     assert "| `--deep / --flat` | How. | `deep` |" in page.text
+    assert "| `--size INTEGER` | Size. (at least 2) | the \\*best\\* |" in page.text
     assert "## Examples\n\n```text\ntool new x --n 2\n```" in page.text
     assert page.text.endswith("## Exit codes\n\n| code | meaning |\n| --- | --- |\n| 0 | fine |\n| 3 | a \\| b |\n")
 

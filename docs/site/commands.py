@@ -1,6 +1,6 @@
-"""A page for each command, made from click itself: what `nvquant COMMAND --help` says, as Markdown.
+"""A page for each command, generated from click: the output of `nvquant COMMAND --help` as Markdown.
 
-Nothing here knows a command's name. Whatever `nvquant.cli.main.cli` lists has its page, and its place in the menu.
+This module knows no command by name. Every command that `nvquant.cli.main.cli` lists gets a page and a menu entry.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _overview(found: list[tuple[click.Command, click.Context]], context: click.C
     ]
     root = found[0][0]
     parts = ["# Commands", _prose(_without_codes(root.help or "")), _usage(root, context)]
-    parts += [_table(["command", "what it does"], rows), _options(root, context), "## Exit codes", _codes_table(codes)]
+    parts += [_table(["command", "effect"], rows), _options(root, context), "## Exit codes", _codes_table(codes)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -85,7 +85,7 @@ def _arguments(command: click.Command, context: click.Context) -> str:
     rows = []
     for argument in command.get_params(context):
         if isinstance(argument, click.Argument):
-            how = "required" if argument.required else "may be left out"
+            how = "required" if argument.required else "optional"
             rows.append([f"`{argument.make_metavar(context).strip('[]')}`", how + ", several" * (argument.nargs == -1)])
     return "## Arguments\n\n" + _table(["argument", ""], rows) if rows else ""
 
@@ -95,7 +95,7 @@ def _subcommands(command: click.Command, context: click.Context) -> str:
         return ""
     below = [(its, one) for one, its in _walk(command, context)][1:]
     rows = [[f"[`{its.command_path}`]({_file(its)})", _cell(one.get_short_help_str(200))] for its, one in below]
-    return "## Commands\n\n" + _table(["command", "what it does"], rows)
+    return "## Commands\n\n" + _table(["command", "effect"], rows)
 
 
 def _options(command: click.Command, context: click.Context) -> str:
@@ -105,8 +105,8 @@ def _options(command: click.Command, context: click.Context) -> str:
         if record is not None:
             words, default = _split_default(record[1])
             declared = record[0].replace(" RANGE", "")
-            rows.append([f"`{declared}`", _cell(words), f"`{default}`" if default else ""])
-    return "## Options\n\n" + _table(["option", "what it does", "default"], rows)
+            rows.append([f"`{declared}`", _cell(words), _default_cell(default)])
+    return "## Options\n\n" + _table(["option", "effect", "default"], rows)
 
 
 def _split_default(words: str) -> tuple[str, str]:
@@ -118,6 +118,13 @@ def _split_default(words: str) -> tuple[str, str]:
     default = "".join(one.removeprefix("default: ") for one in extras if one.startswith("default: "))
     rest = ", ".join(_range(one) for one in extras if not one.startswith("default: "))
     return words[: behind.start()] + (f" ({rest})" if rest else ""), default.strip('"')
+
+
+def _default_cell(default: str) -> str:
+    """A value as code. click puts a description of a default in parentheses, and that stays text."""
+    if default.startswith("(") and default.endswith(")"):
+        return _cell(default[1:-1])
+    return f"`{default}`" if default else ""
 
 
 def _range(extra: str) -> str:
@@ -153,8 +160,16 @@ def _exit_codes(root: click.Command) -> dict[str, str]:
     """Code → meaning, as the group's help lists them for all commands."""
     listed = re.search(r"Exit codes:(.*?)\.?\s*(?:\n\s*\n|\Z)", root.help or "", re.DOTALL)
     if listed is None:
-        raise ValueError("the help of `nvquant` lists no exit codes (`Exit codes: 0 …; 1 …`), which every page shows")
-    return dict(" ".join(one.split()).split(" ", 1) for one in listed[1].split(";"))
+        raise ValueError(
+            "the help of `nvquant` lists no exit codes (`Exit codes:`, then a line for each), which every page shows"
+        )
+    return {
+        code: meaning for line in listed[1].strip().splitlines() for code, _, meaning in [_words(line).partition(" ")]
+    }
+
+
+def _words(line: str) -> str:
+    return " ".join(line.split())
 
 
 def _codes_table(codes: dict[str, str]) -> str:
@@ -167,7 +182,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return _escaped(" ".join(text.split()))
+    return _escaped(_words(text))
 
 
 def _escaped(text: str) -> str:

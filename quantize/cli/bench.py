@@ -34,7 +34,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     """`1,8,32` as numbers, each once."""
     words = [word.strip() for word in value.split(",") if word.strip()]
     if not words or not all(word.isdigit() and int(word) > 0 for word in words):
-        raise click.BadParameter(f"{value!r} is no list of numbers; write 1,8,32.", ctx, parameter)
+        raise click.BadParameter(f"{value!r} is not a list of numbers. Write it as 1,8,32.", ctx, parameter)
     return tuple(dict.fromkeys(int(word) for word in words))
 
 
@@ -44,11 +44,16 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     "--against",
     multiple=True,
     metavar="CHECKPOINT|URL",
-    help="Compare with another checkpoint folder, or with a server that runs at this address, such as llama.cpp's; "
-    "NAME=… names it. May be given several times.",
+    help="Compare with another checkpoint folder, or with a running server at this address, such as llama.cpp's. "
+    "NAME=… names it. You can repeat this option.",
 )
 @click.option(
-    "--users", callback=_numbers, default="1,8,32", show_default=True, metavar="N,…", help="Users at the same time."
+    "--users",
+    callback=_numbers,
+    default="1,8,32",
+    show_default=True,
+    metavar="N,…",
+    help="Measure with these numbers of simultaneous users.",
 )
 @click.option(
     "--contexts",
@@ -56,16 +61,20 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     default="1024,4096,16384",
     show_default=True,
     metavar="TOKENS,…",
-    help="Lengths of the prompts.",
+    help="Measure with prompts of these lengths.",
 )
 @click.option(
-    "--output-tokens", type=click.IntRange(min=2), default=200, show_default=True, help="Length of the answers."
+    "--output-tokens",
+    type=click.IntRange(min=2),
+    default=200,
+    show_default=True,
+    help="Request answers of this length.",
 )
 @click.option(
     "--prompts",
     type=click.IntRange(min=1),
-    help="Requests for each point, rounded up to whole rounds of all users; by default 8, or two rounds where that is "
-    "more.",
+    help="Send this many requests for each point, rounded up to complete rounds of all users.",
+    show_default="8, or two rounds if that is more",
 )
 @serving_options
 @click.option(
@@ -73,22 +82,22 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     type=click.Choice(["vllm", "guidellm"]),
     default="vllm",
     show_default=True,
-    help="What sends the requests: `vllm bench serve` of the vLLM that serves, or guidellm.",
+    help="Send the requests with `vllm bench serve` of the vLLM that serves, or with guidellm.",
 )
-@click.option("--guidellm", metavar="COMMAND", help="The guidellm to take; by default the one on PATH.")
+@click.option("--guidellm", metavar="COMMAND", help="Start guidellm with this command.", show_default="the one on PATH")
 @click.option(
     "--dataset",
     default="random",
     show_default=True,
     metavar="NAME",
-    help="Prompts, as `vllm bench serve --dataset-name` has them; with others than random, --contexts has no effect.",
+    help="Take prompts from this data set of `vllm bench serve`. --contexts affects only random prompts.",
 )
-@click.option("--dataset-path", metavar="PATH", help="Of the data set.")
+@click.option("--dataset-path", metavar="PATH", help="Read the data set from this path.")
 @click.option(
     "--bandwidth",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GB/S",
-    help="Memory bandwidth of all GPUs together, where the GPU's name is not known here.",
+    help="Give the memory bandwidth of all GPUs together, if nvquant does not know your GPU.",
 )
 @click.option(
     "-o",
@@ -96,9 +105,9 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("nvquant-bench"),
     show_default=True,
-    help="Folder for bench.json, bench.md, plots and logs.",
+    help="Write bench.json, bench.md, plots and logs to this folder.",
 )
-@click.option("--plots/--no-plots", default=None, help="Draw SVG files; by default where matplotlib is installed.")
+@click.option("--plots/--no-plots", default=None, help="Draw SVG files.", show_default="if matplotlib is installed")
 @json_option
 @debug_option
 def command(
@@ -109,12 +118,12 @@ def command(
     as_json: bool,
     **values: Any,
 ) -> int:
-    """Measure how fast CHECKPOINT is served, alone or against others, point by point.
+    """Measure the serving speed of CHECKPOINT, alone or against others, point by point.
 
-    For every context and number of users: decode and prefill tokens a second, time to the first token and between
-    tokens (p50, p99), GPU memory and KV-cache capacity, and beside the decode rate the ceiling that the GPU's memory
-    sets. A server that does not start, or a request that fails, fails its point, and the others go on; then the exit
-    code is 1.
+    For every context and number of users, this command measures decode and prefill tokens a second, the time to the
+    first token and between tokens (p50, p99), GPU memory and KV-cache capacity. Beside the decode rate it shows the
+    ceiling set by the GPU's memory. If a server does not start or a request fails, its point fails, the others
+    continue, and the exit code is 1.
     """
     from ..bench.document import plain_table, where_of
     from ..bench.grid import find_targets

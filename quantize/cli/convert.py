@@ -59,44 +59,47 @@ Examples:
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Output folder; MODEL-RECIPE in the current folder by default.",
+    help="Write the output to this folder.",
+    show_default="MODEL-RECIPE in the current folder",
 )
 @format_option
-@click.option("--quantizer", help="Override the recipe's quantizer: mse or rtn.")
+@click.option("--quantizer", help="Override the recipe's quantizer with mse or rtn.")
 @click.option(
     "--calibration",
-    help="A shipped set, a Hub data set, a .txt/.jsonl/.parquet/.csv file, or token ids; the recipe's by default.",
+    help="Calibrate with a shipped set, a Hub data set, a .txt/.jsonl/.parquet/.csv file, or token ids.",
+    show_default="the recipe's set",
 )
 @click.option(
     "--calibration-fallback",
     metavar="SET",
-    help="Calibrate with this set where the Hub does not give the other one; without this option that is an error.",
+    help="Calibrate with this set if the Hub data set is not available. Without this option, that is an error.",
 )
 @calibration_options
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of calibration samples.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Choose calibration samples with this seed.")
 @device_option
 @click.option(
     "--memory-budget",
     callback=parse_bytes,
-    help="Memory that the run may use, as 8GB: on the GPU and on the host each. What is free by default.",
+    help="Use at most this much memory on the GPU and on the host each, such as 8GB.",
+    show_default="the free memory",
 )
 @click.option(
     "--resume/--restart",
     default=True,
     show_default=True,
-    help="Go on with a run of this output that ended early, or begin anew and replace what is there.",
+    help="Resume an unfinished run of this output, or begin anew and replace it.",
 )
 @click.option(
     "--profile",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for a phase table and a trace that Perfetto opens.",
+    help="Write a phase table and a trace for Perfetto to this folder.",
 )
 @click.option(
     "--engine",
     type=click.Choice(["nvquant", "llmcompressor"]),
     default="nvquant",
     show_default=True,
-    help="llmcompressor: a second opinion.",
+    help="Convert with this engine. Use llmcompressor for a second opinion.",
 )
 @revision_option
 @click.option(
@@ -107,7 +110,7 @@ Examples:
 @click.option(
     "--push-to",
     metavar="REPO",
-    help="Prove the checkpoint and publish it on the Hub as org/name, as `nvquant push` does; private if it is new.",
+    help="Verify the checkpoint and publish it as org/name, like `nvquant push`. New repositories are private.",
 )
 @json_option
 @debug_option
@@ -127,11 +130,13 @@ def command(
 ) -> None:
     """Convert MODEL, a folder or a model on the Hub, layer by layer.
 
-    The output folder appears only when it is whole and exactly as planned; a run that ended early goes on when the same
-    command is run again.
+    The output folder appears only when it is complete and exactly as planned. To resume an unfinished run, run the same
+    command again.
     """
     if low_disk and engine != "nvquant":
-        raise InputError(f"--low-disk: --engine {engine} reads the whole model from the disk; go without one of them.")
+        raise InputError(
+            f"--low-disk: --engine {engine} reads the whole model from the disk. Drop one of the two options."
+        )
     if push_to is not None:
         check_push(push_to)
     recipe = load_recipe(recipe_name)
@@ -191,7 +196,7 @@ def _where_it_began(remote: HubModel, output: Path | None, recipe: str, resume: 
     began = identity.get("source", {}).get("hub") or {}
     if began.get("id") != remote.repo or began.get("commit") in (None, remote.commit):
         return remote
-    say(f"{remote.repo} has moved on to {remote.commit[:12]}; the run goes on at {began['commit'][:12]}, as it began.")
+    say(f"{remote.repo} has moved to {remote.commit[:12]}. The run resumes at its first commit {began['commit'][:12]}.")
     return find_model(remote.repo, began["commit"], endpoint=remote.endpoint, cache=remote.cache)
 
 
@@ -204,7 +209,7 @@ def _places(plan: Plan, target: Path, device: str, low_disk: bool) -> tuple[str,
     check_cache(plan.source, target, plan.file_bytes)
     found, ranks = join_ranks(resolve_device(device))
     if low_disk and ranks.size > 1:
-        raise InputError("--low-disk: every rank would fetch the whole model; go without it, or with one rank.")
+        raise InputError("--low-disk: every rank would fetch the whole model. Drop the option, or use one rank.")
     return found, ranks
 
 
@@ -221,7 +226,7 @@ def _be_quiet(stop: StopRequest) -> None:
 
 
 def _load(plan: Plan, run: Mapping[str, Any], is_first: bool) -> CalibrationSet:
-    """The calibration samples that the options ask for, the recipe's where they say nothing."""
+    """The calibration samples of the options, or else of the recipe."""
     from ..calibrate.samples import load_calibration
     from ..checkpoint.hub.errors import HubError
 
@@ -240,7 +245,7 @@ def _load(plan: Plan, run: Mapping[str, Any], is_first: bool) -> CalibrationSet:
         fallback = run["calibration_fallback"]
         if fallback is None:
             raise
-        say(f"{refusal} Calibrating with {fallback}, as --calibration-fallback asks.")
+        say(f"{refusal} Calibrating with the --calibration-fallback {fallback}.")
         loaded = load(fallback)
     if is_first:
         count = len(loaded.samples)
@@ -265,13 +270,13 @@ def _run(plan: Plan, options: ConvertOptions, loaded: CalibrationSet | None, eng
 def _finish(
     plan: Plan, result: dict[str, Any], target: Path, push_to: str | None, profile: Path | None, as_json: bool
 ) -> None:
-    """Say what was made, and publish it where that was asked for."""
+    """Report the result, and publish it if --push-to is given."""
     _tell(result, profile)
     if not as_json:
         tell(
             f"{result['output']}: {result['tensors']} tensors, {gigabytes(result['tensor_bytes'])}, "
             f"{result['quantized']} matrices quantized in "
-            f"{result['seconds']:.1f} s; peak {gigabytes(result['peak_host_bytes'])} host, "
+            f"{result['seconds']:.1f} s, peak {gigabytes(result['peak_host_bytes'])} host, "
             f"{gigabytes(result['peak_gpu_bytes'])} GPU."
         )
     if push_to is None:
@@ -290,11 +295,11 @@ def _tell(result: Mapping[str, Any], profile: Path | None) -> None:
     if profile is not None:
         say(f"profile: {profile / 'phases.txt'}, and {profile / 'trace.json'} for ui.perfetto.dev")
     if result["was_finished"]:
-        say("The output was there already, made by an equal run; --restart would make it anew.")
+        say("An equal run has already made this output. Use --restart to make it again.")
     if result["marlin_flushed_blocks"]:
         from ..format.marlin import RULE_READ_FROM
 
         say(
-            f"{result['marlin_flushed_blocks']:,} blocks would be served as zeros by Marlin on GPUs without FP4 "
-            f"units (rule of {RULE_READ_FROM})."
+            f"{result['marlin_flushed_blocks']:,} blocks become zeros in Marlin on GPUs without FP4 units (rule of "
+            f"{RULE_READ_FROM})."
         )

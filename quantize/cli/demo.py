@@ -17,7 +17,7 @@ from .progress import progress_display
 NAMES = {
     "floor": "the same, every result rounded to BF16",
     "w4a4": "W4A4 (Blackwell)",
-    "weight_only": "weights only (Hopper, Ada, Ampere)",
+    "weight_only": "weight-only (Hopper, Ada, Ampere)",
 }
 
 
@@ -28,19 +28,22 @@ NAMES = {
     type=click.Path(path_type=Path),
     default=Path("nvquant-demo"),
     show_default=True,
-    help="Folder for source and output.",
+    help="Write source and output to this folder.",
 )
 @recipe_option
 @format_option
 @click.option(
-    "--samples", type=click.IntRange(min=1), help="Held-out sequences that the numbers are measured on; 12 by default."
+    "--samples",
+    type=click.IntRange(min=1),
+    help="Measure the numbers on this many held-out sequences.",
+    show_default="12",
 )
 @json_option
 @debug_option
 def command(output: Path, recipe_name: str, format_name: str, samples: int | None, as_json: bool) -> None:
-    """Take a real model (SmolLM2-135M-Instruct, from a package) through plan, convert and verify.
+    """Run plan, convert and verify on a real model (SmolLM2-135M-Instruct, from a package).
 
-    Needs no account and no GPU; a few minutes on two cores.
+    The demo needs no account and no GPU. It takes a few minutes on two cores.
     """
     from ..demo.run import HELD_OUT_SAMPLES, DemoResult, Display, run_demo
 
@@ -55,7 +58,7 @@ def command(output: Path, recipe_name: str, format_name: str, samples: int | Non
     else:
         _print_report(result)
     if not result.verified.passed:
-        raise CheckFailed("the converted checkpoint did not pass verification; the report names the check.")
+        raise CheckFailed("the converted checkpoint did not pass verification. The report names the failed checks.")
 
 
 def _print_report(result: object) -> None:
@@ -75,14 +78,14 @@ def _print_report(result: object) -> None:
     print_table(["part", "scheme", "tensors", "before", "after"], rows)
     converted = result.converted
     tell(
-        f"\nConverted in {converted.seconds:.0f} s, peak {gigabytes(converted.peak_host_bytes)} of memory; "
+        f"\nConverted in {converted.seconds:.0f} s, peak {gigabytes(converted.peak_host_bytes)} of memory. "
         f"{converted.quantized} matrices, {gigabytes(converted.tensor_bytes)}: {converted.output}"
     )
     click.echo()
     numbers = result.verified.numerics
     if numbers is not None:
         _print_numbers(numbers)
-    tell(f"\n{PROMPT!r} continues with {result.answer!r}. Report: {result.report}")
+    tell(f"\nThe model continues {PROMPT!r} with {result.answer!r}. Report: {result.report}")
     tell(f"{result.seconds:.0f} s in total. Next: {shell(['vllm', 'serve', argument(converted.output)])}")
 
 
@@ -92,4 +95,4 @@ def _print_numbers(numbers: Mapping[str, Any]) -> None:
         agreement = f"{one['top1']['agreement']:.1%}"
         rows.append([NAMES[name], f"{one['perplexity']:.2f}", f"{one['kl']['mean']:.4f}", agreement])
     title = f"{numbers['text']['scored']:,} held-out tokens"
-    print_table([title, "perplexity", "KL to BF16", "same next token"], rows)
+    print_table([title, "perplexity", "KL to BF16", "top-1 agreement"], rows)

@@ -15,16 +15,26 @@ LACKS = 3
 @click.command("doctor")
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--context", type=click.IntRange(min=1), metavar="TOKENS", help="Length of the longest request.  [default: 8192]"
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Check the memory for requests of up to this length.",
+    show_default="8192",
 )
-@click.option("--kv-cache-dtype", default="auto", show_default=True, metavar="DTYPE", help="Of the server, as fp8.")
-@click.option("--vllm", metavar="COMMAND", help="The vLLM to look at; by default the one that verify would start.")
+@click.option(
+    "--kv-cache-dtype",
+    default="auto",
+    show_default=True,
+    metavar="DTYPE",
+    help="Assume this dtype of the server's KV cache, such as fp8.",
+)
+@click.option("--vllm", metavar="COMMAND", help="Inspect this vLLM.", show_default="the one that verify would start")
 @json_option
 @debug_option
 def command(checkpoint: Path | None, context: int | None, kv_cache_dtype: str, vllm: str | None, as_json: bool) -> int:
-    """Say what this machine can do with NVFP4, whether CHECKPOINT fits, and what is lacking.
+    """Report how this machine runs NVFP4, whether CHECKPOINT fits, and everything that is missing.
 
-    Nothing is started, downloaded or loaded. Exits with 3 where something needed lacks.
+    This command starts, downloads and loads nothing. The exit code is 3 if something necessary is missing.
     """
     from ..bench.doctor import Doctor
     from ..bench.doctor import as_json as document

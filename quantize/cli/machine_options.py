@@ -25,7 +25,7 @@ def _rate(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]b)/s", value.strip().lower())
     rate = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if not rate:
-        raise click.BadParameter(f"{value!r} is not a rate; write 1.7GB/s or 100MB/s.", ctx, parameter)
+        raise click.BadParameter(f"{value!r} is not a rate. Write it as 1.7GB/s or 100MB/s.", ctx, parameter)
     return rate
 
 
@@ -38,7 +38,7 @@ def _disk(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
     except click.BadParameter as error:
         known = ", ".join(DISKS)
         raise click.BadParameter(
-            f"{value!r} is no disk; write {known}, or a rate, as 1.7GB/s.", ctx, parameter
+            f"{value!r} is not a disk. Write {known}, or a rate such as 1.7GB/s.", ctx, parameter
         ) from error
     return Disk("", rate or 0.0, rate or 0.0)
 
@@ -47,25 +47,34 @@ def machine_options(function: F) -> F:
     """`--on`, `--disk`, `--network`, `--low-disk`, `--price`."""
     for option in (
         click.option(
-            "--price", type=click.FloatRange(min=0), metavar="USD", help="Of an hour of the machine, for the cost."
+            "--price",
+            type=click.FloatRange(min=0),
+            metavar="USD",
+            help="Compute the cost with this price of an hour of the machine.",
         ),
-        click.option("--low-disk", is_flag=True, help="As convert's: nothing of a MODEL on the Hub is kept."),
+        click.option(
+            "--low-disk",
+            is_flag=True,
+            help="Forecast with convert's --low-disk, which keeps nothing of a MODEL on the Hub.",
+        ),
         click.option(
             "--network",
             metavar="RATE",
             callback=_rate,
-            help="The source comes from the Hub at this rate, as 100MB/s; that is taken for a MODEL on the Hub.",
+            help="Assume that the source comes from the Hub at this rate.",
+            show_default="100MB/s for a MODEL on the Hub",
         ),
         click.option(
             "--disk",
             metavar="DISK",
             callback=_disk,
-            help=f"{', '.join(DISKS)}, or a rate, as 1.7GB/s; {DEFAULT_DISK} by default.",
+            help=f"Assume one of the disks {', '.join(DISKS)}, or a rate such as 1.7GB/s.",
+            show_default=DEFAULT_DISK,
         ),
         click.option(
             "--on",
             metavar="GPU",
-            help="Forecast time, memory, disk and cost of the conversion on H200, 8xH100, RTX 4090, cpu, …",
+            help="Forecast time, memory, disk and cost of the conversion on this machine, such as H200, 8xH100 or cpu.",
         ),
     ):
         function = option(function)
@@ -86,17 +95,15 @@ def read_machine(
     if on is None:
         named = [option for option, value in given.items() if value is not None]
         if named:
-            raise InputError(f"{named[0]} is for the forecast of a machine: name the machine with --on.")
+            raise InputError(f"{named[0]} affects only the forecast of a machine. Name the machine with --on.")
         return None
     count, gpu = find_gpu(on)
     if from_hub and network is None:
         network = HUB_BYTES
     if low_disk and network is None:
-        raise InputError(
-            "--low-disk is for models on the Hub: give --network too, for the rate at which one would come."
-        )
+        raise InputError("--low-disk works only for models on the Hub. Give their rate with --network too.")
     if low_disk and count > 1:
-        raise InputError(f"--low-disk: every rank would fetch the whole model; go without it, or with one of {on}.")
+        raise InputError(f"--low-disk: every rank would fetch the whole model. Drop the option, or use one of {on}.")
     return Machine(gpu, count, disk or DISKS[DEFAULT_DISK], network, low_disk)
 
 
@@ -104,13 +111,13 @@ def print_conversion(conversion: Conversion, quantizer: str, price: float | None
     """The forecast on stdout."""
     machine, work, times = conversion.machine, conversion.work, conversion.times
     tokens = f"{work.samples} x {work.sequence_length} tokens" if work.samples else "no calibration"
-    tell(f"\nForecast on {machine.words}, {_source_words(machine)}; {tokens}, {quantizer}:\n")
-    stages = [("start of the process", times.start_seconds), ("then, at once:", None)]
+    tell(f"\nForecast on {machine.words}, {_source_words(machine)}, {tokens}, {quantizer}:\n")
+    stages = [("start of the process", times.start_seconds), ("then, in parallel:", None)]
     stages += [(f"  {name}", seconds) for name, seconds in _lanes(conversion).items() if seconds]
-    stages += [("in all", times.total_seconds)]
+    stages += [("total", times.total_seconds)]
     print_table(["stage", "seconds"], [[name, "" if s is None else f"{s:,.1f}"] for name, s in stages])
     cost = "" if conversion.cost_usd is None else f" At {price:g} USD an hour it costs {conversion.cost_usd:.2f} USD."
-    tell(f"\nLongest is {times.bound_by}.{cost}")
+    tell(f"\nThe longest part is {times.bound_by}.{cost}")
     each = "" if machine.count == 1 else " on each"
     tell(
         f"The run needs up to {gigabytes(conversion.memory.host_bytes)} of host memory, "
@@ -123,7 +130,7 @@ def print_conversion(conversion: Conversion, quantizer: str, price: float | None
 
 
 def _lanes(conversion: Conversion) -> dict[str, float]:
-    """What goes on at once, in seconds by itself."""
+    """Each part of the parallel work, in its own seconds."""
     times = conversion.times
     return {
         "reading the layers": times.read_seconds,
@@ -145,7 +152,8 @@ def _source_words(machine: Machine) -> str:
 
 def _not_measured(machine: Machine) -> str:
     if machine.gpu is None or machine.gpu == MEASURED_GPU:
-        return "Not measured: the constants come from runs of one process."
+        return "This forecast is not measured. Its constants come from runs of one process."
     rates = f"{BF16_TFLOPS[machine.gpu]:g} and {BF16_TFLOPS[MEASURED_GPU]:g} TFLOP/s"
-    several = "; runs of several processes were not measured at all" if machine.count > 1 else ""
-    return f"Not measured on this GPU: an {MEASURED_GPU}'s runs, scaled by the published BF16 rates ({rates}){several}."
+    several = " Runs of several processes were not measured." if machine.count > 1 else ""
+    scaled = f"It scales the runs of an {MEASURED_GPU} by the published BF16 rates ({rates})."
+    return f"This forecast is not measured on this GPU. {scaled}{several}"

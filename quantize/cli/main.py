@@ -20,15 +20,15 @@ from ..errors import NvquantError
 from .output import send_warnings_to_stderr
 
 COMMANDS = {
-    "plan": "Sizes, memory and GPUs that fit, before any work.",
+    "plan": "Forecast sizes, memory and the GPUs that fit, before any work.",
     "convert": "Turn a BF16 checkpoint into an NVFP4 checkpoint.",
-    "verify": "Prove a checkpoint: structure, bytes, scales.",
-    "bench": "Serving speed: decode, prefill, users, contexts.",
-    "doctor": "What this machine can do, and what it lacks.",
-    "push": "Publish a proved checkpoint with its card on the Hub.",
+    "verify": "Prove a checkpoint: its files, its numbers, a served answer.",
+    "bench": "Measure serving speed for users and contexts.",
+    "doctor": "Report the abilities of this machine and what it lacks.",
+    "push": "Publish a verified checkpoint with its card on the Hub.",
     "relayout": "Rewrite an NVFP4 checkpoint in the other layout.",
     "recipes": "List the recipes, or show one.",
-    "demo": "The whole chain on an embedded real model.",
+    "demo": "Run the complete chain on a small real model.",
 }
 WRONG, LACKING, INTERRUPTED = 2, 3, 130
 MOST_MESSAGE = 1200  # characters
@@ -58,8 +58,11 @@ def cli(ctx: click.Context, debug: bool) -> None:
     """Turn a BF16 Hugging Face model into an NVFP4 checkpoint that vLLM serves, and prove it.
 
     \b
-    Exit codes: 0 done and everything held; 1 a check failed; 2 the input or the request is wrong;
-    3 the environment lacks something.
+    Exit codes:
+      0  success
+      1  a check failed
+      2  the input or the request is wrong
+      3  the environment lacks something
     """
     ctx.obj = {"debug": debug}
     send_warnings_to_stderr()

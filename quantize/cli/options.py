@@ -31,7 +31,7 @@ def recipe_option(function: F) -> F:
         "recipe_name",
         default="nvfp4",
         show_default=True,
-        help="A shipped recipe or a YAML file of your own.",
+        help="Use this shipped recipe or YAML file of your own.",
     )(function)
 
 
@@ -43,13 +43,13 @@ def format_option(function: F) -> F:
         type=click.Choice(FORMAT_NAMES),
         default=FORMAT_NAMES[0],
         show_default=True,
-        help="Layout on disk.",
+        help="Write this layout.",
     )(function)
 
 
 def json_option(function: F) -> F:
     """`--json`."""
-    return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(function)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(function)
 
 
 def debug_option(function: F) -> F:
@@ -64,7 +64,7 @@ def device_option(function: F) -> F:
         type=click.Choice(["auto", "cuda", "cpu"]),
         default="auto",
         show_default=True,
-        help="Where to compute.",
+        help="Compute on this device.",
     )(function)
 
 
@@ -72,13 +72,13 @@ def resolve_device(device: str) -> str:
     """The device that `--device` names, for torch; a GPU where there is one.
 
     Raises:
-        EnvironmentLack: a GPU is asked for, and torch sees none.
+        EnvironmentLack: `cuda` is requested, and torch sees no GPU.
     """
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentLack(
-            f"--device cuda: torch {torch.__version__} sees no CUDA device: use --device cpu, or install a CUDA "
+            f"--device cuda: torch {torch.__version__} sees no CUDA device. Use --device cpu, or install a CUDA "
             f"build of torch."
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -88,14 +88,24 @@ def calibration_options(function: F) -> F:
     """`--samples`, `--sequence-length`, `--batch-size`: the sizes on which memory depends."""
     for option in (
         click.option(
-            "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences computed at once."
+            "--batch-size",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Compute this many sequences in one forward.",
         ),
         click.option(
             "--sequence-length",
             type=click.IntRange(min=2),
-            help="Tokens in a calibration sequence; the recipe's by default.",
+            help="Use calibration sequences of this many tokens.",
+            show_default="the recipe's",
         ),
-        click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences; the recipe's by default."),
+        click.option(
+            "--samples",
+            type=click.IntRange(min=1),
+            help="Use this many calibration sequences.",
+            show_default="the recipe's",
+        ),
     ):
         function = option(function)
     return function
@@ -104,7 +114,10 @@ def calibration_options(function: F) -> F:
 def revision_option(function: F) -> F:
     """`--revision`."""
     return click.option(
-        "--revision", metavar="REV", help="Commit, branch or tag of a MODEL on the Hub; its default branch by default."
+        "--revision",
+        metavar="REV",
+        help="Read this commit, branch or tag of a MODEL on the Hub.",
+        show_default="its default branch",
     )(function)
 
 
@@ -122,7 +135,7 @@ def open_model(
     remote = find_remote(model, revision)
     if remote is None:
         if low_disk:
-            raise InputError(f"--low-disk is for models on the Hub: {model} is a folder, which is read where it is.")
+            raise InputError(f"--low-disk works only for models on the Hub, and {model} is a folder. Drop the option.")
         return open_checkpoint(Path(model))
     from ..checkpoint.hub.source import open_hub_checkpoint
 
@@ -141,15 +154,15 @@ def find_remote(model: str, revision: str | None = None) -> HubModel | None:
     named = None if _exists(Path(model)) else hub_name(model)
     if named is None:
         if revision is not None:
-            raise InputError(f"--revision {revision}: {model} is a folder; only a model on the Hub has revisions.")
+            raise InputError(f"--revision {revision}: only a model on the Hub has revisions, and {model} is a folder.")
         return None
     repo, of_name = named
     if of_name is not None and revision not in (None, of_name):
-        raise InputError(f"{model} names the revision {of_name}, --revision names {revision}: give one of them.")
+        raise InputError(f"{model} names the revision {of_name}, and --revision names {revision}. Give one of them.")
     try:
         return find_model(repo, of_name or revision)
     except HubError as refusal:  # whoever meant a folder would not look for it on the Hub
-        raise HubError(f"There is no folder {model} here, so it was asked for on the Hub. {refusal}") from refusal
+        raise HubError(f"There is no folder {model} here, so nvquant looked for it on the Hub. {refusal}") from refusal
 
 
 def _exists(path: Path) -> bool:
@@ -186,5 +199,5 @@ def parse_bytes(ctx: click.Context, parameter: click.Parameter, value: str | Non
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b)?", value.strip().lower())
     if match is None:
-        raise click.BadParameter(f"{value!r} is not a size; write 8GB or 6GiB.", ctx, parameter)
+        raise click.BadParameter(f"{value!r} is not a size. Write it as 8GB or 6GiB.", ctx, parameter)
     return int(float(match[1]) * _UNITS[match[2] or ""])

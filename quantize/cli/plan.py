@@ -61,8 +61,10 @@ def command(
     revision: str | None,
     as_json: bool,
 ) -> None:
-    """Say exactly what converting MODEL would write, and what it and its result need. Reads headers and config,
-    no weights."""
+    """Forecast exactly the files of converting MODEL, and the needs of the conversion and of its result.
+
+    This command reads headers and config, and no weights.
+    """
     plan, recipe = make_plan(model, recipe_name, format_name, revision)
     from ..convert.checks import check_conversion
 
@@ -73,7 +75,7 @@ def command(
     sizes = (samples or calibration.samples, sequence_length or calibration.sequence_length, batch_size)
     machine = read_machine(on, disk, network, low_disk, price, from_hub=plan.source.hub is not None)
     if machine is not None and machine.gpu is not None and not gpu:
-        raise InputError(f"--no-gpu and --on {on} contradict each other: go without one of them.")
+        raise InputError(f"--no-gpu and --on {on} contradict each other. Drop one of them.")
     memory = forecast_memory(plan, *sizes, gpu=gpu if machine is None else machine.gpu is not None)
     conversion = None if machine is None else forecast_conversion(plan, machine, *sizes, usd_per_hour=price)
     if as_json:
@@ -86,7 +88,7 @@ def command(
     rows.append(["total", "", str(plan.tensors), gigabytes(source_bytes), gigabytes(plan.tensor_bytes)])
     print_table(["part", "scheme", "tensors", "before", "after"], rows)
     tell(
-        f"\n{len(plan.matrices)} matrices quantized; {plan.tensor_bytes:,} bytes of tensors in "
+        f"\n{len(plan.matrices)} matrices quantized, {plan.tensor_bytes:,} bytes of tensors in "
         f"{len(plan.shards)} files."
     )
     if conversion is None:

@@ -47,26 +47,24 @@ def push_made(checkpoint: Path, source: Checkpoint, repo: str) -> PushResult:
     is_kept = not isinstance(source.content, RemoteShards)
     if not is_kept:
         command = shell(["nvquant", "push", argument(checkpoint), repo, "--against", argument(source.name)])
-        say(
-            f"Numbers are not measured, since --low-disk kept no weights: `{command}` measures them and adds them to "
-            f"the card."
-        )
+        say(f"Numbers are not measured, because --low-disk kept no weights. To add them to the card, run `{command}`.")
     document = proved(checkpoint, source if is_kept else None, None)
     return push(PushRequest(checkpoint, repo, document, source=source.folder, say=say))
 
 
 def report_push(result: PushResult) -> None:
-    """Say what a push did."""
+    """Report the result of a push."""
     if result.kept_card:
         say(
-            f"README.md of {result.repo} was not written by nvquant and stays; --replace of `nvquant push` replaces it."
+            f"README.md of {result.repo} stays, because nvquant did not write it. To replace it, use "
+            f"`nvquant push --replace`."
         )
     done = f"{result.files} files, {gigabytes(result.bytes)}"
     if result.uploaded or result.deleted:
         sent = f"{len(result.uploaded)} uploaded ({gigabytes(result.uploaded_bytes)})"
         gone = f", {len(result.deleted)} deleted" if result.deleted else ""
-        done = f"{done}; {sent}{gone}"
+        done = f"{done}, {sent}{gone}"
     else:
-        done = f"{done}, all there already: nothing was uploaded"
-    tell(f"{result.url}: {done}; {'private' if result.is_private else 'public'}, commit {result.commit}.")
+        done = f"{done}, nothing to upload"
+    tell(f"{result.url}: {done}, {'private' if result.is_private else 'public'}, commit {result.commit}.")
     say(f"Next: nvquant verify {result.repo}")

@@ -29,24 +29,29 @@ Examples:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("repo")
 @click.option(
-    "--against", "model", metavar="MODEL", help="What it was converted from: measure the numbers for the card."
+    "--against",
+    "model",
+    metavar="MODEL",
+    help="Measure the numbers for the card against this source of the checkpoint.",
 )
 @click.option(
     "--verify-json",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     metavar="FILE",
-    help="What `nvquant verify --json` found of this checkpoint: its numbers and its server are not run again.",
+    help="Take the results of an earlier `nvquant verify --json` of this checkpoint, and do not repeat them.",
 )
-@click.option("--base-model", metavar="ID", help="The source's name on the Hub, where a local folder was converted.")
-@click.option("--public", "is_public", is_flag=True, help="Make a new repository public; private by default.")
+@click.option("--base-model", metavar="ID", help="Name the source on the Hub, if you converted a local folder.")
+@click.option("--public", "is_public", is_flag=True, help="Make a new repository public. Otherwise it is private.")
 @click.option(
     "--replace",
     is_flag=True,
     help="Delete weights and settings of other checkpoints that the repository holds, and replace its README.md.",
 )
-@click.option("--unverified", is_flag=True, help="Publish although checks failed; the card begins with what failed.")
-@click.option("--message", metavar="TEXT", help="Of the commit.")
-@click.option("--dry-run", is_flag=True, help="Show the card and the files; make and upload nothing.")
+@click.option(
+    "--unverified", is_flag=True, help="Publish although checks failed. The card then begins with the failed checks."
+)
+@click.option("--message", metavar="TEXT", help="Set the message of the commit.")
+@click.option("--dry-run", is_flag=True, help="Show the card and the files, and upload nothing.")
 @json_option
 @debug_option
 def command(
@@ -62,11 +67,10 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Publish CHECKPOINT in REPO (org/name) on the Hugging Face Hub: the checkpoint's own files, a model card, and what
-    proves it.
+    """Publish CHECKPOINT in REPO (org/name) on the Hugging Face Hub, with a model card and its proof.
 
-    The stage structure of `nvquant verify` runs first, and numerics with --against; a checkpoint that fails is refused.
-    A push that ended early goes on when the same command is run again.
+    The stage structure of `nvquant verify` runs first, and numerics with --against. A checkpoint that fails is refused.
+    To resume an unfinished push, run the same command again.
     """
     from ..publish.proof import read_earlier
     from ..publish.push import PushRequest, prepare, push
@@ -105,4 +109,4 @@ def _show(parcel: Parcel, as_json: bool) -> None:
     uploaded = {file.name for file in changes.upload}
     rows = [[file.name, f"{file.size:,}", "upload" if file.name in uploaded else "there"] for file in changes.files]
     print_table(["file", "bytes", ""], [*rows, *([name, "", "delete"] for name in changes.delete)])
-    say(f"Nothing was uploaded to {parcel.target.repo}: leave --dry-run out for that.")
+    say(f"Nothing was uploaded to {parcel.target.repo}. To upload, drop --dry-run.")

@@ -25,7 +25,7 @@ def command(ctx: click.Context) -> None:
 @click.argument("name")
 @debug_option
 def show(name: str) -> None:
-    """Print the recipe NAME; a file of your own is checked first."""
+    """Print the recipe NAME. If NAME is a file of your own, check it first."""
     load_recipe(name)
     if name in shipped_recipes():
         text = resources.files("nvquant.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")

@@ -21,27 +21,29 @@ Examples:
 
 @click.command("relayout", epilog=EXAMPLES)
 @click.argument("checkpoint")
-@click.option("--format", "format_name", type=click.Choice(FORMAT_NAMES), required=True, help="Layout of the output.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.option("--format", "format_name", type=click.Choice(FORMAT_NAMES), required=True, help="Write this layout.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Write the output to this folder.")
 @json_option
 @debug_option
 def command(checkpoint: str, format_name: str, output: Path, as_json: bool) -> None:
-    """Rewrite the NVFP4 checkpoint CHECKPOINT, nvquant's or another tool's, in the other layout. Nothing is quantized
-    again: codes and block scales keep their bytes."""
+    """Rewrite the NVFP4 checkpoint CHECKPOINT, from nvquant or another tool, in the other layout.
+
+    Nothing is quantized again. Codes and block scales keep their bytes.
+    """
     from ..convert.relayout import relayout
 
     result = relayout(open_model(checkpoint), LAYOUTS[format_name], output)
     if result.unequal_groups:
         say(
-            f"{result.unequal_groups} fused groups do not share their global scales: vLLM takes the largest stored "
-            f"value of each, so their weights are off, and differently in each layout."
+            f"{result.unequal_groups} fused groups do not share their global scales. vLLM takes the largest stored "
+            f"value of each, so their weights are wrong, and differently in each layout."
         )
     if as_json:
         emit_json(result.as_json())
         return
-    how = "made from the recorded amaxes" if result.scalars == "exact" else "inverted, right to an ulp"
+    how = "computed from the recorded amaxes" if result.scalars == "exact" else "inverted, right to an ulp"
     tell(
         f"{result.output}: {result.tensors} tensors, {gigabytes(result.tensor_bytes)}, {result.quantized} matrices in "
-        f"the {result.format} layout in {result.seconds:.1f} s; global scales {how}."
+        f"the {result.format} layout in {result.seconds:.1f} s, global scales {how}."
     )
     say(f"Next: {shell(['nvquant', 'verify', argument(result.output)])}")

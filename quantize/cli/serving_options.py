@@ -1,4 +1,4 @@
-"""Options of commands that start a server, or ask one that runs."""
+"""Options of commands that start a server or use a running one."""
 
 from __future__ import annotations
 
@@ -22,38 +22,41 @@ def serving_options(function: F) -> F:
             click.option(
                 "--vllm",
                 metavar="COMMAND",
-                help="The vLLM to start: a command, or the Python of its environment. By default the one on PATH, in "
-                "this environment, or by uvx.",
+                help="Start this vLLM, given as a command or as the Python of its environment.",
+                show_default="the one on PATH, in this environment, or by uvx",
             ),
-            click.option("--url", metavar="URL", help="Ask the server that runs there instead of starting one."),
+            click.option(
+                "--url", metavar="URL", help="Use the running server at this address instead of starting one."
+            ),
             click.option(
                 "--tensor-parallel",
                 type=click.IntRange(min=1),
                 default=1,
                 show_default=True,
                 metavar="GPUS",
-                help="GPUs that share the weights.",
+                help="Share the weights among this many GPUs.",
             ),
             click.option(
                 "--max-model-len",
                 type=click.IntRange(min=64),
                 metavar="TOKENS",
-                help="The longest request of the server; by default 4096, or the model's own limit where it is less.",
+                help="Start the server for requests of up to this length.",
+                show_default="4096, or the model's own limit if that is less",
             ),
             click.option(
                 "--kv-cache-dtype",
                 default="auto",
                 show_default=True,
                 metavar="DTYPE",
-                help="Of the server, as fp8; auto takes what the checkpoint asks for.",
+                help="Use this dtype for the KV cache, such as fp8. auto takes the dtype that the checkpoint requests.",
             ),
             click.option(
                 "--vllm-flag",
                 "vllm_flags",
                 multiple=True,
                 metavar="FLAG",
-                help="A further flag for the server, as --vllm-flag=--attention-backend=TRITON_ATTN; may be given "
-                "several times.",
+                help="Pass a further flag to the server, such as --vllm-flag=--attention-backend=TRITON_ATTN. You "
+                "can repeat this option.",
             ),
             click.option(
                 "--ready-seconds",
@@ -61,7 +64,7 @@ def serving_options(function: F) -> F:
                 default=1800.0,
                 show_default=True,
                 metavar="SECONDS",
-                help="How long to wait for the server to be ready.",
+                help="Wait at most this long until the server is ready.",
             ),
         )
     ):
@@ -79,7 +82,7 @@ def take_serve_options(values: dict[str, Any]) -> ServeOptions:
 
     taken = {name: values.pop(name) for name in NAMES}
     if taken["url"] is not None and (taken["vllm"] is not None or taken["vllm_flags"]):
-        raise InputError("--url asks a server that runs already, so --vllm and --vllm-flag have no effect: drop one.")
+        raise InputError("--url uses a running server, so --vllm and --vllm-flag have no effect. Drop one of them.")
     return ServeOptions(
         vllm=taken["vllm"],
         url=taken["url"],

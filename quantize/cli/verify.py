@@ -43,14 +43,15 @@ Examples:
     "--against",
     "model",
     metavar="MODEL",
-    help="What it was converted from, a folder or a model on the Hub.",
+    help="Compare with this source of the checkpoint, a folder or a model on the Hub.",
 )
 @click.option(
     "--stage",
     "stages",
     type=click.Choice(STAGES),
     multiple=True,
-    help="What to prove; may be given several times. By default structure, and numerics where --against is given.",
+    help="Run this stage. You can repeat this option.",
+    show_default="structure, and numerics with --against",
 )
 @click.option(
     "--text",
@@ -58,16 +59,25 @@ Examples:
     metavar="FILE",
     help="Measure on this text, conversations or token ids instead of the shipped held-out text.",
 )
-@click.option("--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Sequences measured.")
 @click.option(
-    "--sequence-length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens in each, at most."
+    "--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Measure on this many sequences."
 )
-@click.option("--max-kl", type=click.FloatRange(min=0), metavar="NATS", help="Fail above this mean KL divergence.")
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(min=2),
+    default=512,
+    show_default=True,
+    help="Use at most this many tokens of a sequence.",
+)
+@click.option(
+    "--max-kl", type=click.FloatRange(min=0), metavar="NATS", help="Fail if the mean KL divergence is above this limit."
+)
 @click.option(
     "--min-top1",
     type=click.FloatRange(min=0, max=1),
     metavar="SHARE",
-    help="Fail below this share of tokens with the same likeliest next token; 0.5 unless the recipe asks for more.",
+    help="Fail if the top-1 agreement is below this limit.",
+    show_default="the recipe's, or 0.5",
 )
 @device_option
 @serving_options
@@ -76,14 +86,14 @@ Examples:
     "bench_file",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     metavar="FILE",
-    help="What `nvquant bench` wrote (bench.json), for the report's table of speeds.",
+    help="Add the speeds of this bench.json from `nvquant bench` to the report.",
 )
 @click.option(
     "--report",
     "report_folder",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Write report.html, report.md, report.json and junit.xml there.",
+    help="Write report.html, report.md, report.json and junit.xml to this folder.",
 )
 @click.option(
     "--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the checks as JUnit XML."
@@ -103,15 +113,15 @@ def command(
     """Prove CHECKPOINT, stage by stage.
 
     \b
-    structure  its files, its configs under vLLM's rules, its scales, and its weights against MODEL
-    numerics   KL divergence, perplexity and top-1 agreement against MODEL, and each layer's error
-    serve      a real server loads it and answers
+    structure  checks its files, its configs under vLLM's rules, its scales, and its weights against MODEL
+    numerics   measures KL divergence, perplexity, top-1 agreement and each layer's error against MODEL
+    serve      loads it in a real server and checks the answers
 
-    CHECKPOINT is a folder, or a model on the Hub as org/name[@revision]: it is downloaded and proved whole; with
-    `--stage structure` alone only its headers and scales are read, by ranges, and the report says what was not.
+    CHECKPOINT is a folder, or a model on the Hub as org/name[@revision], which is downloaded and verified completely.
+    With `--stage structure` alone, only its headers and scales are read, by ranges, and the report lists the rest.
 
-    Tensors are read a piece at a time and layers one after the other, so memory stays small. Exits with 1 where a
-    check failed.
+    Tensors are read in pieces and layers one after the other, so memory stays small. The exit code is 1 if a check
+    failed.
     """
     from ..verify.run import Verification
 
@@ -177,7 +187,7 @@ def _check_writable(folder: Path | None) -> None:
     while not there.exists():
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"{folder} cannot be written to: name another folder for the report.")
+        raise InputError(f"{folder} is not writable. Name another folder for the report.")
 
 
 def _write(
@@ -211,7 +221,7 @@ def _say_unread(report: Report) -> None:
     if unread:
         tell(
             f"Not read: {gigabytes(unread)} of {gigabytes(report.checkpoint['bytes'])} of tensors, which stayed on the "
-            f"Hub; the same command without --stage downloads them and checks all."
+            f"Hub. To download and check all of them, run the same command without --stage."
         )
 
 
@@ -221,5 +231,5 @@ def _print_verdict(report: Report) -> None:
         tell(f"FAILED: {len(failed)} of {len(report.checks)} checks: {', '.join(failed)}.")
     else:
         unread = [check.name for check in report.checks if check.is_unread]
-        rest = f"; not read: {', '.join(unread)}" if unread else ""
+        rest = f". Not read: {', '.join(unread)}" if unread else ""
         tell(f"Passed: all {len(report.checks) - len(unread)} checks{rest}.")

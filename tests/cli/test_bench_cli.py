@@ -45,9 +45,9 @@ def points_of(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--users", "0"], "no list of numbers"),
-        (["--users", "1;8"], "no list of numbers"),
-        (["--contexts", ","], "no list of numbers"),
+        (["--users", "0"], "is not a list of numbers"),
+        (["--users", "1;8"], "is not a list of numbers"),
+        (["--contexts", ","], "is not a list of numbers"),
         (["--output-tokens", "1"], "output-tokens"),
         (["--against", "./no-such-folder"], "./no-such-folder is neither a folder nor the address of a server"),
         (["--url", "http://127.0.0.1:9", "--kv-cache-dtype", "auto,fp8"], "drop --kv-cache-dtype"),

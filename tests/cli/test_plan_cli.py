@@ -54,7 +54,7 @@ def test_words_say_stages_memory_disk_and_cost(nvquant: Command, model: Path) ->
     document = time_of(nvquant, model, "--on", "H200", "--disk", "1.7GB/s", "--price", "3.50")
     text = ended.stdout
     assert (
-        "Forecast on 1 x H200, the source on the disk (reads 1.7 GB/s, writes 1.7 GB/s); 128 x 2048 tokens, mse:"
+        "Forecast on 1 x H200, the source on the disk (reads 1.7 GB/s, writes 1.7 GB/s), 128 x 2048 tokens, mse:"
     ) in text
     rows = dict(re.findall(r"^ *(\w[^\n\d]*?) {2,}([\d.]+)$", text.partition("Forecast")[2], re.MULTILINE))
     keys = {
@@ -65,13 +65,13 @@ def test_words_say_stages_memory_disk_and_cost(nvquant: Command, model: Path) ->
         "writing the layers": "write_seconds",
         "copying the rest": "copy_seconds",
         "the disk, for all of them": "disk_seconds",
-        "in all": "total_seconds",
+        "total": "total_seconds",
     }
     assert set(rows) == set(keys)
     assert all(float(rows[name]) == pytest.approx(document[key], abs=0.051) for name, key in keys.items())
-    assert f"Longest is the disk. At 3.5 USD an hour it costs {document['cost_usd']:.2f} USD." in text
+    assert f"The longest part is the disk. At 3.5 USD an hour it costs {document['cost_usd']:.2f} USD." in text
     assert f"and {document['disk_bytes'] / 1e9:.2f} GB of disk." in text
-    assert "Not measured" not in text
+    assert "not measured" not in text
     assert "Conversion needs up to" not in text, "the machine's own memory is told instead"
 
 
@@ -85,9 +85,12 @@ def test_the_31b_at_full_size_is_exact_in_bytes_and_operations(nvquant: Command,
 @pytest.mark.parametrize(
     ("on", "words"),
     [
-        ("RTX 4090", "Not measured on this GPU: an H200's runs, scaled by the published BF16 rates (165.2 and 989.4"),
-        ("8xH100", "several processes were not measured at all"),
-        ("2xH200", "Not measured: the constants come from runs of one process."),
+        (
+            "RTX 4090",
+            "This forecast is not measured on this GPU. It scales the runs of an H200 by the published BF16 rates (165.2 and 989.4",
+        ),
+        ("8xH100", "Runs of several processes were not measured."),
+        ("2xH200", "This forecast is not measured. Its constants come from runs of one process."),
     ],
 )
 def test_what_was_not_measured_is_said(nvquant: Command, tiny: TinyModels, on: str, words: str) -> None:
@@ -120,16 +123,22 @@ def test_on_a_cpu_no_gpu_memory_is_needed(nvquant: Command, tiny: TinyModels) ->
     ("options", "sentence"),
     [
         (("--on", "RTX 3080"), "--on RTX 3080: its speed is not known here; known are RTX 5060 Ti 16 GB, RTX 4090"),
-        (("--price", "3"), "--price is for the forecast of a machine: name the machine with --on."),
-        (("--disk", "ram"), "--disk is for the forecast of a machine"),
-        (("--network", "1GB/s"), "--network is for the forecast of a machine"),
-        (("--low-disk",), "--low-disk is for the forecast of a machine"),
-        (("--on", "H200", "--low-disk"), "--low-disk is for models on the Hub: give --network too"),
+        (("--price", "3"), "--price affects only the forecast of a machine. Name the machine with --on."),
+        (("--disk", "ram"), "--disk affects only the forecast of a machine"),
+        (("--network", "1GB/s"), "--network affects only the forecast of a machine"),
+        (("--low-disk",), "--low-disk affects only the forecast of a machine"),
+        (
+            ("--on", "H200", "--low-disk"),
+            "--low-disk works only for models on the Hub. Give their rate with --network too.",
+        ),
         (("--on", "2xH200", "--low-disk", "--network", "1GB/s"), "every rank would fetch the whole model"),
-        (("--on", "H200", "--disk", "floppy"), "'floppy' is no disk; write ram, nvme, network, or a rate, as 1.7GB/s."),
-        (("--on", "H200", "--disk", "0GB/s"), "'0GB/s' is no disk"),
-        (("--on", "H200", "--network", "fast"), "'fast' is not a rate; write 1.7GB/s or 100MB/s."),
-        (("--on", "H200", "--no-gpu"), "--no-gpu and --on H200 contradict each other: go without one of them."),
+        (
+            ("--on", "H200", "--disk", "floppy"),
+            "'floppy' is not a disk. Write ram, nvme, network, or a rate such as 1.7GB/s.",
+        ),
+        (("--on", "H200", "--disk", "0GB/s"), "'0GB/s' is not a disk"),
+        (("--on", "H200", "--network", "fast"), "'fast' is not a rate. Write it as 1.7GB/s or 100MB/s."),
+        (("--on", "H200", "--no-gpu"), "--no-gpu and --on H200 contradict each other. Drop one of them."),
         (("--on", "H200", "--price", "-1"), "Invalid value for '--price'"),
     ],
 )

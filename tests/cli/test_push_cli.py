@@ -71,7 +71,7 @@ def test_a_push_says_where_it_is_and_how_to_prove_it_and_again_that_all_is_there
     size = sum(path.stat().st_size for path in converted.iterdir())
     commit = hub.repo(REPO).branches["main"]
     assert done.stdout.startswith(
-        f"{hub.endpoint}/{REPO}: 13 files, 0.2 MB; 13 uploaded (0.2 MB); private, commit {commit}."
+        f"{hub.endpoint}/{REPO}: 13 files, 0.2 MB, 13 uploaded (0.2 MB), private, commit {commit}."
     )
     assert done.stdout.count("\n") == 1 and size < 300_000
     words = done.stderr.splitlines()
@@ -80,9 +80,7 @@ def test_a_push_says_where_it_is_and_how_to_prove_it_and_again_that_all_is_there
     assert "\r" not in done.stderr and "%|" not in done.stderr  # no bars where nobody watches
     again = push(converted, REPO)
     assert again.code == 0
-    assert again.stdout == (
-        f"{hub.endpoint}/{REPO}: 13 files, 0.2 MB, all there already: nothing was uploaded; private, commit {commit}.\n"
-    )
+    assert again.stdout == (f"{hub.endpoint}/{REPO}: 13 files, 0.2 MB, nothing to upload, private, commit {commit}.\n")
 
 
 def test_json_is_one_document(nvquant: Command, hub: HubServer, converted: Path) -> None:
@@ -162,7 +160,7 @@ def test_a_dry_run_shows_the_card_and_the_files_and_makes_nothing(
     assert done.stdout.startswith("---\n") and f"vllm serve {REPO}" in done.stdout
     rows = {words[0]: words[1:] for line in done.stdout.splitlines() if len(words := line.split()) == 3}
     assert rows["config.json"] == [f"{(converted / 'config.json').stat().st_size:,}", "upload"]
-    assert done.stderr.endswith(f"Nothing was uploaded to {REPO}: leave --dry-run out for that.\n")
+    assert done.stderr.endswith(f"Nothing was uploaded to {REPO}. To upload, drop --dry-run.\n")
     assert not hub.has("model", REPO)
     document = json.loads(nvquant("push", converted, REPO, "--dry-run", "--json").stdout)
     assert document["exists"] is False and document["card"] in done.stdout

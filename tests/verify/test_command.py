@@ -154,7 +154,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(
     (tmp_path / "file").write_text("")
     code, out, err = run(capsys, good("llama-ct"), option, tmp_path / "file" / "inside" / "report")
     assert (code, out) == (2, "")
-    assert err.startswith("Error: ") and "cannot be written to" in err
+    assert err.startswith("Error: ") and "is not writable" in err
     assert err.count("\n") == 1
 
 

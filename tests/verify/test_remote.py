@@ -129,8 +129,8 @@ def test_the_command_says_what_it_did_not_read(
         capfd, "verify", NAME.lower(), "--against", SOURCE, "--stage", "structure", "--junit", junit, "--device", "cpu"
     )
     assert ended.code == 0, ended.stderr
-    assert "Passed: all 20 checks; not read: unquantized, untouched, weights." in ended.stdout
-    assert "of tensors, which stayed on the Hub; the same command without --stage downloads them" in ended.stdout
+    assert "Passed: all 20 checks. Not read: unquantized, untouched, weights." in ended.stdout
+    assert "of tensors, which stayed on the Hub. To download and check all of them, run" in ended.stdout
     assert "unread  weights" in ended.stdout
     skipped = [
         case.get("name") for case in ElementTree.parse(junit).iter("testcase") if case.find("skipped") is not None
