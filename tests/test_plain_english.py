@@ -1,0 +1,149 @@
+"""Documents, help and messages follow the part of "Plain English" in CONTRIBUTING.md that a program can check."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from nvquant.cli.main import COMMANDS, cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("calibration/*.md"),
+        *ROOT.glob("integrations/*/*.md"),
+    ]
+)
+# The rooms of quantize/ whose messages are checked; the list grows until it has all of them.
+ROOMS = ("cli",)
+# Calls that take a message: errors by their names' ends, and the functions that print.
+TAKES_MESSAGE = re.compile(r"echo|say|\w*(?:Error|Lack|CheckFailed|BadParameter)")
+
+TOLD = re.compile(r"\b(?:is|are|was|were|be|been)(?: not| never| only)? (?:told|asked|held|said)\b", re.IGNORECASE)
+# A clause that begins with "what" and has it as its subject or object: no question ends it.
+WHAT = re.compile(r"(?:^|[.:;,(] (?:(?:and|but|or) )?)[Ww]hat [a-z](?![^.!]*\?)")
+SEMICOLON = re.compile(r";(?:\s|$)")
+
+
+def faults_of(text: str, semicolons: bool) -> list[str]:
+    """The pieces of a text that break a rule.
+
+    Args:
+        semicolons: whether the rule against semicolons applies.
+    """
+    rules = [TOLD, WHAT, SEMICOLON] if semicolons else [TOLD, WHAT]
+    plain = " ".join(text.split())
+    return [plain[max(0, found.start() - 20) : found.end() + 20] for rule in rules for found in rule.finditer(plain)]
+
+
+def prose_of(markdown: str) -> Iterator[str]:
+    """The paragraphs, list items, headings and table cells of a page, without code and without what links lead to."""
+    text = re.sub(r"^( *)```.*?^\1```", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`\n]+`", "`code`", text))
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-|#]|\d+\.) ?)", text):
+        if not paragraph.startswith("    "):
+            yield from paragraph.strip().strip("|").split("|")
+
+
+def message_of(node: ast.expr) -> str:
+    """The constant text of an expression, with a word in place of each value in it."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(message_of(value) if isinstance(value, ast.Constant) else "VALUE" for value in node.values)
+    if isinstance(node, ast.BinOp):
+        return message_of(node.left) + message_of(node.right)
+    if isinstance(node, ast.IfExp):
+        return f"{message_of(node.body)}\n{message_of(node.orelse)}"
+    return ""
+
+
+def messages_of(source: str) -> list[str]:
+    """The texts that a module gives to its errors and to its printing functions."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if TAKES_MESSAGE.fullmatch(name):
+                given = [*node.args, *(word.value for word in node.keywords)]
+                texts = [message_of(value) for value in given]
+                texts += [
+                    message_of(part) for value in given for part in ast.walk(value) if isinstance(part, ast.IfExp)
+                ]
+                found += [text for text in texts if text]
+    return found
+
+
+def every_command() -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(cli, info_name="nvquant")
+    yield "nvquant", cli
+    for name in cli.list_commands(context):
+        command = cli.get_command(context, name)
+        assert command is not None
+        yield name, command
+        if isinstance(command, click.Group):
+            yield from command.commands.items()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_documents_are_plain(page: Path) -> None:
+    text = page.read_text(encoding="utf-8").partition("## Plain English")[0]  # that section quotes what to avoid
+    for paragraph in prose_of(text):
+        assert faults_of(paragraph, semicolons=False) == [], paragraph
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), list(every_command()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_help_is_plain(name: str, command: click.Command) -> None:
+    for text in [command.help or "", COMMANDS.get(name, "")]:
+        assert faults_of(text, semicolons=True) == [], text
+    for option in command.params:
+        text = getattr(option, "help", None)
+        if text is not None:
+            assert faults_of(text, semicolons=True) == [], text
+            assert re.fullmatch(r"[A-Z].*\.", text, re.DOTALL), f"{option.name}: no sentence: {text}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_messages_are_plain(room: str) -> None:
+    folder = ROOT / "quantize" / room
+    found = [text for path in sorted(folder.rglob("*.py")) for text in messages_of(path.read_text(encoding="utf-8"))]
+    assert found
+    assert [fault for text in found for fault in faults_of(text, semicolons=True)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "is_plain"),
+    [
+        ("The file is complete; push it.", False),
+        ("None is asked for by default.", False),
+        ("The bytes are not held against the hash.", False),
+        ("What differs is refused.", False),
+        ("The bytes are those, and what is left is copied.", False),
+        ("What does the report contain?", True),
+        ("This shows what the run reads.", True),
+        ("The server holds the weights. Two GPUs are held-out.", False),
+        ("Drop one of the two options.", True),
+    ],
+)
+def test_each_rule_finds_its_faults(text: str, is_plain: bool) -> None:
+    assert (faults_of(text, semicolons=True) == []) is is_plain
+
+
+def test_messages_are_found_in_every_form() -> None:
+    source = """
+raise InputError(f"{name}: gone; " + "look" if name else "none; at all")
+click.echo("a; b")
+say(f"{x} c; {y}")
+output.note("not a message; of ours")
+"""
+    assert sorted(messages_of(source)) == sorted(
+        ["VALUE: gone; look\nnone; at all", "VALUE: gone; look\nnone; at all", "a; b", "VALUE c; VALUE"]
+    )
