@@ -93,6 +93,8 @@ def _print_numbers(numbers: Mapping[str, Any]) -> None:
     rows = [["BF16 source", f"{numbers['perplexity_source']:.2f}", "0", "100 %"]]
     for name, one in numbers["arithmetics"].items():
         agreement = f"{one['top1']['agreement']:.1%}"
-        rows.append([NAMES[name], f"{one['perplexity']:.2f}", f"{one['kl']['mean']:.4f}", agreement])
+        noise = one["kl"]["rounding_noise"]
+        kl = f"{one['kl']['mean']:.4f}" + ("" if noise is None else f" ± {noise:.3f}")
+        rows.append([NAMES[name], f"{one['perplexity']:.2f}", kl, agreement])
     title = f"{numbers['text']['scored']:,} held-out tokens"
     print_table([title, "perplexity", "KL to BF16", "top-1 agreement"], rows)

@@ -81,7 +81,7 @@ def accuracy_table(numerics: Any) -> Table | None:
         lines.append(
             (
                 _arithmetic_words(name, own),
-                with_error(value_at(kl, "mean"), value_at(kl, "standard_error")),
+                " ".join([with_error(value_at(kl, "mean"), value_at(kl, "standard_error")), *_noise(kl)]),
                 number(value_at(kl, "median")),
                 number(value_at(kl, "p99")),
                 " ".join([percent(value_at(own, "top1", "agreement")), *_error(at(own, "top1"))]),
@@ -103,6 +103,11 @@ def accuracy_notes(numerics: Any) -> tuple[str, ...]:
         notes.append(
             f"Text: {one_line(at(text, 'name') or 'unnamed')}, {number(value_at(text, 'tokens'))} tokens in "
             f"{number(value_at(text, 'sequences'))} sequences, framing: {framing}."
+        )
+    if as_float(value_at(numerics, "arithmetics", "w4a4", "kl", "rounding_noise")) is not None:
+        notes.append(
+            "Rounding: the last bits of a product differ between processors, and rounding to four bits amplifies them. "
+            "The same checkpoint measured elsewhere differs by about this much."
         )
     if at(numerics, "arithmetics", "floor") is not None:
         notes.append("The floor compares the source with itself: what is not above it is noise.")
@@ -247,6 +252,11 @@ def signed(value: Any) -> str:
 def _error(agreement: Any) -> tuple[str, ...]:
     error = value_at(agreement, "standard_error")
     return () if as_float(error) is None else (f"± {percent(error, 2)}",)
+
+
+def _noise(numbers: Any) -> tuple[str, ...]:
+    noise = value_at(numbers, "rounding_noise")
+    return () if as_float(noise) is None else (f"(rounding ± {number(noise)})",)
 
 
 def _arithmetic_words(name: str, own: Any) -> str:

@@ -91,13 +91,20 @@ def quantized_input(index: int, name: str) -> dict[str, Any]:
 
 
 def arithmetic(words: str, mean: float, agreement: float, delta: float) -> dict[str, Any]:
+    noise = 0.0017 if words.startswith("W4A4") else None
     return {
         "words": words,
-        "kl": {"mean": mean, "median": mean * 0.29, "p99": mean * 9.3, "standard_error": mean * 0.04},
+        "kl": {
+            "mean": mean,
+            "median": mean * 0.29,
+            "p99": mean * 9.3,
+            "standard_error": mean * 0.04,
+            "rounding_noise": noise,
+        },
         "nll": 2.1733 + delta,
         "delta_nll": delta,
         "perplexity": math.exp(2.1733 + delta),
-        "top1": {"agreement": agreement, "standard_error": 0.0031},
+        "top1": {"agreement": agreement, "standard_error": 0.0031, "rounding_noise": noise},
     }
 
 

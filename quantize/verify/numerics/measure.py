@@ -2,15 +2,17 @@
 
 The source and the checkpoint go through their layers together, on the same tokens. Each way of computing is a lane with
 hidden states of its own: the source, the source once more in the noise of BF16 (the floor), the checkpoint with rounded
-inputs (W4A4), the checkpoint with quantized weights alone. Beside the lanes, each of the checkpoint's layers is given
-what the source's layer was given, so that its own error shows apart from what it inherited.
+inputs (W4A4), the checkpoint with quantized weights alone. Rounding to four bits amplifies the last bits of a product,
+which depend on the processor. W4A4 runs once more in the noise of BF16, and the difference tells how far its numbers
+move. Beside the lanes, each of the checkpoint's layers is given what the source's layer was given, so that its own
+error shows apart from what it inherited.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +34,7 @@ from ..threads import Progress
 from .errors import LayerError, StreamError, bfloat16_outputs, matrix_numbers
 from .served import Arithmetic, InputNumbers, InputRounding, ServedModel
 
-LaneName = Literal["source", "floor", "w4a4", "weight_only"]
+LaneName = Literal["source", "floor", "w4a4", "w4a4_again", "weight_only"]
 EQUAL_INPUT_TOKENS = 2048  # are enough to measure a layer's own error
 FLOOR_ROWS = 16
 SHARE_OF_MEMORY = 0.5  # of what is free, for the hidden states of all lanes
@@ -143,6 +145,8 @@ class SideBySide:
         if self._original is not None:
             plan += [("source", self._original, self.batches), ("floor", self._original, self.batches)]
         plan += [(name, self._quantized, self.batches) for name in self.arithmetics]
+        if self._original is not None and "w4a4" in self.arithmetics:
+            plan.append(("w4a4_again", self._quantized, self.batches))
         budget = self._budget(len(plan))
         lanes: dict[LaneName, Lane] = {}
         with ExitStack() as opened:
@@ -205,6 +209,9 @@ class SideBySide:
             rounding = self._rounding(layer, arithmetic)
             with rounding(True):
                 self.lanes[arithmetic].walk.step(layer, decoded)
+            if arithmetic == "w4a4" and "w4a4_again" in self.lanes:
+                with rounding(False), self._disturbed(self._quantized.layers[layer]):
+                    self.lanes["w4a4_again"].walk.step(layer, decoded)
             if beside is not None:
                 with rounding(False):
                     numbers.own[arithmetic] = self._own_error(layer, decoded, kept)
@@ -225,10 +232,13 @@ class SideBySide:
                 kept.append(Kept(before, after, with_own_stores(call)))
 
         self.lanes["source"].walk.step(layer, beside.tensors, watch=keep)
-        disturbed = rounded_to_bfloat16 if self.device.type == "cpu" else in_small_products
-        with disturbed(self._original.layers[layer]):
+        with self._disturbed(self._original.layers[layer]):
             self.lanes["floor"].walk.step(layer, beside.tensors)
         return kept
+
+    def _disturbed(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Let a module compute in the noise of BF16 while the block runs."""
+        return rounded_to_bfloat16(module) if self.device.type == "cpu" else in_small_products(module)
 
     @torch.no_grad()
     def _own_error(self, layer: int, decoded: dict[str, Tensor], kept: Sequence[Kept]) -> LayerError:

@@ -131,7 +131,10 @@ def measure(
     nll = float(nll_of_tokens.mean())
     words = {**WORDS, "floor": run.floor_words}
     thresholds = thresholds_of(subject).tightened(options.max_kl, options.min_top1)
-    lanes = {name: {"words": words[name], **score.as_json(nll_of_tokens)} for name, score in scores.items()}
+    again = {"w4a4": scores.pop("w4a4_again", None)}
+    lanes = {
+        name: {"words": words[name], **score.as_json(nll_of_tokens, again.get(name))} for name, score in scores.items()
+    }
     own = lanes[arithmetics[0]]  # of the checkpoint's own scheme
     return {
         "kl": own["kl"]["mean"],
@@ -231,7 +234,8 @@ def _kl(document: Mapping[str, Any]) -> Finding:
 
 
 def _spread(numbers: Mapping[str, Any]) -> str:
-    return "" if numbers["standard_error"] is None else f" ± {numbers['standard_error']:.2g}"
+    error, noise = numbers["standard_error"], numbers["rounding_noise"]
+    return ("" if error is None else f" ± {error:.2g}") + ("" if noise is None else f", rounding ± {noise:.2g}")
 
 
 def _top1(document: Mapping[str, Any]) -> Finding:

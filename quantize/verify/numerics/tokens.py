@@ -114,17 +114,20 @@ class TokenScores:
     agrees: Tensor
     lengths: Sequence[int]
 
-    def as_json(self, nll_source: Tensor) -> dict[str, Any]:
-        """Means with their standard errors over sequences, median and 99th percentile.
+    def as_json(self, nll_source: Tensor, again: TokenScores | None = None) -> dict[str, Any]:
+        """Means with their standard errors over sequences, rounding noise, median and 99th percentile.
 
         Args:
             nll_source: of the reference, float64 [tokens].
+            again: the same computation in the noise of BF16; without it the rounding noise is null.
         """
         nll = float(self.nll.mean())
+        kl_again, agrees_again = (None, None) if again is None else (again.kl, again.agrees.double())
         return {
             "kl": {
                 "mean": float(self.kl.mean()),
                 "standard_error": standard_error(self.kl, self.lengths),
+                "rounding_noise": rounding_noise(self.kl, kl_again, self.lengths),
                 "median": quantile(self.kl, 0.5),
                 "p99": quantile(self.kl, 0.99),
             },
@@ -135,6 +138,7 @@ class TokenScores:
             "top1": {
                 "agreement": float(self.agrees.double().mean()),
                 "standard_error": standard_error(self.agrees.double(), self.lengths),
+                "rounding_noise": rounding_noise(self.agrees.double(), agrees_again, self.lengths),
             },
         }
 
@@ -168,3 +172,19 @@ def standard_error(values: Tensor, lengths: Sequence[int]) -> float | None:
     sums = torch.stack([part.sum() for part in values.split(list(lengths))])
     spread = (sums - mean * sizes).square().sum() / (count - 1)
     return float((spread / count).sqrt() / sizes.mean())
+
+
+def rounding_noise(values: Tensor, again: Tensor | None, lengths: Sequence[int]) -> float | None:
+    """Standard deviation of the mean over tokens that the last bits of products cause, None without a second result.
+
+    The two results differ by nothing else. Half of the squared differences of the sequences' sums therefore estimates
+    the variance of the sum of one.
+
+    Args:
+        values, again: float64 [tokens], of two computations.
+        lengths: of the sequences, in order.
+    """
+    if again is None:
+        return None
+    sums = torch.stack([part.sum() for part in (values - again).split(list(lengths))])
+    return float((sums.square().sum() / 2).sqrt() / len(values))

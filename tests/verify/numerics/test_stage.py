@@ -45,6 +45,15 @@ def test_a_good_checkpoint_passes_every_check(document: dict[str, Any]) -> None:
     assert Measured(document).failed == set()
 
 
+def test_only_w4a4_has_rounding_noise_and_prints_it_beside_its_kl(document: dict[str, Any]) -> None:
+    noises = {name: numbers["kl"]["rounding_noise"] for name, numbers in document["arithmetics"].items()}
+    assert noises["weight_only"] is None and noises["floor"] is None
+    assert 0 < noises["w4a4"] < document["arithmetics"]["w4a4"]["kl"]["mean"]
+    words = findings(document)["kl"].looked_at
+    assert f"rounding ± {noises['w4a4']:.2g}" in words
+    assert words.count("rounding ±") == 1
+
+
 def test_the_document_has_the_keys_that_readers_rely_on(document: dict[str, Any]) -> None:
     assert set(document) == {
         "kl", "perplexity", "perplexity_source", "top1", "source", "text", "device", "dtype", "nll_source",
@@ -54,8 +63,8 @@ def test_the_document_has_the_keys_that_readers_rely_on(document: dict[str, Any]
     assert set(document["arithmetics"]) == {"w4a4", "weight_only", "floor"}
     for numbers in document["arithmetics"].values():
         assert set(numbers) == {"words", "kl", "nll", "delta_nll", "nll_difference", "perplexity", "top1"}
-        assert set(numbers["kl"]) == {"mean", "median", "p99", "standard_error"}
-        assert set(numbers["top1"]) == {"agreement", "standard_error"}
+        assert set(numbers["kl"]) == {"mean", "median", "p99", "standard_error", "rounding_noise"}
+        assert set(numbers["top1"]) == {"agreement", "standard_error", "rounding_noise"}
     assert [layer["layer"] for layer in document["layers"]] == [0, 1, 2]
     for layer in document["layers"]:
         assert set(layer) == {"layer", "w4a4", "weight_only"}

@@ -19,6 +19,7 @@ from nvquant.verify.numerics.tokens import (
     TokenScores,
     perplexity,
     quantile,
+    rounding_noise,
     standard_error,
 )
 from torch import Tensor
@@ -185,3 +186,17 @@ def test_scores_are_means_over_tokens() -> None:
 def test_a_perplexity_beyond_a_float_is_infinite() -> None:
     assert perplexity(1e4) == math.inf
     assert not math.isfinite(perplexity(math.nan))
+
+
+def test_rounding_noise_is_the_spread_of_equal_computations() -> None:
+    generator = torch.Generator().manual_seed(3)
+    lengths, spread = [40] * 500, 0.3
+    truth = torch.randn(20_000, generator=generator, dtype=torch.float64)
+    first, second = (truth + spread * torch.randn(20_000, generator=generator, dtype=torch.float64) for _ in range(2))
+    assert rounding_noise(first, second, lengths) == pytest.approx(spread / 20_000**0.5, rel=0.1)
+
+
+def test_rounding_noise_is_zero_for_equal_results_and_absent_without_a_second() -> None:
+    values = torch.rand(6, dtype=torch.float64)
+    assert rounding_noise(values, values, [2, 4]) == 0
+    assert rounding_noise(values, None, [2, 4]) is None
