@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import sys
 from collections import Counter
 from itertools import islice
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from nvquant.calibrate import rows
 from nvquant.calibrate.rows import data_suffix, read_rows, read_text, seeded_order
 from nvquant.calibrate.specs import CalibrationSpec, load_spec, shipped_folder, shipped_names
 from nvquant.calibrate.text import Columns, Document, Source, document_of, read_documents, split_text
@@ -231,6 +233,48 @@ def test_damaged_files_are_refused_by_name(name: str, data: bytes, message: str,
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=message):
         documents(Source(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.xz", "a.csv.gz"])
+def test_what_unpacks_to_more_than_any_file_holds_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "MOST_WHOLE_BYTES", 1_000_000)
+    pack = gzip.compress if name.endswith("gz") else lzma.compress
+    (tmp_path / name).write_bytes(pack(b" " * 5_000_000))
+    with pytest.raises(InputError, match=rf"{name} holds more than 1,000,000 bytes: split it"):
+        documents(Source(tmp_path / name))
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MOST_LINE_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * 2000)
+    with pytest.raises(InputError, match=r"a\.jsonl has a line of more than 1,000 bytes"):
+        documents(Source(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("value", [b"9" * 5000, b"NaN", b"[" * 100_000, b'"\\ud800"', b"1e999"])
+def test_a_row_that_is_no_json_is_refused_by_its_line(value: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "b", "more": ' + value + b"}\n")
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2 is not valid JSON") as caught:
+        documents(Source(tmp_path / "a.jsonl"))
+    assert len(str(caught.value)) < 250
+
+
+def test_names_of_columns_are_repeated_in_brief(tmp_path: Path) -> None:
+    row = {"x" * 70_000: [1], "a\nError: b": [2], **{f"column{i}": [i] for i in range(100)}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match="has neither text nor messages") as caught:
+        documents(Source(tmp_path / "a.jsonl"))
+    assert len(str(caught.value)) < 600 and str(caught.value).isprintable() and "90 more" in str(caught.value)
+
+
+def test_a_device_and_a_pipe_are_no_calibration_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "b.jsonl")
+    for name in ("a.txt", "b.jsonl"):
+        with pytest.raises(InputError, match=rf"{name} is (not a file|a device|a pipe)"):
+            documents(Source(tmp_path / name))
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,29 @@ def test_a_proof_that_names_no_bytes_is_refused(
     (folder := copy()).joinpath("nvquant_manifest.json").unlink()
     with pytest.raises(InputError, match=r"has no manifest of nvquant, .*: leave --verify-json out"):
         read_earlier(write(tmp_path, proved), folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: found["checks"][0].update(stage="a"),
+        lambda found: found["checks"][0].update(stage=None),
+        lambda found: found["checks"][0].update(name=[1]),
+        lambda found: found["checks"][0].update(passed="yes"),
+        lambda found: found["checks"][0].update(faults={"a": 1}),
+        lambda found: found["checks"][0].update(faults=[1]),
+        lambda found: found.update(numerics=[1]),
+        lambda found: found.update(serve="x"),
+        lambda found: found.update(bench=3),
+    ],
+)
+def test_a_proof_of_another_form_is_refused(
+    change: Callable[[dict[str, Any]], None], converted: Path, proved: dict[str, Any], tmp_path: Path
+) -> None:
+    found = deepcopy(proved)
+    change(found)
+    with pytest.raises(InputError, match="is not what `nvquant verify --json` writes"):
+        read_earlier(write(tmp_path, found), converted)
 
 
 @pytest.mark.parametrize("found", [{}, {"checks": []}, {"checks": [1], "checkpoint": {}}, {"checks": {}}, {"a": 1}])
