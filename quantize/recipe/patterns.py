@@ -25,8 +25,12 @@ _SLOW_SECONDS = 1e-3
 _spent = 0.0
 
 
+class SlowPattern(InputError):
+    """A pattern that takes too long."""
+
+
 class PatternError(InputError):
-    """A pattern that is no regular expression, or takes too long.
+    """A pattern that is no regular expression.
 
     Attributes:
         reason: why it is no regular expression.
@@ -64,7 +68,8 @@ def matches(pattern: str, name: str) -> bool:
     Off the main thread no timer can be set; commands match in the main thread.
 
     Raises:
-        PatternError: it is no regular expression, or takes longer than any useful one.
+        PatternError: it is no regular expression.
+        SlowPattern: it takes longer than any useful one.
     """
     global _spent
     expression = compiled(pattern)
@@ -84,11 +89,9 @@ def _timer(seconds: float, pattern: str) -> Iterator[None]:
         return
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        raise PatternError(
-            pattern,
-            "it takes too long",
+        raise SlowPattern(
             f"pattern {quoted(pattern)} takes more than {MOST_SECONDS:.0f} s to match: write it without repetitions "
-            f"inside of repetitions.",
+            f"inside of repetitions."
         )
 
     before = signal.signal(signal.SIGALRM, stop)

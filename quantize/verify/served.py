@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..recipe.drafts import draft_names
+from ..recipe.patterns import PatternError
 from ..recipe.roles import Role, is_table, module_of
 from ..recipe.vllm_rules import REFUSED, UNQUANTIZED, compressed_tensors_verdict, modelopt_verdict
 from .subject import Subject
@@ -75,7 +75,7 @@ def scheme_of(layer: str, quantization: Mapping[str, Any], members: Sequence[str
     groups = _groups(quantization)
     try:
         verdict = compressed_tensors_verdict(layer, {**quantization, "config_groups": groups}, members)
-    except re.error:
+    except PatternError:
         return REFUSED
     return verdict if verdict in (UNQUANTIZED, REFUSED) else _group_scheme(groups[verdict])
 

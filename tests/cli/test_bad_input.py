@@ -132,7 +132,7 @@ def test_a_recipe_file_that_does_not_fit(
 
 
 def test_a_missing_recipe_file(refused: Refused, model: Path) -> None:
-    assert "my.yaml cannot be read" in refused(2, model, "--recipe", "my.yaml")
+    assert "my.yaml is missing" in refused(2, model, "--recipe", "my.yaml")
 
 
 def test_an_unknown_quantizer_names_those_that_exist(refused: Refused, model: Path) -> None:
