@@ -137,6 +137,10 @@ def command(
         if bench_file is None
         else read_json(bench_file, "nvquant bench writes it", is_named=True, way_out="write it again")
     )
+    if bench is not None and bench_file is not None:
+        from ..report.write import refuse_unreadable_bench
+
+        refuse_unreadable_bench(bench, bench_file)
     if remote is not None and stages == ("structure",):
         options = replace(options, by_ranges=True)
     verification = Verification(

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..quoting import argument, shell
 from ..report.document import STAGES, at, document, publishable, stages_run
 from ..report.measured import sizes_of
+from ..report.write import refuse_unreadable
 from ..verify.contents import checkpoint_identity
 from ..verify.numerics.stage import NumericsOptions
 from ..verify.run import Stage, Verification, VerifyOptions
@@ -73,7 +74,9 @@ def read_earlier(path: Path, folder: Path) -> dict[str, Any]:
             f"{path} is of another checkpoint ({of_checkpoint.get('name')}, or an earlier state of it): write it again "
             f"with `{shell(['nvquant', 'verify', argument(folder), '--json'])}`."
         )
-    return publishable({"numerics": None, "serve": None, "bench": None, **found})
+    whole = {"numerics": None, "serve": None, "bench": None, **found}
+    refuse_unreadable(whole, path, "nvquant verify --json")
+    return publishable(whole)
 
 
 def failed_checks(found: Mapping[str, Any]) -> list[str]:

@@ -8,12 +8,45 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.places import write_whole
+from ..errors import InputError
 from ..verify.report import Report
 from .document import document
 from .html import render_html
 from .junit import write_junit
 from .markdown import render_markdown
 from .page import page_of
+
+_WRONG_FORM = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError)
+
+
+def refuse_unreadable(whole: Mapping[str, Any], path: Path, written_by: str) -> None:
+    """Refuse a document out of a file, before any work, of which no report can be made.
+
+    Args:
+        path: the file.
+        written_by: the command that writes such files.
+    Raises:
+        InputError: a value is missing, or of another kind.
+    """
+    try:
+        render_markdown(page_of(whole))
+    except _WRONG_FORM as error:
+        raise InputError(
+            f"{path} is not of the form that `{written_by}` writes ({type(error).__name__}): write it again."
+        ) from error
+
+
+def refuse_unreadable_bench(bench: Mapping[str, Any], path: Path) -> None:
+    """`refuse_unreadable` for the document of `nvquant bench --json`.
+
+    Raises:
+        InputError: see there.
+    """
+    try:
+        whole = document(Report(()), bench)
+    except _WRONG_FORM as error:
+        raise InputError(f"{path} is not of the form that `nvquant bench` writes: write it again.") from error
+    refuse_unreadable(whole, path, "nvquant bench")
 
 
 def write_report(report: Report, folder: Path, bench: Mapping[str, Any] | None = None) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from nvquant.checkpoint.source import open_checkpoint
 from nvquant.errors import InputError
 from nvquant.publish.proof import failed_checks, prove, read_earlier, without_folders
 from nvquant.report.document import stages_run
+from nvquant.report.markdown import render_markdown
+from nvquant.report.page import page_of
 from publish.conftest import told
 from support import reports
 
@@ -132,3 +135,14 @@ def test_the_home_folder_becomes_a_tilde(tmp_path: Path, monkeypatch: pytest.Mon
         "checks": [{"faults": ["out/config.json, and ~/x"]}],
         "n": 1,
     }
+
+
+@pytest.mark.parametrize("key", ["faults", "stage", "looked_at", "name"])
+@pytest.mark.parametrize("value", [5, None, {"a": 1}, [5]])
+def test_a_document_of_another_form_is_refused_before_any_work(
+    converted: Path, measured: dict[str, Any], tmp_path: Path, key: str, value: Any
+) -> None:
+    checks = [{**check, key: value, "passed": False} for check in measured["checks"]]
+    with suppress(InputError):  # or a page can be made of it all the same
+        earlier = read_earlier(write(tmp_path, {**measured, "checks": checks}), converted)
+        render_markdown(page_of(earlier))
