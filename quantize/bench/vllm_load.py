@@ -71,8 +71,8 @@ def bench_command(vllm: VllmCommand) -> VllmBench:
     if words[-1] == COMMAND_MODULE:
         return VllmBench((*words, "bench", "serve"), vllm.version)
     raise InputError(
-        f"--vllm {' '.join(words)}: how its `vllm bench serve` is called cannot be told from this; give a command that "
-        f"ends in `serve`, or take --load-generator guidellm."
+        f"--vllm {' '.join(words)}: nvquant cannot derive the call of `vllm bench serve` from it. Give a command that "
+        f"ends in `serve`, or use --load-generator guidellm."
     )
 
 

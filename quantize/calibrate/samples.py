@@ -174,8 +174,8 @@ def _sources(name: str, path: Path | None) -> tuple[str, list[Source]]:
         dataset = find_dataset(repo, revision or None)
         return f"{repo}@{dataset.commit}", [Source(dataset)]
     raise InputError(
-        f"--calibration {name} is no shipped set ({', '.join(shipped_names())}); "
-        "give one of these, a Hub data set org/name, or a file."
+        f"--calibration {name} is not a shipped set ({', '.join(shipped_names())}). "
+        "Give one of these, a Hub data set org/name, or a file."
     )
 
 

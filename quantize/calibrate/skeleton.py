@@ -363,7 +363,7 @@ def _load_embedding_rows(skeleton: Skeleton, name: str, embedding: nn.Embedding,
     def look_up(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows = torch.searchsorted(known, args[0]).clamp_(max=len(known) - 1)
         if not torch.equal(known[rows], args[0]):
-            raise InputError(f"{name} is asked for ids that calibration does not hold: use a weight-only recipe.")
+            raise InputError(f"{name} looks up ids that calibration does not have. Use a weight-only recipe.")
         return rows, *args[1:]
 
     skeleton._lookups.append(embedding.register_forward_pre_hook(look_up))

@@ -109,4 +109,4 @@ def load_spec(source: Path | Traversable) -> CalibrationSpec:
         first = error.errors()[0]
         where = ".".join(str(part)[:60] for part in first["loc"]) or "the top level"
         what = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{source.name}: {where}: {what}; a spec has name, description, licence and parts.") from error
+        raise InputError(f"{source.name}: {where}: {what}. A spec has name, description, licence and parts.") from error

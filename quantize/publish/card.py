@@ -163,7 +163,7 @@ def _what(facts: CardFacts) -> str:
     name = f"[{base}](https://huggingface.co/{base})" if base else "A model"
     parts = " and ".join(dict.fromkeys(name.partition(",")[0] for name in group_names(facts.document)[0]))
     made_by = at(facts.document, "checkpoint", "made_by")
-    by = f"; made by {one_line(made_by)}" if made_by else ""
+    by = f", made by {one_line(made_by)}" if made_by else ""
     return f"{name} with {escaped(f'{one_line(parts)} in NVFP4, 4-bit floating point, for vLLM{by}')}."
 
 

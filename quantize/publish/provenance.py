@@ -73,7 +73,7 @@ def read_provenance(folder: Path, base_model: str | None) -> Provenance:
     """
     name = None if base_model is None else hub_name(base_model)
     if base_model is not None and (name is None or name[1] is not None):
-        raise InputError(f"--base-model {base_model} is not a model's id: give it as org/name.")
+        raise InputError(f"--base-model {base_model} is not a model's id. Give it as org/name.")
     path = folder / MANIFEST_NAME
     manifest = read_json(path, "nvquant writes one") if path.is_file() else {}
     form = held_to(ManifestForm, manifest, str(path)) if manifest or path.is_file() else None
@@ -81,9 +81,7 @@ def read_provenance(folder: Path, base_model: str | None) -> Provenance:
     if known is None:
         return Provenance(form, manifest, base_model, None)
     if base_model is not None and base_model != known.id:
-        raise InputError(
-            f"--base-model {base_model}: {MANIFEST_NAME} says that this was made from {known.id}: leave the option out."
-        )
+        raise InputError(f"--base-model {base_model}: {MANIFEST_NAME} names {known.id} as the source. Drop the option.")
     return Provenance(form, manifest, known.id, known.commit)
 
 
@@ -166,8 +164,8 @@ def calibration_licence(provenance: Provenance) -> str:
     if known is not None:
         revision = f"/tree/{known[1]}" if known[1] else ""
         where = f"[{known[0]}]({HUB}/datasets/{known[0]}{revision})"
-        return f"The Hub data set {where}; its licence is told there, and not recorded here."
-    return "A file of whoever made this checkpoint; its origin and licence are not recorded."
+        return f"The Hub data set {where}. Its page has the licence, which is not recorded here."
+    return "A file of the maker of this checkpoint. Its origin and licence are not recorded."
 
 
 def nvquant_page() -> str:

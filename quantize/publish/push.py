@@ -188,18 +188,18 @@ def refuse_failed(request: PushRequest) -> None:
     """
     stated = {key: at(request.document, "checkpoint", key) for key in checkpoint_identity(request.folder)}
     if stated != checkpoint_identity(request.folder):
-        raise InputError(f"{request.folder} is not what was verified: verify it again, and push that.")
+        raise InputError(f"{request.folder} is not the verified checkpoint. Verify it again, then push it.")
     failed = failed_checks(request.document)
     if request.unverified:
         return
     if not request.document["checks"]:
         raise CheckFailed(
-            f"{request.folder} was not verified: verify it first, or publish it all the same with --unverified."
+            f"{request.folder} was not verified. Verify it first, or publish it anyway with --unverified."
         )
     if failed:
         raise CheckFailed(
-            f"{request.folder} fails {len(failed)} of {len(request.document['checks'])} checks ({', '.join(failed)}): "
-            f"`nvquant verify` tells why; --unverified publishes it all the same, and the card says so."
+            f"{request.folder} fails {len(failed)} of {len(request.document['checks'])} checks ({', '.join(failed)}). "
+            f"Run `nvquant verify` for the causes, or publish it with --unverified and a note in the card."
         )
 
 
@@ -211,20 +211,22 @@ def _make(request: PushRequest) -> Target:
         patiently(lambda: api.create_repo(request.repo, private=is_private, exist_ok=True), f"making {request.repo}")
     made = look_at(request.repo, request.endpoint)
     if made.commit is None:
-        raise InputError(f"{request.repo} was made, but the Hub does not show it: run the same command again.")
+        raise InputError(f"{request.repo} was made, but the Hub does not show it. Run the same command again.")
     return made
 
 
 def _source_data(request: PushRequest, provenance: Provenance) -> Mapping[str, Any]:
     """The data of the source's card: from the Hub, or from the folder that it was converted from."""
     if provenance.base_model is None:
-        request.say("The card names no source: `nvquant push --base-model ID` does, where ID is its name on the Hub.")
+        request.say("The card names no source. To add its name on the Hub, use `nvquant push --base-model ID`.")
     else:
         try:
             model = find_model(provenance.base_model, provenance.commit, endpoint=request.endpoint)
             return _data_of(download(model, CARD_NAME)) if CARD_NAME in model.files else {}
         except InputError as error:
-            request.say(f"Licence and language may be missing in the card, since the source's cannot be read: {error}")
+            request.say(
+                f"Licence and language may be missing in the card, because the source's card cannot be read: {error}"
+            )
     if request.source is not None and (request.source / CARD_NAME).is_file():
         return _data_of(request.source / CARD_NAME)
     return {}

@@ -17,7 +17,7 @@ from ..checkpoint.hub.patience import Patience
 from ..errors import InputError
 from ..quoting import one_line
 
-AGAIN = "run the same command again: what has arrived is not sent twice"
+AGAIN = "run the same command again to resume"
 TOKENS = "https://huggingface.co/settings/tokens"
 MOST_WORDS = 300
 Result = TypeVar("Result")
@@ -94,17 +94,18 @@ def _refused(repo: str, error: Any) -> str:
     reason = f"HTTP {status}{f': {said}' if said else ''}"
     if status in (401, 404):
         return (
-            f"The Hub does not know this token, or shows it no {repo} ({reason}): check the name, run `hf auth login` "
-            f"again, or set HF_TOKEN."
+            f"The Hub does not know this token, or shows it no {repo} ({reason}). Check the name, run "
+            f"`hf auth login` again, or set HF_TOKEN."
         )
     if status in (402, 403):
         return (
-            f"The Hub does not let this token write to {repo} ({reason}): take one that may ({TOKENS}), or free room."
+            f"The Hub does not let this token write to {repo} ({reason}). Use a token with write access "
+            f"({TOKENS}), or free room."
         )
     if status == 429:
-        return f"The Hub asks to go slower ({reason}): wait a few minutes, and {AGAIN}."
+        return f"The Hub limits the rate of requests ({reason}). Wait a few minutes, and {AGAIN}."
     if status is not None and status < 500:
-        return f"The Hub refused the upload to {repo} ({reason}): look at the repository's page, and {AGAIN}."
+        return f"The Hub refused the upload to {repo} ({reason}). Look at the repository's page, and {AGAIN}."
     return f"The Hub fails ({reason}) at the upload to {repo}: {AGAIN}."
 
 

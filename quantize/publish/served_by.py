@@ -26,8 +26,8 @@ OLDEST_TRIED = "0.24.0"  # faults that are older than this are not worth a reade
 def hardware_table() -> Table:
     """What vLLM does with NVFP4 on which GPU."""
     lines = [(_names(capabilities), examples, FP4_WORDS[fp4_kind(capabilities[0])]) for examples, capabilities in GPUS]
-    columns = (Column("GPU", "text"), Column("such as", "text"), Column("what NVFP4 does there", "text"))
-    return Table("What NVFP4 does on which GPU", columns, tuple(lines))
+    columns = (Column("GPU", "text"), Column("such as", "text"), Column("behaviour of NVFP4", "text"))
+    return Table("NVFP4 by GPU", columns, tuple(lines))
 
 
 def serve_command(repo: str) -> str:
@@ -58,7 +58,7 @@ def faults_table(folder: Path, kv_cache_dtype: str) -> Table | None:
         for fault in KNOWN_FAULTS
         if (kinds := list(_concerned(fault, situations)))
     ]
-    columns = (Column("what", "text"), Column("where", "text"), Column("vLLM", "text"), Column("told in", "text"))
+    columns = (Column("fault", "text"), Column("GPU", "text"), Column("vLLM", "text"), Column("source", "text"))
     return Table("Known faults that concern this checkpoint", columns, tuple(lines)) if lines else None
 
 

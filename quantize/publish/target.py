@@ -98,7 +98,7 @@ def check_rights(repo: str, endpoint: str | None = None) -> None:
 
     check_repo_name(repo)
     if get_token() is None:
-        raise InputError(f"Pushing to {repo} needs a token that may write: run `hf auth login`, or set HF_TOKEN.")
+        raise InputError(f"Pushing to {repo} needs a token with write access. Run `hf auth login`, or set HF_TOKEN.")
     with quiet_hub(), push_errors(repo):
         try:
             user = hub_api(endpoint).whoami()
@@ -108,7 +108,7 @@ def check_rights(repo: str, endpoint: str | None = None) -> None:
             raise
     if _role(user) == "read":
         raise InputError(
-            f"The token ({_token_name(user)}) may only read: make one that may write to {repo.partition('/')[0]} at "
+            f"The token ({_token_name(user)}) may only read. Make one with write access to {repo.partition('/')[0]} at "
             f"{TOKENS}, and run `hf auth login`."
         )
 
@@ -152,7 +152,7 @@ def changes_for(target: Target, files: Sequence[LocalFile], *, replace: bool, ne
     if foreign and not replace:
         raise InputError(
             f"{target.repo} holds files that are not of this checkpoint and that loaders would read beside it "
-            f"({shortened(foreign)}): choose another repository, or delete them with --replace."
+            f"({shortened(foreign)}). Choose another repository, or delete them with --replace."
         )
     keeps_card = not (target.is_card_ours or replace)
     if keeps_card and needs_card:

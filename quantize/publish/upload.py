@@ -63,7 +63,7 @@ def check_card(api: HfApi, repo: str, card: str) -> None:
             headers=build_hf_headers(),
         )
         if answer.status_code == BAD_REQUEST:
-            said = "; ".join(str(error.get("message")) for error in answer.json().get("errors", ()))
+            said = ", ".join(str(error.get("message")) for error in answer.json().get("errors", ()))
             raise ValueError(f"it does not take the data of the card ({said}), which come from the source's README.md")
         hf_raise_for_status(answer)
 
@@ -85,8 +85,8 @@ def confirm(api: HfApi, repo: str, commit: str, files: Sequence[LocalFile]) -> N
     ]
     if wrong:
         raise CheckFailed(
-            f"{repo} at commit {commit[:12]} does not hold what was sent: {shortened(wrong)} is missing there, or has "
-            f"another size or hash. Push again; if that does not help, delete it on its page first."
+            f"{repo} at commit {commit[:12]} lacks {shortened(wrong)}, or has it with another size or hash. "
+            f"Push again. If that does not help, delete the file on the repository's page first."
         )
 
 

@@ -65,7 +65,7 @@ def _blocks(page: Page, with_details: bool) -> Iterator[str]:
     if page.layers:
         yield "### Layers"
         if page.layers.worst:
-            yield "Largest error of a layer's output, by itself: " + escaped("; ".join(page.layers.worst)) + "."
+            yield "Largest error of a layer's output, by itself: " + escaped(", ".join(page.layers.worst)) + "."
         if with_details:
             yield _details("Every layer", table(page.layers.table))
     if page.sizes:
@@ -123,7 +123,7 @@ def _checks(checks: Sequence[CheckLine], with_details: bool) -> Iterator[str]:
         yield "\n".join(lines)
     if others and with_details:
         yield _details(
-            f"{len(others):,} checks that held or do not apply",
+            f"{len(others):,} checks that passed or do not apply",
             "\n".join(
                 f"- {MARKS[check.state]} **{escaped(check.name)}** ({escaped(check.stage)}): {escaped(check.looked_at)}"
                 for check in others

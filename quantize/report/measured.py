@@ -12,7 +12,7 @@ from .document import at, numeric, rows
 from .parts import Bar, Column, Layers, Series, Sizes, Table, Tile
 from .words import ABSENT, as_float, fixed, number, percent, size, with_error
 
-ARITHMETICS = {"w4a4": "W4A4", "weight_only": "weights only"}
+ARITHMETICS = {"w4a4": "W4A4", "weight_only": "weight-only"}
 COLOURS = 8
 WORST_LAYERS, WORST_MATRICES, WORST_INPUTS = 3, 10, 6
 
@@ -47,7 +47,7 @@ def accuracy_tiles(numerics: Any) -> list[Tile]:
             ),
         ),
         Tile(
-            f"Same next token, {word}",
+            f"Top-1 agreement, {word}",
             percent(value_at(agreement, "agreement")),
             (*_error(agreement), *_floor(percent(value_at(floor, "top1", "agreement")))),
         ),
@@ -89,8 +89,8 @@ def accuracy_table(numerics: Any) -> Table | None:
                 signed(value_at(own, "delta_nll")),
             )
         )
-    titles = ("KL mean, nats", "median", "p99", "same next token", "perplexity", "ΔNLL, nats")
-    caption = "What was lost against the source, on held-out text"
+    titles = ("KL mean, nats", "median", "p99", "top-1 agreement", "perplexity", "ΔNLL, nats")
+    caption = "Loss against the source, on held-out text"
     return Table(caption, (Column("arithmetic", "text"), *(Column(title) for title in titles)), tuple(lines))
 
 
@@ -110,7 +110,7 @@ def accuracy_notes(numerics: Any) -> tuple[str, ...]:
             "The same checkpoint measured elsewhere differs by about this much."
         )
     if at(numerics, "arithmetics", "floor") is not None:
-        notes.append("The floor compares the source with itself: what is not above it is noise.")
+        notes.append("The floor compares the source with itself. A value that is not above the floor is noise.")
     return tuple(notes)
 
 

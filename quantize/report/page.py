@@ -82,7 +82,7 @@ def _command(whole: Mapping[str, Any]) -> str:
 def _reproduce(whole: Mapping[str, Any]) -> list[tuple[str, Any]]:
     numerics = whole["numerics"]
     limits = at(numerics, "thresholds") or {}
-    words = {"max_kl": "mean KL at most", "min_top1": "same next token at least", "max_delta_nll": "ΔNLL at most"}
+    words = {"max_kl": "mean KL at most", "min_top1": "top-1 agreement at least", "max_delta_nll": "ΔNLL at most"}
     stated = [f"{words.get(key, key)} {_limit(value_at(limits, key))}" for key in limits]
     return [
         ("nvquant", __version__),

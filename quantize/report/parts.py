@@ -32,7 +32,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's part of the verdict: `structure`, passed, `all 20 checks held`."""
+    """One stage's part of the verdict: `structure`, passed, `all 20 checks passed`."""
 
     name: str
     state: State

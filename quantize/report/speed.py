@@ -50,7 +50,7 @@ def speed_tables(bench: Any) -> tuple[Table, ...]:
 
 def speed_notes(bench: Any) -> tuple[str, ...]:
     """What a reader must know beside the figures: what failed, what a point says of itself, how to read a ceiling."""
-    notes = ["The benchmark was interrupted: this is what was measured until then."]
+    notes = ["The benchmark was interrupted. The table has the points measured before that."]
     notes = notes if at(bench, "complete") is False else []
     for point in rows(at(bench, "points")):
         for name, key in (("failed", "failed"), ("note", "note")):

@@ -40,10 +40,10 @@ def check_lines(checks: Sequence[Mapping[str, Any]]) -> tuple[CheckLine, ...]:
 
 def _words(checks: int, failed: int) -> str:
     if not checks:
-        return "No check was run, so nothing is known of this checkpoint."
+        return "No check was run, so nothing is known about this checkpoint."
     if failed:
         return f"{failed:,} of {counted(checks, 'check')} failed."
-    return "The only check held." if checks == 1 else f"All {checks:,} checks held."
+    return "The only check passed." if checks == 1 else f"All {checks:,} checks passed."
 
 
 def _failure(check: Mapping[str, Any]) -> Failure:
@@ -58,7 +58,7 @@ def _stage(name: str, checks: Sequence[Mapping[str, Any]], ran: Sequence[str]) -
         return Stage(name, "absent", NOT_RUN.get(name, "not run"))
     if failed:
         return Stage(name, "failed", f"{failed:,} of {counted(len(own), 'check')} failed")
-    return Stage(name, "passed", "the only check held" if len(own) == 1 else f"all {len(own):,} checks held")
+    return Stage(name, "passed", "the only check passed" if len(own) == 1 else f"all {len(own):,} checks passed")
 
 
 def _line(check: Mapping[str, Any]) -> CheckLine:

@@ -295,7 +295,7 @@ def _refuse_own_flags(flags: tuple[str, ...]) -> None:
     for flag in flags:
         name = flag.partition("=")[0].replace("_", "-")
         if name in _OWN_FLAGS:
-            raise InputError(f"--vllm-flag {name}: {_OWN_FLAGS[name]}; leave it out.")
+            raise InputError(f"--vllm-flag {name}: {_OWN_FLAGS[name]}. Drop the flag.")
 
 
 def _is_weight_only_modelopt(checkpoint: Path, config: Mapping[str, Any]) -> bool:

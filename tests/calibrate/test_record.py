@@ -356,7 +356,7 @@ def test_an_error_of_the_models_own_leaves_the_real_layers_in_place(tiny: TinyMo
     skeleton = skeleton_of(tiny("llama"))
     layers = list(skeleton.layers)
     load_outer(skeleton, one(20))
-    with pytest.raises(InputError, match="is asked for ids"):
+    with pytest.raises(InputError, match="looks up ids"):
         list(record_batches(skeleton, [one(20), torch.full((1, 20), 491)]))
     assert all(now is then for now, then in zip(skeleton.layers, layers, strict=True))
 

@@ -223,7 +223,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(models: Path, texts: 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no-such-set", "no-such-set is no shipped set"),
+        ("no-such-set", "no-such-set is not a shipped set"),
         ("missing.jsonl", "missing.jsonl is not a file"),
         ("missing.safetensors", "missing.safetensors is not a file"),
         ("missing.yaml", "missing.yaml is not a file"),

@@ -109,7 +109,7 @@ def test_token_embeddings_hold_only_the_rows_that_are_asked_for(tiny: TinyModels
 def test_an_embedding_asked_for_an_unknown_id_refuses_instead_of_guessing(tiny: TinyModels) -> None:
     skeleton = skeleton_of(tiny("llama"))
     load_outer(skeleton, torch.tensor([2, 77]))
-    with pytest.raises(InputError, match=r"model\.embed_tokens\.weight is asked for ids"):
+    with pytest.raises(InputError, match=r"model\.embed_tokens\.weight looks up ids"):
         skeleton.decoder.get_input_embeddings()(torch.tensor([[2, 78]]))
 
 

@@ -189,7 +189,7 @@ def test_calibration_that_cannot_be(
 
 
 def test_an_unknown_calibration_set(refused: Refused, model: Path) -> None:
-    assert "--calibration nonsense is no shipped set" in refused(2, model, "--calibration", "nonsense")
+    assert "--calibration nonsense is not a shipped set" in refused(2, model, "--calibration", "nonsense")
 
 
 @pytest.mark.parametrize(

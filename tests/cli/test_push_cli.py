@@ -187,7 +187,7 @@ def test_a_wrong_request_is_one_sentence_and_exits_with_2(
 @pytest.mark.parametrize(
     ("token", "words"),
     [
-        (None, f"Error: Pushing to {REPO} needs a token that may write: run `hf auth login`, or set HF_TOKEN."),
+        (None, f"Error: Pushing to {REPO} needs a token with write access. Run `hf auth login`, or set HF_TOKEN."),
         ("hf_unknownToken", "Error: The Hub does not know this token"),
     ],
 )

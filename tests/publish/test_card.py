@@ -66,11 +66,11 @@ def test_the_card_begins_with_its_data_the_marker_and_one_sentence(converted: Pa
     lines = [line for line in body.splitlines() if line]
     assert lines[:2] == [MARKER, "# llama-NVFP4"]
     assert lines[2] == (
-        "[org/base](https://huggingface.co/org/base) with MLP in NVFP4, 4-bit floating point, for vLLM; made by "
+        "[org/base](https://huggingface.co/org/base) with MLP in NVFP4, 4-bit floating point, for vLLM, made by "
         "nvquant 0.1.0."
     )
     checks = len(measured["checks"])
-    assert lines[3].startswith(f"✅ **All {checks} checks held.** structure: all ") and "not served" in lines[3]
+    assert lines[3].startswith(f"✅ **All {checks} checks passed.** structure: all ") and "not served" in lines[3]
 
 
 def test_measured_accuracy_stands_in_a_table_with_standard_errors_and_the_chart(
@@ -92,7 +92,7 @@ def test_what_was_not_measured_is_said_to_be_so(converted: Path, proved: dict[st
     )
     assert "It was not served before it was published." in section(card, "Serve it")
     assert "nvquant_layers.svg" not in card
-    assert "numbers not measured; not served." in card
+    assert "numbers not measured, not served." in card
 
 
 def test_what_was_served_is_told(converted: Path, measured: dict[str, Any]) -> None:
@@ -109,8 +109,8 @@ def test_a_checkpoint_that_failed_says_so_before_anything_else(converted: Path, 
     body = split_card(card_of(converted, {**measured, "checks": checks}))[1]
     lines = [line for line in body.splitlines() if line]
     assert lines[2] == (
-        f"> ❌ **This checkpoint did not pass verification.** 2 of {len(checks)} checks failed. Whoever published it "
-        f"chose to (`--unverified`)."
+        f"> ❌ **This checkpoint did not pass verification.** 2 of {len(checks)} checks failed. Its publisher "
+        f"chose to publish it anyway (`--unverified`)."
     )
     assert lines[4] == "> - **hashes** (structure): `hashes | is *wrong*`"
     assert lines[5] == "> - **kl** (numerics): `kl | is *wrong*`"
@@ -133,7 +133,7 @@ def test_sizes_before_and_after_stand_by_group(
 
 
 def test_what_is_quantized_and_by_which_recipe(converted: Path, proved: dict[str, Any]) -> None:
-    text = section(card_of(converted, proved), "What is quantized")
+    text = section(card_of(converted, proved), "Quantized modules")
     assert "In 4 bits: MLP (NVFP4 W4A4). As in the source: attention (BF16), embedding (BF16)" in text
     assert "Recipe nvfp4, scales by the quantizer rtn, in the layout of compressed-tensors." in text
     recipe = yaml.safe_load(text.split("```text\n", 1)[1].split("\n```", 1)[0])
@@ -148,7 +148,7 @@ def test_what_is_quantized_and_by_which_recipe(converted: Path, proved: dict[str
         ("ultrachat", "Licence: MIT. Origins: [HuggingFaceH4/ultrachat_200k](https://huggingface.co/datasets/"),
         ("nemotron", "[nvidia/Nemotron-Post-Training-Dataset-v2]("),
         (f"org/set@{COMMIT}", f"The Hub data set [org/set](https://huggingface.co/datasets/org/set/tree/{COMMIT})"),
-        ("mine.jsonl", "A file of whoever made this checkpoint; its origin and licence are not recorded."),
+        ("mine.jsonl", "A file of the maker of this checkpoint. Its origin and licence are not recorded."),
     ],
 )
 def test_the_calibration_set_and_its_licence_are_told(
@@ -165,7 +165,7 @@ def test_weights_alone_need_no_calibration_and_the_card_says_so(
 ) -> None:
     folder = conversions("llama", "nvfp4-a16")
     card = card_of(folder, proved)
-    assert section(card, "Calibration").strip() == "None: weights alone are quantized, and need none."
+    assert section(card, "Calibration").strip() == "None. Only weights are quantized, and they need no calibration."
     assert "--calibration" not in card
 
 
@@ -214,7 +214,7 @@ def test_a_source_that_was_a_folder_is_told_by_its_shards(converted: Path, prove
         for name, shard in manifest["source"]["shards"].items():
             assert f"| `{name}` | {shard['bytes']:,} | `{shard['header_sha256']}` |" in text
         assert ("Source, as its publisher names it" in text) == (base_model is not None)
-        assert ("whoever published this did not name it" in text) == (base_model is None)
+        assert ("the publisher did not name it" in text) == (base_model is None)
         assert f"nvquant convert {base_model or 'MODEL'} " in text
     assert "base_model" not in split_card(card_of(converted, proved, base_model=None))[0]
 
@@ -236,7 +236,7 @@ def test_another_tools_checkpoint_says_what_is_not_known(copy: Callable[[], Path
     (folder := copy()).joinpath("nvquant_manifest.json").unlink()
     contents = {**proved["checkpoint"], "made_by": None, "recipe": None, "manifest_sha256": None}
     card = card_of(folder, {**proved, "checkpoint": contents})
-    assert "No manifest of nvquant tells how it was made." in card
+    assert "It has no manifest of nvquant, so nothing records how it was made." in card
     assert section(card, "Calibration").strip() == "Not recorded."
     assert "nvquant convert" not in card and "made by" not in card and "nvquant_manifest.json" not in card
     assert "182 kB in all." in card
@@ -244,7 +244,7 @@ def test_another_tools_checkpoint_says_what_is_not_known(copy: Callable[[], Path
 
 def test_a_licence_file_is_named(copy: Callable[[], Path], proved: dict[str, Any]) -> None:
     (folder := copy()).joinpath("LICENSE.txt").write_text("terms")
-    assert "The licence of the source goes with it: LICENSE.txt." in card_of(folder, proved)
+    assert "The licence of the source is included: LICENSE.txt." in card_of(folder, proved)
 
 
 def test_the_same_facts_give_the_same_bytes_without_this_machines_folders(
@@ -260,11 +260,11 @@ def test_the_same_facts_give_the_same_bytes_without_this_machines_folders(
 def test_a_base_model_must_be_an_id_and_what_the_manifest_says(copy: Callable[[], Path]) -> None:
     folder = copy()
     for wrong in ("base", "org/base@main", "/data/base", "org/base/x", ""):
-        with pytest.raises(InputError, match="is not a model's id: give it as org/name"):
+        with pytest.raises(InputError, match=r"is not a model's id\. Give it as org/name"):
             read_provenance(folder, wrong)
     from_hub(folder)
     assert read_provenance(folder, "org/base").commit == COMMIT
-    with pytest.raises(InputError, match="says that this was made from org/base: leave the option out"):
+    with pytest.raises(InputError, match=r"names org/base as the source. Drop the option"):
         read_provenance(folder, "org/other")
 
 

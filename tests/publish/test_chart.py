@@ -24,7 +24,7 @@ def test_the_chart_shows_every_layer_of_both_arithmetics_with_a_legend() -> None
     circles = root.findall(f".//{{{NAMESPACE}}}circle")
     assert len(circles) == 2 * 30 + 2  # and two in the legend
     words = [text.text for text in root.iter(f"{{{NAMESPACE}}}text")]
-    assert {"W4A4", "weights only", "layer", "layer 10"} <= set(words)
+    assert {"W4A4", "weight-only", "layer", "layer 10"} <= set(words)
 
 
 def test_the_chart_brings_its_colours_for_light_and_dark_pages_and_fetches_nothing() -> None:

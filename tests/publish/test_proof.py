@@ -82,10 +82,10 @@ def test_a_proof_that_names_no_bytes_is_refused(
     converted: Path, copy: Callable[[], Path], proved: dict[str, Any], tmp_path: Path
 ) -> None:
     older = {**proved, "checkpoint": {"name": "llama", "bytes": proved["checkpoint"]["bytes"]}}
-    with pytest.raises(InputError, match="does not say of which bytes it speaks"):
+    with pytest.raises(InputError, match="does not identify the bytes it describes"):
         read_earlier(write(tmp_path, older), converted)
     (folder := copy()).joinpath("nvquant_manifest.json").unlink()
-    with pytest.raises(InputError, match=r"has no manifest of nvquant, .*: leave --verify-json out"):
+    with pytest.raises(InputError, match=r"has no manifest of nvquant, .*\. Drop --verify-json"):
         read_earlier(write(tmp_path, proved), folder)
 
 
@@ -114,7 +114,7 @@ def test_a_proof_of_another_form_is_refused(
 
 @pytest.mark.parametrize("found", [{}, {"checks": []}, {"checks": [1], "checkpoint": {}}, {"checks": {}}, {"a": 1}])
 def test_another_json_is_refused(found: Any, converted: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not what `nvquant verify --json` writes"):
+    with pytest.raises(InputError, match="is not a document of `nvquant verify --json`"):
         read_earlier(write(tmp_path, found), converted)
 
 

@@ -147,7 +147,7 @@ def test_files_of_another_checkpoint_are_refused_by_name_or_deleted_in_the_same_
 ) -> None:
     foreign = {"model-00001-of-00002.safetensors": b"old", "pytorch_model.bin": b"old", "notes.md": b"notes"}
     hub.add("model", REPO, foreign)
-    with pytest.raises(InputError, match=r"\(model-00001-of-00002\.safetensors, pytorch_model\.bin\): .* --replace"):
+    with pytest.raises(InputError, match=r"\(model-00001-of-00002\.safetensors, pytorch_model\.bin\)\. .* --replace"):
         push(request_for)
     assert set(hub.files(REPO)) == set(foreign)
     result = push(replace(request_for, replace=True))
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_fails_is_refused_with_the_names_of_its_checks(
     shard = folder / "model-00004-of-00004.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     failed = replace(request_for, folder=folder, document=prove(folder, None, None, told))
-    with pytest.raises(CheckFailed, match=r"fails 1 of 18 checks \(hashes\): .* --unverified"):
+    with pytest.raises(CheckFailed, match=r"fails 1 of 18 checks \(hashes\)\. .* --unverified"):
         push(failed)
     assert hub.log == []
     result = push(replace(failed, unverified=True))
@@ -204,10 +204,10 @@ def test_nothing_unverified_hides_behind_a_readme_of_somebodys(
 def test_what_was_not_verified_or_was_changed_since_is_refused(
     request_for: PushRequest, copy: Callable[[], Path], proved: dict[str, Any]
 ) -> None:
-    with pytest.raises(CheckFailed, match="was not verified: verify it first"):
+    with pytest.raises(CheckFailed, match=r"was not verified\. Verify it first"):
         push(replace(request_for, document={**proved, "checks": []}))
     (folder := copy()).joinpath("config.json").write_text("{}")
-    with pytest.raises(InputError, match="is not what was verified: verify it again"):
+    with pytest.raises(InputError, match=r"is not the verified checkpoint\. Verify it again"):
         push(replace(request_for, folder=folder))
 
 
@@ -277,9 +277,9 @@ def test_a_hub_that_fails_in_passing_is_asked_again(
 
 REFUSALS = {
     401: r"The Hub does not know this token, or shows it no me/llama-NVFP4 \(HTTP 401",
-    403: r"The Hub does not let this token write to me/llama-NVFP4 \(HTTP 403: no room\): take one that may",
+    403: r"The Hub does not let this token write to me/llama-NVFP4 \(HTTP 403: no room\)\. Use a token with write",
     413: r"The Hub refused the upload to me/llama-NVFP4 \(HTTP 413: no room\)",
-    429: r"The Hub asks to go slower \(HTTP 429: no room\): wait a few minutes",
+    429: r"The Hub limits the rate of requests \(HTTP 429: no room\). Wait a few minutes",
     500: r"The Hub fails \(HTTP 500: no room\) at the upload to me/llama-NVFP4: run the same command again",
 }
 
@@ -306,9 +306,9 @@ def test_a_name_of_somebody_elses_is_refused(hub: HubServer, request_for: PushRe
 @pytest.mark.parametrize(
     ("token", "words"),
     [
-        (None, r"Pushing to me/x needs a token that may write: run `hf auth login`, or set HF_TOKEN"),
+        (None, r"Pushing to me/x needs a token with write access. Run `hf auth login`, or set HF_TOKEN"),
         ("hf_unknown", r"The Hub does not know this token, .*HTTP 401"),
-        ("hf_reader", r"The token \(a test's\) may only read: make one that may write to me at https://"),
+        ("hf_reader", r"The token \(a test's\) may only read. Make one with write access to me at https://"),
     ],
 )
 def test_rights_are_looked_at_before_any_work(
@@ -349,7 +349,7 @@ def test_a_file_that_is_another_on_the_hub_is_noticed(hub: HubServer, request_fo
             files[name] = make_blob(name, b"something else")
 
     hub.on_request = spoil
-    with pytest.raises(CheckFailed, match=rf"does not hold what was sent: {name} is missing there, or"):
+    with pytest.raises(CheckFailed, match=rf"lacks {name}, or has it with another size"):
         push(request_for)
 
 
@@ -360,7 +360,7 @@ def test_a_file_that_is_not_there_is_noticed(hub: HubServer, request_for: PushRe
             del files["tokenizer.json"]
 
     hub.on_request = lose
-    with pytest.raises(CheckFailed, match=r"tokenizer\.json is missing there"):
+    with pytest.raises(CheckFailed, match=r"lacks tokenizer\.json, or"):
         push(request_for)
 
 
@@ -393,7 +393,9 @@ def test_the_sources_folder_gives_the_cards_data_where_the_hub_does_not(
     (tmp_path / "README.md").write_bytes(CARD.replace(b"mit", b"bsd"))
     said: list[str] = []
     push(replace(request_for, base_model=None, source=tmp_path, say=said.append))
-    assert said[0].startswith("The card names no source: `nvquant push --base-model ID` does")
+    assert said[0].startswith(
+        "The card names no source. To add its name on the Hub, use `nvquant push --base-model ID`"
+    )
     data = split_card(hub.files(REPO)[CARD_NAME].decode())[0]
     assert data["license"] == "bsd" and "base_model" not in data
 

@@ -70,7 +70,7 @@ def test_a_good_report_says_the_numbers_in_the_promised_order(tmp_path: Path) ->
             text.index(words)
             for words in (
                 "Passed",
-                "All 29 checks held.",
+                "All 29 checks passed.",
                 "0.0831 nats",
                 "89.2 %",
                 "0.0831 ± 0.0033",
@@ -105,7 +105,7 @@ def test_a_failed_report_begins_with_what_failed_and_why(tmp_path: Path) -> None
 def test_what_was_not_run_is_said_beside_the_verdict(tmp_path: Path) -> None:
     page, markdown, document = written(reports.bare(), tmp_path)
     assert document["numerics"] is None and document["serve"] is None and document["bench"] is None
-    assert "All 3 checks held. Not part of this verdict: numbers not measured, not served." in page.text
+    assert "All 3 checks passed. Not part of this verdict: numbers not measured, not served." in page.text
     assert "numbers not measured" in markdown and "not served" in markdown
     for heading in ("Accuracy", "Layers", "Size", "Served", "Speed", "Matrices and inputs"):
         assert f"{heading}\n" not in markdown and heading not in page.words

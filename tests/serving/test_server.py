@@ -233,7 +233,7 @@ def test_a_server_that_runs_already_is_asked_and_left_running(checkpoint: Path, 
 def test_what_nvquant_decides_itself_is_no_flag(checkpoint: Path, small_server: str, tmp_path: Path, flag: str) -> None:
     options = ServeOptions(vllm=small_server, flags=(flag,))
     with (
-        pytest.raises(InputError, match="leave it out"),
+        pytest.raises(InputError, match="Drop the flag"),
         serving(checkpoint, options, tmp_path / "proof", lambda _: None),
     ):
         pass
