@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -302,9 +303,7 @@ def as_json(doctor: Doctor, findings: list[Finding]) -> Mapping[str, Any]:
 
 def _kernels() -> Finding:
     """Whether the compiled CPU kernels are in use."""
-    from ..format.native import TARGETS
-
-    if TARGETS:
+    if find_spec("nvquant.format._native") is not None:
         return Finding("CPU kernels", "ok", "compiled")
     words = "not compiled, so PyTorch computes the same bytes more slowly"
     return Finding("CPU kernels", "warning", words, NO_KERNELS_HINT)

@@ -24,6 +24,8 @@ _IS_SIZE = re.compile(
 )
 _IS_POSITIONS = re.compile(r"^(max_position_embeddings|n_positions|n_ctx|max_\w*positions|max_seq_len)$")
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)\.weight$")
+_OUTSIDE_OF_TEXT = re.compile(r"(^|\.)[^.]*(vision|visual|vit|image|audio|speech|video)[^.]*\.")
+_TEXT = ("", "text_config", "llm_config", "language_config")
 _NUMBERED = re.compile(r"\.(\d{1,6})\.")
 _NOT_BUILT = frozenset({"quantization_config", "id2label", "label2id", "task_specific_params"})
 
@@ -41,16 +43,20 @@ def check_sizes(config: Mapping[str, Any], infos: Iterable[TensorInfo]) -> None:
     longest = max((axis for info in tensors for axis in info.shape), default=0)
     layers = 1 + max((int(number) for info in tensors for number in _NUMBERED.findall(info.name)), default=0)
     layers = min(layers, len(tensors))
-    positions = [info.shape[0] for info in tensors if info.shape and _POSITION_TABLE.search(info.name)]
+    positions = [
+        info.shape[0]
+        for info in tensors
+        if info.shape and _POSITION_TABLE.search(info.name) and not _OUTSIDE_OF_TEXT.search(info.name)
+    ]
     for part, key, value in _numbers(config):
-        if key == "num_hidden_layers" and part in ("", "text_config", "llm_config", "language_config"):
+        if key == "num_hidden_layers" and part in _TEXT:
             _refuse_beyond(layers + SPARE_LAYERS, part, key, value, f"the tensors are of {layers} layers")
         elif _COUNTS_LAYERS.search(key):
             _refuse_beyond(max(layers, LEAST_LAYERS), part, key, value, f"the tensors are of {layers} layers")
         elif _IS_SIZE.search(key) or _COUNTS_PARTS.search(key):
             words = f"no tensor has an axis of more than {longest:,}"
             _refuse_beyond(max(longest, LEAST_SIZE), part, key, value, words)
-        elif _IS_POSITIONS.search(key):
+        elif _IS_POSITIONS.search(key) and part in _TEXT:
             words = f"the tables of positions have {max(positions, default=0):,} rows"
             _refuse_beyond(max(positions) + SPARE_LAYERS if positions else MOST, part, key, value, words)
 

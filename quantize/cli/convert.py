@@ -158,13 +158,9 @@ def command(
             device, ranks = _places(plan, target, run["device"], low_disk)
         is_first = ranks.rank == 0
         if is_first:  # it speaks for all
-            where = f"{device}, {ranks.size} ranks" if ranks.size > 1 else device
-            how = f"recipe {recipe.name}, {chosen}, {plan.layout.name}"
-            say(f"nvquant {__version__}: {named(plan)} -> {target}, {how}, {where}")
+            _announce(plan, target, chosen, device, ranks)
         else:
             _be_quiet(stop)
-            if device == "cpu":
-                _tell_of_kernels()
         loaded = None
         if recipe.needs_calibration:
             with trace.span("samples"):
@@ -213,10 +209,13 @@ def _places(plan: Plan, target: Path, device: str, low_disk: bool) -> tuple[str,
     return found, ranks
 
 
-def _tell_of_kernels() -> None:
+def _announce(plan: Plan, target: Path, quantizer: str, device: str, ranks: Ranks) -> None:
     from ..format.native import TARGETS
 
-    if not TARGETS:
+    where = f"{device}, {ranks.size} ranks" if ranks.size > 1 else device
+    how = f"recipe {plan.recipe.name}, {quantizer}, {plan.layout.name}"
+    say(f"nvquant {__version__}: {named(plan)} -> {target}, {how}, {where}")
+    if device == "cpu" and not TARGETS:
         say("The compiled CPU kernels are not installed. PyTorch computes the same bytes more slowly.")
 
 

@@ -81,7 +81,7 @@ def _print_report(result: object) -> None:
         f"\nConverted in {converted.seconds:.0f} s, peak {gigabytes(converted.peak_host_bytes)} of memory. "
         f"{converted.quantized} matrices, {gigabytes(converted.tensor_bytes)}: {converted.output}"
     )
-    click.echo()
+    tell("")
     numbers = result.verified.numerics
     if numbers is not None:
         _print_numbers(numbers)
