@@ -145,7 +145,7 @@ def test_a_failed_check_exits_with_1_and_its_name(
     done = nvquant("push", folder, REPO)
     assert done.code == 1 and done.stdout == ""
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("Error: ") and "weight_scales" in last and last.endswith("and the card says so.")
+    assert last.startswith("Error: ") and "weight_scales" in last and last.endswith("and a note in the card.")
     assert not hub.has("model", REPO)
     assert nvquant("push", folder, REPO, "--unverified").code == 0
     assert "did not pass verification" in hub.files(REPO)["README.md"].decode()

@@ -90,7 +90,7 @@ def test_with_low_disk_nothing_of_the_source_stays_and_the_numbers_can_follow(
 ) -> None:
     done = run("convert", SOURCE, *OPTIONS, "--low-disk", "--push-to", REPO, "-o", "out")
     assert done.code == 0, done.stderr
-    assert f"To add them to the card, run `nvquant push out {REPO} --against {SOURCE}`." in done.stderr
+    assert f"`nvquant push out {REPO} --against {SOURCE}`." in done.stderr
     shards = [path for path in (tmp_path / "hf").rglob("*") if path.is_file() and path.stat().st_size > 90_000]
     assert shards == []
     assert "commit and ETag" in json.loads(hub.files(REPO)["nvquant_manifest.json"])["source"]["integrity"]
