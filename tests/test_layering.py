@@ -162,4 +162,4 @@ def test_the_walk_sees_what_it_should() -> None:
     assert set(imports_of("quantizers/mse.py")) >= {"nvquant.format.blocks", "torch", "__future__"}
     assert "nvquant.format.layouts" in set(imports_of("cli/options.py"))
     names = {name: public for name, _, public in functions_of("checkpoint/source.py")}
-    assert names["Checkpoint.read"] and names["open_checkpoint"] and not names["_no_weights"]
+    assert names["Checkpoint.read"] and names["open_checkpoint"] and not names["_is_folder"]

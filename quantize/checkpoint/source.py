@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .config_sizes import check_sizes
+from .diagnosis import missing_shard, no_model
 from .headers import Header, TensorInfo, check_name, read_header
 from .json_text import quoted
 from .json_text import read_json as read_json
@@ -164,6 +165,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     if not _is_folder(folder):
         raise InputError(f"{folder} is not a folder: give the path of a model folder (with config.json) or a Hub id.")
+    if not is_file(folder / "config.json"):
+        raise InputError(no_model(folder, SINGLE_NAME, INDEX_NAME))
     config = read_json(folder / "config.json", "every Hugging Face model folder has one")
     side_files(folder)  # what is no file is refused now, not when it is copied hours later
     index_path = folder / INDEX_NAME
@@ -172,11 +175,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     elif is_file(folder / SINGLE_NAME):
         files = dict.fromkeys(read_header(folder / SINGLE_NAME).tensors, SINGLE_NAME)
     else:
-        raise InputError(_no_weights(folder))
+        raise InputError(no_model(folder, SINGLE_NAME, INDEX_NAME))
     shards = {}
     for name in sorted(set(files.values())):
         if not is_file(folder / name):
-            raise InputError(f"{folder}: shard {name} is missing although the index names it: download it again.")
+            raise InputError(missing_shard(folder, name, files.values(), INDEX_NAME))
         shards[name] = read_header(folder / name)
     check_index(str(folder), files, shards)
     check_sizes(config, (info for header in shards.values() for info in header.tensors.values()))
@@ -295,13 +298,3 @@ def check_index(folder: str, files: Mapping[str, str], shards: Mapping[str, Head
                     f"{folder}: {tensor} lies in {name} and in {files[tensor]}: download the shards and the "
                     f"index again."
                 )
-
-
-def _no_weights(folder: Path) -> str:
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickles:
-        return (
-            f"{folder} holds only pickle weights ({pickles[0]}), which can run code when loaded: convert the "
-            f"model to safetensors first."
-        )
-    return f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}: download the model's weights."

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
+from ..checkpoint.diagnosis import ADAPTER_CONFIG, has_adapter
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import EnvironmentLack, InputError
 from ..format.layouts import FORMAT_NAMES, LAYOUTS
 from ..plan.plan import Plan, compute_plan
 from ..recipe.load import load_recipe
 from ..recipe.schema import Recipe
+from .output import say
 
 if TYPE_CHECKING:
     from ..checkpoint.hub.repository import HubModel
@@ -184,6 +186,8 @@ def make_plan(
     recipe = load_recipe(recipe_name)
     source = open_model(model, revision, low_disk, pin)
     name = model.rstrip("/") if source.hub is None else source.hub.repo
+    if has_adapter(source.folder):
+        say(f"{name} also holds a LoRA adapter ({ADAPTER_CONFIG}), which is not merged and not converted.")
     return compute_plan(source, recipe, LAYOUTS[format_name], name), recipe
 
 

@@ -132,15 +132,7 @@ def command(
     source = None if model is None else open_model(model)
     asked = stages or (("structure",) if model is None else ("structure", "numerics"))
     options = _options(asked, measured, report_folder)
-    bench = (
-        None
-        if bench_file is None
-        else read_json(bench_file, "nvquant bench writes it", is_named=True, way_out="write it again")
-    )
-    if bench is not None and bench_file is not None:
-        from ..report.write import refuse_unreadable_bench
-
-        refuse_unreadable_bench(bench, bench_file)
+    bench = None if bench_file is None else _read_bench(bench_file)
     if remote is not None and stages == ("structure",):
         options = replace(options, by_ranges=True)
     verification = Verification(
@@ -161,6 +153,14 @@ def command(
         _print_verdict(report)
         _say_unread(report)
     return 0 if report.passed else 1
+
+
+def _read_bench(path: Path) -> Mapping[str, Any]:
+    from ..report.write import refuse_unreadable_bench
+
+    bench = read_json(path, "nvquant bench writes it", is_named=True, way_out="write it again")
+    refuse_unreadable_bench(bench, path)
+    return bench
 
 
 def _options(stages: tuple[str, ...], measured: dict[str, Any], log_folder: Path | None) -> VerifyOptions:

@@ -22,7 +22,7 @@ from ..calibrate.walk import Walk, make_batches
 from ..checkpoint.headers import read_header
 from ..checkpoint.hub.shards import RemoteShards
 from ..checkpoint.shard_bytes import ReadingOrder
-from ..errors import InputError, NvquantError
+from ..errors import CheckFailed, InputError, NvquantError
 from ..plan.plan import Plan, PlannedShard
 from ..quantizers.base import Quantizer
 from ..recipe.groups import FusedGroup
@@ -30,7 +30,7 @@ from ..recipe.roles import Role
 from .budget import hidden_budget
 from .device import telling_of_full_gpu
 from .journal import Journal
-from .matrices import group_scalars, groups_of_layer, packed_shapes, quantize_group
+from .matrices import group_scalars, groups_of_layer, packed_shapes, quantize_group, refuse_damaged
 from .memory import give_back_free_memory
 from .options import ConvertOptions
 from .ranks import Ranks
@@ -230,7 +230,11 @@ class Engine:
             with ranks.step():
                 observers = walk.step(loaded.layer, loaded.tensors, calibrated, squares)
             with self._trace.span("gather") if ranks.size > 1 else nullcontext():
-                inputs = ranks.merge(observers, self._sequences, squares)
+                try:
+                    inputs = ranks.merge(observers, self._sequences, squares)
+                except CheckFailed:
+                    refuse_damaged(loaded.tensors)  # a damaged weight is the cause, not the input that it spoiled
+                    raise
         output, records = self._quantize(groups, loaded, inputs)
         with ranks.step(), telling_of_full_gpu(f"what is written of layer {loaded.layer}"):
             if self._ranks.owns(self._index[loaded.layer]):

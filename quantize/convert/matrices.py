@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..calibrate.statistics import InputStatistics, calibrated_amax
-from ..errors import InputError
+from ..errors import InputError, NonFiniteError
 from ..format.blocks import weight_amax
-from ..format.constants import SCALE_RANGE
+from ..format.constants import SCALE_RANGE, SMALLEST_WEIGHT_AMAX
 from ..format.layouts import Layout
 from ..format.marlin import count_flushed_blocks, scale_histogram
 from ..format.scales import global_scale
@@ -35,6 +35,21 @@ class QuantizedGroup:
     record: dict[str, Any]
 
 
+def refuse_damaged(weights: Mapping[str, Tensor]) -> None:
+    """Name the first tensor of a layer that holds a NaN or an infinity, if one does.
+
+    Raises:
+        NonFiniteError: with the first row and column, counted from 0.
+    """
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            continue
+        bad = (~torch.isfinite(tensor.reshape(-1))).nonzero()
+        if len(bad):
+            row, column = divmod(int(bad[0]), tensor.shape[-1] if tensor.ndim else 1)
+            raise NonFiniteError(name, row, column)
+
+
 def quantize_group(
     plan: Plan, group: FusedGroup, weights: Mapping[str, Tensor], inputs: InputStatistics | None, quantizer: Quantizer
 ) -> QuantizedGroup:
@@ -49,6 +64,11 @@ def quantize_group(
     """
     members = [plan.matrices[module] for module in group.members]
     amax = torch.stack([weight_amax(weights[member.source], member.source) for member in members]).amax()
+    if 0 < float(amax) < SMALLEST_WEIGHT_AMAX:
+        raise InputError(
+            f"{members[0].source} holds no value above {float(amax):.3g}, and NVFP4 cannot hold it: leave it out of "
+            f"the recipe's quantize list."
+        )
     scale = global_scale(amax, quantizer.headroom)
     if not math.isfinite(float(amax * quantizer.headroom)):
         raise InputError(

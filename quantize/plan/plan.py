@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ..checkpoint.diagnosis import has_plain_weights, quantized_part
 from ..checkpoint.headers import TensorInfo
+from ..checkpoint.sidefiles import missing_code
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.writer import TensorEntry, build_header, order_entries
 from ..errors import InputError
@@ -139,11 +141,18 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
     """Plan the conversion of a checkpoint; no weight is read but a head that is stored although the config ties it.
 
     Raises:
-        InputError: the source is quantized already, its stored head contradicts its config, or the recipe does not fit
+        InputError: the source is quantized already, its stored head contradicts its config, it lacks code that its
+            auto_map names, or the recipe does not fit
             it (see `recipe.match.select`).
     """
     refuse_quantized(source, model)
     refuse_other_head(source, model)
+    missing = missing_code(source.folder)
+    if missing:
+        raise InputError(
+            f"{model}: auto_map names {missing[0]}, which the folder lacks: download the file, or remove auto_map if "
+            f"servers know the architecture without it."
+        )
     infos = source.infos()
     shapes = {name: info.shape for name, info in infos.items()}
     selection = select(recipe, infos, model, source.config)
@@ -165,12 +174,20 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
 
 def refuse_quantized(source: Checkpoint, model: str) -> None:
     """Raise InputError where a checkpoint is quantized already."""
+    infos = source.infos()
     found = source.config.get("quantization_config")
     if found is None and not (source.folder / "hf_quant_config.json").exists():
+        part = quantized_part(infos)
+        if part is not None:
+            raise InputError(f"{model} is quantized already (it holds {part}): convert from the original BF16 model.")
         return
     method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else "modelopt"
     where = "hf_quant_config.json" if found is None else "quantization_config of config.json"
-    raise InputError(f"{model} is quantized already ({where} says {method}): convert from the original BF16 model.")
+    way_out = "convert from the original BF16 model"
+    if has_plain_weights(infos):
+        stale = "hf_quant_config.json" if found is None else "quantization_config from config.json"
+        way_out += f", or remove {stale} if these weights are the original ones"
+    raise InputError(f"{model} is quantized already ({where} says {method}): {way_out}.")
 
 
 def _matrices(selection: Selection, infos: Mapping[str, TensorInfo]) -> dict[str, PlannedMatrix]:

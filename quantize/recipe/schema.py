@@ -31,6 +31,14 @@ class QuantizeEntry(_Strict):
     modules: tuple[str, ...] = Field(min_length=1)
     scheme: Scheme
 
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _roles_in_any_case(cls, modules: object) -> object:
+        """`MLP` and `Attention` are the roles too: no module has such a name."""
+        if not isinstance(modules, (list, tuple)):
+            return modules
+        return [name.lower() if isinstance(name, str) and name.lower() in SELECTORS else name for name in modules]
+
     @field_validator("modules")
     @classmethod
     def _patterns_compile(cls, modules: tuple[str, ...]) -> tuple[str, ...]:

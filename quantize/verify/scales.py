@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..format.constants import SCALE_RANGE
+from ..format.constants import SCALE_RANGE, SMALLEST_WEIGHT_AMAX
 from ..format.marlin import RULE_READ_FROM, count_flushed_blocks
 from ..plan.heads import HOW_READERS_TAKE_IT, equal_tensors, tied_pair
 from ..plan.plan import Part
@@ -21,6 +21,8 @@ from .subject import Subject, pieces
 # no trained model has such a weight, and a scale stored the wrong way round stands for one. For inputs there is no such
 # side: head-room alone brings them to 10^6. Their bound catches what is no amax at all; `input_scales` has the value.
 SMALLEST_AMAX = 1e-6
+# Of a checkpoint that nvquant made, `weight_scales` compares each weight's scale with the amax in the manifest, so here
+# its weights need only be as large as convert requires.
 LARGEST_AMAX = {"weight_global": SCALE_RANGE, "input_global": 1e10}
 SCALE_NAMES = {"weight_global": "weight", "input_global": "input"}
 
@@ -65,6 +67,7 @@ def check_global_scales(subject: Subject) -> Finding:
     is what stands for a matrix of zeros.
     """
     faults = []
+    is_recorded = isinstance(subject.manifest, Manifest)
     ranges: dict[str, list[float]] = {part: [] for part in SCALE_NAMES}
     for (module, part), value in subject.scalars.items():
         name = subject.sound[module].parts[part].name
@@ -73,7 +76,8 @@ def check_global_scales(subject: Subject) -> Finding:
             continue
         amax = SCALE_RANGE / value if subject.layout.divisor else SCALE_RANGE * value
         ranges[part].append(amax)
-        if not SMALLEST_AMAX <= amax <= LARGEST_AMAX[part]:
+        smallest = SMALLEST_WEIGHT_AMAX if is_recorded and part == "weight_global" else SMALLEST_AMAX
+        if not smallest <= amax <= LARGEST_AMAX[part]:
             faults.append(f"{name} is {value:.6g}, which stands for an amax of {amax:.3g}")
     spans = [
         f"{SCALE_NAMES[part]} scales for amax {min(found):.3g} to {max(found):.3g}"

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
+from nvquant.recipe.load import parse_recipe
 from safetensors.torch import load_file, save_file
 from support import hostile
 from support.commands import Command
@@ -74,17 +75,15 @@ def test_a_damaged_weight_ends_a_calibrated_run_too(refused: Refused, model: Pat
     assert named in refused(2, model, *options)
 
 
-def test_a_damaged_weight_that_is_not_quantized_is_noticed_by_its_effect(
-    refused: Refused, model: Path, ids: Path
-) -> None:
+def test_a_damaged_weight_that_is_not_quantized_is_named_too(refused: Refused, model: Path, ids: Path) -> None:
     for shard in model.glob("*.safetensors"):
         tensors = load_file(shard)
         for key in tensors:
             if key == "model.layers.1.input_layernorm.weight":
                 tensors[key][5] = torch.nan
         save_file(tensors, shard, {"format": "pt"})
-    sentence = refused(1, model, "--calibration", ids, "--samples", 2, "--device", "cpu")
-    assert "NaN or an infinity at the input of model.layers.1.mlp." in sentence
+    sentence = refused(2, model, "--calibration", ids, "--samples", 2, "--device", "cpu")
+    assert "model.layers.1.input_layernorm.weight holds a NaN or an infinity at row 0, column 5" in sentence
 
 
 def test_a_missing_folder(refused: Refused, here: Path) -> None:
@@ -302,3 +301,32 @@ def test_the_first_mistake_is_reported_before_the_model_is_read(refused: Refused
     hostile.nan_in_weight(source)
     write_ids(tmp_path / "none.jsonl", [])
     assert "none.jsonl" in refused(2, source, "--calibration", tmp_path / "none.jsonl", "--device", "cpu")
+
+
+def test_code_that_auto_map_names_and_the_folder_lacks(refused: Refused, model: Path) -> None:
+    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
+    assert "auto_map names modeling_mine.py, which the folder lacks" in refused(2, model)
+
+
+def test_a_stale_quantization_config_over_plain_weights_may_be_removed(refused: Refused, model: Path) -> None:
+    edit_config(model, quantization_config={"quant_method": "fp8"})
+    assert "remove quantization_config from config.json" in refused(2, model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_weight_is_named_and_not_the_input_that_it_spoils(
+    refused: Refused, model: Path, ids: Path, value: float
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    for path in model.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name][3, 5] = value
+            save_file(tensors, path, {"format": "pt"})
+    sentence = refused(2, model, "--calibration", ids, "--samples", 2, "--device", "cpu", "--recipe", "nvfp4")
+    assert f"{name} holds a NaN or an infinity at row 3, column 5" in sentence
+
+
+def test_a_role_in_capitals_is_that_role() -> None:
+    recipe = parse_recipe("name: mine\nquantize:\n  - {modules: [MLP], scheme: nvfp4}\n", "mine.yaml")
+    assert recipe.quantize[0].modules == ("mlp",)

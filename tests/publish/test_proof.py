@@ -108,7 +108,7 @@ def test_a_proof_of_another_form_is_refused(
 ) -> None:
     found = deepcopy(proved)
     change(found)
-    with pytest.raises(InputError, match="is not what `nvquant verify --json` writes"):
+    with pytest.raises(InputError, match="is not a document of `nvquant verify --json`"):
         read_earlier(write(tmp_path, found), converted)
 
 

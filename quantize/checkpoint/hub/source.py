@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -12,7 +12,7 @@ from ...errors import InputError
 from ..config_sizes import check_sizes
 from ..headers import HEADER_LIMIT_BYTES, Header, parse_header, read_header
 from ..shard_bytes import ShardBytes
-from ..sidefiles import SIDE_FILE_PATTERNS, TEMPLATE_FOLDER
+from ..sidefiles import CODE_PATTERN, SIDE_FILE_PATTERNS, TEMPLATE_FOLDER, missing_code
 from ..source import INDEX_NAME, SINGLE_NAME, Checkpoint, check_index, read_index, read_json
 from .download import cached_path, download, note_revision
 from .ranges import RangeReader
@@ -63,11 +63,16 @@ def fetch_small_files(model: HubModel) -> Path:
     """
     if "config.json" not in model.files:
         raise InputError(f"Hub model {model.repo} has no config.json: it is not a model that transformers knows.")
-    names = [name for name in model.files if _is_small(model, name)]
+    patterns = (*SIDE_FILE_PATTERNS, *DESCRIPTIONS)
+    names = [name for name in model.files if _is_small(model, name, patterns)]
     with ThreadPoolExecutor(_READERS, "small files") as pool:
         paths = dict(zip(names, pool.map(lambda name: download(model, name), names), strict=True))
+        folder = paths["config.json"].parent
+        if missing_code(folder):  # code that auto_map names, and what it may import
+            code = [name for name in model.files if _is_small(model, name, (CODE_PATTERN,))]
+            list(pool.map(lambda name: download(model, name), code))
     note_revision(model)
-    return paths["config.json"].parent
+    return folder
 
 
 def read_headers(reader: RangeReader, folder: Path, names: list[str]) -> Mapping[str, Header]:
@@ -116,9 +121,9 @@ def read_remote_header(reader: RangeReader, folder: Path, name: str) -> Header:
     return parse_header(folder / name, bytes(head[8 : 8 + length]), size)
 
 
-def _is_small(model: HubModel, name: str) -> bool:
+def _is_small(model: HubModel, name: str, patterns: Iterable[str]) -> bool:
     path = PurePosixPath(name)
     if len(path.parts) == 2:
         return path.parts[0] == TEMPLATE_FOLDER and path.suffix == ".jinja"
-    is_wanted = any(fnmatch(name, pattern) for pattern in (*SIDE_FILE_PATTERNS, *DESCRIPTIONS))
+    is_wanted = any(fnmatch(name, pattern) for pattern in patterns)
     return is_wanted and len(path.parts) == 1 and (model.files[name].size or 0) <= MOST_SMALL_BYTES

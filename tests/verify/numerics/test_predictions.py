@@ -27,7 +27,7 @@ def test_blocks_and_parts_of_any_size_change_nothing(
     monkeypatch.setattr(heads, "PART_BYTES", 4 * 64 * 70)  # 70 rows of 512
     monkeypatch.setattr(predictions, "BLOCK_ELEMENTS", 70 * 9)  # 9 tokens
     _, in_pieces = predicted(good("gemma4-ct"), models["gemma4"], samples, "w4a4", "weight_only")
-    assert set(at_once) == set(in_pieces) == {"floor", "w4a4", "weight_only"}
+    assert set(at_once) == set(in_pieces) == {"floor", "w4a4", "w4a4_again", "weight_only"}
     for name, scores in at_once.items():
         torch.testing.assert_close(in_pieces[name].nll, scores.nll, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(in_pieces[name].kl, scores.kl, rtol=1e-3, atol=1e-6)
