@@ -165,7 +165,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     if not _is_folder(folder):
         raise InputError(f"{folder} is not a folder: give the path of a model folder (with config.json) or a Hub id.")
-    if not is_file(folder / "config.json"):
+    if not os.path.lexists(folder / "config.json"):
         raise InputError(no_model(folder, SINGLE_NAME, INDEX_NAME))
     config = read_json(folder / "config.json", "every Hugging Face model folder has one")
     side_files(folder)  # what is no file is refused now, not when it is copied hours later

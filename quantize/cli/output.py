@@ -14,6 +14,7 @@ from ..quoting import json_text, lines, message
 
 PLAIN_INTERVAL_SECONDS = 10.0
 BAR_CELLS = 24
+TABLE_CELLS = 300  # no column is cut, however narrow the terminal is
 
 
 def emit_json(document: Mapping[str, Any]) -> None:
@@ -63,7 +64,7 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="left" if at == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(message(value)) for value in row))
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=TABLE_CELLS)
     with console.capture() as text:
         console.print(table)
     click.echo(text.get(), nl=False)  # where the reader has gone, rich would end the program with a code of its own

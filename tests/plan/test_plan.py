@@ -199,7 +199,11 @@ def test_a_quantized_source_is_refused(config: dict[str, Any], file: str | None,
     if file is not None:
         (tmp_path / file).write_text("{}")
         source = Checkpoint(tmp_path, config, source.shards, source.files)
-    assert refused(source) == f"model is quantized already ({says}): convert from the original BF16 model."
+    stale = file or "quantization_config from config.json"
+    assert refused(source) == (
+        f"model is quantized already ({says}): convert from the original BF16 model, or remove {stale} if these "
+        f"weights are the original ones."
+    )
 
 
 @pytest.mark.parametrize("layout", [COMPRESSED_TENSORS, MODELOPT])
