@@ -11,7 +11,7 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..checkpoint.sidefiles import CODE_PATTERN, SIDE_FILE_PATTERNS, TEMPLATE_FOLDER
+from ..checkpoint.sidefiles import SIDE_FILE_PATTERNS, TEMPLATE_FOLDER
 from ..checkpoint.source import INDEX_NAME, SINGLE_NAME, read_json
 from ..errors import InputError
 from .journal import CLEARED_FOLDER, STATE_FOLDER, Journal
@@ -92,7 +92,7 @@ def _is_own(path: Path, listed: frozenset[str] | None) -> bool:
         )
     if path.is_dir() and not path.is_symlink():
         return False
-    if any(fnmatch(name, pattern) for pattern in (*SIDE_FILE_PATTERNS, CODE_PATTERN)):
+    if any(fnmatch(name, pattern) for pattern in SIDE_FILE_PATTERNS):
         return True
     if listed is not None:
         return name in listed
