@@ -4,7 +4,6 @@ that are made for the repository. Nothing else that lies in the folder."""
 from __future__ import annotations
 
 import hashlib
-import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..checkpoint.hub.repository import HubFile
+from ..checkpoint.regular import regular_path
 from ..checkpoint.sidefiles import side_files
 from ..checkpoint.source import INDEX_NAME, open_checkpoint
 from ..convert.journal import file_sha256
@@ -74,30 +74,8 @@ def checkpoint_files(folder: Path) -> tuple[LocalFile, ...]:
     shards = open_checkpoint(folder).shards
     names = [*(name for name in DESCRIPTIONS if (folder / name).is_file()), *side_files(folder), *shards]
     for name in names:
-        _refuse_outside(folder, name)
+        regular_path(folder / name, folder, "put the file itself in its place")
     return tuple(LocalFile(name, folder / name) for name in dict.fromkeys(names))
-
-
-def _refuse_outside(folder: Path, name: str) -> None:
-    """Refuse a link that leads out of the folder, but into the blobs of the cache whose snapshot the folder is.
-
-    Raises:
-        InputError: the file is one, or no file.
-    """
-    path, inside = folder / name, folder.resolve()
-    try:
-        real = path.resolve(strict=True)
-        is_regular = stat.S_ISREG(real.stat().st_mode)
-    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
-        raise InputError(f"{path} cannot be read: put the file itself in its place.") from error
-    parts = real.relative_to(inside).parts if real.is_relative_to(inside) else ()
-    is_hidden = any(part.startswith(".") for part in parts)  # `.git/config` may hold a password
-    is_blob = inside.parent.name == "snapshots" and real.parent == inside.parent.parent / "blobs"
-    if not is_regular or is_hidden or not (parts or is_blob):
-        raise InputError(
-            f"{path} is a link to a file outside of its folder, or no file, and is not published: put the file itself "
-            f"in its place."
-        )
 
 
 def hash_files(files: Iterable[LocalFile]) -> None:
