@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 # C0 and C1 controls, line separators, marks and overrides of direction, invisible tags, lone surrogates and the like.
 # XML and HTML cannot hold most of them, and a terminal or a reader takes the others for something else.
@@ -94,32 +94,35 @@ def argument(name: object) -> str:
 def shell_without_secrets(words: Iterable[str]) -> str:
     """`shell`, with `…` in the place of every key, token and password that stands among the words."""
     shown: list[str] = []
-    hide_next = False
-    for word in words:
-        name, sign, _ = word.partition("=")
-        if hide_next:
-            shown.append(HIDDEN)
-        elif sign and is_secret_name(name):
-            shown.append(f"{_shell_word(name)}={HIDDEN}")
+    for before, secret in _with_secrets(words):
+        if secret is None:
+            shown.append(_shell_word(_SECRET_INSIDE.sub(rf"\1{HIDDEN}", without_secrets(before))))
         else:
-            shown.append(_shell_word(_SECRET_INSIDE.sub(rf"\1{HIDDEN}", without_secrets(word))))
-        hide_next = not hide_next and word.startswith("-") and not sign and is_secret_name(word)
+            shown.append(f"{_shell_word(before)}={HIDDEN}" if before else HIDDEN)
     return " ".join(shown)
 
 
 def secrets_among(words: Iterable[str]) -> frozenset[str]:
     """The keys, tokens and passwords that stand among the words of a command as words, or behind `=`."""
-    found: set[str] = set()
-    hide_next = False
+    words = list(words)
+    found = {secret for _, secret in _with_secrets(words) if secret is not None}
+    found |= {match[0][len(match[1]) :] for word in words for match in _SECRET_INSIDE.finditer(word)}
+    return frozenset(found - {""})
+
+
+def _with_secrets(words: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """Each word of a command as (text, secret): a whole word that is a secret has no text, an option with `=` has its
+    name, any other word has no secret."""
+    is_secret = False
     for word in words:
         name, sign, value = word.partition("=")
-        if hide_next:
-            found.add(word)
+        if is_secret:
+            yield "", word
         elif sign and is_secret_name(name):
-            found.add(value)
-        hide_next = not hide_next and word.startswith("-") and not sign and is_secret_name(word)
-        found |= {match[0][len(match[1]) :] for match in _SECRET_INSIDE.finditer(word)}
-    return frozenset(found - {""})
+            yield name, value
+        else:
+            yield word, None
+        is_secret = not is_secret and word.startswith("-") and not sign and is_secret_name(word)
 
 
 def json_text(value: object, indent: int | None = 2) -> str:
