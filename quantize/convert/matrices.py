@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..calibrate.statistics import InputStatistics, calibrated_amax
-from ..errors import InputError, NonFiniteError
+from ..errors import InputError
 from ..format.blocks import weight_amax
 from ..format.constants import SCALE_RANGE, SMALLEST_WEIGHT_AMAX
 from ..format.layouts import Layout
@@ -42,12 +42,8 @@ def refuse_damaged(weights: Mapping[str, Tensor]) -> None:
         NonFiniteError: with the first row and column, counted from 0.
     """
     for name, tensor in weights.items():
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            continue
-        bad = (~torch.isfinite(tensor.reshape(-1))).nonzero()
-        if len(bad):
-            row, column = divmod(int(bad[0]), tensor.shape[-1] if tensor.ndim else 1)
-            raise NonFiniteError(name, row, column)
+        if tensor.is_floating_point() and tensor.element_size() > 1:
+            weight_amax(tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1), name)
 
 
 def quantize_group(
