@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..errors import InputError
-from .config_values import MOST
+from .config_values import MOST, TEXT_PARTS
 from .headers import TensorInfo
 from .json_text import quoted
 
@@ -25,7 +25,7 @@ _IS_SIZE = re.compile(
 _IS_POSITIONS = re.compile(r"^(max_position_embeddings|n_positions|n_ctx|max_\w*positions|max_seq_len)$")
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)\.weight$")
 _OUTSIDE_OF_TEXT = re.compile(r"(^|\.)[^.]*(vision|visual|vit|image|audio|speech|video)[^.]*\.")
-_TEXT = ("", "text_config", "llm_config", "language_config")
+_TEXT = ("", *TEXT_PARTS)
 _NUMBERED = re.compile(r"\.(\d{1,6})\.")
 _NOT_BUILT = frozenset({"quantization_config", "id2label", "label2id", "task_specific_params"})
 

@@ -11,6 +11,7 @@ from .json_text import quoted
 
 MOST = 10**12  # of any size: a model of that many elements in one axis cannot be stored
 MOST_LAYERS = 10_000
+TEXT_PARTS = ("text_config", "llm_config", "language_config")  # where a config describes its text decoder
 _BOUNDS = {"num_hidden_layers": MOST_LAYERS, "num_kv_shared_layers": MOST_LAYERS}
 
 

@@ -101,7 +101,7 @@ def progress_reporter() -> Callable[[int, int, str], None]:
         if is_terminal:
             click.echo(f"\r\x1b[K{_bar(done, total)}{line}", err=True, nl=False)
             if done == total:
-                click.echo("\r\x1b[K", err=True, nl=False)
+                clear_live_line()
         elif now - last[0] >= PLAIN_INTERVAL_SECONDS or done == total == 0:
             last[0] = now
             click.echo(line, err=True)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoint.config_values import TEXT_PARTS
+
 LAYER = re.compile(r"^(?P<prefix>(?:.+\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
 TOWER = re.compile(r"vision|visual|audio|image|speech|video|^vit$")
 PROJECTOR = re.compile(r"^embed_(vision|audio)$|projector|^connector$|^aligner$|^merger$")
@@ -21,7 +23,7 @@ _DRAFT_PARTS = re.compile(r"^(eh_proj|enorm|hnorm|shared_head|mtp_block|transfor
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json that describes the text decoder."""
-    for key in ("text_config", "llm_config", "language_config"):
+    for key in TEXT_PARTS:
         if isinstance(config.get(key), Mapping):
             nested: Mapping[str, Any] = config[key]
             return nested
