@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
 
 from .. import __version__
-from ..checkpoint.hub.quiet import without_signatures
 from ..errors import NvquantError
+from ..quoting import lines
+from ..quoting import message as quoted_message
 from .output import send_warnings_to_stderr
 
 COMMANDS = {
@@ -68,11 +70,6 @@ def cli(ctx: click.Context, debug: bool) -> None:
     send_warnings_to_stderr()
 
 
-def _without_secrets(text: str) -> str:
-    """A traceback without what opens something: the signatures of addresses, tokens of the Hub."""
-    return re.sub(r"\bhf_\w{6,}", "hf_…", without_signatures(text))
-
-
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code; whatever goes wrong is one sentence on stderr."""
     _open_missing_streams()
@@ -93,7 +90,7 @@ def _run(args: list[str], debug: bool) -> int:
     except NvquantError as error:
         return _tell(str(error), error.exit_code, debug)
     except click.ClickException as error:
-        return _tell(error.show, error.exit_code, debug=False)
+        return _tell(partial(_show, error), error.exit_code, debug=False)
     except (click.Abort, KeyboardInterrupt):
         return _tell(lambda: click.echo("Stopped.", err=True), INTERRUPTED, debug=False)
     except SystemExit as ended:
@@ -120,11 +117,18 @@ def _invoke(args: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _show(error: click.ClickException) -> None:
+    """click's own words for a wrong command line, which repeat its arguments."""
+    text = io.StringIO()
+    error.show(file=text)
+    click.echo(lines(text.getvalue()), err=True, nl=False)
+
+
 def _tell(message: str | Callable[[], None], code: int, debug: bool) -> int:
-    """Say a sentence on stderr, with the traceback in front of it where that is asked for; the code comes back."""
+    """Print a sentence on stderr, after the traceback with --debug, and return the code."""
     try:
         if debug:
-            click.echo(_without_secrets(traceback.format_exc()), err=True, nl=False)
+            click.echo(lines(traceback.format_exc()), err=True, nl=False)
         if isinstance(message, str):
             click.echo(f"Error: {_shortened(message)}", err=True)
         else:
@@ -148,7 +152,7 @@ def _unexpected(error: Exception) -> str:
         return f"{where}{error.strerror}. Mend that and run the command again; --debug shows where it came up."
     last = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" at {last[0].filename.rpartition('/')[2]}:{last[0].lineno}" if last else ""
-    words = " ".join(_without_secrets(str(error)[:1000]).split())[:200].encode("unicode_escape").decode()
+    words = quoted_message(" ".join(str(error)[:1000].split()))[:200]
     return (
         f"An error came up that nvquant does not know ({type(error).__name__}{where}{words and ': '}{words}): check "
         f"the input files, and report what the command shows with --debug."
@@ -173,8 +177,8 @@ def _open_missing_streams() -> None:
 
 
 def _lost_stream(error: Exception) -> int:
-    """The code for a reader that went away, which is told nothing, or for results that found no room, which is said
-    on stderr where that is still open. Nothing more is written to a stream that fails."""
+    """The code for a reader that went away or for results that found no room. Only the second prints a sentence, if
+    stderr is still open. Nothing more is written to a stream that fails."""
     if not isinstance(error, BrokenPipeError):
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "the stream is closed"
         with contextlib.suppress(OSError, ValueError):

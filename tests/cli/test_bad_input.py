@@ -330,3 +330,10 @@ def test_a_damaged_weight_is_named_and_not_the_input_that_it_spoils(
 def test_a_role_in_capitals_is_that_role() -> None:
     recipe = parse_recipe("name: mine\nquantize:\n  - {modules: [MLP], scheme: nvfp4}\n", "mine.yaml")
     assert recipe.quantize[0].modules == ("mlp",)
+
+
+def test_a_wrong_command_line_comes_back_without_control_characters(nvquant: Command) -> None:
+    ended = nvquant("plan", "model", "--reci\x1b[31mpe")
+    assert ended.code == 2
+    assert "No such option" in ended.stderr
+    assert "\x1b" not in ended.stderr
