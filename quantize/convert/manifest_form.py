@@ -1,4 +1,4 @@
-"""The forms of `nvquant_manifest.json` and of a run's journal: each file is held to its form where it is read.
+"""The forms of `nvquant_manifest.json` and of a run's journal: each is checked where it is read.
 
 A manifest comes with a checkpoint, so whoever made the checkpoint may have written anything there. Behind this module
 its names are names, its hashes are hashes and its numbers are numbers.

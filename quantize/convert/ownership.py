@@ -1,4 +1,4 @@
-"""Which entries of a folder nvquant wrote itself. Only these are ever removed; of anything else the name is said.
+"""Which entries of a folder nvquant wrote itself. Only these are ever removed. A message names any other entry.
 
 A run lists the shards that it is going to write in its journal, and a finished output lists them in its manifest. A
 folder of an earlier release has no such list in its journal: there the form of a name tells.

@@ -1,4 +1,4 @@
-"""The forms of a server's answers: each is held to its form where it enters, and is nothing but data behind it.
+"""The forms of a server's answers: each is checked where it enters, and is only data after that.
 
 Source of the forms: vLLM 0.32.0 (`entrypoints/openai`), and llama.cpp's server for `meta`.
 """

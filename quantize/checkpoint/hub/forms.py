@@ -1,4 +1,4 @@
-"""The forms of what the Hub, or a mirror of it, tells: each value is held to its form before anything is made of it.
+"""The forms of values that the Hub or a mirror sends. nvquant checks each value before it uses it.
 
 huggingface_hub makes paths of commits, ETags and names, so a mirror could have any file of the machine written.
 """
@@ -59,7 +59,7 @@ def etag_of(value: str, where: str) -> str:
 
 
 def size_of(value: object, where: str) -> int | None:
-    """The size of a file in bytes; None where none is told.
+    """The size of a file in bytes; None where the Hub sends none.
 
     Raises:
         InputError: it is none.

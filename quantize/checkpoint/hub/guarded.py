@@ -1,5 +1,5 @@
-"""The HTTP client of huggingface_hub, guarded: a token goes to the Hub alone, and headers that become paths are held to
-their form."""
+"""The HTTP client of huggingface_hub, guarded: a token goes to the Hub alone, and each header that becomes a path has
+its form checked."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def may_have_token(address: str) -> bool:
 def _guard_request(request: Any) -> None:
     """Take the token from a request that leaves the Hub; each redirect is a request of its own.
 
-    What the Hub tells is asked for as it stands: a few compressed bytes can be gigabytes.
+    API answers come uncompressed, because a few compressed bytes can be gigabytes.
     """
     if request.url.path.startswith("/api/"):
         request.headers["accept-encoding"] = "identity"
