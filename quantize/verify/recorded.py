@@ -123,6 +123,22 @@ def check_weight_scales(subject: Subject) -> Finding:
     return Finding(f"{counted(len(manifest.groups), 'group')}, quantizer {quantizer.name}", faults)
 
 
+def recorded_scalars(subject: Subject) -> dict[tuple[str, Part], float]:
+    """The global scales, by module and part, that follow from the amaxes in nvquant's own manifest; empty without one.
+
+    Whether amaxes and tensors belong together is for `check_weight_scales` and `check_input_scales`."""
+    manifest, quantizer = subject.manifest, own_quantizer(subject)
+    found: dict[tuple[str, Part], float] = {}
+    if isinstance(manifest, Manifest) and quantizer is not None:
+        for group in manifest.groups.values():
+            amaxes: dict[Part, float] = {"weight_global": group.weight_amax * quantizer.headroom}
+            if group.input is not None:
+                amaxes["input_global"] = group.input.calibrated_amax
+            values = {part: float(stored_scalar(amax, subject.layout)) for part, amax in amaxes.items()}
+            found.update({(module, part): value for module in group.members for part, value in values.items()})
+    return found
+
+
 def _unequal_scalars(subject: Subject, group: RecordedGroup, part: Part, amax: float) -> list[str]:
     expected = float(stored_scalar(amax, subject.layout))
     found = {

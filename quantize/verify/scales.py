@@ -7,22 +7,22 @@ import math
 import torch
 from torch import Tensor
 
-from ..format.constants import SCALE_RANGE, SMALLEST_WEIGHT_AMAX
+from ..format.constants import SCALE_RANGE
 from ..format.marlin import RULE_READ_FROM, count_flushed_blocks
 from ..plan.heads import HOW_READERS_TAKE_IT, equal_tensors, tied_pair
 from ..plan.plan import Part
 from ..recipe.decoder import LAYER
 from ..recipe.roles import QUANTIZABLE, Role, module_of
 from .manifest import Manifest
+from .recorded import recorded_scalars
 from .report import Finding, counted
 from .subject import Subject, pieces
 
-# Bounds on the amax that a global scale stands for. A weight's lies below 2688, where divisor and multiplier meet at 1:
-# no trained model has such a weight, and a scale stored the wrong way round stands for one. For inputs there is no such
-# side: head-room alone brings them to 10^6. Their bound catches what is no amax at all; `input_scales` has the value.
-SMALLEST_AMAX = 1e-6
-# Of a checkpoint that nvquant made, `weight_scales` compares each weight's scale with the amax in the manifest, so here
-# its weights need only be as large as convert requires.
+# Bounds on the amax that a global scale stands for, unless the manifest records that amax. The smallest is the amax
+# whose divisor, 2688 / amax, is the largest float32 number. The largest of a weight is 2688, where divisor and
+# multiplier meet at 1: few trained models have a larger weight, and a scale stored the wrong way round stands for one.
+# Inputs have no such side: headroom alone brings them to 10^6. Their bound catches a number that is no amax at all.
+SMALLEST_AMAX = SCALE_RANGE / torch.finfo(torch.float32).max
 LARGEST_AMAX = {"weight_global": SCALE_RANGE, "input_global": 1e10}
 SCALE_NAMES = {"weight_global": "weight", "input_global": "input"}
 
@@ -64,10 +64,10 @@ def check_global_scales(subject: Subject) -> Finding:
     """Every global scale is finite and positive, and stands for an amax on the right side of 1.
 
     An amax is 2688 / scale where the layout stores divisors and 2688 * scale where it stores multipliers. Exactly 1.0
-    is what stands for a matrix of zeros.
+    is what stands for a matrix of zeros. A scale that follows from the manifest's amax needs no bound.
     """
+    recorded = recorded_scalars(subject)
     faults = []
-    is_recorded = isinstance(subject.manifest, Manifest)
     ranges: dict[str, list[float]] = {part: [] for part in SCALE_NAMES}
     for (module, part), value in subject.scalars.items():
         name = subject.sound[module].parts[part].name
@@ -76,8 +76,7 @@ def check_global_scales(subject: Subject) -> Finding:
             continue
         amax = SCALE_RANGE / value if subject.layout.divisor else SCALE_RANGE * value
         ranges[part].append(amax)
-        smallest = SMALLEST_WEIGHT_AMAX if is_recorded and part == "weight_global" else SMALLEST_AMAX
-        if not smallest <= amax <= LARGEST_AMAX[part]:
+        if recorded.get((module, part)) != value and not SMALLEST_AMAX <= amax <= LARGEST_AMAX[part]:
             faults.append(f"{name} is {value:.6g}, which stands for an amax of {amax:.3g}")
     spans = [
         f"{SCALE_NAMES[part]} scales for amax {min(found):.3g} to {max(found):.3g}"

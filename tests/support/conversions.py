@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,14 @@ def cast_checkpoint(folder: Path, dtype: torch.dtype) -> Path:
     """Store a checkpoint's tensors in another dtype, in place."""
     for shard in folder.glob("*.safetensors"):
         tensors = {name: tensor.to(dtype) for name, tensor in load_file(shard).items()}
+        save_file(tensors, shard, {"format": "pt"})
+    return folder
+
+
+def edit_tensors(folder: Path, edit: Callable[[str, Tensor], Tensor]) -> Path:
+    """Change a checkpoint's tensors by name, in place; the result keeps its dtype."""
+    for shard in folder.glob("*.safetensors"):
+        tensors = {name: edit(name, tensor).to(tensor.dtype).contiguous() for name, tensor in load_file(shard).items()}
         save_file(tensors, shard, {"format": "pt"})
     return folder
 
