@@ -53,7 +53,7 @@ class Journal:
             raise CheckFailed(f"{path} is damaged: begin anew with --restart.") from error
 
     def listed(self) -> frozenset[str] | None:
-        """Names of the shards that the run is going to write; None where no list tells."""
+        """Names of the files that the run is going to write; None if it has no list."""
         path = self.folder / LIST_NAME
         if self.folder.is_symlink() or not path.is_file():
             return None
@@ -66,7 +66,7 @@ class Journal:
         """Note whose run this is.
 
         Args:
-            files: names of the shards that it is going to write.
+            files: names of the files that it is going to write, relative to the folder.
         """
         own_folder(self.folder)
         if names := sorted(files):

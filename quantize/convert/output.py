@@ -135,7 +135,7 @@ def open_partial(partial: Path, identity: Mapping[str, Any], restart: bool, file
 
     Args:
         restart: drop what an earlier run wrote there.
-        files: names of the shards that the run is going to write.
+        files: names of the files that the run is going to write, relative to the folder.
     Raises:
         InputError: it holds another run, or something that nvquant did not write.
         CheckFailed: what says whose run it holds is damaged.

@@ -1,7 +1,8 @@
 """Which entries of a folder nvquant wrote itself. Only these are ever removed. A message names any other entry.
 
-A run lists the shards that it is going to write in its journal, and a finished output lists them in its manifest. A
-folder of an earlier release has no such list in its journal: there the form of a name tells.
+A run lists the files that it is going to write in its journal. A finished output lists its shards in its manifest, and
+its side files have known names. A folder of an earlier release has no list in its journal: there the form of a name
+decides.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..checkpoint.custom_code import code_files
 from ..checkpoint.sidefiles import SIDE_FILE_PATTERNS, TEMPLATE_FOLDER
 from ..checkpoint.source import INDEX_NAME, SINGLE_NAME, read_json
 from ..errors import InputError
@@ -19,7 +21,7 @@ from .manifest import MANIFEST_NAME
 from .manifest_form import FileNames, held_to
 
 _RECORDS = (CLEARED_FOLDER, MANIFEST_NAME, STATE_FOLDER)  # one of them is in every folder of ours that is not empty
-_DESCRIPTIONS = ("config.json", "hf_quant_config.json", INDEX_NAME)
+_RECORDS_AND_INDEX = frozenset({*_RECORDS, "config.json", "hf_quant_config.json", INDEX_NAME})
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 TEMPORARY = ".tmp"
 
@@ -65,21 +67,28 @@ def remove_own(folder: Path) -> None:
 
 
 def _listed(folder: Path) -> frozenset[str] | None:
-    """The names that a run or a manifest lists; None where nothing does."""
+    """The names of the files that nvquant wrote or was about to write there. None: no run and no manifest lists any."""
     listed = Journal(folder).listed()
     if listed is not None:
-        return listed | _records_and_index()
+        return listed | _RECORDS_AND_INDEX
     try:
         path = folder / MANIFEST_NAME
         if path.is_file() and not path.is_symlink():
-            return frozenset(held_to(FileNames, read_json(path, ""), str(path)).files) | _records_and_index()
+            shards = held_to(FileNames, read_json(path, ""), str(path)).files
+            return frozenset(shards) | _RECORDS_AND_INDEX | _side_files(folder)
     except InputError:
         pass
     return None
 
 
-def _records_and_index() -> frozenset[str]:
-    return frozenset({*_RECORDS, *_DESCRIPTIONS})
+def _side_files(folder: Path) -> frozenset[str]:
+    """The names that side files of a finished checkpoint can have. Its manifest lists none of them."""
+    names = (path.name.removesuffix(TEMPORARY) for path in folder.iterdir())
+    return frozenset({*filter(_is_side_file, names), *code_files(folder)})
+
+
+def _is_side_file(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in SIDE_FILE_PATTERNS)
 
 
 def _is_own(path: Path, listed: frozenset[str] | None) -> bool:
@@ -92,8 +101,6 @@ def _is_own(path: Path, listed: frozenset[str] | None) -> bool:
         )
     if path.is_dir() and not path.is_symlink():
         return False
-    if any(fnmatch(name, pattern) for pattern in SIDE_FILE_PATTERNS):
-        return True
     if listed is not None:
         return name in listed
-    return name in (*_RECORDS, *_DESCRIPTIONS, SINGLE_NAME) or _SHARD.fullmatch(name) is not None
+    return name in (*_RECORDS_AND_INDEX, SINGLE_NAME) or _is_side_file(name) or _SHARD.fullmatch(name) is not None

@@ -14,7 +14,7 @@ import torch
 from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import ATTENTION, import_model_code
 from ..checkpoint.places import own_folder
-from ..checkpoint.sidefiles import read_side_file, side_files
+from ..checkpoint.sidefiles import flat_side_files, read_side_file, side_files
 from ..checkpoint.source import INDEX_NAME, open_checkpoint, read_json
 from ..checkpoint.writer import write_bytes, write_json
 from ..errors import CheckFailed, InputError, NvquantError
@@ -140,7 +140,7 @@ def _begin(plan: Plan, options: ConvertOptions, identity: Mapping[str, Any], hel
                 begun = _Begun(journal, {}, is_finished=True)
             else:
                 partial = held.enter_context(locked_partial(options.output))
-                files = [shard.file for shard in plan.shards]
+                files = [*(shard.file for shard in plan.shards), *flat_side_files(plan.source.folder)]
                 journal = open_partial(partial, identity, options.restart, files)
                 begun = _Begun(journal, journal.done(plan.shards))
     with ranks.step():

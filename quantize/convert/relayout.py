@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.places import own_folder
-from ..checkpoint.sidefiles import read_side_file, side_files
+from ..checkpoint.sidefiles import flat_side_files, read_side_file, side_files
 from ..checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, read_json, tensor_bytes
 from ..checkpoint.writer import TensorEntry, order_entries, write_bytes, write_json, write_shard
 from ..errors import CheckFailed, InputError
@@ -105,7 +105,8 @@ def relayout(source: Checkpoint, target: Layout, output: Path) -> RelayoutResult
     shards = _shards(source, matrices, layout, target, scalars)
     planned = [PlannedShard(file, None, tuple(move.entry for move in moves)) for file, moves in shards.items()]
     check_output(output, sum(shard.file_bytes for shard in planned), source.folder)
-    with fresh_partial(output, {"relayout": target.name, "source": source_identity(source)}, shards) as partial:
+    files = [*shards, *flat_side_files(source.folder)]
+    with fresh_partial(output, {"relayout": target.name, "source": source_identity(source)}, files) as partial:
         hashes = {file: _write_shard(source, partial / file, moves) for file, moves in shards.items()}
         _write_other_files(source, partial, planned, configs)
         if manifest:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ..checkpoint.custom_code import lack_of_code
 from ..checkpoint.diagnosis import has_plain_weights, quantized_part
 from ..checkpoint.headers import TensorInfo
-from ..checkpoint.sidefiles import missing_code
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.writer import TensorEntry, build_header, order_entries
 from ..errors import InputError
@@ -142,16 +142,14 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
 
     Raises:
         InputError: the source is quantized already, its stored head contradicts its config, it lacks code that its
-            auto_map names, or the recipe does not fit
-            it (see `recipe.match.select`).
+            auto_map names, or the recipe does not fit it (see `recipe.match.select`).
     """
     refuse_quantized(source, model)
     refuse_other_head(source, model)
-    missing = missing_code(source.folder)
-    if missing:
+    lack = lack_of_code(source.folder)
+    if lack is not None:
         raise InputError(
-            f"{model}: auto_map names {missing[0]}, which the folder lacks: download the file, or remove auto_map if "
-            f"servers know the architecture without it."
+            f"{model} lacks {lack}: download that file, or remove auto_map if servers know the architecture without it."
         )
     infos = source.infos()
     shapes = {name: info.shape for name, info in infos.items()}

@@ -8,8 +8,8 @@ import torch
 
 from ..calibrate.ids import config_value
 from ..calibrate.skeleton import embedding_rows
+from ..checkpoint.custom_code import missing_code
 from ..checkpoint.headers import TensorInfo
-from ..checkpoint.sidefiles import missing_code
 from ..checkpoint.source import torch_dtype
 from ..format.native import amax_on_cpu, has_native
 from ..recipe.heads import tie_of, token_embedding
@@ -31,7 +31,10 @@ def check_architecture(subject: Subject) -> Finding:
     has_head = any(role_of(name, (1, 1)) is Role.HEAD for name in names)
     if not has_head and tie_of(subject.config) is False:
         faults.append("tie_word_embeddings is false, but no head is stored: servers would leave it uninitialized")
-    faults += [f"auto_map names {name}, which is missing" for name in missing_code(subject.folder)]
+    faults += [
+        f"{name} is missing, which {by} {'imports' if by.endswith('.py') else 'names in auto_map'}"
+        for name, by in missing_code(subject.folder).items()
+    ]
     return Finding(counted(len(layers), "decoder layer"), faults)
 
 

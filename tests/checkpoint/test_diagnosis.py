@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nvquant.checkpoint.sidefiles import missing_code, side_files
 from nvquant.checkpoint.source import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from nvquant.errors import InputError
 from support.conversions import TinyModels
@@ -72,15 +71,3 @@ def test_a_refusal_names_what_the_folder_holds(make: Callable[[Path], None], wor
     with pytest.raises(InputError) as refused:
         open_checkpoint(folder)
     assert words in str(refused.value)
-
-
-def test_code_that_auto_map_names_is_a_side_file_with_what_it_imports(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "configuration_x.XConfig", "AutoModel": ["org/other--modeling_y.Y", None]}
-    (folder / "helper.py").write_text("")
-    assert "helper.py" not in side_files(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    assert missing_code(folder) == ["configuration_x.py"]
-    (folder / "configuration_x.py").write_text("from .helper import a")
-    assert missing_code(folder) == []
-    assert {"configuration_x.py", "helper.py"} <= set(side_files(folder))

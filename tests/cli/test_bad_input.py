@@ -305,7 +305,7 @@ def test_the_first_mistake_is_reported_before_the_model_is_read(refused: Refused
 
 def test_code_that_auto_map_names_and_the_folder_lacks(refused: Refused, model: Path) -> None:
     edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
-    assert "auto_map names modeling_mine.py, which the folder lacks" in refused(2, model)
+    assert "lacks modeling_mine.py, which auto_map in config.json names: download" in refused(2, model)
 
 
 def test_a_stale_quantization_config_over_plain_weights_may_be_removed(refused: Refused, model: Path) -> None:

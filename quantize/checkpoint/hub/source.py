@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from ...errors import InputError
 from ..config_sizes import check_sizes
+from ..custom_code import MOST_CODE_BYTES, code_names
 from ..headers import HEADER_LIMIT_BYTES, Header, parse_header, read_header
 from ..shard_bytes import ShardBytes
-from ..sidefiles import CODE_PATTERN, SIDE_FILE_PATTERNS, TEMPLATE_FOLDER, missing_code
+from ..sidefiles import SIDE_FILE_PATTERNS, TEMPLATE_FOLDER
 from ..source import INDEX_NAME, SINGLE_NAME, Checkpoint, check_index, read_index, read_json
 from .download import cached_path, download, note_revision
 from .ranges import RangeReader
@@ -63,16 +64,18 @@ def fetch_small_files(model: HubModel) -> Path:
     """
     if "config.json" not in model.files:
         raise InputError(f"Hub model {model.repo} has no config.json: it is not a model that transformers knows.")
-    patterns = (*SIDE_FILE_PATTERNS, *DESCRIPTIONS)
-    names = [name for name in model.files if _is_small(model, name, patterns)]
-    with ThreadPoolExecutor(_READERS, "small files") as pool:
-        paths = dict(zip(names, pool.map(lambda name: download(model, name), names), strict=True))
-        folder = paths["config.json"].parent
-        if missing_code(folder):  # code that auto_map names, and what it may import
-            code = [name for name in model.files if _is_small(model, name, (CODE_PATTERN,))]
-            list(pool.map(lambda name: download(model, name), code))
+    names = [name for name in model.files if _is_small(model, name)]
+    folder = _fetch(model, names)["config.json"].parent
+    while code := [name for name in code_names(folder) if name not in names and _is_code(model, name)]:
+        _fetch(model, code)  # it may import more
+        names += code
     note_revision(model)
     return folder
+
+
+def _fetch(model: HubModel, names: list[str]) -> dict[str, Path]:
+    with ThreadPoolExecutor(_READERS, "small files") as pool:
+        return dict(zip(names, pool.map(lambda name: download(model, name), names), strict=True))
 
 
 def read_headers(reader: RangeReader, folder: Path, names: list[str]) -> Mapping[str, Header]:
@@ -121,9 +124,13 @@ def read_remote_header(reader: RangeReader, folder: Path, name: str) -> Header:
     return parse_header(folder / name, bytes(head[8 : 8 + length]), size)
 
 
-def _is_small(model: HubModel, name: str, patterns: Iterable[str]) -> bool:
+def _is_code(model: HubModel, name: str) -> bool:
+    return name in model.files and (model.files[name].size or 0) <= MOST_CODE_BYTES
+
+
+def _is_small(model: HubModel, name: str) -> bool:
     path = PurePosixPath(name)
     if len(path.parts) == 2:
         return path.parts[0] == TEMPLATE_FOLDER and path.suffix == ".jinja"
-    is_wanted = any(fnmatch(name, pattern) for pattern in patterns)
+    is_wanted = any(fnmatch(name, pattern) for pattern in (*SIDE_FILE_PATTERNS, *DESCRIPTIONS))
     return is_wanted and len(path.parts) == 1 and (model.files[name].size or 0) <= MOST_SMALL_BYTES

@@ -49,14 +49,15 @@ def test_side_files_come_and_other_files_do_not(hub: HubServer, folder: Path) ->
     assert there == {*files, "README.md"} - {FIRST, SECOND}
 
 
-def test_code_that_auto_map_names_comes_with_the_code_beside_it(hub: HubServer, folder: Path) -> None:
+def test_code_that_auto_map_names_comes_with_its_imports_alone(hub: HubServer, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_mine.Mine"}
-    code = {"modeling_mine.py": b"from .helper import a", "helper.py": b"a = 1", "scripts/run.py": b"print()"}
+    code = {"modeling_mine.py": b"from .helper import a", "helper.py": b"from .deep import b", "deep.py": b"b = 1"}
+    code |= {"scripts/run.py": b"print()", "unrelated.py": b"print()"}
     files = {path.name: path for path in folder.iterdir()}
     hub.add("model", "Org/Custom", {**files, **code, "config.json": json.dumps(config).encode()})
     opened = open_hub_checkpoint(find_model("Org/Custom"))
-    assert {path.name for path in opened.folder.rglob("*.py")} == {"modeling_mine.py", "helper.py"}
+    assert {path.name for path in opened.folder.rglob("*.py")} == {"modeling_mine.py", "helper.py", "deep.py"}
 
 
 @pytest.mark.parametrize(
