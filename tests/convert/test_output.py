@@ -267,17 +267,19 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, source: Path, name: s
 
 
 @pytest.mark.parametrize("listed", [True, False])
-@pytest.mark.parametrize("foreign", ["precious", "model-00009-of-00009.safetensors", "notes", "config.json.bak"])
+@pytest.mark.parametrize(
+    "foreign", ["precious", "model-00009-of-00009.safetensors", "LICENSE.mine", "notes", "config.json.bak", "mine.py"]
+)
 def test_restart_removes_only_what_the_journal_lists(tmp_path: Path, listed: bool, foreign: str) -> None:
     shard = "model-00001-of-00004.safetensors"
     partial = filled(tmp_path / "out.partial", shard, f"{shard}.tmp", "config.json", "tokenizer.json")
-    Journal(partial).begin({"nvquant": "1"}, [shard] if listed else ())
+    Journal(partial).begin({"nvquant": "1"}, [shard, "tokenizer.json"] if listed else ())
     if foreign == "notes":
         filled(partial / foreign, "text")
     else:
         filled(partial, foreign)
-    if not listed and foreign.startswith("model-"):
-        return  # without a list the form of a name tells
+    if not listed and foreign.startswith(("model-", "LICENSE")):
+        return  # without a list, the form of a name decides
     with locked_partial(tmp_path / "out") as locked:
         with pytest.raises(InputError, match=f"holds {foreign}, which nvquant did not write"):
             open_partial(locked, {"nvquant": "2"}, restart=True)

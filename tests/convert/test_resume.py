@@ -26,6 +26,7 @@ from support.conversions import (
     MODELOPT,
     calibration_of,
     contents,
+    edit_config,
     planned,
     random_samples,
     write_ids,
@@ -219,6 +220,19 @@ def test_restart_makes_whole_layers_anew(llama: Conversion) -> None:
         assert (llama.output / llama.shard(0).name).stat().st_ino != inode
     assert result.layers_resumed == 0
     assert contents(llama.output) == expected
+
+
+def test_restart_replaces_custom_code_that_an_earlier_run_copied(tmp_path: Path) -> None:
+    source = edit_config(tiny_llama(tmp_path / "source"), auto_map={"AutoModel": "modeling_x.X"})
+    (source / "modeling_x.py").write_text("class X: ...")
+    conversion = Conversion(source, tmp_path)
+    conversion.end_early()
+    (conversion.partial / "modeling_x.py").write_text("class X: ...")  # as if the run had ended a little later
+    assert not conversion.run(restart=True).was_finished
+    assert not conversion.run(quantizer="mse", restart=True).was_finished
+    (conversion.output / "mine.py").write_text("")
+    with pytest.raises(InputError, match=r"out holds mine\.py, which nvquant did not write"):
+        conversion.run(restart=True)
 
 
 def test_a_finished_output_of_an_equal_run_is_left_as_it_is(llama: Conversion) -> None:
