@@ -124,7 +124,7 @@ def layer_ticks(layers: Sequence[int], width: int) -> list[int]:
     most = max(int((width - LEFT - RIGHT) / 44), 2)
     span = layers[-1] - layers[0]
     step = next((step for step in (1, 2, 5, 10, 20, 25, 50, 100) if span / step < most), max(span // most, 1))
-    return [layer for layer in range(layers[0], layers[-1] + 1) if layer % step == 0] or [layers[0]]
+    return list(range(-(-layers[0] // step) * step, layers[-1] + 1, step)) or [layers[0]]
 
 
 def _svg(width: int, height: int, key: str, title: str, description: str) -> Element:

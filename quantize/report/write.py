@@ -29,7 +29,9 @@ def refuse_unreadable(whole: Mapping[str, Any], path: Path, written_by: str) -> 
         InputError: a value is missing, or of another kind.
     """
     try:
-        render_markdown(page_of(whole))
+        page = page_of(whole)
+        render_markdown(page)
+        render_html(page)
     except _WRONG_FORM as error:
         raise InputError(
             f"{path} is not of the form that `{written_by}` writes ({type(error).__name__}): write it again."

@@ -89,3 +89,4 @@ def test_layers_are_named_as_often_as_there_is_room() -> None:
     assert layer_ticks(list(range(4)), 940) == [0, 1, 2, 3]
     assert layer_ticks(list(range(126)), 340) == [0, 25, 50, 75, 100, 125]
     assert len(layer_ticks(list(range(1000)), 340)) <= 8
+    assert len(layer_ticks([-3, 2**64], 940)) <= 20  # numbers out of a file
