@@ -1,10 +1,15 @@
-"""Keep transformers' advice and progress bars off the user's screen while nvquant calls it."""
+"""Keep the lines of other libraries off the user's screen while nvquant calls them."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
+
+_descriptors = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -23,3 +28,28 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def quiet_descriptors() -> Iterator[None]:
+    """Discard everything that is written to stdout and stderr, also by compiled code. Keep it to short calls.
+
+    The tokenizers library prints settings that it does not know, and where it panics.
+    """
+    with _descriptors, open(os.devnull, "wb") as nowhere, contextlib.ExitStack() as stack:  # noqa: PTH123
+        for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed or absent stream stays so
+                stream.flush()
+                stack.callback(_restore, os.dup(descriptor), descriptor)
+                os.dup2(nowhere.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    stream.flush()  # lines that Python code printed
+
+
+def _restore(kept: int, descriptor: int) -> None:
+    os.dup2(kept, descriptor)
+    os.close(kept)

@@ -9,9 +9,10 @@ from typing import Any
 
 from ..checkpoint.sidefiles import side_files
 from ..errors import InputError
-from .quiet import quiet_transformers
+from .quiet import quiet_descriptors, quiet_transformers
 from .template import ChatTemplate, ChatTemplateError, Message
 from .template_worker import TODAY
+from .tokenizer_files import lack_of_packages, refuse_large_ids
 
 __all__ = ["TODAY", "ChatTemplateError", "Message", "ModelTokenizer", "load_tokenizer"]
 
@@ -108,13 +109,17 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer object of transformers, which is imported only now: it takes seconds.
 
     Raises:
-        InputError: there is none that transformers can load.
+        InputError: there is none that transformers can load, a package for it is missing, or its ids are too large.
     """
     from transformers import AutoTokenizer
 
     side_files(folder)  # transformers would follow every link, and wait for a pipe
+    lack = lack_of_packages(folder)
+    if lack is not None:
+        raise InputError(f"{folder}: {lack}, or give token ids with --calibration, which need no tokenizer.")
+    refuse_large_ids(folder)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), quiet_descriptors():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, ImportError, KeyError and bare Exception are all in use there
         reason = (str(error)[:MOST_REASON].strip() or type(error).__name__).splitlines()[0].rstrip(".")

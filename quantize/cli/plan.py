@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ..calibrate.tokenizer_files import missing_packages
 from ..errors import InputError, NvquantError
 from ..plan.conversion import as_json as time_document
 from ..plan.conversion import forecast_conversion
@@ -80,7 +81,7 @@ def command(
     conversion = None if machine is None else forecast_conversion(plan, machine, *sizes, usd_per_hour=price)
     if as_json:
         time = None if conversion is None else time_document(conversion)
-        emit_json({**plan_document(plan, memory), "time": time})
+        emit_json({**plan_document(plan, memory), "time": time, "missing_packages": list(_missing_packages(plan))})
         return
     tell(f"{plan.model}, recipe {recipe.name}, {plan.layout.name} layout\n")
     rows = [[g.name, g.scheme, str(g.tensors), gigabytes(g.bytes_in), gigabytes(g.bytes_out)] for g in census(plan)]
@@ -99,6 +100,15 @@ def command(
     _say_fits(plan)
     if conversion is not None:
         print_conversion(conversion, recipe.quantizer, price)
+    packages = _missing_packages(plan)
+    if packages:
+        tell(f"Calibration on text requires {' and '.join(packages)}: run `pip install {' '.join(packages)}`.")
+
+
+def _missing_packages(plan: Plan) -> tuple[str, ...]:
+    """Packages that this model's tokenizer requires for the recipe's calibration on text, and that are missing."""
+    found = missing_packages(plan.source.folder) if plan.recipe.needs_calibration else None
+    return found[1] if found else ()
 
 
 def _say_fits(plan: Plan) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calibrate.quiet import quiet_transformers
 from ..calibrate.samples import load_calibration
+from ..calibrate.tokenizer import load_tokenizer
 from ..checkpoint.source import open_checkpoint
 from ..convert.options import ConvertOptions, ConvertResult
 from ..convert.pipeline import convert
@@ -123,10 +123,7 @@ def _verify(output: Path, source: Path, samples: int, progress: Progress) -> Rep
 
 def _answer(output: Path) -> str:
     """What the checkpoint's weights hold for the likeliest token after the prompt, inputs in full precision."""
-    from transformers import AutoTokenizer
-
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(output, local_files_only=True)
+    tokenizer = load_tokenizer(output)
     ids = tokenizer(PROMPT)["input_ids"]
     return str(tokenizer.decode([likeliest_next(open_subject(output), ids, "weight_only")]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,18 @@ def test_plan_refuses_what_convert_refuses(
     planned, done = outcomes(nvquant, model, "nvfp4", tmp_path)
     assert planned == done
     assert planned[0] == code and words in planned[1]
+
+
+def test_a_package_that_calibration_on_text_requires_is_named(
+    nvquant: Command, tiny: TinyModels, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    (model / "tekken.json").write_text("{}")
+    assert (
+        "Calibration on text requires mistral-common: run `pip install mistral-common`."
+        in nvquant("plan", model).stdout
+    )
+    assert json.loads(nvquant("plan", model, "--json").stdout)["missing_packages"] == ["mistral-common"]
+    assert json.loads(nvquant("plan", model, "--recipe", "nvfp4-a16", "--json").stdout)["missing_packages"] == []
