@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-from .headers import TensorInfo
 from .regular import is_file
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHOWN = 3
-# Parts that other quantizers store instead of a weight: GPTQ and AWQ, bitsandbytes, MXFP4.
-_QUANTIZED_PARTS = (".qweight", ".qzeros", ".absmax", ".quant_map", ".blocks", "_blocks")
-_PLAIN = frozenset({"BF16", "F16", "F32"})
 
 
 def no_model(folder: Path, single: str, index: str) -> str:
@@ -67,16 +63,6 @@ def missing_shard(folder: Path, name: str, indexed: Iterable[str], index: str) -
 def has_adapter(folder: Path) -> bool:
     """Whether a folder holds a PEFT adapter."""
     return is_file(folder / ADAPTER_CONFIG)
-
-
-def quantized_part(infos: Mapping[str, TensorInfo]) -> str | None:
-    """The name of a tensor that only a quantized checkpoint has; None without one."""
-    return next((name for name in infos if name.endswith(_QUANTIZED_PARTS)), None)
-
-
-def has_plain_weights(infos: Mapping[str, TensorInfo]) -> bool:
-    """Whether every tensor is a plain 16-bit or 32-bit float, and none is a scale of a quantized one."""
-    return all(info.dtype in _PLAIN and not name.endswith(("_scale", "_scale_inv")) for name, info in infos.items())
 
 
 def _names(folder: Path, patterns: Iterable[str]) -> list[str]:

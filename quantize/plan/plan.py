@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..checkpoint.custom_code import lack_of_code
-from ..checkpoint.diagnosis import has_plain_weights, quantized_part
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.writer import TensorEntry, build_header, order_entries
@@ -20,6 +19,7 @@ from ..recipe.match import Selection, select
 from ..recipe.roles import Role
 from ..recipe.schema import Recipe, Scheme
 from .heads import refuse_other_head
+from .quantized_source import refuse_quantized
 
 SHARD_LIMIT_BYTES = 5_000_000_000
 Part = Literal["packed", "scales", "weight_global", "input_global"]
@@ -168,24 +168,6 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
     origins, entries = _outputs(infos, matrices, layout)
     shards = _shards(entries, origins, prefix, selection)
     return Plan(model, source, recipe, layout, selection, matrices, selection.groups, origins, shards, prefix)
-
-
-def refuse_quantized(source: Checkpoint, model: str) -> None:
-    """Raise InputError where a checkpoint is quantized already."""
-    infos = source.infos()
-    found = source.config.get("quantization_config")
-    if found is None and not (source.folder / "hf_quant_config.json").exists():
-        part = quantized_part(infos)
-        if part is not None:
-            raise InputError(f"{model} is quantized already (it holds {part}): convert from the original BF16 model.")
-        return
-    method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else "modelopt"
-    where = "hf_quant_config.json" if found is None else "quantization_config of config.json"
-    way_out = "convert from the original BF16 model"
-    if has_plain_weights(infos):
-        stale = "hf_quant_config.json" if found is None else "quantization_config from config.json"
-        way_out += f", or remove {stale} if these weights are the original ones"
-    raise InputError(f"{model} is quantized already ({where} says {method}): {way_out}.")
 
 
 def _matrices(selection: Selection, infos: Mapping[str, TensorInfo]) -> dict[str, PlannedMatrix]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..plan.plan import refuse_quantized
+from ..plan.quantized_source import refuse_quantized
 from . import against, architecture, configs, files, recorded, scales, tokenizer, weights
 from .report import Check, Finding, Report, not_read
 from .subject import Subject, open_subject

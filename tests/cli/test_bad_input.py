@@ -138,9 +138,11 @@ def test_an_unknown_quantizer_names_those_that_exist(refused: Refused, model: Pa
     assert "quantizer 'gptq' does not exist; available: rtn, mse" in refused(2, model, "--quantizer", "gptq")
 
 
-def test_a_source_with_modelopts_config_is_quantized_already(refused: Refused, model: Path) -> None:
+def test_a_stale_config_of_modelopt_over_plain_weights_may_be_removed(refused: Refused, model: Path) -> None:
     (model / "hf_quant_config.json").write_text("{}")
-    assert "is quantized already (hf_quant_config.json says modelopt)" in refused(2, model, *WEIGHT_ONLY)
+    sentence = refused(2, model, *WEIGHT_ONLY)
+    assert "hf_quant_config.json names modelopt, but no tensor is quantized" in sentence
+    assert "remove hf_quant_config.json if these are the model's original weights" in sentence
 
 
 def test_an_output_of_ours_is_no_source(refused: Refused, nvquant: Command, tiny: TinyModels, tmp_path: Path) -> None:

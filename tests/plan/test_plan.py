@@ -186,26 +186,6 @@ def test_a_shards_file_is_its_header_and_its_data_wide_dtypes_first(tiny: Tiny) 
     assert plan.tensor_bytes == sum(entry.nbytes for shard in plan.shards for entry in shard.entries)
 
 
-@pytest.mark.parametrize(
-    ("config", "file", "says"),
-    [
-        ({"quantization_config": {"quant_method": "fp8"}}, None, "quantization_config of config.json says fp8"),
-        ({"quantization_config": {}}, None, "quantization_config of config.json says unknown"),
-        ({}, "hf_quant_config.json", "hf_quant_config.json says modelopt"),
-    ],
-)
-def test_a_quantized_source_is_refused(config: dict[str, Any], file: str | None, says: str, tmp_path: Path) -> None:
-    source = pretend(layer(0), config)
-    if file is not None:
-        (tmp_path / file).write_text("{}")
-        source = Checkpoint(tmp_path, config, source.shards, source.files)
-    stale = file or "quantization_config from config.json"
-    assert refused(source) == (
-        f"model is quantized already ({says}): convert from the original BF16 model, or remove {stale} if these "
-        f"weights are the original ones."
-    )
-
-
 @pytest.mark.parametrize("layout", [COMPRESSED_TENSORS, MODELOPT])
 def test_a_source_that_stores_the_outputs_names_is_refused(layout: Any) -> None:
     for suffix in (layout.scales, layout.weight_global, layout.input_global):

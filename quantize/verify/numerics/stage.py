@@ -13,7 +13,7 @@ import torch
 
 from ...calibrate.samples import CalibrationSet
 from ...checkpoint.source import Checkpoint
-from ...plan.plan import refuse_quantized
+from ...plan.quantized_source import refuse_quantized
 from ...recipe.decoder import layer_index
 from ..manifest import Manifest
 from ..report import Check, Finding, counted, not_applicable
