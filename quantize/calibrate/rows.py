@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ..checkpoint.json_text import parse_json
 from ..checkpoint.regular import open_regular
 from ..errors import EnvironmentLack, InputError
+from .delimiters import delimiter_of
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -182,11 +183,11 @@ def _parsed(data: bytes, where: str, kind: type = dict) -> Any:
 
 def _csv(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, Row]]:
     with _bytes_of(source) as plain:
-        text = _whole(plain, source).decode("utf-8-sig")
+        delimiter, text = delimiter_of(_whole(plain, source).decode("utf-8-sig"))
     with io.StringIO(text, newline="") as stream:
         limit = csv.field_size_limit(sys.maxsize)  # the default of 128 kB is less than a document
         try:
-            rows = list(csv.DictReader(stream))
+            rows = list(csv.DictReader(stream, delimiter=delimiter))
         finally:
             csv.field_size_limit(limit)
     for index in _order(len(rows), seed):

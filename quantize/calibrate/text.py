@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MOST_COLUMNS = 12  # whose names a message repeats
 DIALOGUE_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+_OWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Turn = dict[str, Any]
 
@@ -218,7 +219,8 @@ def _turn(item: object, where: str) -> Turn | None:
             turn[ours] = turn.pop(theirs)
     if not isinstance(turn.get("role"), str) or "content" not in turn:
         raise InputError(f"{where} holds a turn with {columns_of(item)}, not role and content.")
-    turn["role"] = ROLES.get(turn["role"], turn["role"])
+    lowered = turn["role"].strip().lower()
+    turn["role"] = ROLES.get(lowered, lowered if lowered in _OWN_ROLES else turn["role"])
     content = turn["content"]
     if isinstance(content, list):
         content = _joined(content)

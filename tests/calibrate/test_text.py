@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -368,3 +369,39 @@ def test_shipped_names_are_the_yaml_files(tmp_path: Path) -> None:
 def test_every_shipped_spec_is_valid_and_bears_its_files_name(name: str) -> None:
     spec = load_spec(shipped_folder() / f"{name}.yaml")
     assert spec.name == name and spec.description and spec.licence
+
+
+CSV_ROWS = [{"number": f"{i}", "text": f"Row {i}: one, two; three\t| four."} for i in range(4)]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "with mark"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"], ids=["unix", "windows"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_columns_of_a_csv_are_divided_by_its_own_delimiter(
+    delimiter: str, newline: str, mark: str, tmp_path: Path
+) -> None:
+    stream = io.StringIO(mark, newline="")
+    stream.seek(0, io.SEEK_END)
+    writer = csv.DictWriter(stream, ["number", "text"], delimiter=delimiter, lineterminator=newline)
+    writer.writeheader()
+    writer.writerows(CSV_ROWS)
+    (tmp_path / "a.csv").write_bytes(stream.getvalue().encode())
+    assert [row for _, row in read_rows(tmp_path / "a.csv", None)] == CSV_ROWS
+    assert {document.text for document in documents(Source(tmp_path / "a.csv"))} == {row["text"] for row in CSV_ROWS}
+
+
+def test_excels_first_line_states_the_delimiter(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"sep=;\r\nid;text\r\n7;a, b, c\r\n")
+    assert [row for _, row in read_rows(tmp_path / "a.csv", None)] == [{"id": "7", "text": "a, b, c"}]
+
+
+def test_one_column_stays_one_whatever_its_texts_hold(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'text\na; b\n"c, d"\n')
+    assert [row for _, row in read_rows(tmp_path / "a.csv", None)] == [{"text": "a; b"}, {"text": "c, d"}]
+
+
+def test_roles_of_turns_may_be_in_capitals() -> None:
+    turns = [{"from": who, "value": who} for who in ("SYSTEM", "Human", "GPT", "USER ", "Assistant", "Critic")]
+    document = document_of({"conversations": turns}, Columns(), "row 1")
+    assert document is not None
+    assert [turn["role"] for turn in document.turns] == ["system", "user", "assistant", "user", "assistant", "Critic"]
