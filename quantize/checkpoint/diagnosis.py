@@ -1,75 +1,155 @@
-"""What a folder holds that cannot be converted as it is, so that a refusal names it and its way out."""
+"""Sentences for folders and Hub repositories that hold no safetensors model. Each names the files that are there and
+the way out. Names alone decide: no file is opened.
+
+Sources of the names: `save_pretrained` of transformers and PEFT, llama.cpp's converters, and the releases of Mistral.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
-from .regular import is_file
-
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHOWN = 3
+# Weights that servers do not load as the model's own.
+_STRAYS = ("consolidated*.safetensors", "adapter*.safetensors", "optimizer*.safetensors")
+_CONVERT = "convert the model to safetensors first"
+# In the order of the search: patterns, their description with {} for the file's name, and the way out.
+_OTHER_WEIGHTS = (
+    (
+        ("*.gguf", "*.ggml"),
+        "holds GGUF weights ({}), which are quantized already",
+        "convert from the original BF16 model",
+    ),
+    (
+        ("adapter_model*", ADAPTER_CONFIG),
+        "is a LoRA (PEFT) adapter ({}), not a model",
+        "merge it into its base model with PEFT's merge_and_unload, save the result, and convert that folder",
+    ),
+    (("model_index.json",), "holds a diffusers pipeline ({})", "nvquant converts decoder models"),
+    (
+        ("consolidated*.safetensors",),
+        "holds weights in Mistral's own format ({})",
+        f"download the files in Hugging Face's format, with config.json and {SINGLE_NAME} or its shards",
+    ),
+    (
+        ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"),
+        "holds only pickle weights ({}), which can run code when loaded",
+        _CONVERT,
+    ),
+    (("*.h5", "*.msgpack"), "holds weights of TensorFlow or Flax ({})", _CONVERT),
+    (("*.onnx", "*.onnx_data"), "holds ONNX weights ({})", "convert from the original BF16 model"),
+    (("*.nemo",), "holds a NeMo archive ({})", "export the model to Hugging Face's format first"),
+)
+_UNFINISHED = ("*.incomplete", "*.part", "*.aria2", "*.crdownload")
 
 
-def no_model(folder: Path, single: str, index: str) -> str:
-    """A sentence that tells what a folder without a config or without weights is.
+def names_in(folder: Path) -> list[str]:
+    """Names, sorted, of the files of a folder, and of the config.json files one level below; empty on an error."""
+    try:
+        inner = (path.relative_to(folder).as_posix() for path in folder.glob("*/config.json"))
+        return sorted([*(path.name for path in folder.iterdir()), *inner])
+    except OSError:
+        return []
+
+
+def no_folder(path: Path) -> str:
+    """A sentence for a model's path that is no folder."""
+    if path.suffix == ".gguf":
+        return f"{path} is a GGUF file, which is quantized already: give the folder or the Hub id of the BF16 model."
+    if path.suffix == ".safetensors":
+        return f"{path} is not a folder: give the folder around it, with config.json and all shards."
+    return f"{path} is not a folder: give the path of a model folder (with config.json) or a Hub id."
+
+
+def no_config(where: str, names: Collection[str]) -> str:
+    """A sentence for a folder or repository without config.json.
 
     Args:
-        single: name of the file of a model in one shard.
-        index: name of the index of a model in several.
+        where: the folder or the Hub model, as messages name it.
+        names: of its files.
     """
-    if found := _names(folder, ("*.gguf",)):
-        return (
-            f"{folder} holds GGUF weights ({found[0]}), which are quantized already: convert "
-            f"from the original BF16 model."
-        )
-    if has_adapter(folder):
-        return (
-            f"{folder} is a LoRA (PEFT) adapter, not a model: merge it into its base model with PEFT's "
-            f"merge_and_unload, save the result, and convert that folder."
-        )
-    if not is_file(folder / "config.json"):
-        return f"{folder / 'config.json'} is missing: every Hugging Face model folder has one."
-    if found := _names(folder, ("*.safetensors",)):
-        return (
-            f"{folder} holds {_listed(found)}, but neither {single} nor {index}, which names the shard of each tensor: "
-            f"download {index} too."
-        )
-    if found := _names(folder, _PICKLES):
-        return (
-            f"{folder} holds only pickle weights ({found[0]}), which can run code when loaded: convert the model to "
-            f"safetensors first."
-        )
-    return f"{folder} holds no {single} and no {index}: download the model's weights."
+    found = None if _shards(names) else _other_weights(where, names)
+    return found or f"{where} holds no config.json, which every Hugging Face model has: {_inner_model(names)}."
 
 
-def missing_shard(folder: Path, name: str, indexed: Iterable[str], index: str) -> str:
-    """A sentence about a shard that the index names and the folder lacks.
+def no_weights(where: str, names: Collection[str]) -> str:
+    """A sentence for a model without model.safetensors and without an index.
 
     Args:
-        indexed: the names of all shards in the index.
+        where: the folder or the Hub model, as messages name it.
+        names: of its files.
     """
-    strays = [found for found in _names(folder, ("*.safetensors",)) if found not in set(indexed)]
+    shards = _shards(names)
+    if shards:
+        return (
+            f"{where} holds {_listed(shards)}, but neither {SINGLE_NAME} nor {INDEX_NAME}, which names the shard of "
+            f"each tensor: download {INDEX_NAME} too."
+        )
+    unfinished = _matching(names, _UNFINISHED)
+    if unfinished:
+        return f"{where} holds an unfinished download ({unfinished[0]}) and no {SINGLE_NAME}: finish the download."
+    return _other_weights(where, names) or f"{where} holds no {SINGLE_NAME} and no {INDEX_NAME}: {_inner_model(names)}."
+
+
+def missing_shards(where: str, indexed: Iterable[str], names: Collection[str]) -> str | None:
+    """A sentence for an index that names shards that are missing; None if all are there.
+
+    Weights that the index does not name belong to another build of the model. Then the missing shards may never have
+    existed, and to download them helps nobody.
+
+    Args:
+        where: the folder or the Hub model, as messages name it.
+        indexed: the shards that the index names.
+        names: of the files that are there.
+    """
+    wanted, there = sorted(set(indexed)), set(names)
+    missing = [name for name in wanted if name not in there]
+    if not missing:
+        return None
+    strays = [name for name in _shards(names) if name not in set(wanted)]
     if strays:
         return (
-            f"{folder}: {index} names {name}, which is missing, and does not fit the files that are there "
+            f"{where}: {INDEX_NAME} names {missing[0]}, which is missing, and does not fit the files that are there "
             f"({_listed(strays)}): download index and shards of the same revision, or remove the index if one file "
             f"holds the whole model."
         )
-    return f"{folder}: shard {name} is missing, but the index names it: download it again."
+    count = f" ({len(missing)} of {len(wanted)} shards are)" if len(missing) > 1 else ""
+    return f"{where}: shard {missing[0]} is missing{count}, but the index names it: download it again."
 
 
-def has_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
-    return is_file(folder / ADAPTER_CONFIG)
+def adapter_beside(names: Collection[str]) -> str | None:
+    """The file of a PEFT adapter among the files of a model, or None."""
+    return next(iter(_matching(names, (ADAPTER_CONFIG, "adapter_model*.safetensors", "adapter_model*.bin"))), None)
 
 
-def _names(folder: Path, patterns: Iterable[str]) -> list[str]:
-    try:
-        return sorted(path.name for pattern in patterns for path in folder.glob(pattern))
-    except OSError:
-        return []
+def _other_weights(where: str, names: Collection[str]) -> str | None:
+    for patterns, description, way_out in _OTHER_WEIGHTS:
+        found = _matching(names, patterns)
+        if found:
+            return f"{where} {description.format(found[0])}: {way_out}."
+    return None
+
+
+def _matching(names: Collection[str], patterns: Iterable[str]) -> list[str]:
+    """The files of the folder itself that fit a pattern, in the order of the patterns and sorted."""
+    flat = sorted(name for name in names if "/" not in name)
+    return [name for pattern in patterns for name in flat if fnmatch(name, pattern)]
+
+
+def _shards(names: Collection[str]) -> list[str]:
+    """The safetensors files that may be the model's own weights."""
+    strays = _matching(names, _STRAYS)
+    return [name for name in _matching(names, ("*.safetensors",)) if name not in strays]
+
+
+def _inner_model(names: Collection[str]) -> str:
+    """The way out of a folder without a model: a folder inside that is one, if there is one."""
+    inner = sorted(name.rpartition("/")[0] for name in names if name.count("/") == 1 and name.endswith("/config.json"))
+    return f"give the path of its folder {inner[0]}, which holds a model" if inner else "download the model's files"
 
 
 def _listed(names: list[str]) -> str:

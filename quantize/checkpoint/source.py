@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .config_sizes import check_sizes
-from .diagnosis import missing_shard, no_model
+from .diagnosis import INDEX_NAME as INDEX_NAME
+from .diagnosis import SINGLE_NAME as SINGLE_NAME
+from .diagnosis import missing_shards, names_in, no_config, no_folder, no_weights
 from .headers import Header, TensorInfo, check_name, read_header
 from .json_text import quoted
 from .json_text import read_json as read_json
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 
     from .hub.repository import HubModel
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 COPY_CHUNK_BYTES = 16 << 20
 MOST_FILE_NAME_BYTES = 240  # file systems take 255, and a copy is written under a longer name first
 MOST_READERS = 4  # threads that read at once: one alone does not fill a fast disk
@@ -164,9 +164,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         InputError: anything missing, damaged or contradictory, each in one sentence.
     """
     if not _is_folder(folder):
-        raise InputError(f"{folder} is not a folder: give the path of a model folder (with config.json) or a Hub id.")
+        raise InputError(no_folder(folder))
+    names = names_in(folder)
     if not os.path.lexists(folder / "config.json"):
-        raise InputError(no_model(folder, SINGLE_NAME, INDEX_NAME))
+        raise InputError(no_config(str(folder), names))
     config = read_json(folder / "config.json", "every Hugging Face model folder has one")
     side_files(folder)  # what is no file is refused now, not when it is copied hours later
     index_path = folder / INDEX_NAME
@@ -175,12 +176,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     elif is_file(folder / SINGLE_NAME):
         files = dict.fromkeys(read_header(folder / SINGLE_NAME).tensors, SINGLE_NAME)
     else:
-        raise InputError(no_model(folder, SINGLE_NAME, INDEX_NAME))
-    shards = {}
-    for name in sorted(set(files.values())):
-        if not is_file(folder / name):
-            raise InputError(missing_shard(folder, name, files.values(), INDEX_NAME))
-        shards[name] = read_header(folder / name)
+        raise InputError(no_weights(str(folder), names))
+    missing = missing_shards(str(folder), files.values(), names)
+    if missing is not None:
+        raise InputError(missing)
+    shards = {name: read_header(folder / name) for name in sorted(set(files.values()))}
     check_index(str(folder), files, shards)
     check_sizes(config, (info for header in shards.values() for info in header.tensors.values()))
     return Checkpoint(folder, config, shards, files)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
-from ..checkpoint.diagnosis import ADAPTER_CONFIG, has_adapter
+from ..checkpoint.diagnosis import adapter_beside, names_in
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import EnvironmentLack, InputError
 from ..format.layouts import FORMAT_NAMES, LAYOUTS
@@ -186,8 +186,9 @@ def make_plan(
     recipe = load_recipe(recipe_name)
     source = open_model(model, revision, low_disk, pin)
     name = model.rstrip("/") if source.hub is None else source.hub.repo
-    if has_adapter(source.folder):
-        say(f"{name} also holds a LoRA adapter ({ADAPTER_CONFIG}), which is not merged and not converted.")
+    adapter = adapter_beside(names_in(source.folder) if source.hub is None else source.hub.files)
+    if adapter is not None:
+        say(f"{name} also holds a LoRA adapter ({adapter}), which nvquant neither merges nor converts.")
     return compute_plan(source, recipe, LAYOUTS[format_name], name), recipe
 
 

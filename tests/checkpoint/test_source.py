@@ -367,7 +367,9 @@ def test_a_missing_or_odd_config_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text("[1]")
     assert refused(folder) == f"{folder / 'config.json'} is not a JSON object: download it again."
     (folder / "config.json").unlink()
-    assert refused(folder) == f"{folder / 'config.json'} is missing: every Hugging Face model folder has one."
+    assert refused(folder) == (
+        f"{folder} holds no config.json, which every Hugging Face model has: download the model's files."
+    )
     (folder / "config.json").mkdir()
     assert "config.json is a folder, not a file" in refused(folder)
 
@@ -375,9 +377,7 @@ def test_a_missing_or_odd_config_is_refused(folder: Path) -> None:
 def test_pickles_are_named_as_the_reason(folder: Path) -> None:
     for path in (FIRST, SECOND, INDEX_NAME):
         (folder / path).unlink()
-    assert refused(folder) == (
-        f"{folder} holds no model.safetensors and no {INDEX_NAME}: download the model's weights."
-    )
+    assert refused(folder) == (f"{folder} holds no model.safetensors and no {INDEX_NAME}: download the model's files.")
     torch.save({}, folder / "pytorch_model.bin")
     assert "pytorch_model.bin" in refused(folder) and "pickle" in refused(folder)
 

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from ...errors import InputError
 from ..config_sizes import check_sizes
 from ..custom_code import MOST_CODE_BYTES, code_names
+from ..diagnosis import missing_shards, no_config, no_weights
 from ..headers import HEADER_LIMIT_BYTES, Header, parse_header, read_header
 from ..shard_bytes import ShardBytes
 from ..sidefiles import SIDE_FILE_PATTERNS, TEMPLATE_FOLDER
@@ -46,10 +47,7 @@ def open_hub_checkpoint(model: HubModel, low_disk: bool = False) -> Checkpoint:
         headers = read_headers(reader, folder, [SINGLE_NAME])
         files = dict.fromkeys(headers[SINGLE_NAME].tensors, SINGLE_NAME)
     else:
-        raise InputError(
-            f"Hub model {model.repo} holds no {SINGLE_NAME} and no {INDEX_NAME}: choose a repository or a revision "
-            f"with safetensors weights."
-        )
+        raise InputError(no_weights(f"Hub model {model.repo}", model.files))
     check_index(model.repo, files, headers)
     check_sizes(config, (info for header in headers.values() for info in header.tensors.values()))
     content: ShardBytes = RemoteShards(reader) if low_disk else DownloadedShards(model)
@@ -63,7 +61,7 @@ def fetch_small_files(model: HubModel) -> Path:
         InputError: there is no config.json, or see `download`.
     """
     if "config.json" not in model.files:
-        raise InputError(f"Hub model {model.repo} has no config.json: it is not a model that transformers knows.")
+        raise InputError(no_config(f"Hub model {model.repo}", model.files))
     names = [name for name in model.files if _is_small(model, name)]
     folder = _fetch(model, names)["config.json"].parent
     while code := [name for name in code_names(folder) if name not in names and _is_code(model, name)]:
@@ -84,12 +82,9 @@ def read_headers(reader: RangeReader, folder: Path, names: list[str]) -> Mapping
     Raises:
         InputError: a shard is not there, or its header is damaged.
     """
-    for name in names:
-        if name not in reader.model.files:
-            raise InputError(
-                f"Hub model {reader.model.repo}: shard {name} is missing although the index names it: choose another "
-                f"revision."
-            )
+    missing = missing_shards(f"Hub model {reader.model.repo}", names, reader.model.files)
+    if missing is not None:
+        raise InputError(missing)
     with ThreadPoolExecutor(_READERS, "headers") as pool:
         try:
             return dict(zip(names, pool.map(lambda name: read_remote_header(reader, folder, name), names), strict=True))

@@ -63,9 +63,10 @@ def test_code_that_auto_map_names_comes_with_its_imports_alone(hub: HubServer, f
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"config.json": None}, "has no config.json"),
-        ({INDEX: None}, "holds no model.safetensors and no model.safetensors.index.json"),
-        ({SECOND: None}, f"shard {SECOND} is missing although the index names it"),
+        ({"config.json": None}, "holds no config.json, which every Hugging Face model has"),
+        ({INDEX: None}, f"holds {FIRST}, {SECOND}, but neither model.safetensors nor model.safetensors.index.json"),
+        ({SECOND: None}, f"shard {SECOND} is missing, but the index names it"),
+        ({INDEX: None, SECOND: None, FIRST: None, "m.gguf": b"GGUF"}, r"holds GGUF weights \(m.gguf\)"),
         ({SECOND: b"short"}, f"{SECOND} is too short for a safetensors file"),
         ({SECOND: b"\xff" * 64}, f"{SECOND} of Org/Broken is not a safetensors file"),
         ({SECOND: (64).to_bytes(8, "little") + b"{" * 64}, "has a header that is not JSON"),
