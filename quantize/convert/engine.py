@@ -30,7 +30,14 @@ from ..recipe.roles import Role
 from .budget import hidden_budget
 from .device import telling_of_full_gpu
 from .journal import Journal
-from .matrices import group_scalars, groups_of_layer, packed_shapes, quantize_group, refuse_damaged
+from .matrices import (
+    group_scalars,
+    groups_of_layer,
+    packed_shapes,
+    quantize_group,
+    refuse_damaged,
+    refuse_damaged_before,
+)
 from .memory import give_back_free_memory
 from .options import ConvertOptions
 from .ranks import Ranks
@@ -234,6 +241,7 @@ class Engine:
                     inputs = ranks.merge(observers, self._sequences, squares)
                 except CheckFailed:
                     refuse_damaged(loaded.tensors)  # a damaged weight is the cause, not the input that it spoiled
+                    refuse_damaged_before(self._plan, loaded.layer)
                     raise
         output, records = self._quantize(groups, loaded, inputs)
         with ranks.step(), telling_of_full_gpu(f"what is written of layer {loaded.layer}"):

@@ -20,6 +20,9 @@ from ..format.scales import global_scale
 from ..plan.plan import Plan, matrix_entries
 from ..quantizers.base import Quantizer
 from ..recipe.groups import FusedGroup
+from ..recipe.roles import Role
+
+_EMBEDDINGS = frozenset({Role.EMBEDDING, Role.PER_LAYER_INPUT})
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,22 @@ def refuse_damaged(weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         if tensor.is_floating_point() and tensor.element_size() > 1:
             weight_amax(tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1), name)
+
+
+def refuse_damaged_before(plan: Plan, layer: int) -> None:
+    """`refuse_damaged` for the tensors that a layer's input depends on and that no quantizer has looked at: embeddings,
+    and the tensors of earlier layers that are copied.
+
+    Raises:
+        NonFiniteError: see there.
+        InputError: a shard vanished, changed or cannot be read.
+    """
+    quantized = {matrix.source for matrix in plan.matrices.values()}
+    embeddings = [name for name, role in plan.selection.roles.items() if role in _EMBEDDINGS]
+    earlier = [name for number, names in plan.tensors_by_layer().items() if number < layer for name in names]
+    for name in (*embeddings, *earlier):
+        if name not in quantized:
+            refuse_damaged({name: plan.source.read(name)})
 
 
 def quantize_group(

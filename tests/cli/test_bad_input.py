@@ -75,15 +75,24 @@ def test_a_damaged_weight_ends_a_calibrated_run_too(refused: Refused, model: Pat
     assert named in refused(2, model, *options)
 
 
-def test_a_damaged_weight_that_is_not_quantized_is_named_too(refused: Refused, model: Path, ids: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("model.layers.1.input_layernorm.weight", 0),
+        ("model.layers.0.self_attn.o_proj.weight", 0),  # of an earlier layer, and copied by the recipe
+        ("model.embed_tokens.weight", 3),
+    ],
+)
+def test_a_damaged_weight_that_is_not_quantized_is_named_too(
+    refused: Refused, model: Path, ids: Path, name: str, row: int
+) -> None:
     for shard in model.glob("*.safetensors"):
         tensors = load_file(shard)
-        for key in tensors:
-            if key == "model.layers.1.input_layernorm.weight":
-                tensors[key][5] = torch.nan
+        if name in tensors:
+            tensors[name].reshape(-1, tensors[name].shape[-1])[row:, 5] = torch.nan
         save_file(tensors, shard, {"format": "pt"})
-    sentence = refused(2, model, "--calibration", ids, "--samples", 2, "--device", "cpu")
-    assert "model.layers.1.input_layernorm.weight holds a NaN or an infinity at row 0, column 5" in sentence
+    sentence = refused(2, model, "--calibration", ids, "--samples", 2, "--device", "cpu", "--recipe", "nvfp4")
+    assert f"{name} holds a NaN or an infinity at row {row}, column 5" in sentence
 
 
 def test_a_missing_folder(refused: Refused, here: Path) -> None:
