@@ -241,9 +241,14 @@ def _model_class(source: Checkpoint) -> Any:
     model_class: Any = getattr(transformers, architecture, None)
     is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     if not is_model:
+        here = f"{source.where}: transformers {transformers.__version__} does not know the architecture {architecture}"
+        if source.config.get("auto_map"):
+            raise EnvironmentLack(
+                f"{here}, and nvquant runs none of the code that auto_map names: convert with a weight-only recipe, "
+                f"and verify with --stage structure or --stage serve."
+            )
         raise EnvironmentLack(
-            f"{source.where}: transformers {transformers.__version__} does not know the architecture {architecture} "
-            f"(the model was made with {wrote}): install a transformers that does, or use a weight-only recipe."
+            f"{here} (the model was made with {wrote}): install a transformers that does, or use a weight-only recipe."
         )
     return model_class
 
