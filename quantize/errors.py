@@ -1,7 +1,7 @@
 """Errors that a user can act on. Each carries the exit code of the command that it ends.
 
-A message is one sentence (two at most) that names the file, tensor or option and the way out; nothing else is printed
-without `--debug`.
+A message is one sentence (two at most) that names the file, tensor or option and the way out. Without `--debug`,
+nothing else is printed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class NvquantError(Exception):
 
 
 class CheckFailed(NvquantError):
-    """Something that was proved or asserted did not hold."""
+    """A check failed."""
 
     exit_code = 1
 
 
 class InputError(NvquantError):
-    """The input or the request is wrong; nothing was written."""
+    """The input or the request is wrong, and nothing was written."""
 
     exit_code = 2
 
@@ -44,14 +44,14 @@ class ShapeError(InputError):
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         super().__init__(
-            f"{name} has shape {list(shape)}, whose last axis is not a multiple of 16: leave it out of the "
+            f"{name} has shape {list(shape)}, whose last axis is not a multiple of 16: remove it from the "
             f"recipe's quantize list."
         )
         self.name, self.shape = name, shape
 
 
 class NonFiniteError(InputError):
-    """A NaN or an infinity in a weight; carries the first position."""
+    """A NaN or an infinity in a weight, with its first position."""
 
     def __init__(self, name: str, row: int, column: int) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Foreign strings as data: what a checkpoint, a server, the Hub or a user names is quoted here before it is written.
+"""Foreign strings as data: names from a checkpoint, a server, the Hub or a user are quoted here before any use.
 
 Every writer (messages, logs, Markdown, HTML, XML, YAML, shell commands, GitHub's workflow commands) takes its functions
 from this module, so that a name, a version or an answer is never more than text in what it becomes a part of.
@@ -42,7 +42,7 @@ HIDDEN = "…"
 
 
 def visible(text: object) -> str:
-    """Text whose control characters, marks of direction and lone surrogates became escapes; None is empty.
+    """Text whose control characters, marks of direction and lone surrogates became escapes. None becomes an empty text.
 
     Line feeds and tabulators stay.
     """
@@ -73,7 +73,7 @@ def without_secrets(text: str) -> str:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether an option or a variable of this name holds what opens something: a key, a token, a password."""
+    """Whether an option or a variable of this name holds a key, a token or a password."""
     return _SECRET_NAME.search(name.strip()) is not None
 
 
@@ -126,7 +126,7 @@ def _with_secrets(words: Iterable[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def json_text(value: object, indent: int | None = 2) -> str:
-    """A value as JSON that can be read as it is, characters that cannot be seen escaped in JSON's own way.
+    """A value as readable JSON, with invisible characters escaped in JSON's own way.
 
     Raises:
         ValueError: it holds a NaN or an infinity.
@@ -145,7 +145,7 @@ def markdown(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """Text in a code span of Markdown, where it makes no link and mentions nobody, whatever it holds."""
+    """Text in a code span of Markdown, where it makes no link and mentions nobody, whatever it contains."""
     line = one_line(text)
     if not line:
         return ""
@@ -171,7 +171,7 @@ def cell(text: str) -> str:
 
 
 def workflow_command(name: str, properties: Mapping[str, str], text: str) -> str:
-    """A command for GitHub's runner, escaped as GitHub's own toolkit does; one line.
+    """A command for GitHub's runner on one line, escaped as GitHub's own toolkit does.
 
     Args:
         name: as `error`.

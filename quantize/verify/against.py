@@ -27,10 +27,10 @@ DTYPE_KEYS = frozenset({"dtype", "torch_dtype"})
 
 
 def check_names(subject: Subject, source: Checkpoint) -> Finding:
-    """Every tensor of the source is there, copied under its name or quantized; nothing is there that it lacks.
+    """Check that every tensor of the source is there, copied under its name or quantized, and no other tensor.
 
-    Other tools may leave out what no server reads: the head of a tied model, keys and values that no layer uses. They
-    may store what was BF16 or FP16 as FP32, which holds the same values, and a tied head as a copy of the embedding.
+    Other tools may skip tensors that no server reads: the head of a tied model, keys and values that no layer uses.
+    They may store BF16 or FP16 as FP32, which has the same values, and a tied head as a copy of the embedding.
     """
     faults = []
     copies = _copies(subject)
@@ -45,18 +45,20 @@ def check_names(subject: Subject, source: Checkpoint) -> Finding:
             if not (
                 _is_same_type(copied, info) or _is_widened(subject, copied, info) or _is_padded(subject, copied, info)
             ):
-                faults.append(f"{name} is {copied.dtype} {list(copied.shape)}, was {info.dtype} {list(info.shape)}")
+                faults.append(
+                    f"{name} is {copied.dtype} {list(copied.shape)}, but the source has {info.dtype} {list(info.shape)}"
+                )
         elif leaf != "weight" or module not in subject.matrices:
             faults.append(f"{name} is missing")
         elif module in subject.sound and (shape := _shape(subject, module)) != info.shape:
-            faults.append(f"{module} is quantized as {list(shape)}, was {list(info.shape)}")
+            faults.append(f"{module} is quantized as {list(shape)}, but the source has {list(info.shape)}")
     added = [name for name in copies if name not in infos and not _is_kv_scale(subject, name)]
     copied_head = _equal_copy(subject.checkpoint) if added and subject.manifest is None else frozenset()
     faults += [f"{name} is added" for name in added if name not in copied_head]
     faults += [f"{module} is quantized, but the source has no such weight" for module in subject.matrices
                if f"{module}.weight" not in infos]  # fmt: skip
     words = f"{counted(len(infos), 'source tensor')}, {len(subject.matrices):,} of them quantized"
-    return Finding(f"{words}, {len(left_out)} left out that no server reads" if left_out else words, faults)
+    return Finding(f"{words}, {len(left_out)} skipped that no server reads" if left_out else words, faults)
 
 
 def _is_same_type(copied: TensorInfo, info: TensorInfo) -> bool:
@@ -90,7 +92,7 @@ def _equal_copy(checkpoint: Checkpoint) -> frozenset[str]:
 
 
 def _copies(subject: Subject) -> dict[str, TensorInfo]:
-    """What is no part of a quantized matrix, by name."""
+    """The tensors that belong to no quantized matrix, by name."""
     return {name: subject.infos[name] for name in subject.roles}
 
 
@@ -103,7 +105,7 @@ def _is_kv_scale(subject: Subject, name: str) -> bool:
 
 
 def check_untouched(subject: Subject, source: Checkpoint) -> Finding:
-    """What is not quantized has the source's bytes, every one of them; what another tool stored in FP32, its values."""
+    """Check that unquantized tensors have all of the source's bytes, or its values where another tool stored FP32."""
     infos = source.infos()
     copies = _copies(subject)
     names = [
@@ -120,7 +122,7 @@ def check_untouched(subject: Subject, source: Checkpoint) -> Finding:
         lambda name: _first_difference(subject.checkpoint, source, name), names, subject.progress, "comparing tensors"
     )
     faults = [
-        f"{name} differs from byte {at:,} of {infos[name].nbytes:,} on"
+        f"{name} differs from the source, from byte {at:,} of {infos[name].nbytes:,} on"
         for name, at in zip(names, found, strict=True)
         if at is not None
     ]
@@ -128,10 +130,10 @@ def check_untouched(subject: Subject, source: Checkpoint) -> Finding:
     widened = [name for name in names if _is_widened(subject, copies[name], infos[name])]
     more = sum(copies[name].nbytes - infos[name].nbytes for name in widened)
     words = f"{counted(len(names), 'tensor')}, {size:,} bytes"
-    words += f"; {len(widened)} stored in FP32, {more:,} bytes for nothing" if widened else ""
+    words += f", {len(widened)} stored in FP32 with {more:,} unnecessary bytes" if widened else ""
     for name in names:
         if _is_padded(subject, copies[name], infos[name]):
-            words += f"; {name} has {copies[name].shape[0] - infos[name].shape[0]:,} rows more"
+            words += f", {name} has {copies[name].shape[0] - infos[name].shape[0]:,} extra rows"
     return Finding(words, faults)
 
 
@@ -150,10 +152,10 @@ def _first_difference(one: Checkpoint, other: Checkpoint, name: str) -> int | No
 
 
 def check_config_source(subject: Subject, source: Checkpoint) -> Finding:
-    """config.json says of the model what the source's says; only `quantization_config` is new.
+    """Check that config.json describes the model as the source's does, with `quantization_config` as the only new key.
 
-    Of another tool's output, the keys that name the program that wrote the file may differ; the dtype and the
-    size of the vocabulary too, where the tensors have it.
+    In another tool's output, the keys that name the program that wrote the file may differ. The dtype and the size of
+    the vocabulary may differ too, where the tensors match them.
     """
     allowed = {"quantization_config"} | (PROVENANCE_KEYS if subject.manifest is None else frozenset())
     infos = source.infos()
@@ -181,13 +183,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) ->
         elif isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
             yield from _differences(old[key], new[key], f"{path}.")
         elif old[key] != new[key] or type(old[key]) is not type(new[key]):
-            yield path, f"{path} is {new[key]!r}, was {old[key]!r}"
+            yield path, f"{path} is {new[key]!r}, but the source has {old[key]!r}"
 
 
 def check_side_files(subject: Subject, source: Checkpoint) -> Finding:
-    """Every side file of the source (tokenizer, chat template, licence ...) is there, byte for byte.
+    """Check that every side file of the source (tokenizer, chat template, licence ...) is there, byte for byte.
 
-    Another tool's JSON may say the same in other bytes, except for the keys that name the program that wrote it.
+    Another tool's JSON may have other bytes with the same content, except for the keys that name the program that
+    wrote it.
     """
     names = side_files(source.folder)
     faults = []

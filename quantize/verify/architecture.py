@@ -1,4 +1,4 @@
-"""Checks of what config.json says of the model against the tensors that are there, and of these tensors' numbers."""
+"""Checks of the model's description in config.json against the stored tensors, and of these tensors' numbers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 def check_architecture(subject: Subject) -> Finding:
-    """Every decoder layer that the config counts is there and no other, the embedding has a row for each token, and a
-    head that the config does not tie to it is stored."""
+    """Check that exactly the decoder layers that the config counts are there, that the embedding has a row for each
+    token, and that a head that the config does not tie to it is stored."""
     prefix = decoder_prefix(subject.shapes, subject.config)
     layers = {layer_index(name, prefix) for name in subject.infos} - {None}
     faults = [*_wrong_layers(subject, {layer for layer in layers if layer is not None}), *_wrong_vocabulary(subject)]
@@ -52,7 +52,7 @@ def _wrong_layers(subject: Subject, layers: set[int]) -> Iterator[str]:
 
 
 def _wrong_vocabulary(subject: Subject) -> Iterator[str]:
-    """An embedding with other rows than the config counts, unless its class builds more of them (as Mllama does); vLLM
+    """An embedding with other rows than the config counts, unless its class builds more of them (as Mllama does). vLLM
     refuses all others as it loads them (`VocabParallelEmbedding.weight_loader`)."""
     size = config_value(subject.config, "vocab_size")
     name = token_embedding({name: subject.infos[name].shape for name in subject.roles}, subject.config)
@@ -64,7 +64,7 @@ def _wrong_vocabulary(subject: Subject) -> Iterator[str]:
 
 
 def check_unquantized(subject: Subject) -> Finding:
-    """No tensor that is not quantized holds a NaN."""
+    """Check that no unquantized tensor contains a NaN."""
     infos = [subject.infos[name] for name in subject.roles if subject.infos[name].dtype in FLOATS]
     if subject.is_remote:
         return not_read(f"{counted(len(infos), 'tensor')}, {sum(info.nbytes for info in infos):,} bytes")
@@ -74,7 +74,7 @@ def check_unquantized(subject: Subject) -> Finding:
 
 
 def _first_nan(subject: Subject, info: TensorInfo) -> int:
-    """Number of the first element that is a NaN; -1 for none."""
+    """The number of the first element that is a NaN, or -1."""
     dtype = torch_dtype(info.dtype)
     for begin, piece in pieces(subject.checkpoint, info.name):
         values = torch.frombuffer(piece, dtype=dtype)

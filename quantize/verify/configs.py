@@ -1,4 +1,4 @@
-"""Checks of what the configs say against what the tensors are."""
+"""Checks of the configs against the tensors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PACKED_FORMAT = "nvfp4-pack-quantized"
 
 
 def check_layout(subject: Subject) -> Finding:
-    """The quantization method that config.json names is the one whose tensor names, formats and files are there.
+    """Check that the tensor names, formats and files are those of the quantization method that config.json names.
 
     Older exports of modelopt have hf_quant_config.json alone, by which vLLM finds them too.
     """
     method = subject.method
     counts = layouts_present(subject.infos)
     looked_at = ", ".join(
-        [f"quant_method {method}", *(f"{n:,} tensors named as {name} does" for name, n in counts.items())]
+        [f"quant_method {method}", *(f"{n:,} tensors with the names of {name}" for name, n in counts.items())]
     )
     faults = []
     is_legacy = "quantization_config" not in subject.config and method == "modelopt"
@@ -36,14 +36,14 @@ def check_layout(subject: Subject) -> Finding:
         faults.append("config.json has no quantization_config")
     elif method not in LAYOUTS:
         faults.append(f"quant_method is {method}, not one of {', '.join(LAYOUTS)}")
-    faults += [f"{n:,} tensors are named as {name} does" for name, n in counts.items() if name != method]
+    faults += [f"{n:,} tensors have the names of {name}" for name, n in counts.items() if name != method]
     if not subject.matrices:
         faults.append("no tensor is packed")
     if method == "modelopt" and not is_legacy:
         faults += _unequal_hf_quant_config(subject)
     elif method == "compressed-tensors":
         if (subject.folder / HF_QUANT_CONFIG).exists():
-            faults.append(f"{HF_QUANT_CONFIG} stands beside a config.json that is not modelopt's")
+            faults.append(f"{HF_QUANT_CONFIG} lies beside a config.json that is not modelopt's")
         faults += _wrong_formats(subject.quantization)
     return Finding(looked_at, faults)
 
@@ -65,7 +65,7 @@ def _unequal_hf_quant_config(subject: Subject) -> list[str]:
     except InputError as error:
         return [str(error)]
     if not isinstance(nested, Mapping):
-        return [f"{HF_QUANT_CONFIG} has no quantization"]
+        return [f"{HF_QUANT_CONFIG} has no key quantization"]
     stated = {
         "quant_algo": subject.quantization.get("quant_algo"),
         "kv_cache_quant_algo": "FP8" if subject.quantization.get("kv_cache_scheme") else None,
@@ -75,7 +75,7 @@ def _unequal_hf_quant_config(subject: Subject) -> list[str]:
     found = {key: nested.get(key) for key in stated}
     found["exclude_modules"] = _sorted(found["exclude_modules"])
     return [
-        f"{key} follows as {stated[key]} from config.json, but is {found[key]} in {HF_QUANT_CONFIG}"
+        f"{key} is {found[key]} in {HF_QUANT_CONFIG}, but {stated[key]} by config.json"
         for key in stated
         if stated[key] != found[key] and not (key == "group_size" and stated[key] is None)
     ]
@@ -93,17 +93,17 @@ def _sorted(entries: object) -> list[str]:
 
 
 def check_config(subject: Subject) -> Finding:
-    """Under vLLM's own matching rules every quantized layer gets a scheme that fits it, and no other layer gets any.
+    """Check that vLLM's own matching rules give every quantized layer a scheme that fits it, and no other layer any.
 
-    A single matrix without its input scale is a fault of that matrix; here it counts whether a scheme fits any at all.
+    A single matrix without its input scale is a fault of that matrix. This check finds schemes that fit no matrix.
     """
     layers = served_layers(subject)
     faults = []
     for layer in layers:
         if layer.quantized and layer.verdict not in SCHEMES:
-            faults.append(f"{layer.name} is quantized, but the config makes it {layer.verdict}")
+            faults.append(f"{layer.name} is quantized, but config.json makes it {layer.verdict}")
         elif not layer.quantized and layer.verdict != UNQUANTIZED:
-            faults.append(f"{layer.name} is not quantized, but the config makes it {layer.verdict}")
+            faults.append(f"{layer.name} is not quantized, but config.json makes it {layer.verdict}")
     for scheme in SCHEMES:
         matrices = [
             subject.matrices[module] for layer in layers if layer.verdict == scheme for module in layer.quantized
@@ -111,16 +111,16 @@ def check_config(subject: Subject) -> Finding:
         with_input = sum(matrix.has_input_scale for matrix in matrices)
         if matrices and with_input == (0 if scheme == W4A4 else len(matrices)):
             faults.append(
-                f"the config gives {scheme} to {len(matrices)} matrices, of which {with_input} have an input scale"
+                f"config.json assigns {scheme} to {len(matrices)} matrices, but {with_input} of them have an input "
+                f"scale"
             )
     quantized = sum(bool(layer.quantized) for layer in layers)
-    return Finding(
-        f"{quantized} quantized and {len(layers) - quantized} other layers as served, under vLLM's rules", faults
-    )
+    return Finding(f"{quantized} quantized and {len(layers) - quantized} other layers under vLLM's rules", faults)
 
 
 def check_matrices(subject: Subject) -> Finding:
-    """Each quantized matrix has exactly the tensors of its layout and scheme, with their dtypes and shapes."""
+    """Check that each quantized matrix has exactly the tensors of its layout and scheme, with their dtypes and
+    shapes."""
     faults = [fault for matrix in subject.matrices.values() for fault in matrix.faults]
     for scheme in SCHEMES:
         modules = [m for layer in served_layers(subject) if layer.verdict == scheme for m in layer.quantized]
@@ -128,7 +128,7 @@ def check_matrices(subject: Subject) -> Finding:
         if 0 < len(without) < len(modules):
             odd = without if scheme == W4A4 else [module for module in modules if module not in without]
             name = subject.layout.input_global
-            faults += [f"{module} {'lacks' if scheme == W4A4 else 'also holds'} {name}" for module in odd]
+            faults += [f"{module} {'lacks' if scheme == W4A4 else 'also has'} {name}" for module in odd]
     tensors = sum(len(matrix.parts) for matrix in subject.matrices.values())
     return Finding(
         f"{len(subject.matrices)} matrices of {tensors:,} tensors, {len(subject.infos) - tensors:,} other tensors",
@@ -137,7 +137,8 @@ def check_matrices(subject: Subject) -> Finding:
 
 
 def check_kv_cache(subject: Subject) -> Finding:
-    """The KV cache's scheme is one that servers take, is what the recipe asks, and its scales are positive scalars."""
+    """Check that servers accept the KV cache's scheme, that the recipe requires it, and that its scales are positive
+    scalars."""
     scheme = subject.quantization.get("kv_cache_scheme")
     scales = [name for name in subject.infos if split_name(name)[1] in KV_SCALES]
     faults = []
@@ -146,7 +147,7 @@ def check_kv_cache(subject: Subject) -> Finding:
     if isinstance(subject.manifest, Manifest) and (scheme is not None) != (
         subject.manifest.recipe.kv_cache.dtype == "fp8"
     ):
-        faults.append(f"kv_cache_scheme is {scheme}, but the recipe asks for {subject.manifest.recipe.kv_cache.dtype}")
+        faults.append(f"kv_cache_scheme is {scheme}, but the recipe requires {subject.manifest.recipe.kv_cache.dtype}")
     if scales and scheme is None:
         faults.append(f"{scales[0]} is stored although the config has no kv_cache_scheme")
     for name in scales:

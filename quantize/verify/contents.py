@@ -1,4 +1,4 @@
-"""What a checkpoint consists of, for reports: its name, layout, recipe, and its bytes by group."""
+"""The contents of a checkpoint, for reports: its name, layout, recipe, and its bytes by group."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
     """The part `checkpoint` of a report's document.
 
     Returns:
-        names without folders; `recipe`, `quantizer` and `made_by` are None where no manifest tells; `groups` are roles,
-        with the bytes that they take here and took in the source; the hashes of `checkpoint_identity`.
+        Names without folders. `recipe`, `quantizer` and `made_by` are None without a manifest. `groups` are roles, with
+        the bytes that they take here and took in the source. The hashes are those of `checkpoint_identity`.
     """
     manifest = subject.manifest if isinstance(subject.manifest, Manifest) else None
     groups: dict[str, dict[str, Any]] = {}
@@ -51,8 +51,8 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
 
 
 def checkpoint_identity(folder: Path) -> dict[str, str | None]:
-    """What tells whether a report is of this checkpoint: sha256 of the manifest, which holds the hash of every shard,
-    and of config.json, which says how they are read; None for a file that is not there."""
+    """The hashes that tie a report to this checkpoint: sha256 of the manifest, which lists the hash of every shard, and
+    of config.json, which describes how to read them. None for a file that is not there."""
     names = {"manifest_sha256": MANIFEST_NAME, "config_sha256": "config.json"}
     paths = {key: folder / name for key, name in names.items()}
     return {key: file_sha256(path) if path.is_file() else None for key, path in paths.items()}
@@ -61,7 +61,7 @@ def checkpoint_identity(folder: Path) -> dict[str, str | None]:
 def _tensors(subject: Subject) -> Iterator[tuple[str, str, TensorInfo]]:
     """Each tensor with the name that it has in the source, and the group that it is counted to."""
     for module, matrix in subject.matrices.items():
-        scheme = "NVFP4 W4A4" if matrix.has_input_scale else "NVFP4, weights only"
+        scheme = "NVFP4 W4A4" if matrix.has_input_scale else "NVFP4 weight-only"
         label = f"{_words(subject.model_roles[f'{module}.weight'])}, {scheme}"
         for info in matrix.parts.values():
             yield f"{module}.weight", label, info

@@ -1,7 +1,7 @@
-"""Whether generated text still is text: loops, and characters that no text has.
+"""Detection of generated text that degenerated: loops, and characters that no text has.
 
-The limits stand where real text and healthy models do not reach (docs/serving.md, "Degeneration", has the counts).
-Greedy output is no judge: small healthy models loop when they may not choose, so answers are sampled.
+Real text and healthy models stay within the limits (docs/serving.md, "Degeneration", has the counts). Greedy output is
+no evidence, because small healthy models loop without sampling. Answers are therefore sampled.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ LEAST_TOKENS = 32  # in fewer nothing can be judged
 
 
 def fault_of(text: str, ids: Sequence[int]) -> str | None:
-    """What makes an answer no text, in words; None for one that may be text.
+    """Describe why an answer is not text. Returns None for an answer that may be text.
 
     Args:
         text: the answer.
-        ids: its tokens; may be empty for a server that does not give them.
+        ids: its tokens, or nothing from a server that does not return them.
     """
     broken = broken_characters(text)
     if broken > MOST_BROKEN_CHARACTERS:
@@ -40,10 +40,10 @@ def fault_of(text: str, ids: Sequence[int]) -> str | None:
 
 
 def longest_loop(ids: Sequence[int]) -> tuple[int, int]:
-    """Tokens of the longest stretch that repeats its first tokens at least three times over, and how many those are.
+    """Find the longest stretch of tokens that repeats its first tokens at least three times.
 
     Returns:
-        (length of the stretch, length of its period), (0, 0) where nothing repeats so.
+        (length of the stretch, length of its period), or (0, 0).
     """
     best = (0, 0)
     for period in range(1, min(MOST_PERIOD, len(ids) // LEAST_TURNS) + 1):
@@ -56,7 +56,7 @@ def longest_loop(ids: Sequence[int]) -> tuple[int, int]:
 
 
 def broken_characters(text: str) -> int:
-    """Characters that stand for broken bytes, control something, or mean nothing.
+    """Count the characters that stand for broken bytes, control something, or have no meaning.
 
     Replacement characters at either end do not count: the limit may have cut a character in two.
     """

@@ -1,7 +1,7 @@
-"""What a server's loader needs, counted in the headers before any stage that takes minutes.
+"""Checks that a server's loader finds all tensors, made on the headers before any stage that takes minutes.
 
-vLLM does not check a quantized checkpoint for tensors that are missing: it starts, and answers with whatever lay in the
-memory of a scale or a norm that nothing filled (0.32, `track_weights_loading`).
+vLLM does not check a quantized checkpoint for missing tensors. It starts, and answers with the contents of
+uninitialized memory for a scale or a norm that nothing filled (0.32, `track_weights_loading`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ COMPLETE = "complete"
 
 
 def loading_checks(subject: Subject, is_proved: bool) -> Iterator[Check]:
-    """The checks of headers and configs that fail, for stages that stand without the structure.
+    """The checks of headers and configs that fail, for stages that run without the stage structure.
 
     Args:
-        is_proved: the structure has been proved before, so that only what it leaves out is counted.
+        is_proved: whether the structure was verified before. Only checks outside of it run then.
     """
     headers = Check(STAGE, "headers", check_headers(subject))
     if not headers.passed:
@@ -42,14 +42,13 @@ def loading_checks(subject: Subject, is_proved: bool) -> Iterator[Check]:
 
 
 def check_complete(subject: Subject) -> Finding:
-    """Every tensor that the model's class has is stored, in the shape that config.json describes, and every W4A4 matrix
-    has its input scale.
+    """Check that every tensor of the model's class is stored, in the shape that config.json describes, and that every
+    W4A4 matrix has its input scale.
 
-    Where transformers does not know the class, or the checkpoint names its tensors otherwise, only input scales are
-    looked at.
+    Where transformers does not know the class, or the checkpoint uses other names, only input scales are checked.
     """
     scales = [
-        f"{module} lacks {subject.layout.input_global}, which its W4A4 scheme needs"
+        f"{module} lacks {subject.layout.input_global}, which its scheme W4A4 requires"
         for layer in served_layers(subject)
         if layer.verdict == W4A4
         for module in layer.quantized
@@ -70,7 +69,7 @@ def check_complete(subject: Subject) -> Finding:
 
 
 def _wanted(subject: Subject) -> tuple[Mapping[str, tuple[int, ...]], str]:
-    """What the model's decoder has, and what precedes a layer's number; nothing where that cannot be known."""
+    """The tensors of the model's decoder, and the prefix of a layer's number. Empty where they are unknown."""
     try:
         model = ServedModel(subject)
         return wanted_shapes(model.checkpoint, model.prefix), model.prefix

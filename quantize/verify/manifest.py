@@ -1,4 +1,4 @@
-"""`nvquant_manifest.json` as verification reads it: checked for form, since it may have been edited or damaged."""
+"""The reader of `nvquant_manifest.json`, which checks its form because somebody may have edited or damaged it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class RecordedInput:
-    """What calibration observed at a group's input, and the amax that its scale was made from."""
+    """The observations of calibration at a group's input, and the amax behind its scale."""
 
     observed_amax: float
     low_percentile: float
@@ -24,10 +24,10 @@ class RecordedInput:
 
 @dataclass(frozen=True)
 class RecordedGroup:
-    """What the manifest says of a fused group.
+    """The manifest's entry of a fused group.
 
     Attributes:
-        file: the shard that holds it.
+        file: the shard that contains it.
         input: None for a weight-only scheme.
     """
 
@@ -42,11 +42,11 @@ class RecordedGroup:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the manifest says of a run.
+    """The manifest's entries of a run.
 
     Attributes:
         version: of the nvquant that ran.
-        framing: how the calibration's samples were made; None without calibration.
+        framing: how the calibration's samples were made. None without calibration.
         files: sha256 by file name.
     """
 
@@ -63,7 +63,7 @@ def read_manifest(folder: Path) -> Manifest | str | None:
     """Read the manifest of a checkpoint.
 
     Returns:
-        None where there is none; a sentence on what is wrong with it, where it cannot be used.
+        None where there is none, or a sentence on why it cannot be used.
     """
     if not (folder / MANIFEST_NAME).exists():
         return None

@@ -1,4 +1,4 @@
-"""The quantized matrices of a checkpoint, found by the names of their tensors, and what is wrong with these."""
+"""The quantized matrices of a checkpoint, found by the names of their tensors, and their faults."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _MAY_STAND_BESIDE = ("bias", *KV_SCALES)
 
 @dataclass(frozen=True)
 class Matrix:
-    """A quantized matrix as it is stored, be it whole or not.
+    """A quantized matrix as it is stored, complete or not.
 
     Attributes:
         module: name of its module.
         parts: its tensors.
-        faults: what is wrong with their names, dtypes and shapes; the input global scale may be absent.
+        faults: in their names, dtypes and shapes. The input global scale may be absent.
     """
 
     module: str
@@ -60,7 +60,7 @@ def split_name(tensor: str) -> tuple[str, str]:
 
 
 def layouts_present(infos: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """How many tensors have a name that only one layout uses, by the layout's name."""
+    """The number of tensors with a name that only one layout uses, by the layout's name."""
     own = {
         leaf: layout.name
         for layout, other in ((COMPRESSED_TENSORS, MODELOPT), (MODELOPT, COMPRESSED_TENSORS))
@@ -97,7 +97,7 @@ def _matrix(module: str, tensors: Mapping[str, TensorInfo], layout: Layout) -> M
     names = dict(zip(PARTS, layout.suffixes, strict=True))
     parts = {part: tensors[leaf] for part, leaf in names.items() if leaf in tensors}
     faults = [f"{module} lacks {names[part]}" for part in REQUIRED if part not in parts]
-    faults += [f"{module} also holds {leaf}" for leaf in _strangers(tensors, names.values())]
+    faults += [f"{module} also has {leaf}" for leaf in _strangers(tensors, names.values())]
     faults += _wrong_dtypes(parts) or _wrong_shapes(parts)
     return Matrix(module, parts, tuple(faults))
 
@@ -121,7 +121,8 @@ def _wrong_shapes(parts: Mapping[Part, TensorInfo]) -> list[str]:
         wanted = (packed.shape[0], packed.shape[1] * 2 // BLOCK)
         if scales.shape != wanted:
             faults.append(
-                f"{scales.name} has shape {list(scales.shape)}, not {list(wanted)} as {list(packed.shape)} packed asks"
+                f"{scales.name} has shape {list(scales.shape)}, not {list(wanted)} as the packed {list(packed.shape)} "
+                f"requires"
             )
     scalars = [parts[part] for part in ("weight_global", "input_global") if part in parts]
     return faults + [

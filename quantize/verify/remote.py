@@ -1,4 +1,4 @@
-"""A checkpoint on the Hub under proof: downloaded whole, or by ranges, of which headers and scales are enough for most
+"""A checkpoint on the Hub to verify: downloaded completely, or read by ranges. Headers and scales are enough for most
 checks of the stage structure."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUFFIX = ".safetensors"
 
 
 def fetch_checkpoint(model: HubModel, progress: Progress) -> Path:
-    """Download a checkpoint whole, each file proved by its published hash; returns its folder in the Hub's cache.
+    """Download a complete checkpoint, each file checked by its published hash. Returns its folder in the Hub's cache.
 
     Raises:
         InputError: see `download`.
@@ -37,11 +37,11 @@ def fetch_checkpoint(model: HubModel, progress: Progress) -> Path:
 
 @contextmanager
 def remote_subject(model: HubModel, progress: Progress) -> Iterator[Subject]:
-    """A checkpoint that is read by ranges: its small files and headers now, other tensors when a check asks for them,
-    each once.
+    """Open a checkpoint that is read by ranges: its small files and headers now, other tensors when a check requires
+    them, each once.
 
     Raises:
-        InputError: no NVFP4 checkpoint, or the network.
+        InputError: it is no NVFP4 checkpoint, or the network failed.
     """
     folder = fetch_small_files(model)
     reader = RangeReader(model)
@@ -49,7 +49,7 @@ def remote_subject(model: HubModel, progress: Progress) -> Iterator[Subject]:
     damaged = []
     names = shards_of(model)
     if not names:
-        raise InputError(f"Hub model {model.repo} holds no {SUFFIX} file: it is not a checkpoint that vLLM reads.")
+        raise InputError(f"Hub model {model.repo} contains no {SUFFIX} file: name a checkpoint that vLLM reads.")
     for at, name in enumerate(names):
         progress(at, len(names), "reading headers")
         try:
@@ -76,7 +76,7 @@ def shards_of(model: HubModel) -> list[str]:
 
 
 def unread_bytes(subject: Subject) -> int:
-    """Bytes of a remote checkpoint's tensors that no check read; 0 for one that is here."""
+    """The bytes of a remote checkpoint's tensors that no check read, or 0 for a local checkpoint."""
     if not isinstance(subject.content, RemoteShards):
         return 0
     read = subject.content.names_read

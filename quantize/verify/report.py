@@ -1,4 +1,4 @@
-"""What verification says: one verdict a check, and the verdict over all of them."""
+"""The results of verification: one verdict a check, and the verdict over all of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ NOT_READ = "not read from the Hub"
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        looked_at: what it looked at, in numbers; why it does not apply, where it does not.
-        faults: one phrase an offender, its name first, with the numbers; empty where the check passed.
+        looked_at: the things that it read, in numbers, or why the check does not apply.
+        faults: one phrase an offender, its name first, with the numbers. Empty where the check passed.
     """
 
     looked_at: str
@@ -27,7 +27,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """One check's verdict."""
+    """A check with its verdict."""
 
     stage: str
     name: str
@@ -40,7 +40,7 @@ class Check:
 
     @property
     def is_unread(self) -> bool:
-        """Whether it passed for want of reading: its bytes stayed on the Hub."""
+        """Whether it passed only because its bytes stayed on the Hub."""
         return self.finding.looked_at.startswith(NOT_READ)
 
     @property
@@ -52,11 +52,11 @@ class Check:
 
     @property
     def detail(self) -> str:
-        """One line: what was looked at, and the first few faults."""
+        """One line: the things that were read, and the first few faults."""
         return "; ".join([self.finding.looked_at, *self.shown_faults])
 
     def as_json(self) -> dict[str, Any]:
-        """The check in the document of `verify --json`."""
+        """Returns the check in the document of `verify --json`."""
         return {
             "stage": self.stage,
             "name": self.name,
@@ -72,9 +72,9 @@ class Report:
     """The verdict over all checks, in the order in which they were done.
 
     Attributes:
-        checkpoint: what was proved: its name, layout, recipe and sizes by group.
-        numerics: what the stage `numerics` measured; None where it did not run.
-        serve: what the stage `serve` saw; None where it did not run.
+        checkpoint: its name, layout, recipe and sizes by group.
+        numerics: the numbers of the stage `numerics`. None where it did not run.
+        serve: the results of the stage `serve`. None where it did not run.
     """
 
     checks: tuple[Check, ...]
@@ -88,7 +88,7 @@ class Report:
         return all(check.passed for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
-        """The document of `verify --json`; see `plain_json`."""
+        """Returns the document of `verify --json`. See `plain_json`."""
         document: dict[str, Any] = plain_json(
             {
                 "passed": self.passed,
@@ -102,8 +102,10 @@ class Report:
 
 
 def plain_json(value: Any) -> Any:
-    """A value in JSON's own types. JSON has no NaN and no infinity: they become the strings "NaN", "Infinity" and
-    "-Infinity", which no comparison with a limit takes for a small number, as it would take null."""
+    """Returns a value in JSON's own types.
+
+    JSON has no NaN and no infinity. They become the strings "NaN", "Infinity" and "-Infinity", which no comparison with
+    a limit mistakes for a small number. It could mistake null for one."""
     if isinstance(value, Mapping):
         return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -125,4 +127,4 @@ def not_applicable(why: str) -> Finding:
 
 def not_read(what: str) -> Finding:
     """A check of bytes that are not read over the network, which is no fault and no proof."""
-    return Finding(f"{NOT_READ}: {what}; without --stage, verify downloads and reads them")
+    return Finding(f"{NOT_READ}: {what} (run verify without --stage to download and read them)")

@@ -39,14 +39,14 @@ LOADABLE = READABLE | {"architecture"}
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What to prove, and how.
+    """The options of a verification.
 
     Attributes:
         stages: of `STAGES`, run in that order.
-        numerics: of the stage numerics; the emulation that the stage serve compares with runs on its device.
+        numerics: of the stage numerics. The emulation that the stage serve compares with runs on its device.
         serve: of the stage serve.
-        log_folder: where the server's log is kept; a temporary folder that stays where a check failed, if not given.
-        by_ranges: read of a model on the Hub only headers and scales; for the stage structure alone.
+        log_folder: for the server's log. Without it, a temporary folder, which stays where a check failed.
+        by_ranges: whether only headers and scales of a model on the Hub are read. Only for the stage structure.
     """
 
     stages: Sequence[Stage]
@@ -57,13 +57,13 @@ class VerifyOptions:
 
 
 class Verification:
-    """A checkpoint under proof.
+    """The verification of a checkpoint.
 
     Args:
-        checkpoint: its folder, or a model on the Hub: read by ranges where structure is all that is asked for, else
-            downloaded whole.
-        source: what it was made from; the stage numerics needs it.
-        progress: called with (done, total, phase) by what takes long.
+        checkpoint: its folder, or a model on the Hub, which is read by ranges for the stage structure alone, and else
+            downloaded completely.
+        source: the model that it was made from. The stage numerics requires it.
+        progress: called with (done, total, phase) by long steps.
     Raises:
         InputError: the stage numerics without a source.
     """
@@ -83,7 +83,7 @@ class Verification:
         """Every check, each yielded when it is done.
 
         Raises:
-            InputError: the folder holds no NVFP4 checkpoint, or what a stage raises.
+            InputError: the folder contains no NVFP4 checkpoint, or a stage raised it.
         """
         with self._open() as subject:
             self._subject = subject
@@ -93,7 +93,7 @@ class Verification:
             self._unread_bytes = unread_bytes(subject)
 
     def report(self) -> Report:
-        """What was found so far."""
+        """The results so far."""
         checkpoint = {} if self._subject is None else describe_checkpoint(self._subject, self._source)
         if self._unread_bytes:
             checkpoint["unread_bytes"] = self._unread_bytes
@@ -172,12 +172,12 @@ class Verification:
 
     def _failed(self, needed: frozenset[str]) -> list[str]:
         failed = [check.name for check in self._checks if check.name in needed and not check.passed]
-        return [f"the checks {', '.join(failed)} must hold first"] if failed else []
+        return [f"the checks {', '.join(failed)} must pass first"] if failed else []
 
 
 def _reference_ids(subject: Subject) -> list[int] | None:
-    """A reference text in the checkpoint's own tokens; None where its tokenizer cannot make one, which the stage's own
-    check tells of."""
+    """A reference text in the checkpoint's own tokens. None where its tokenizer cannot make one, which a check of the
+    stage reports."""
     try:
         return reference_ids(subject.folder, subject.config)
     except InputError:

@@ -1,4 +1,4 @@
-"""The stage `serve`: a real server loads the checkpoint, and answers."""
+"""The stage `serve`: a real server loads the checkpoint and answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .served_tokens import OwnTokenizer, check_tokens
 from .subject import Subject
 
 STAGE = "serve"
-_SAID = {"w4a4": "W4A4", "weight_only": "weights only"}
+_SAID = {"w4a4": "W4A4", "weight_only": "weight-only"}
 
 
 def serve_checks(
@@ -36,7 +36,7 @@ def serve_checks(
     folder: Path,
     progress: Callable[[str], None],
 ) -> Iterator[Check]:
-    """Every check of the stage, each yielded when it is done; see `ServeStage`."""
+    """Run every check of the stage, each yielded when it is done. See `ServeStage`."""
     yield from ServeStage(subject, options, emulate, ids, folder, progress).run()
 
 
@@ -44,15 +44,15 @@ class ServeStage:
     """One run of the stage.
 
     Args:
-        subject: the checkpoint; whether it can be read for what it is does not matter before `logprobs`.
-        emulate: gives the natural-log likelihood of each id but the first under an arithmetic, from the files alone;
+        subject: the checkpoint. Before `logprobs`, it need not be sound.
+        emulate: returns the natural-log likelihood of each id but the first under an arithmetic, from the files alone.
             None where the numbers cannot be compared.
-        ids: a reference text, framed as the model wants it; None where there is none.
-        folder: where the server's log is kept.
-        progress: called with what is going on, in words.
-        source: what was measured of the source: where it knows no text, as with random weights, none is asked of the
-            checkpoint, and where its own tokens are noise in 16 bits, none is held.
-        capability: compute capability of the GPU, for hints about known faults; None for this machine's own.
+        ids: a reference text, framed as the model requires. None where there is none.
+        folder: for the server's log.
+        progress: called with the present step, in words.
+        source: numbers of the source. If it does not model text, as with random weights, the checkpoint need not
+            either. If its own tokens are noise in 16 bits, the checkpoint's tokens are not compared one by one.
+        capability: compute capability of the GPU, for hints about known faults. None for this machine's own.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ServeStage:
 
     @property
     def document(self) -> dict[str, Any]:
-        """What was seen so far: the part `serve` of a report's document (docs/serving.md, "Document")."""
+        """The results so far: the part `serve` of a report's document (docs/serving.md, "Document")."""
         server, facts, answers = self._server, self._facts, self._answers
         arithmetic = self._arithmetic() or (self._logprobs or {}).get("arithmetic")
         kernel = None
@@ -114,9 +114,10 @@ class ServeStage:
         }
 
     def run(self) -> Iterator[Check]:
-        """Start the server, ask it, end it; each check is yielded when it is done.
+        """Start the server, send it requests, and end it. Each check is yielded when it is done.
 
-        After a failure to answer at all it is asked nothing more; likelihoods that it gave before are still compared.
+        After a request without any answer, no more requests follow. Likelihoods that it returned before are still
+        compared.
 
         Raises:
             InputError, EnvironmentLack: see `serving`.
@@ -177,22 +178,22 @@ class ServeStage:
             looked_at += f", requests of up to {self._facts.max_model_len:,} tokens"
         if self._facts.kv_tokens is not None:
             looked_at += f", KV cache for {self._facts.kv_tokens:,}"
-        return Finding(f"{looked_at}; {self._kernel_words()}", self._facts.faults)
+        return Finding(f"{looked_at}, kernel: {self._kernel_words()}", self._facts.faults)
 
     def _kernel(self) -> Finding:
         asked = self._asked()
         if self._options.url is not None:
-            return not_applicable("a server that ran already does not say what it computes with; logprobs tells")
+            return not_applicable("a running server does not report its kernel, but logprobs finds its arithmetic")
         if not self._facts.kernels:
-            return Finding("no kernel for NVFP4", ["the server took no layer for NVFP4, as its log has it"])
+            return Finding("no kernel for NVFP4", ["the server's log reports no NVFP4 layer"])
         faults = [
-            f"{kernel.name} rounds inputs, but the checkpoint is for weights only"
+            f"{kernel.name} rounds inputs, but the checkpoint is weight-only"
             for kernel in self._facts.kernels
             if kernel.arithmetic == "w4a4" and "w4a4" not in asked
         ]
         said = self._kernel_words()
         if "w4a4" in asked and self._arithmetic() == "weight_only":
-            said += "; the checkpoint is W4A4, but this server uses its weights alone, not its input scales"
+            said += " (the checkpoint is W4A4, but this server ignores its input scales)"
         return Finding(said, faults)
 
     def _memory(self, server: Server) -> Finding:
@@ -200,7 +201,8 @@ class ServeStage:
         return check_memory(self._subject, self._facts, self._forecast, server.is_cpu, tree)
 
     def _ask_logprobs(self, server: Server) -> Finding | None:
-        """Keep what the server says, to be compared when it has ended; why not, where nothing is to compare."""
+        """Keep the server's likelihoods, to compare them after its end. Returns a finding where there is nothing to
+        compare."""
         ids, emulate = self._fitting_ids(), self._emulate
         nothing = too_few(ids, self._arithmetics())
         if nothing is not None:
@@ -220,7 +222,7 @@ class ServeStage:
         return finding
 
     def _arithmetics(self) -> list[Arithmetic]:
-        """What the server may compute: what it said, or whatever the checkpoint allows."""
+        """The arithmetics that the server may use: the reported one, or all that the checkpoint allows."""
         said = self._arithmetic()
         if said is not None:
             return [said]
@@ -229,25 +231,23 @@ class ServeStage:
     def _degeneration(self) -> Finding:
         assert self._answers is not None
         if self._source is not None and not knows_text(self._subject, self._source):
-            return not_applicable(
-                f"the source itself knows no text ({self._source.nll:.2f} nats a token), so none is asked for"
-            )
+            return not_applicable(f"the source itself models no text ({self._source.nll:.2f} nats a token)")
         if self._facts.max_model_len is not None and self._facts.max_model_len < 2 * LEAST_TOKENS:
             return not_applicable(f"requests of {self._facts.max_model_len} tokens are too short to judge")
         return self._answers.check_degeneration()
 
     def _fitting_ids(self) -> list[int] | None:
-        """As much of the reference text as the server takes; a request makes one token besides."""
+        """As much of the reference text as fits the server's context with one more token."""
         limit = self._facts.max_model_len
         return self._ids if self._ids is None or limit is None else self._ids[: limit - 1]
 
     def _asked(self) -> frozenset[Arithmetic]:
-        """What the checkpoint's layers are for."""
+        """The arithmetics that the checkpoint's layers are made for."""
         matrices = self._subject.matrices.values()
         return frozenset("w4a4" if matrix.has_input_scale else "weight_only" for matrix in matrices)
 
     def _arithmetic(self) -> Arithmetic | None:
-        """What the server computes; None where it does not say, or names a kernel that is not known."""
+        """The server's arithmetic. None where it reports none, or a kernel that nvquant does not know."""
         found = {kernel.arithmetic for kernel in self._facts.kernels}
         if not found or None in found:
             return None
@@ -255,9 +255,9 @@ class ServeStage:
 
     def _kernel_words(self) -> str:
         if self._facts.kernels:
-            return "; ".join(kernel.words for kernel in self._facts.kernels)
+            return ", ".join(kernel.words for kernel in self._facts.kernels)
         if self._logprobs is not None:
-            return f"unknown; its likelihoods are those of {_SAID[self._logprobs['arithmetic']]}"
+            return f"unknown (its likelihoods match {_SAID[self._logprobs['arithmetic']]})"
         return "unknown"
 
     def _read_log(self, log: Path) -> None:

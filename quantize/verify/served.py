@@ -1,4 +1,4 @@
-"""What a server makes of the checkpoint: the layers that it builds, and the scheme that vLLM's rules give to each."""
+"""The layers that a server builds from the checkpoint, and the scheme that vLLM's rules give to each."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class ServedLayer:
 
     Attributes:
         name: fused where servers fuse.
-        quantized: the quantized modules in it; empty for an unquantized layer.
-        verdict: the scheme that the config gives it, `unquantized`, `refused`, or another word for what is no scheme.
+        quantized: the quantized modules in it. Empty for an unquantized layer.
+        verdict: the scheme that the config gives it, `unquantized`, `refused`, or another word for no scheme.
     """
 
     name: str
@@ -67,7 +67,7 @@ def served_layers(subject: Subject) -> tuple[ServedLayer, ...]:
 
 
 def scheme_of(layer: str, quantization: Mapping[str, Any], members: Sequence[str] | None = None) -> str:
-    """The scheme that vLLM gives a layer under a `quantization_config`; see `ServedLayer.verdict`, and
+    """The scheme that vLLM gives a layer under a `quantization_config`. See `ServedLayer.verdict`, and
     `compressed_tensors_verdict` for `members`."""
     if quantization.get("quant_method") == "modelopt":
         verdict = modelopt_verdict(layer, {**quantization, "quant_algo": _algorithm(quantization)}, members)

@@ -1,4 +1,4 @@
-"""What a server answers: fixed questions, and long answers that must stay text."""
+"""Checks of a server's answers: fixed prompts, and long answers that must stay text."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ MOST_DEGENERATE = 0.5
 
 @dataclass
 class Answers:
-    """The questions of one server, and what came of them.
+    """The prompts for one server, and its answers.
 
     Attributes:
         context: tokens of the longest request.
-        knows_text: False where not even the source does: then an answer need not be text.
+        knows_text: False where not even the source models text, so that answers need not be text.
         document: one entry an answer, for the stage's document.
-        tokens_per_second: decoding for one user; None before it was measured.
+        tokens_per_second: decoding for one user. None before it was measured.
     """
 
     subject: Subject
@@ -59,9 +59,9 @@ class Answers:
     tokens_per_second: float | None = None
 
     def check_answers(self) -> Finding:
-        """Every fixed prompt, by completions and by chat where there is a template, gets an answer that is not empty.
+        """Check that every fixed prompt, by completions and by chat where there is a template, gets a non-empty answer.
 
-        What the answer says is not judged: a small model in W4A4 gives another one in each layout.
+        The content of the answers is not checked. A small model in W4A4 gives another one in each layout.
         """
         faults = []
         for prompt in PROMPTS:
@@ -74,14 +74,14 @@ class Answers:
             answer = self.client.chat([{"role": "user", "content": question}], CHAT_TOKENS)
             faults += self._judge(question, "chat", answer, self._empty(answer))
         said = counted(len(PROMPTS), "completion")
-        said += f", {counted(len(chats), 'chat')}" if chats else "; no chat, since there is no chat template"
+        said += f", {counted(len(chats), 'chat')}" if chats else ", no chat because there is no chat template"
         first = next((entry["text"] for entry in self.document), "")
-        return Finding(f"{said}; {PROMPTS[0]!r} is continued {first[:60]!r}", faults)
+        return Finding(f"{said}, {PROMPTS[0]!r} continues as {first[:60]!r}", faults)
 
     def check_degeneration(self) -> Finding:
-        """Long sampled answers stay text: no loops, no single token over and over, no broken characters."""
+        """Check that long sampled answers stay text: no loops, no endlessly repeated token, no broken characters."""
         if not self.tokenizer.is_there:
-            return not_applicable("without a tokenizer there is no text")
+            return not_applicable("the checkpoint has no tokenizer that transformers can load")
         wanted = self._long_tokens()
         sampling = sampling_of(self.subject)
         prompts = [framed(self.tokenizer, self.subject, prompt) for prompt in LONG_PROMPTS]
@@ -98,7 +98,7 @@ class Answers:
         )
         if faults and len(faults) < MOST_DEGENERATE * len(answers):
             # One in four may happen to a healthy model; the answer itself tells of it in the report.
-            return Finding(f"{looked_at}; one degenerates, which chance allows: {faults[0]}")
+            return Finding(f"{looked_at}, one degenerates, which can happen by chance: {faults[0]}")
         return Finding(looked_at, faults)
 
     def _judge(self, prompt: str, endpoint: str, answer: Answer, fault: str | None) -> list[str]:
@@ -124,7 +124,7 @@ class Answers:
         return fault_of(answer.text, ())
 
     def _time(self, answer: Answer) -> None:
-        """The first token comes with the prompt; the longest answer so far tells best."""
+        """The first token comes with the prompt. The longest answer so far gives the best measurement."""
         if len(answer.ids) > 1 and answer.seconds > 0:
             self.tokens_per_second = len(answer.ids) / answer.seconds
 
@@ -141,7 +141,7 @@ class Answers:
 
 
 def sampling_of(subject: Subject) -> dict[str, float]:
-    """How the model's authors sample, by generation_config.json; temperature 0.7 where it says nothing."""
+    """The sampling that the model's authors set in generation_config.json, with temperature 0.7 by default."""
     try:
         settings = read_json(subject.folder / "generation_config.json", "")
     except InputError:

@@ -1,4 +1,4 @@
-"""Whether a server gives a prompt the likelihood that the checkpoint's files say."""
+"""The comparison of a server's likelihood of a prompt with that computed from the checkpoint's files."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ STANDARD_ERRORS = 5
 
 @dataclass(frozen=True)
 class SourceFigures:
-    """What the stage `numerics` measured of the model that the checkpoint was made from.
+    """The numbers of the source that the stage `numerics` measured.
 
     Attributes:
-        nll: nats a token that it needs for text.
+        nll: nats a token of text.
         noise: mean absolute difference, in nats, of a token's likelihood between two computations in 16 bits.
     """
 
@@ -58,23 +58,23 @@ def compare_logprobs(
 
     Args:
         served: natural-log likelihood of each token but the first.
-        emulated: the same from the files alone, under the server's arithmetic; where it did not say, under each that
-            the checkpoint allows.
-        source: on a text of the same kind; None where it was not measured.
+        emulated: the same from the files alone, under the server's arithmetic, or where that is unknown, under each
+            that the checkpoint allows.
+        source: on a text of the same kind. None where it was not measured.
     Returns:
-        the verdict, and what was measured: see the document's `logprobs`.
+        The verdict, and the numbers of the document's `logprobs`.
     """
     measured = [_measure(arithmetic, served, values) for arithmetic, values in emulated.items()]
     noise = 0.0 if source is None else source.noise
     best = min(measured, key=lambda one: (len(_faults(one, noise)), abs(one["mean_difference"])))
-    said = {"w4a4": "W4A4", "weight_only": "weights only"}[best["arithmetic"]]
+    said = {"w4a4": "W4A4", "weight_only": "weight-only"}[best["arithmetic"]]
     looked_at = (
-        f"{best['tokens']} tokens: {best['nll_served']:.4f} nats each served, {best['nll_emulated']:.4f} emulated from "
-        f"the files ({said}); mean difference {best['mean_difference']:+.4f}, {best['mean_absolute_difference']:.3f} a "
-        f"token, at most {best['max_difference']:.2f}"
+        f"{best['tokens']} tokens: {best['nll_served']:.4f} nats a token served, {best['nll_emulated']:.4f} emulated "
+        f"from the files ({said}), mean difference {best['mean_difference']:+.4f}, mean absolute difference "
+        f"{best['mean_absolute_difference']:.3f}, largest {best['max_difference']:.2f}"
     )
     if noise > MOST_NOISE:
-        looked_at += f"; held by the mean alone, since the source's own tokens move by {noise:.3f} nats in 16 bits"
+        looked_at += f", only the mean is checked because 16 bits change the source's own tokens by {noise:.3f} nats"
     # Damaged weights blow differences up too: what is damaged comes before what differs.
     faults = _text_faults(subject, best["nll_served"], source) + _faults(best, noise)
     return Finding(looked_at, faults), best
@@ -97,7 +97,7 @@ def _measure(arithmetic: Arithmetic, served: Sequence[float], emulated: Sequence
 
 def _faults(one: dict[str, Any], noise: float) -> list[str]:
     if not math.isfinite(one["nll_served"]):
-        return ["the server's likelihoods hold a NaN or an infinity"]
+        return ["the server's likelihoods contain a NaN or an infinity"]
     if one["arithmetic"] == "w4a4" or noise > MOST_NOISE:
         most = max(MOST_MEAN_W4A4, STANDARD_ERRORS * noise / math.sqrt(one["tokens"]))
         limits = [("mean_difference", most, "the mean differs by")]
@@ -108,38 +108,37 @@ def _faults(one: dict[str, Any], noise: float) -> list[str]:
             ("max_difference", MOST_EVER_WEIGHT_ONLY, "a token differs by"),
         ]
     return [
-        f"{words} {abs(one[key]):.3f} nats, at most {limit:.2g} is right: the server "
-        "does not compute what the files say"
+        f"{words} {abs(one[key]):.3f} nats, the limit is {limit:.2g}: the server's results do not match the files"
         for key, limit, words in limits
         if not abs(one[key]) <= limit
     ]
 
 
 def _text_faults(subject: Subject, nll: float, source: SourceFigures | None) -> list[str]:
-    """Whether the served model predicts text better than chance; nothing where its source does not either."""
+    """Faults of a served model that does not predict text better than chance, unless its source does not either."""
     guessing = _guessing(subject)
     if nll <= KNOWS_TEXT * guessing or not math.isfinite(nll) or not knows_text(subject, source):
         return []
     return [
-        f"the text costs {nll:.2f} nats a token, guessing {guessing:.2f}: the weights are damaged or untrained, or the "
-        f"tokenizer is of another model"
+        f"the text costs {nll:.2f} nats a token, while guessing costs {guessing:.2f}: the weights are damaged or "
+        f"untrained, or the tokenizer belongs to another model"
     ]
 
 
 def knows_text(subject: Subject, source: SourceFigures | None) -> bool:
-    """Whether text can be asked of the checkpoint: its source predicts text, or is not known not to."""
+    """Whether the checkpoint must predict text: always, unless its source is known not to."""
     return source is None or source.nll <= KNOWS_TEXT * _guessing(subject)
 
 
 def _guessing(subject: Subject) -> float:
-    """Nats a token of a model that knows nothing."""
+    """The nats a token of a model that guesses."""
     return math.log(config_int(text_config(subject.config), "vocab_size", 2))
 
 
 def too_few(ids: Sequence[int] | None, arithmetics: Sequence[Arithmetic]) -> Finding | None:
-    """Why there is nothing to compare; None where there is."""
+    """A finding on why there is nothing to compare. None where there is."""
     if ids is None or len(ids) < 2:
         return not_applicable("there is no reference text for this checkpoint")
     if "w4a4" in arithmetics and len(ids) <= LEAST_TOKENS:
-        return not_applicable(f"W4A4 is compared over {LEAST_TOKENS} tokens at least, and there are {len(ids) - 1}")
+        return not_applicable(f"comparing W4A4 requires at least {LEAST_TOKENS} tokens, the text has {len(ids) - 1}")
     return None

@@ -24,9 +24,9 @@ ROTARY_BYTES = 4
 
 
 def forecast_weights(subject: Subject, tensor_parallel: int) -> int:
-    """Bytes of weights on each GPU: all matrices split over the ranks, vectors and scalars on each.
+    """Forecast the bytes of weights on each GPU: all matrices split over the ranks, vectors and scalars on each.
 
-    The head of a tied model is its embedding, which is stored once and held once.
+    The head of a tied model is its embedding, which is stored and loaded once.
     """
     total = 0
     for name, info in subject.infos.items():
@@ -48,22 +48,22 @@ def rotary_bytes(config: Mapping[str, Any]) -> int:
 
 
 def check_memory(subject: Subject, facts: LogFacts, forecast: int, is_cpu: bool | None, tree_bytes: int) -> Finding:
-    """The server's weights take the memory that the checkpoint's bytes say, on each GPU.
+    """Check that the server's weights take the memory that the checkpoint's bytes require, on each GPU.
 
     Args:
         forecast: from `forecast_weights`.
-        is_cpu: whether the server computes on a CPU; None for a server that was not started here.
-        tree_bytes: memory of all of the server's processes; 0 where it is not known.
+        is_cpu: whether the server computes on a CPU. None for a server that was not started here.
+        tree_bytes: memory of all of the server's processes, or 0 where it is unknown.
     """
     expected = f"{_gb(forecast)} forecast from the checkpoint's bytes"
     if is_cpu:
         decoded = any(kernel.name in DECODED_IN_MEMORY for kernel in facts.kernels)
-        why = "; its kernels keep decoded weights" if decoded else ""
+        why = ", its kernels keep decoded weights" if decoded else ""
         return not_applicable(
-            f"a CPU build does not say what the weights take; all its processes take {_gb(tree_bytes)}, {expected}{why}"
+            f"a CPU build does not report the size of its weights (all processes: {_gb(tree_bytes)}, {expected}{why})"
         )
     if facts.weights_bytes is None:
-        return not_applicable(f"the server does not say what its weights take; {expected}")
+        return not_applicable(f"the server does not report the size of its weights ({expected})")
     looked_at = f"{_gb(facts.weights_bytes)} of weights on each GPU, {expected}"
     towers = sum(
         subject.infos[name].nbytes for name, role in subject.roles.items() if role in (Role.TOWER, Role.PROJECTOR)
@@ -73,13 +73,13 @@ def check_memory(subject: Subject, facts: LogFacts, forecast: int, is_cpu: bool 
     faults = []
     if facts.weights_bytes > most:
         faults.append(
-            f"the weights take {_gb(facts.weights_bytes)} where {_gb(round(most))} would be much: some are held "
-            f"decoded, or twice"
+            f"the weights take {_gb(facts.weights_bytes)}, the limit is {_gb(round(most))}: some are loaded decoded, "
+            f"or "
+            f"twice"
         )
     if facts.weights_bytes < least:
         faults.append(
-            f"the weights take {_gb(facts.weights_bytes)} where {_gb(round(least))} would be little: some were not "
-            f"loaded"
+            f"the weights take {_gb(facts.weights_bytes)}, the lower limit is {_gb(round(least))}: some were not loaded"
         )
     return Finding(looked_at, faults)
 

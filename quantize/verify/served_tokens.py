@@ -1,4 +1,4 @@
-"""Whether a server turns text into the tokens that the checkpoint's own tokenizer gives, BOS included."""
+"""The comparison of a server's tokens with those of the checkpoint's own tokenizer, BOS included."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class OwnTokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """The token that begins a sequence; None for a tokenizer without one."""
+        """The token that begins a sequence. None for a tokenizer without one."""
         found = self._tokenizer.bos_token_id if self.is_there else None
         return None if found is None else int(found)
 
     @property
     def size(self) -> int:
-        """Tokens of its vocabulary; without added ones, of which some fine-tuned models have more than rows."""
+        """The size of its vocabulary without added tokens, of which some fine-tuned models have more than rows."""
         return int(self._tokenizer.vocab_size)
 
     @property
@@ -76,7 +76,7 @@ class OwnTokenizer:
 
         Raises:
             ChatTemplateError: the template cannot render it.
-            InputError: the template takes more than any needs.
+            InputError: the template takes more time or memory than any template needs.
         """
         messages = [{"role": "user", "content": question}]
         with quiet_transformers():
@@ -90,8 +90,7 @@ def needs_bos(subject: Subject) -> bool:
 
 
 def framed(tokenizer: OwnTokenizer, subject: Subject, text: str) -> str | list[int]:
-    """A text to be continued, as the model wants it: with BOS in front where it needs one and the tokenizer gives
-    none."""
+    """A text to continue, with BOS in front where the model needs one and the tokenizer adds none."""
     if not tokenizer.is_there or not needs_bos(subject) or tokenizer.bos_id is None:
         return text
     ids = tokenizer.encode(text)
@@ -101,19 +100,19 @@ def framed(tokenizer: OwnTokenizer, subject: Subject, text: str) -> str | list[i
 def check_tokens(
     subject: Subject, tokenizer: OwnTokenizer, client: Client, ids: Sequence[int] | None, hints: list[str]
 ) -> Finding:
-    """Plain text, and a chat where there is a template, become the tokens of the checkpoint's own tokenizer; a model
-    that needs BOS gets it.
+    """Check that plain text, and a chat where there is a template, become the tokens of the checkpoint's own tokenizer,
+    with BOS for a model that needs it.
 
     Args:
-        ids: of the reference text, to measure what BOS is worth; None where there is none.
-        hints: gets what a user should know though it is no fault.
+        ids: of the reference text, to measure the loss without BOS. None where there is none.
+        hints: gets advice for the user that is no fault.
     """
     if not tokenizer.is_there:
         return not_applicable("the checkpoint has no tokenizer that transformers can load")
     rows = config_int(text_config(subject.config), "vocab_size")
     if rows and tokenizer.size > rows:  # a server may die of ids beyond its table
-        fault = f"the tokenizer has {tokenizer.size:,} tokens, the model {rows:,}: it is another model's"
-        return Finding("the sizes of the vocabularies", [fault])
+        fault = f"the tokenizer has {tokenizer.size:,} tokens, the model {rows:,}: it belongs to another model"
+        return Finding("vocabulary sizes", [fault])
     served = list(client.complete(TEXT, 1).prompt_ids)
     looked_at = f"{len(served)} tokens of plain text"
     faults = _differences("plain text", served, tokenizer.encode(TEXT))
@@ -140,15 +139,14 @@ def _differences(what: str, served: list[int], own: list[int]) -> list[str]:
     at = min(len(served), len(own)) if at is None else at
     shown = [f"{tokens[at : at + SHOWN_TOKENS]}" for tokens in (served, own)]
     return [
-        f"{what} becomes other tokens than the checkpoint's tokenizer gives: from token {at} on {shown[0]}, not "
-        f"{shown[1]}"
+        f"{what} gets other tokens than from the checkpoint's tokenizer: from token {at} on {shown[0]}, not {shown[1]}"
     ]
 
 
 def _without_bos(
     subject: Subject, tokenizer: OwnTokenizer, client: Client, ids: Sequence[int] | None, hints: list[str]
 ) -> list[str]:
-    """What it means that plain text is served without the BOS that the tokenizer has."""
+    """The faults or hints of plain text that is served without the tokenizer's BOS."""
     lost = _loss_without_bos(tokenizer.bos_id, client, ids)
     matters = needs_bos(subject) or (lost is not None and lost > MOST_LOST_WITHOUT_BOS)
     if not matters:
@@ -156,13 +154,13 @@ def _without_bos(
     said = f"plain text is served without BOS ({tokenizer.bos_id}), which the model needs"
     said += "" if lost is None else f" ({lost:+.2f} nats a token without it)"
     if tokenizer.has_chat_template:  # chats get it from the template
-        hints.append(f"{said}; chats have it, but clients of /v1/completions must begin their prompts with it")
+        hints.append(f"{said}: begin prompts for /v1/completions with it (chats contain it)")
         return []
     return [f"{said}: its tokenizer must add it (add_bos_token, or the post-processor in tokenizer.json)"]
 
 
 def _loss_without_bos(bos: int | None, client: Client, ids: Sequence[int] | None) -> float | None:
-    """How many nats a token of the reference text are lost when its BOS is."""
+    """The nats a token of the reference text that are lost without its BOS."""
     if ids is None or bos is None or len(ids) < 2 * SHOWN_TOKENS or ids[0] != bos:
         return None
     with_bos, without = client.prompt_logprobs(ids), client.prompt_logprobs(ids[1:])

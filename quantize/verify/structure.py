@@ -1,4 +1,4 @@
-"""The stage `structure`: what can be proved from a checkpoint's bytes, alone and against its source."""
+"""The stage `structure`: checks of a checkpoint's bytes, alone and against its source."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ WHOLE = frozenset({"untouched", "weights"})
 
 
 def verify_structure(folder: Path, against: Path | None = None) -> Report:
-    """Prove a checkpoint, alone or against the folder of its source; see `structure_checks`."""
+    """Verify a checkpoint, alone or against the folder of its source. See `structure_checks`."""
     source = None if against is None else open_checkpoint(against)
     return Report(tuple(structure_checks(open_subject(folder), source)))
 
 
 def structure_checks(subject: Subject, source: Checkpoint | None) -> Iterator[Check]:
-    """Prove a checkpoint, one check after the other, each yielded when it is done.
+    """Verify a checkpoint, one check after the other, each yielded when it is done.
 
     Args:
-        source: what it was made from; without it only what the checkpoint says of itself is checked.
+        source: the model that it was made from. Without it, the checkpoint is only checked against itself.
     Raises:
         InputError: the source is quantized itself.
     """

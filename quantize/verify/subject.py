@@ -1,7 +1,7 @@
-"""The checkpoint that is to be proved, opened so that its faults can be told one by one.
+"""The checkpoint to verify, opened so that its faults can be reported one by one.
 
-`checkpoint.source.open_checkpoint` stops at the first fault; here headers are read file by file, and what the index
-says is compared later.
+`checkpoint.source.open_checkpoint` stops at the first fault. This module reads headers file by file, and leaves the
+comparison with the index to a check.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ PIECE_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Subject:
-    """An opened checkpoint under proof.
+    """An opened checkpoint to verify.
 
     Attributes:
         config: the JSON of config.json.
-        headers: header of each readable shard by file name; which of them the index names does not matter here.
-        damaged: what is wrong with the headers of the others.
-        progress: called with (done, total, phase) by what takes long.
-        content: where tensors are read from.
-        hub: the model on the Hub that this is; None for a folder. Its small files lie in `folder` either way.
+        headers: header of each readable shard by file name, whether the index names it or not.
+        damaged: the faults in the headers of the others.
+        progress: called with (done, total, phase) by long steps.
+        content: the store that tensors are read from.
+        hub: the model on the Hub. None for a folder. Its small files lie in `folder` either way.
     """
 
     folder: Path
@@ -77,7 +77,7 @@ class Subject:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """For reading tensors, wherever they lie; of a tensor in two files the first."""
+        """The checkpoint for reading tensors, wherever they lie. Of a tensor in two files, it has the first."""
         files: dict[str, str] = {}
         for file, header in self.headers.items():
             for name in header.tensors:
@@ -91,7 +91,7 @@ class Subject:
 
     @cached_property
     def quantization(self) -> Mapping[str, Any]:
-        """`quantization_config`, or what hf_quant_config.json says in its place; empty where there is neither."""
+        """`quantization_config`, or the same from hf_quant_config.json. Empty where there is neither."""
         stored = self.config.get("quantization_config")
         if isinstance(stored, Mapping):
             return stored
@@ -112,7 +112,7 @@ class Subject:
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout that most tensors' names have; the config's, where none has any."""
+        """The layout of most tensors' names, or the config's where no name belongs to a layout."""
         counts = layouts_present(self.infos)
         if counts:
             return LAYOUTS[max(counts, key=lambda name: counts[name])]
@@ -120,12 +120,12 @@ class Subject:
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
-        """The quantized matrices by module, whole or not."""
+        """The quantized matrices by module, complete or not."""
         return find_matrices(self.infos, self.layout)
 
     @cached_property
     def sound(self) -> dict[str, Matrix]:
-        """The matrices whose numbers can be read; the `matrices` check tells of the others."""
+        """The matrices whose numbers can be read. The `matrices` check reports the others."""
         return {module: matrix for module, matrix in self.matrices.items() if matrix.is_sound}
 
     @cached_property
@@ -135,13 +135,13 @@ class Subject:
 
     @cached_property
     def fusions(self) -> Fusions:
-        """What servers fuse of the model."""
+        """The fused groups that servers build for the model."""
         copied = (module_of(name) for name in self.roles if name.endswith(".weight"))
         return Fusions([*copied, *self.matrices], self.config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the unquantized model's tensors, by name; (1, 1) for a matrix whose shape cannot be read."""
+        """Shapes of the unquantized model's tensors by name, with (1, 1) for a matrix whose shape cannot be read."""
         parts = {info.name for matrix in self.matrices.values() for info in matrix.parts.values()}
         shapes = {name: info.shape for name, info in self.infos.items() if name not in parts}
         for module, matrix in self.matrices.items():
@@ -160,7 +160,7 @@ class Subject:
 
     @cached_property
     def roles(self) -> dict[str, Role]:
-        """The role of each tensor that is no part of a quantized matrix."""
+        """The role of each tensor outside of the quantized matrices."""
         parts = {info.name for matrix in self.matrices.values() for info in matrix.parts.values()}
         return {name: self.model_roles[name] for name in self.infos if name not in parts}
 
@@ -186,7 +186,7 @@ class Subject:
 
     @cached_property
     def histograms(self) -> dict[str, Tensor]:
-        """How often each block scale's byte occurs, int64 [256], by module; reads the scales of all sound matrices."""
+        """The counts of each block scale's byte, int64 [256], by module. Reads the scales of all sound matrices."""
         histograms = map_in_threads(self._histogram, list(self.sound.values()), self.progress, "reading block scales")
         return dict(zip(self.sound, histograms, strict=True))
 
@@ -198,7 +198,7 @@ class Subject:
 
     @cached_property
     def manifest(self) -> Manifest | str | None:
-        """nvquant_manifest.json; what is wrong with it, where it cannot be used; None for another tool's output."""
+        """nvquant_manifest.json, or a sentence on why it cannot be used, or None for another tool's output."""
         return read_manifest(self.folder)
 
     def divisor(self, module: str) -> Tensor:
@@ -208,10 +208,10 @@ class Subject:
 
 
 def open_subject(folder: Path, progress: Progress | None = None, hub: HubModel | None = None) -> Subject:
-    """Open a quantized checkpoint; reads config.json and headers.
+    """Open a quantized checkpoint and read its config.json and headers.
 
     Args:
-        hub: the model on the Hub whose files the folder holds, whole.
+        hub: the model on the Hub whose complete files the folder contains.
     Raises:
         InputError: no checkpoint, or none that is quantized to NVFP4 alone.
     """
@@ -227,7 +227,7 @@ def open_subject(folder: Path, progress: Progress | None = None, hub: HubModel |
         except InputError as error:
             damaged.append(str(error))
     if not headers and not damaged:
-        raise InputError(f"{folder} holds no .safetensors file: give the folder of a checkpoint.")
+        raise InputError(f"{folder} contains no .safetensors file: give the folder of a checkpoint.")
     subject = Subject(folder, config, headers, tuple(damaged), progress or tell_nobody, hub=hub)
     if not damaged:
         check_sizes(config, subject.infos.values())
@@ -247,25 +247,25 @@ def pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, bytearray]]
 
 
 def refuse_other_formats(subject: Subject) -> None:
-    """Refuse what is not quantized to NVFP4 alone.
+    """Refuse a checkpoint that is not quantized to NVFP4 alone.
 
     Raises:
         InputError: it is not.
     """
     if not subject.quantization and not subject.matrices:
         raise InputError(
-            f"{_where(subject)} is not quantized: config.json has no quantization_config, and no tensor is packed; "
-            f"give the output of a conversion."
+            f"{_where(subject)} is not quantized (config.json has no quantization_config, and no tensor is "
+            f"packed): give the output of a conversion."
         )
     if not subject.matrices and subject.method not in LAYOUTS:
         raise InputError(
-            f"{_where(subject)} is quantized (quant_method {subject.method}), but not to NVFP4, which is all that "
-            f"verify knows."
+            f"{_where(subject)} is quantized, but not to NVFP4 (quant_method {subject.method}): give an NVFP4 "
+            f"checkpoint."
         )
     other = next((name for name, info in subject.infos.items() if _is_fp8_weight(name, info)), None)
     if other is not None and _mixes_formats(subject.quantization):
         raise InputError(
-            f"{_where(subject)} mixes NVFP4 with other formats ({other} is F8_E4M3), which verify does not know yet."
+            f"{_where(subject)} mixes NVFP4 with other formats ({other} is F8_E4M3), which verify does not support."
         )
 
 

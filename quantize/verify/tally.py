@@ -1,7 +1,7 @@
-"""The stored numbers of a matrix compared with the source's, a few rows at a time.
+"""The comparison of a matrix's stored numbers with the source's, a few rows at a time.
 
-The compiled kernel counts where all is as it should be; what it does not settle, PyTorch's way looks at strip by strip
-and says in words.
+The compiled kernel counts where all is right. PyTorch examines the remaining rows strip by strip, and describes the
+faults in words.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _LOW, _HIGH = (torch.tensor(E2M1_VALUES)[codes] for codes in (_BYTES & 15, _BYTE
 
 @dataclass(frozen=True)
 class Rule:
-    """What an own quantizer may choose.
+    """The choices of one of nvquant's quantizers.
 
     Attributes:
         divisor: float32 scalar that block scales were made from.
-        offsets: how far a block scale's byte may lie from round-to-nearest's.
+        offsets: allowed distances of a block scale's byte from that of round-to-nearest.
     """
 
     divisor: Tensor
@@ -86,8 +86,8 @@ class Tally:
     Attributes:
         error, energy, product: sums of (stored - source)^2, source^2 and stored * source.
         amax: the largest magnitude of the source.
-        poor_blocks: blocks beyond the bounds on the error.
-        wrong_codes, wrong_scales: how many, and the first of them in words.
+        poor_blocks: blocks beyond the limits of the error.
+        wrong_codes, wrong_scales: their numbers, and the first of them in words.
     """
 
     blocks: int = 0
@@ -112,7 +112,7 @@ class Tally:
 
     @property
     def relative_rmse(self) -> float:
-        """Root of error over energy; of a matrix of zeros 0 or infinity."""
+        """Root of error over energy. For a matrix of zeros, 0 or infinity."""
         if self.energy:
             return math.sqrt(self.error / self.energy)
         return 0.0 if self.error == 0 else math.inf
@@ -127,7 +127,7 @@ def tally_matrix(subject: Subject, source: Checkpoint, matrix: Matrix, rule: Rul
     """Compare a sound matrix with the source's tensor of the same shape.
 
     Args:
-        rule: counts what it does not allow, and the codes that are not the nearest; None counts neither.
+        rule: the allowed block scales. Others are counted, and the codes that are not the nearest. None counts neither.
     """
     tally = Tally()
     divisor = subject.divisor(matrix.module)
@@ -155,7 +155,7 @@ def _read(checkpoint: Checkpoint, source: Checkpoint, matrix: Matrix) -> Iterato
 
 
 def _compiled(read: _Rows, divisor: Tensor, rule: Rule | None) -> Compared | None:
-    """What the compiled kernel finds; None where it is not there, or the stored divisor is not the rule's, whose codes
+    """The counts of the compiled kernel. None where it is missing, or the stored divisor is not the rule's, whose codes
     it would expect."""
     made_from = divisor if rule is None else rule.divisor
     if not has_native(read.weight) or not abs(float(divisor / made_from) - 1) <= DIVISOR_TOLERANCE:
@@ -225,7 +225,7 @@ def _tally_codes(tally: Tally, strip: Strip, step: Tensor) -> None:
 
 
 def _tally_scales(tally: Tally, strip: Strip, rule: Rule) -> None:
-    """Count the block scales that the rule does not allow; that of a block of zeros is fixed."""
+    """Count the block scales that the rule does not allow. That of a block of zeros is fixed."""
     amax = strip.source.abs().amax(0)
     nearest = block_scale_bytes(amax, rule.divisor)
     offset = strip.scales.to(torch.int16) - nearest.to(torch.int16)

@@ -1,4 +1,4 @@
-"""Work on many tensors at once, each on one core: pieces are too small for torch's own threads to pay."""
+"""Work on many tensors at once, each on one core, because they are too small for torch's own threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def tell_nobody(done: int, total: int, phase: str) -> None:
-    """Progress that nobody wants to see."""
+    """Progress for nobody."""
 
 
 def map_in_threads(

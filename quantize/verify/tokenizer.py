@@ -1,6 +1,6 @@
 """Checks of the tokenizer and the other side files, from the checkpoint alone: do they belong to this model?
 
-Only tokenizer.json is read for ids; the rules leave alone what released models do: fewer tokens than the embedding has
+Only tokenizer.json is read for ids. The rules allow the habits of released models: fewer tokens than the embedding has
 rows, added tokens beyond them (Gemma 3 has one), an end that only generation_config.json names.
 """
 
@@ -34,18 +34,18 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def check_tokenizer(subject: Subject) -> Finding:
-    """Side files parse, a tokenizer's settings have a vocabulary, a model calibrated on text or chats has both, and the
-    tokens are those of this model."""
+    """Check that side files parse, that a tokenizer's settings have a vocabulary, that a model calibrated on text or
+    chats has a tokenizer or a template for them, and that the tokens are those of this model."""
     names = side_files(subject.folder)
     faults = [fault for name in names if name.endswith(".json") for fault in _unreadable_json(subject.folder / name)]
     has_vocabulary = any(fnmatch(name, pattern) for name in names for pattern in VOCABULARIES)
     framing = subject.manifest.framing if isinstance(subject.manifest, Manifest) else None
     if not has_vocabulary and "tokenizer_config.json" in names:
-        faults.append("tokenizer_config.json has no vocabulary beside it, as tokenizer.json")
+        faults.append("tokenizer_config.json has no vocabulary beside it, such as tokenizer.json")
     elif not has_vocabulary and framing in ("prose", "chat"):
-        faults.append("the manifest says that text was tokenized, but there is no tokenizer")
+        faults.append("the manifest reports tokenized text, but there is no tokenizer")
     if framing == "chat" and not _has_chat_template(subject.folder, names):
-        faults.append("the manifest says that chats were framed, but there is no chat template")
+        faults.append("the manifest reports framed chats, but there is no chat template")
     looked_at = counted(len(names), "side file") if names else "no side files"
     tokens = _tokens(_object(subject.folder / "tokenizer.json"))
     if tokens is not None:
@@ -63,7 +63,7 @@ class _Tokens:
 
 
 def _tokens(tokenizer: Mapping[str, Any]) -> _Tokens | None:
-    """The tokens of a tokenizer.json; None where it is of a kind that lists them otherwise."""
+    """The tokens of a tokenizer.json. None where it lists them in another form."""
     model, entries = tokenizer.get("model"), tokenizer.get("added_tokens")
     trained = model.get("vocab") if isinstance(model, Mapping) else None
     if isinstance(trained, list):  # Unigram: [token, score] in the order of the ids
@@ -91,7 +91,7 @@ def _strange_ids(subject: Subject, tokens: _Tokens) -> Iterator[str]:
     if ends and special and not ends & special:
         plain = {number: token for token, number in tokens.trained.items()}
         words = ", ".join(f"{number} ({plain.get(number, 'unknown')!r})" for number in sorted(ends))
-        yield f"a sequence ends at id {words} by the configs, which is no special token of tokenizer.json"
+        yield f"the configs end a sequence at id {words}, which is not a special token in tokenizer.json"
 
 
 def _strange_settings(subject: Subject, tokens: _Tokens) -> Iterator[str]:
@@ -103,7 +103,7 @@ def _strange_settings(subject: Subject, tokens: _Tokens) -> Iterator[str]:
         value = settings.get(key)
         token = value.get("content") if isinstance(value, Mapping) else value
         if isinstance(token, str) and token not in {*tokens.added, *more} and token not in tokens.trained:
-            yield f"tokenizer_config.json has {key} {token!r}, which tokenizer.json does not know"
+            yield f"tokenizer_config.json has {key} {token!r}, which tokenizer.json does not contain"
     kind = str(text_config(subject.config).get("model_type"))
     if kind in ADD_BOS and settings.get("add_bos_token") is False:
         yield f"tokenizer_config.json has add_bos_token false: {kind} models collapse on text without BOS"
@@ -114,7 +114,7 @@ def _ids(value: object) -> list[int]:
 
 
 def _object(path: Path) -> Mapping[str, Any]:
-    """A JSON object; an empty one where there is none, which is told elsewhere."""
+    """A JSON object, empty where there is none, which another check reports."""
     try:
         return read_json(path, "")
     except InputError:

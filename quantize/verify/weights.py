@@ -2,7 +2,7 @@
 
 For nvquant's own quantizers the check is exact: every code is the nearest one under the scale that is stored, and
 every block scale is one that the quantizer may choose. Other tools compute in another order or choose scales by other
-rules; theirs are held to bounds on the error.
+rules, so for theirs the error must stay within limits.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ _NO_TENSOR = TensorInfo("", "", (), 0, 0)
 
 
 def check_weights(subject: Subject, source: Checkpoint) -> Finding:
-    """Every quantized matrix is its source's: the nearest code to every element, or errors within bounds.
+    """Check that every quantized matrix is its source's: the nearest code to every element, or errors within limits.
 
-    Of nvquant's rtn and mse: each element is the nearest E2M1 value under its stored scale, or the largest where it
-    is clipped; each block scale is rtn's own, or among mse's candidates; each group's amax is the recorded one. Of
-    others: relative RMSE at most 0.25 and least-squares gain 0.9 to 1.1, of the matrix and of 99 % of its blocks.
+    For nvquant's rtn and mse, each element is the nearest E2M1 value under its stored scale, or the largest where it
+    is clipped. Each block scale is rtn's own, or among mse's candidates. Each group's amax is that of the manifest. For
+    others, the relative RMSE is at most 0.25 and the least-squares gain 0.9 to 1.1, of the matrix and of 99 % of its
+    blocks.
     """
     infos = source.infos()
     quantizer = own_quantizer(subject)
@@ -59,7 +60,7 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
         group = subject.fusions.name(matrix.module)
         amaxes[group] = max(tally.amax, amaxes.get(group, 0.0))
     faults += _amax_faults(subject, amaxes) if quantizer is not None else []
-    how = f"exact for {quantizer.name}" if quantizer is not None else "by bounds, since another tool made them"
+    how = f"exact for {quantizer.name}" if quantizer is not None else "by limits, because another tool made them"
     elements = sum(tally.blocks for tally in tallies) * BLOCK
     number = counted(len(matrices), "matrix", "matrices")
     beside = _beside_mse(subject, source, matrices) if subject.manifest is None and not faults else ""
@@ -67,12 +68,12 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
 
 
 def _worst(matrices: Sequence[Matrix], tallies: Sequence[Tally]) -> str:
-    """Words on the matrix with the largest error; one that is no number is the largest."""
+    """Words on the matrix with the largest error. An error that is no number is the largest."""
     if not matrices:
         return ""
     rmse = [math.inf if math.isnan(tally.relative_rmse) else tally.relative_rmse for tally in tallies]
     at = rmse.index(max(rmse))
-    return f"; largest relative RMSE {tallies[at].relative_rmse:.4f} ({matrices[at].module})"
+    return f", largest relative RMSE {tallies[at].relative_rmse:.4f} ({matrices[at].module})"
 
 
 def _beside_mse(subject: Subject, source: Checkpoint, matrices: Sequence[Matrix]) -> str:
@@ -93,13 +94,13 @@ def _beside_mse(subject: Subject, source: Checkpoint, matrices: Sequence[Matrix]
     if not energy or not least < MUCH_BETTER**2 * error:
         return ""
     return (
-        f"; block scales that are searched for (mse) would leave {math.sqrt(least / energy):.4f} where "
-        f"{math.sqrt(error / energy):.4f} is left, on {COMPARED_ROWS} rows of each"
+        f", quantizer mse would reduce the relative RMSE from {math.sqrt(error / energy):.4f} to "
+        f"{math.sqrt(least / energy):.4f} on {COMPARED_ROWS} rows of each"
     )
 
 
 def _rule(subject: Subject, matrix: Matrix, quantizer: Quantizer | None) -> Rule | None:
-    """What the quantizer may choose for a matrix, where the manifest has its group's amax."""
+    """The quantizer's allowed choices for a matrix, where the manifest has its group's amax."""
     if quantizer is None or not isinstance(subject.manifest, Manifest):
         return None
     group = subject.manifest.groups.get(subject.fusions.name(matrix.module))
@@ -115,13 +116,13 @@ def _exact_faults(matrix: Matrix, tally: Tally) -> list[str]:
         faults.append(f"{matrix.module}: {share} are not the nearest under their stored scale ({tally.first_code})")
     if tally.wrong_scales:
         share = f"{tally.wrong_scales:,} of {tally.blocks:,} block scales"
-        faults.append(f"{matrix.module}: {share} are not what the quantizer gives ({tally.first_scale})")
+        faults.append(f"{matrix.module}: {share} differ from the quantizer's ({tally.first_scale})")
     return faults
 
 
 def most_poor_blocks(blocks: int) -> float:
-    """How many blocks of a sound matrix may be beyond the bounds: 1 %, and two standard deviations of such a count,
-    since a small matrix has a few by chance."""
+    """The number of blocks of a sound matrix that may exceed the limits: 1 %, and two standard deviations of such a
+    count, because a small matrix has a few by chance."""
     share = (1 - BLOCK_SHARE) * blocks
     return share + 2 * math.sqrt(share)
 
@@ -131,12 +132,13 @@ def _bound_faults(matrix: Matrix, tally: Tally) -> list[str]:
     gain, rmse = tally.gain, tally.relative_rmse
     if not (rmse <= RMSE_LIMIT and GAIN_LIMITS[0] <= gain <= GAIN_LIMITS[1]):
         faults.append(
-            f"{matrix.module}: relative RMSE {rmse:.3g} and gain {gain:.3g}, where at most {RMSE_LIMIT} and "
-            f"{GAIN_LIMITS[0]} to {GAIN_LIMITS[1]} are right"
+            f"{matrix.module}: relative RMSE {rmse:.3g} and gain {gain:.3g}, the limits are {RMSE_LIMIT} and "
+            f"{GAIN_LIMITS[0]} to {GAIN_LIMITS[1]}"
         )
     elif tally.poor_blocks > most_poor_blocks(tally.blocks):
         faults.append(
-            f"{matrix.module}: {tally.poor_blocks:,} of {tally.blocks:,} blocks are beyond these bounds, over 1 %"
+            f"{matrix.module}: {tally.poor_blocks:,} of {tally.blocks:,} blocks exceed the limits of error and gain, "
+            f"more than 1 %"
         )
     return faults
 
@@ -145,7 +147,8 @@ def _amax_faults(subject: Subject, amaxes: dict[str, float]) -> list[str]:
     """Groups whose weights in the source have another amax than the one that their global scale was made from."""
     groups = subject.manifest.groups if isinstance(subject.manifest, Manifest) else {}
     return [
-        f"{group.name}: the source's amax is {amaxes[group.name]:.6g}, recorded is {groups[group.name].weight_amax:.6g}"
+        f"{group.name}: the source's amax is {amaxes[group.name]:.6g}, the manifest has "
+        f"{groups[group.name].weight_amax:.6g}"
         for group in subject.sound_groups
         if group.name in amaxes and group.name in groups and amaxes[group.name] != groups[group.name].weight_amax
     ]

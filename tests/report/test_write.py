@@ -76,7 +76,7 @@ def test_a_good_report_says_the_numbers_in_the_promised_order(tmp_path: Path) ->
                 "0.0831 ± 0.0033",
                 "floor: the source with every module",
                 "layer 20: 0.250 (4.1 times the median)",
-                "62.5 GB became 32.6 GB.",
+                "Reduced from 62.5 GB to 32.6 GB.",
                 "The capital of France is",
                 "Paris. The city lies",
                 "fused_groups",
@@ -261,7 +261,7 @@ def test_a_benchmark_becomes_tables(tmp_path: Path) -> None:
     bench["points"][1]["itl_p99_ms"] = math.nan
     page, markdown, document = written(reports.bare(), tmp_path, bench)
     for text in (page.text, markdown.replace("\\", "")):
-        for words in ("decode, tok/s", "74.8", "1,721", "50 %", "33,950", "not a number", "weights only, by Marlin"):
+        for words in ("decode, tok/s", "74.8", "1,721", "50 %", "33,950", "not a number", "weight-only, by Marlin"):
             assert words in text
         assert "gemma-4-31b, context 65,536, 8 users: failed: CUDA out of memory" in text
         assert "the KV cache holds 1.5 of 8 users at a time" in text
@@ -281,4 +281,4 @@ def test_more_groups_than_colours_are_still_told(tmp_path: Path) -> None:
     report = Report(reports.bare().checks, {"name": "m", "bytes": 91 * 10**6, "groups": groups})
     page, markdown, _ = written(report, tmp_path)
     assert all(f"group {at}" in page.text and f"group {at}" in markdown for at in range(14))
-    assert "91.0 MB in all." in page.text
+    assert "91.0 MB in total." in page.text

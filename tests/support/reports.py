@@ -20,7 +20,7 @@ ANSWER = (
 )
 WORDS = {
     "w4a4": "W4A4, as GPUs with FP4 units compute it",
-    "weight_only": "weights only, as Marlin computes it on Hopper, Ada and Ampere",
+    "weight_only": "weight-only, as Marlin computes it on Hopper, Ada and Ampere",
     "floor": "the source with every module's output rounded to BF16, against float32",
 }
 STRUCTURE = {
@@ -128,7 +128,7 @@ def numerics(layers: int = 60) -> dict[str, Any]:
         "arithmetics": {
             "w4a4": arithmetic(WORDS["w4a4"], 0.0831, 0.8924, 0.0378),
             "weight_only": arithmetic(
-                "weights only, as Marlin computes it on Hopper, Ada and Ampere", 0.0317, 0.9341, 0.0124
+                "weight-only, as Marlin computes it on Hopper, Ada and Ampere", 0.0317, 0.9341, 0.0124
             ),
             "floor": arithmetic(
                 "the source with every module's output rounded to BF16, against float32", 0.00021, 0.9962, 0.0001
@@ -299,7 +299,7 @@ def bench() -> dict[str, Any]:
         "machine": {
             "gpus": [{"name": "NVIDIA H200", "capability": "9.0", "memory_bytes": 150_754_820_096}],
             "driver": "570.86.15",
-            "fp4": "weights only, by Marlin",
+            "fp4": "weight-only, by Marlin",
             "bandwidth_bytes_per_second": 4.8e12,
             "cpu": "x86_64",
             "cores": 16,
@@ -313,7 +313,7 @@ def bench() -> dict[str, Any]:
                 "vllm": "0.32.0",
                 "command": "/home/ada/bin/vllm serve /data/m --port 43117",
                 "url": None,
-                "kernel": "weights only, by Marlin",
+                "kernel": "weight-only, by Marlin",
                 "checkpoint_bytes": 32_633_255_032,
                 "weights_bytes": 32_450_000_000,
                 "gpu_memory_bytes": 131_000_000_000,
@@ -323,7 +323,7 @@ def bench() -> dict[str, Any]:
         "points": [
             point(nvfp4, 1024, 1, 74.83),
             point(nvfp4, 1024, 32, 1721.0),
-            point(nvfp4, 65536, 8, 210.4, note="the KV cache holds 1.5 of 8 users at a time; the others wait"),
+            point(nvfp4, 65536, 8, 210.4, note="the KV cache holds 1.5 of 8 users at a time, the others wait"),
             point(bf16, 1024, 1, 53.1),
             point(bf16, 65536, 8, None, failed="CUDA out of memory"),
         ],

@@ -68,7 +68,7 @@ def format_of_another_compressor(folder: Path) -> str:
 def method_of_the_other_layout(folder: Path) -> str:
     with edit_json(folder / "config.json") as config:
         config["quantization_config"]["quant_method"] = "modelopt"
-    return "63 tensors are named as compressed-tensors does"
+    return "63 tensors have the names of compressed-tensors"
 
 
 @fault("layout", "config")  # without a config nothing has a scheme
@@ -107,7 +107,7 @@ def input_scale_in_a_weight_only_checkpoint(folder: Path) -> str:
     with edit_tensors(folder) as tensors:
         scale = tensors[f"{LAYER}.mlp.down_proj.weight_global_scale"]
         tensors[f"{LAYER}.mlp.down_proj.input_global_scale"] = Stored(scale.file, "F32", [1], bytearray(scale.data))
-    return f"{LAYER}.mlp.down_proj also holds input_global_scale"
+    return f"{LAYER}.mlp.down_proj also has input_global_scale"
 
 
 @fault("matrices")
@@ -138,7 +138,7 @@ def unquantized_weight_left_beside_the_packed(folder: Path) -> str:
         packed = tensors[f"{LAYER}.mlp.up_proj.weight_packed"]
         data = source_bytes(folder, f"{LAYER}.mlp.up_proj.weight")
         tensors[f"{LAYER}.mlp.up_proj.weight"] = Stored(packed.file, "BF16", [128, 64], data)
-    return f"{LAYER}.mlp.up_proj also holds weight"
+    return f"{LAYER}.mlp.up_proj also has weight"
 
 
 # config
@@ -153,7 +153,7 @@ def ignoring_q_and_k_but_not_the_phantom_v(folder: Path) -> str:
         config["ignore"] = kept + names
 
     edit_ct(folder, edit)
-    return f"{FULL_LAYER}.self_attn.qkv_proj is not quantized, but the config makes it refused"
+    return f"{FULL_LAYER}.self_attn.qkv_proj is not quantized, but config.json makes it refused"
 
 
 @fault("config")
@@ -163,13 +163,13 @@ def target_dropped_from_the_config(folder: Path) -> str:
         config["config_groups"]["group_0"]["targets"] = [target for target in targets if "mlp" not in target]
 
     edit_ct(folder, edit)
-    return "model.layers.0.mlp.gate_up_proj is quantized, but the config makes it unquantized"
+    return "model.layers.0.mlp.gate_up_proj is quantized, but config.json makes it unquantized"
 
 
 @fault("config")
 def ignoring_one_member_of_each_fused_layer(folder: Path) -> str:
     edit_ct(folder, lambda config: config["ignore"].append("re:.*up_proj$"))
-    return "mlp.gate_up_proj is quantized, but the config makes it unquantized"
+    return "mlp.gate_up_proj is quantized, but config.json makes it unquantized"
 
 
 @fault("config", on="gemma4-mlp-ct")
@@ -179,19 +179,19 @@ def targets_that_reach_the_vision_tower(folder: Path) -> str:
         config["config_groups"]["group_0"]["targets"].append("re:.*vision_tower.*")
 
     edit_ct(folder, edit)
-    return "is not quantized, but the config makes it nvfp4"
+    return "is not quantized, but config.json makes it nvfp4"
 
 
 @fault("config")
 def targets_that_reach_the_embedding(folder: Path) -> str:
     edit_ct(folder, lambda config: config["config_groups"]["group_0"]["targets"].append("re:.*embed_tokens$"))
-    return "model.embed_tokens is not quantized, but the config makes it nvfp4"
+    return "model.embed_tokens is not quantized, but config.json makes it nvfp4"
 
 
 @fault("config")
 def weight_only_config_of_a_w4a4_checkpoint(folder: Path) -> str:
     edit_ct(folder, lambda config: config["config_groups"]["group_0"].update(input_activations=None))
-    return "the config gives nvfp4-a16 to 21 matrices, of which 21 have an input scale"
+    return "config.json assigns nvfp4-a16 to 21 matrices, but 21 of them have an input scale"
 
 
 @fault("config", on="llama-a16-mo")
@@ -200,32 +200,32 @@ def w4a4_config_of_a_weight_only_checkpoint(folder: Path) -> str:
         group = config["quantization_config"]["config_groups"]["group_0"]
         group["input_activations"] = group["weights"]
         config["quantization_config"]["quant_algo"] = nested["quantization"]["quant_algo"] = "NVFP4"
-    return "the config gives nvfp4 to 21 matrices, of which 0 have an input scale"
+    return "config.json assigns nvfp4 to 21 matrices, but 0 of them have an input scale"
 
 
 @fault("config")
 def strategy_that_servers_do_not_take_for_nvfp4(folder: Path) -> str:
     edit_ct(folder, lambda config: config["config_groups"]["group_0"]["weights"].update(strategy="group"))
-    return "the config makes it not NVFP4"
+    return "config.json makes it not NVFP4"
 
 
 @fault("config")
 def unknown_key_among_the_numbers(folder: Path) -> str:
     edit_ct(folder, lambda config: config["config_groups"]["group_0"]["input_activations"].update(amax=3.0))
-    return "the config makes it refused"
+    return "config.json makes it refused"
 
 
 @fault("config", on="llama-mo")
 def head_not_excluded(folder: Path) -> str:
     with edit_json(folder / "config.json") as config, edit_json(folder / HF_QUANT_CONFIG) as nested:
         config["quantization_config"]["ignore"] = nested["quantization"]["exclude_modules"] = ["*embed_tokens*"]
-    return "lm_head is not quantized, but the config makes it nvfp4"
+    return "lm_head is not quantized, but config.json makes it nvfp4"
 
 
 @fault("config")
 def pattern_that_does_not_compile(folder: Path) -> str:
     edit_ct(folder, lambda config: config["ignore"].append("re:.*(mlp"))
-    return "the config makes it refused"
+    return "config.json makes it refused"
 
 
 # protected
@@ -283,7 +283,7 @@ def kv_cache_of_integers(folder: Path) -> str:
 def kv_cache_scheme_that_the_recipe_did_not_ask_for(folder: Path) -> str:
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
     edit_ct(folder, lambda config: config.update(kv_cache_scheme=scheme))
-    return "the recipe asks for bf16"
+    return "the recipe requires bf16"
 
 
 @fault("kv_cache", "names")  # the source has no such tensor

@@ -39,7 +39,7 @@ def index_points_to_the_wrong_shard(folder: Path) -> str:
     name = f"{LAYER}.mlp.down_proj.weight_packed"
     with edit_json(folder / INDEX_NAME) as index:
         index["weight_map"][name] = "model-00001-of-00004.safetensors"
-    return f"{name} is said to lie in model-00001-of-00004.safetensors, but lies in model-00002-of-00004.safetensors"
+    return f"{name} is listed in model-00001-of-00004.safetensors, but is stored in model-00002-of-00004.safetensors"
 
 
 @fault("index")
@@ -47,14 +47,14 @@ def shard_that_the_index_does_not_name(folder: Path) -> str:
     shutil.copyfile(folder / "model-00004-of-00004.safetensors", folder / "consolidated.safetensors")
     with edit_json(folder / MANIFEST) as manifest:
         manifest["files"]["consolidated.safetensors"] = manifest["files"]["model-00004-of-00004.safetensors"]
-    return "model.embed_tokens.weight lies in consolidated.safetensors and in model-00004-of-00004.safetensors"
+    return "model.embed_tokens.weight is stored in consolidated.safetensors and in model-00004-of-00004.safetensors"
 
 
 @fault("index")
 def index_entry_that_is_no_name(folder: Path) -> str:
     with edit_json(folder / INDEX_NAME) as index:
         index["weight_map"]["model.norm.weight"] = ["model-00004-of-00004.safetensors"]
-    return "model.norm.weight is said to lie in ['model-00004-of-00004.safetensors'], which is not a shard"
+    return "model.norm.weight is listed in ['model-00004-of-00004.safetensors'], which is not a shard"
 
 
 # tokenizer, side_files
@@ -117,14 +117,14 @@ def norm_widened(folder: Path) -> str:
         norm = tensors["model.norm.weight"]
         values = torch.frombuffer(norm.data, dtype=torch.bfloat16).float()
         norm.dtype, norm.data = "F32", bytes_of(values)
-    return "model.norm.weight is F32 [64], was BF16 [64]"
+    return "model.norm.weight is F32 [64], but the source has BF16 [64]"
 
 
 @fault("untouched")
 def byte_of_a_norm_changed(folder: Path) -> str:
     with edit_tensors(folder) as tensors:
         tensors[f"{LAYER}.input_layernorm.weight"].data[3] ^= 1
-    return f"{LAYER}.input_layernorm.weight differs from byte 3 of 128 on"
+    return f"{LAYER}.input_layernorm.weight differs from the source, from byte 3 of 128 on"
 
 
 @fault("untouched", on="gemma4-mlp-ct")
@@ -138,7 +138,7 @@ def layer_scalar_reset(folder: Path) -> str:
 def head_dim_changed(folder: Path) -> str:
     with edit_json(folder / "config.json") as config:
         config["head_dim"] = 32
-    return "head_dim is 32, was 16"
+    return "head_dim is 32, but the source has 16"
 
 
 @fault("config_source", on="gemma4-mlp-ct")
@@ -240,7 +240,7 @@ def hash_wrong(folder: Path) -> str:
 def shard_without_a_hash(folder: Path) -> str:
     with edit_json(folder / MANIFEST) as manifest:
         del manifest["files"]["model-00002-of-00004.safetensors"]
-    return "model-00002-of-00004.safetensors is not recorded"
+    return "model-00002-of-00004.safetensors is not in the manifest"
 
 
 @fault("hashes", "untouched")  # the byte belongs to a tensor that is not quantized

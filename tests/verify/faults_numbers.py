@@ -215,7 +215,7 @@ def two_percent_of_the_blocks_wrong(folder: Path) -> str:
         quiet = sorted(range(len(data)), key=lambda i: data[i])[:11]  # too little to show in the whole matrix
         for at in quiet:
             data[at] -= 8
-    return f"{LAYER}.mlp.down_proj: 11 of 512 blocks are beyond these bounds"
+    return f"{LAYER}.mlp.down_proj: 11 of 512 blocks exceed the limits of error and gain"
 
 
 @fault("weights", on="llama-foreign")

@@ -35,14 +35,14 @@ def tokenizer_of_another_family(folder: Path) -> str:
             tokenizer["model"]["vocab"] = {
                 token: old if number == entry["id"] else number for token, number in tokenizer["model"]["vocab"].items()
             } | {entry["content"]: entry["id"]}
-    return "by the configs, which is no special token of tokenizer.json"
+    return "which is not a special token in tokenizer.json"
 
 
 @fault("tokenizer", "side_files")
 def settings_of_another_tokenizer(folder: Path) -> str:
     with edit_json(folder / "tokenizer_config.json") as settings:
         settings["eos_token"] = {"content": "<|eot_id|>"}
-    return "tokenizer_config.json has eos_token '<|eot_id|>', which tokenizer.json does not know"
+    return "tokenizer_config.json has eos_token '<|eot_id|>', which tokenizer.json does not contain"
 
 
 @fault("tokenizer", "side_files", on="gemma2-a16-ct")
@@ -75,7 +75,7 @@ def adapter_left_in_the_folder(folder: Path) -> str:
     with edit_json(folder / MANIFEST) as manifest:
         blob = (folder / "adapter_model.safetensors").read_bytes()
         manifest["files"]["adapter_model.safetensors"] = hashlib.sha256(blob).hexdigest()
-    return "adapter_model.safetensors is not named by the index"
+    return "adapter_model.safetensors is not in the index"
 
 
 @fault("index")
@@ -141,7 +141,7 @@ def vocabulary_cut_in_the_config(folder: Path) -> str:
 def rope_theta_changed(folder: Path) -> str:
     with edit_json(folder / "config.json") as config:
         config["rope_parameters"]["rope_theta"] = 500000.0
-    return "rope_parameters.rope_theta is 500000.0, was 10000.0"
+    return "rope_parameters.rope_theta is 500000.0, but the source has 10000.0"
 
 
 @fault("config_source", on="llama-foreign")
@@ -155,7 +155,7 @@ def rope_scaling_lost_by_another_tool(folder: Path) -> str:
 def dtype_float32_in_the_config_alone(folder: Path) -> str:
     with edit_json(folder / "config.json") as config:
         config["dtype"] = "float32"
-    return "dtype is 'float32', was 'bfloat16'"
+    return "dtype is 'float32', but the source has 'bfloat16'"
 
 
 @fault("config_source", on="gemma4-ct")

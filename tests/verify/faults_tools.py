@@ -152,7 +152,7 @@ def block_scales_of_one_layer_halved(folder: Path) -> str:
         for name, stored in tensors.items():
             if name.startswith(LAYER) and name.endswith("weight_scale"):
                 stored.data[:] = bytes(max(1, byte - 8) for byte in stored.data)
-    return "where at most 0.25 and 0.9 to 1.1 are right"
+    return "the limits are 0.25 and 0.9 to 1.1"
 
 
 @fault("block_scales", "weights", on="llama-foreign")  # what they decode to is no number either
@@ -293,7 +293,7 @@ def exclusion_of_layer_1_that_catches_layers_10_and_11(folder: Path) -> str:
     with edit_json(folder / "config.json") as config, edit_json(folder / HF_QUANT_CONFIG) as nested:
         config["quantization_config"]["ignore"].append("model.layers.1")
         nested["quantization"]["exclude_modules"].append("model.layers.1")
-    return "model.layers.10.mlp.gate_up_proj is quantized, but the config makes it unquantized"
+    return "model.layers.10.mlp.gate_up_proj is quantized, but config.json makes it unquantized"
 
 
 @fault("layout", "config", "config_source", on="gemma4-ct")  # nothing has a scheme; and the source has no such key
@@ -318,7 +318,7 @@ def config_without_a_format(folder: Path) -> str:
 def hf_quant_config_of_another_algorithm(folder: Path) -> str:
     with edit_json(folder / HF_QUANT_CONFIG) as nested:
         nested["quantization"]["quant_algo"] = "FP8"
-    return "quant_algo follows as NVFP4 from config.json, but is FP8 in hf_quant_config.json"
+    return "quant_algo is FP8 in hf_quant_config.json, but NVFP4 by config.json"
 
 
 @fault("kv_cache", on="llama-foreign")

@@ -168,7 +168,7 @@ def test_a_repository_that_is_no_checkpoint_is_refused(hub: HubServer, models: d
     with pytest.raises(InputError, match="Hub model me/Llama-NVFP4 is not quantized"):
         prove(by_ranges=True)
     hub.add("model", NAME, {"config.json": b"{}"})
-    with pytest.raises(InputError, match=r"holds no \.safetensors file"):
+    with pytest.raises(InputError, match=r"contains no \.safetensors file"):
         prove(by_ranges=True)
 
 
@@ -179,4 +179,4 @@ def test_a_folder_in_place_of_a_recorded_file_is_a_missing_file(good: Callable[[
     (copy / "nvquant_manifest.json").write_text(json.dumps(manifest))
     (copy / "notes").mkdir()
     (hashes,) = [check for check in verify_structure(copy).checks if check.name == "hashes"]
-    assert list(hashes.finding.faults) == ["notes is recorded but missing"]
+    assert list(hashes.finding.faults) == ["notes is in the manifest but missing"]

@@ -192,7 +192,7 @@ def test_the_tokenizer_of_another_model_is_found_by_the_likelihood_of_text(smoll
             break
     assert not verdicts(checks)["logprobs"]
     fault = next(check for check in checks if check.name == "logprobs").finding.faults[0]
-    assert "tokenizer is of another model" in fault
+    assert "tokenizer belongs to another model" in fault
 
 
 def test_a_larger_tokenizer_is_found_before_it_kills_the_server(broken: Path, smollm2: Path, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_larger_tokenizer_is_found_before_it_kills_the_server(broken: Path, sm
         checks.append(check)
         if check.name == "tokens":
             break
-    assert only_fault(checks, "tokens") == "the tokenizer has 49,152 tokens, the model 512: it is another model's"
+    assert only_fault(checks, "tokens") == "the tokenizer has 49,152 tokens, the model 512: it belongs to another model"
 
 
 @pytest.mark.thorough
@@ -212,7 +212,7 @@ def test_a_random_model_passes_where_its_source_knows_no_text_either(tiny: Path,
     checks = list(run.run())
     assert verdicts(checks) == dict.fromkeys(ALL, True), [check.detail for check in checks]
     degeneration = next(check for check in checks if check.name == "degeneration")
-    assert degeneration.finding.looked_at.startswith("not applicable: the source itself knows no text")
+    assert degeneration.finding.looked_at.startswith("not applicable: the source itself models no text")
 
 
 @pytest.mark.thorough  # test_served_logprobs.py has the limits
@@ -228,7 +228,7 @@ def test_likelihoods_of_another_file_are_noticed(tiny: Path, tmp_path: Path) -> 
 
     run = ServeStage(subject, small_options(), of_other_weights, random_ids(300), tmp_path, lambda _: None, GUESSING)
     failed = [check for check in run.run() if check.name == "logprobs"]
-    assert "does not compute what the files say" in failed[0].finding.faults[0]
+    assert "the server's results do not match the files" in failed[0].finding.faults[0]
 
 
 def test_a_base_model_served_without_bos_is_found(made: Path, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_a_server_that_is_killed_is_a_failed_check_with_its_cause(tiny: Path, tm
             for pid in server.process.pids():
                 os.kill(pid, signal.SIGKILL)
     assert [check.name for check in checks] == ["start", "kernel", "memory", "tokens"]
-    assert only_fault(checks, "tokens").startswith("vLLM ended while it was asked: ended by SIGKILL")
+    assert only_fault(checks, "tokens").startswith("vLLM ended during a request: ended by SIGKILL")
 
 
 @pytest.mark.thorough
@@ -277,7 +277,7 @@ def test_a_server_that_runs_already_is_held_against_each_arithmetic(tiny: Path, 
         assert server.process is not None and server.process.pids()  # it was not ours to end
     assert verdicts(checks) == dict.fromkeys(ALL, True), [check.detail for check in checks]
     assert run.document["logprobs"]["arithmetic"] == "w4a4"
-    assert run.document["kernel"]["words"] == "unknown; its likelihoods are those of W4A4"
+    assert run.document["kernel"]["words"] == "unknown (its likelihoods match W4A4)"
 
 
 def failed_start(checkpoint: Path, folder: Path) -> tuple[str, ...]:

@@ -50,4 +50,4 @@ def test_tokens_are_held_one_by_one_unless_the_model_is_noise(
 ) -> None:
     finding = judged(subject, arithmetic, shift, spread, noise)
     assert not finding.faults == passes, finding.faults
-    assert ("held by the mean alone" in finding.looked_at) == (noise > 0.05)
+    assert ("only the mean is checked" in finding.looked_at) == (noise > 0.05)

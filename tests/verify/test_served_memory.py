@@ -49,7 +49,7 @@ def test_what_was_measured_for_a_31b_fits(subject: Subject) -> None:
 def test_decoded_weights_are_found(subject: Subject) -> None:
     large = Subject(subject.folder, CONFIG_31B, subject.headers, ())
     finding = judge(large, round(30.1 * GIB), FORECAST_31B)
-    assert "held decoded, or twice" in finding.faults[0]
+    assert "loaded decoded, or twice" in finding.faults[0]
 
 
 def test_weights_that_were_not_loaded_are_found(subject: Subject) -> None:

@@ -203,11 +203,11 @@ def test_a_vocabulary_that_was_padded_beyond_the_sources_passes(copy: Callable[[
     with edit_json(made.folder / "config.json") as config:
         config["vocab_size"] = 576
     assert failed(made.folder, made.source) == {}
-    assert details(made.folder, made.source)["untouched"].endswith(f"; {EMBEDDING} has 64 rows more")
+    assert details(made.folder, made.source)["untouched"].endswith(f", {EMBEDDING} has 64 extra rows")
     with edit_tensors(made.folder) as tensors:
         tensors[EMBEDDING].data[5 * 128] ^= 1
     assert failed(made.folder, made.source) == {
-        "untouched": [f"{EMBEDDING} differs from byte 640 of 65,536 on"],
+        "untouched": [f"{EMBEDDING} differs from the source, from byte 640 of 65,536 on"],
     }
 
 

@@ -47,7 +47,7 @@ def test_without_a_manifest_it_passes_by_bounds_and_says_so(name: str, copy: Cal
     assert failed(report) == set()
     for check in NEEDS_MANIFEST:
         assert detail(report, check).startswith("not applicable: no manifest")
-    assert "by bounds, since another tool made them" in detail(report, "weights")
+    assert "by limits, because another tool made them" in detail(report, "weights")
 
 
 @pytest.mark.parametrize(("name", "target"), [("llama-ct", "modelopt"), ("gemma4-mo", "compressed-tensors")])
@@ -148,7 +148,7 @@ def test_another_quantization_is_refused(copy: Callable[[str], Copy], models: di
     (other / "config.json").write_text((made.source / "config.json").read_text())
     with edit_json(other / "config.json") as config:
         config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(InputError, match=r"quantized \(quant_method gptq\), but not to NVFP4"):
+    with pytest.raises(InputError, match=r"is quantized, but not to NVFP4 \(quant_method gptq\)"):
         verify_structure(other)
 
 

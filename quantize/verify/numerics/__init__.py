@@ -1,1 +1,1 @@
-"""The stage `numerics`: what quantization does to the model's predictions, layer by layer and token by token."""
+"""The stage `numerics`: the effect of quantization on the model's predictions, layer by layer and token by token."""

@@ -1,4 +1,4 @@
-"""What a right server answers, from the checkpoint's files alone."""
+"""The likelihoods of a correct server, computed from the checkpoint's files alone."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ COMPUTING_BYTES = 2 << 30  # the context, libraries, hidden states of one sequen
 
 
 def emulated_logprobs(subject: Subject, ids: Sequence[int], arithmetic: Arithmetic, device: str = "cpu") -> list[float]:
-    """Natural-log likelihood of each id but the first, given all before it.
+    """Compute the natural-log likelihood of each id but the first, given all before it.
 
     Args:
-        subject: a checkpoint whose structure holds.
+        subject: a checkpoint whose structure is sound.
         ids: two at least.
-        arithmetic: of the server: with rounded inputs where the checkpoint asks for it, or with quantized weights only.
-        device: where to compute; the CPU takes the place of a GPU that a server which goes on running has filled.
+        arithmetic: of the server: with rounded inputs where the checkpoint requires it, or weight-only.
+        device: the CPU replaces a GPU that a server fills which is still running.
     Raises:
         InputError, EnvironmentLack: see `SideBySide`.
     """
@@ -32,7 +32,7 @@ def emulated_logprobs(subject: Subject, ids: Sequence[int], arithmetic: Arithmet
 
 
 def likeliest_next(subject: Subject, ids: Sequence[int], arithmetic: Arithmetic, device: str = "cpu") -> int:
-    """The id that is likeliest after the given ones; arguments and errors as of `emulated_logprobs`."""
+    """The most likely id after the given ones. Arguments and errors are those of `emulated_logprobs`."""
     return int(_run(subject, [*ids, ids[-1]], arithmetic, device).top_at[-1])  # of the last id only the place counts
 
 

@@ -1,4 +1,4 @@
-"""How far a decoder layer's output, or a hidden state, is from the reference's; and a matrix from its source."""
+"""The errors of a decoder layer's output, of a hidden state and of a matrix, against the source's."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ STRIP_ELEMENTS = 1 << 24
 
 @dataclass
 class LayerError:
-    """Sums over tokens, float64: of what a layer adds to its input, for the reference and for what was computed.
+    """Sums over tokens, float64, of the contribution that a layer adds to its input, for the reference and the other.
 
-    What a layer adds is its output less the multiple of its input that is nearest to it: most models hand the input on
-    as it is, some (Gemma 4) times a factor. Without that, a fault in a layer would drown in the stream that only passes
-    by. The first token of a sequence is left out: its activations are thousands of times larger in many models and
-    would stand for all others.
+    A layer's contribution is its output less the multiple of its input that is nearest to it. Most models pass the
+    input on as it is, some (Gemma 4) times a factor. Without that, a fault in a layer would drown in the stream that
+    only passes by. The first token of a sequence is skipped, because its activations are thousands of times larger in
+    many models and would dominate all others.
     """
 
     error: float = 0.0
@@ -55,7 +55,7 @@ class LayerError:
 
 @dataclass
 class StreamError:
-    """Sums over tokens, float64: how far two hidden states have come apart; the first tokens are left out."""
+    """Sums over tokens, float64, of the difference between two hidden states. The first tokens are skipped."""
 
     error: float = 0.0
     energy: float = 0.0
@@ -73,7 +73,7 @@ class StreamError:
 
 
 def relative_error(error: float, energy: float) -> float:
-    """Root of error over energy; of nothing 0 or infinity."""
+    """Root of error over energy. Without energy, 0 or infinity."""
     if math.isnan(error) or energy <= 0:
         return 0.0 if error == 0 else math.inf
     return math.sqrt(error / energy)
@@ -86,15 +86,15 @@ def _dot(one: Tensor, other: Tensor) -> float:
 
 def matrix_numbers(name: str, layer: int, served: ServedMatrix, source: Tensor | None, decoded: Tensor,
                    histogram: Tensor) -> dict[str, Any]:  # fmt: skip
-    """What quantization did to a matrix.
+    """The effect of quantization on a matrix, in numbers.
 
     Args:
-        source: its weight in the source, [rows, cols], any float dtype; None where there is no source.
+        source: its weight in the source, [rows, cols], any float dtype. None where there is no source.
         decoded: as a server decodes it, no block flushed.
         histogram: of its block scales, int64 [256].
     Returns:
-        the document of the contract: relative error, and counts of blocks. A zero block is one whose elements are all
-        stored as zero although the source's are not; a clamped one would need a block scale beyond E4M3's range.
+        The document of the contract: relative error, and counts of blocks. A zero block is one whose elements are all
+        stored as zero although the source's are not. A clamped one would need a block scale beyond E4M3's range.
     """
     error = energy = 0.0
     zero = clamped = 0
@@ -108,7 +108,7 @@ def matrix_numbers(name: str, layer: int, served: ServedMatrix, source: Tensor |
     return {
         "name": name,
         "layer": layer,
-        "scheme": "W4A4" if served.input_divisor is not None else "weights only",
+        "scheme": "W4A4" if served.input_divisor is not None else "weight-only",
         "weight_error": None if source is None else relative_error(error, energy),
         "blocks": decoded.numel() // BLOCK,
         "zero_blocks": zero,
@@ -128,7 +128,7 @@ def _strips(source: Tensor | None, decoded: Tensor) -> Iterator[tuple[Tensor, Te
 
 
 def bfloat16_outputs(module: torch.nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-    """Let every part of a float32 module round what it gives to BF16, as a server that computes in BF16 does."""
+    """Let every submodule of a float32 module round its output to BF16, as a server that computes in BF16 does."""
 
     def round_output(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
         is_plain = isinstance(output, Tensor) and output.dtype == torch.float32

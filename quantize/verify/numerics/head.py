@@ -1,7 +1,7 @@
 """The head of a model, a part of its vocabulary at a time.
 
-The model's own forward is run with its decoder replaced by what the decoder gave and with a part of the head's rows, so
-that what it does to its logits (caps, factors) is done as it does it; all of that works on each logit alone.
+The model's own forward runs with its decoder replaced by the decoder's output and with a part of the head's rows. The
+model then applies its own caps and factors to the logits. All of them work on each logit alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Head:
         self.rows, self.cols = skeleton.source.info(self._name).shape
 
     def _find_base(self, owner: nn.Module) -> tuple[nn.Module, str]:
-        """The module that holds the base model, and its name there: what has the decoder in it but not the head."""
+        """The owner of the base model, which contains the decoder but not the head, and its name there."""
         name, child = next(
             (name, child)
             for name, child in owner.named_children()
@@ -50,7 +50,7 @@ class Head:
         return self._find_base(child) if any(part is self._module for part in child.modules()) else (owner, name)
 
     def _stored_name(self, head: str) -> str:
-        """Where the head's rows are: under its own name, or in the embedding that the model's class ties it to.
+        """The tensor of the head's rows: under its own name, or the embedding that the model's class ties it to.
 
         Where both are stored and differ, transformers and vLLM read the head (see `plan.heads`).
         """
@@ -104,10 +104,10 @@ class Head:
 
     @torch.no_grad()
     def logits(self, finished: Tensor, first: int, rows: Tensor) -> Tensor:
-        """Logits of a part of the vocabulary.
+        """Compute the logits of a part of the vocabulary.
 
         Args:
-            finished: float32 [tokens, hidden size], what `finish_batch` gives.
+            finished: float32 [tokens, hidden size], from `finish_batch`.
             first: number of the first row.
             rows: float32 [part, hidden size], on the device of `finished`.
         Returns:
@@ -131,7 +131,7 @@ class Head:
             module.weight, module.bias = weight, bias
         logits: Tensor = output.logits[0]
         if logits.shape != (len(finished), len(rows)):
-            raise InputError(f"{type(full).__name__} makes no logits of its head's rows that nvquant could follow.")
+            raise InputError(f"{type(full).__name__} computes logits in a way that nvquant does not support.")
         return logits.float()
 
 

@@ -2,10 +2,10 @@
 
 The source and the checkpoint go through their layers together, on the same tokens. Each way of computing is a lane with
 hidden states of its own: the source, the source once more in the noise of BF16 (the floor), the checkpoint with rounded
-inputs (W4A4), the checkpoint with quantized weights alone. Rounding to four bits amplifies the last bits of a product,
-which depend on the processor. W4A4 runs once more in the noise of BF16, and the difference tells how far its numbers
-move. Beside the lanes, each of the checkpoint's layers is given what the source's layer was given, so that its own
-error shows apart from what it inherited.
+inputs (W4A4), the checkpoint with quantized weights alone (weight-only). Rounding to four bits amplifies the last bits
+of a product, which depend on the processor. W4A4 runs once more in the noise of BF16, and the difference shows how far
+its numbers vary. Beside the lanes, each of the checkpoint's layers gets the input of the source's layer. Its own error
+is then separate from the inherited one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Lane:
     walk: Walk
 
     def finished(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """What the head multiplies, [tokens, hidden size] for each sequence but for its last token; on the device."""
+        """The head's inputs, [tokens, hidden size] for each sequence without its last token, on the device."""
         rows = []
         for at, batch in enumerate(batches):
             given = finish_batch(self.walk.skeleton, batch, self.walk.hidden.fetch(at))
@@ -58,7 +58,7 @@ class Lane:
 
 @dataclass
 class LayerNumbers:
-    """What was measured of a layer, by arithmetic."""
+    """The numbers of a layer, by arithmetic."""
 
     layer: int
     own: dict[Arithmetic, LayerError] = field(default_factory=dict)
@@ -75,16 +75,16 @@ class Kept:
 
 
 class SideBySide:
-    """All lanes, from the embedding to what the head multiplies.
+    """All lanes, from the embedding to the head's inputs.
 
     Args:
         served: the checkpoint.
-        source: what it was made from; without it only the checkpoint's own lanes run.
+        source: the model that it was made from. Without it, only the checkpoint's own lanes run.
         samples: int64 [tokens] each.
         arithmetics: the checkpoint's lanes.
         progress: called with (layers done, layers, words).
     Raises:
-        InputError, EnvironmentLack: see `build_skeleton` and `Walk`; the two models are not of the same shape.
+        InputError, EnvironmentLack: see `build_skeleton` and `Walk`, or the two models have different shapes.
     """
 
     def __init__(
@@ -111,18 +111,18 @@ class SideBySide:
 
     @property
     def floor_words(self) -> str:
-        """How the floor's noise was made."""
+        """The description of the floor's noise."""
         if self.device.type == "cpu":
             return "the source with every module's output rounded to BF16, against float32"
-        return f"the source in BF16, its products {FLOOR_ROWS} tokens at a time, against whole sequences"
+        return f"the source in BF16, {FLOOR_ROWS} tokens at a time, against whole sequences"
 
     @property
     def inputs(self) -> dict[str, InputNumbers]:
-        """What became of the inputs of W4A4 layers, by the fused layer's name."""
+        """The numbers of the inputs of W4A4 layers, by the fused layer's name."""
         return self.rounding.numbers
 
     def close(self) -> None:
-        """Give back what hidden states take."""
+        """Free the memory of the hidden states."""
         for lane in self.lanes.values():
             lane.walk.hidden.close()
 
@@ -171,7 +171,7 @@ class SideBySide:
         """Send every lane through all layers.
 
         Raises:
-            InputError: a shard vanished or changed; not even one sequence fits the device's memory.
+            InputError: a shard vanished or changed, or not even one sequence fits the device's memory.
         """
         count = len(self._quantized.layers)
         stored = self._reader(self.served.subject.checkpoint, self.served.stored_names(), count)
@@ -315,7 +315,7 @@ def in_small_products(module: nn.Module) -> Iterator[None]:
 
 
 def largest_layer_bytes(checkpoint: Checkpoint, prefix: str) -> int:
-    """Bytes that the largest decoder layer takes in the file; the layers are those under the prefix."""
+    """The bytes that the largest decoder layer under a prefix takes in the file."""
     layers = _names_by_layer(checkpoint, prefix).values()
     return max(sum(checkpoint.info(name).nbytes for name in names) for names in layers)
 

@@ -1,4 +1,4 @@
-"""What each lane predicts for the next token, one part of the vocabulary at a time."""
+"""The predictions of each lane for the next token, one part of the vocabulary at a time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BLOCK_ELEMENTS = 1 << 24  # of logits at a time
 
 
 def predict(run: SideBySide, progress: Progress) -> tuple[dict[LaneName, RunningLogits], dict[LaneName, TokenScores]]:
-    """Run the head over what every lane gave.
+    """Run the head over the output of every lane.
 
     Returns:
-        each lane's own reduction; and each lane against the source, where there is a source.
+        Each lane's own reduction, and each lane against the source, where there is a source.
     Raises:
         InputError: no head, or heads of different sizes.
     """
@@ -49,7 +49,7 @@ def predict(run: SideBySide, progress: Progress) -> tuple[dict[LaneName, Running
 
 
 def _finished(lane: Lane, run: SideBySide) -> Tensor:
-    """What the head multiplies, float [scored tokens, hidden size]; on the device while there is room."""
+    """The head's inputs, float [scored tokens, hidden size], on the device while there is room."""
     rows = torch.cat(lane.finished(run.batches))
     if run.device.type == "cuda" and rows.nbytes * len(run.lanes) > torch.cuda.mem_get_info(run.device)[0] // 3:
         return rows.cpu()

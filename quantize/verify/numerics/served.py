@@ -1,8 +1,8 @@
 """The checkpoint as a server computes it: its matrices decoded, the inputs of W4A4 matrices rounded.
 
-What a server does with a fused layer's global scales is done here too: of several divisors it keeps the largest, of
-several multipliers likewise, and reads every part by that one (vLLM 0.33, compressed_tensors_w4a4_nvfp4.py and
-modelopt.py). In a good checkpoint they are equal.
+This module treats a fused group's global scales as a server does. Of several divisors it keeps the largest, of several
+multipliers likewise, and reads every member by that one (vLLM 0.33, compressed_tensors_w4a4_nvfp4.py and modelopt.py).
+In a good checkpoint they are equal.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ServedMatrix:
     Attributes:
         group: name of its fused layer.
         divisor: float32 scalar, the weight global scale that the server keeps for the fused layer.
-        input_divisor: the input global scale, float32 scalar; None where the server does not round the input.
+        input_divisor: the input global scale, float32 scalar. None where the server does not round the input.
         flushed: bool [256], the block scales that Marlin turns to zero.
     """
 
@@ -52,13 +52,13 @@ class ServedMatrix:
 
 
 class ServedModel:
-    """What a server builds of a checkpoint, read a layer at a time.
+    """The model that a server builds from a checkpoint, read a layer at a time.
 
     Args:
-        subject: its `matrices` check holds.
+        subject: a checkpoint that passes the check `matrices`.
     Raises:
-        InputError: it has no decoder layers, or a quantized matrix outside of them; `matrices` raises it where an
-            input scale that the config asks for is not stored.
+        InputError: it has no decoder layers, or a quantized matrix outside of them. `matrices` raises it where an
+            input scale that the config requires is not stored.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -146,7 +146,7 @@ class ServedModel:
 
         Args:
             stored: as stored, on the device.
-            dtype: of decoded matrices; arithmetic is float32.
+            dtype: of decoded matrices. The arithmetic is float32.
         """
         matrices = self.matrices_of(layer)
         parts = {info.name for served in matrices.values() for info in served.matrix.parts.values()}
@@ -174,12 +174,12 @@ class ServedModel:
 
 @dataclass
 class InputNumbers:
-    """What became of the inputs of a fused layer, over all that was computed.
+    """The numbers of the inputs of a fused layer, over all tokens.
 
     Attributes:
-        blocks: how many blocks of 16 there were.
-        clipped: how many had an element beyond the calibrated amax.
-        lost: how many were not zero and became zeros.
+        blocks: the number of blocks of 16.
+        clipped: the number of blocks with an element beyond the calibrated amax.
+        lost: the number of blocks that were not zero and became zeros.
         amax: the largest magnitude.
         calibrated: the largest magnitude that is not clipped.
     """

@@ -1,4 +1,4 @@
-"""The stage `numerics`: what quantization costs, measured, and held against limits."""
+"""The stage `numerics`: the loss by quantization, measured and compared with limits."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from .tokens import perplexity
 STAGE = "numerics"
 WORDS: Mapping[str, str] = {
     "w4a4": "W4A4, as GPUs with FP4 units compute it",
-    "weight_only": "weights only, as Marlin computes it on Hopper, Ada and Ampere",
+    "weight_only": "weight-only, as Marlin computes it on Hopper, Ada and Ampere",
 }
-SHORT: Mapping[str, str] = {"w4a4": "W4A4", "weight_only": "weights only"}
+SHORT: Mapping[str, str] = {"w4a4": "W4A4", "weight_only": "weight-only"}
 # Sound W4A4 layers of SmolLM2-135M have 0.1 to 0.32 (docs/verification.md).
 MOST_LAYER_ERROR = 0.6
 MOST_CLIPPED = 0.01  # share of an input's blocks; calibration with head-room leaves none
@@ -40,11 +40,11 @@ MOST_LOST = 0.1  # share of an input's blocks that become zeros; a scale ten tho
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What is held against what is measured.
+    """The limits of the measured numbers.
 
     Attributes:
-        max_kl: mean KL divergence in nats; None for no limit.
-        min_top1: share of tokens for which both models hold the same one for the likeliest.
+        max_kl: mean KL divergence in nats. None for no limit.
+        min_top1: top-1 agreement, the share of tokens with the same most likely next token.
         max_delta_nll: increase of the mean negative log-likelihood in nats.
     """
 
@@ -53,7 +53,7 @@ class Thresholds:
     max_delta_nll: float = 1.0
 
     def tightened(self, max_kl: float | None, min_top1: float | None) -> Thresholds:
-        """With what the command line asks for instead."""
+        """These limits, with those of the command line in their places."""
         return Thresholds(
             self.max_kl if max_kl is None else max_kl,
             self.min_top1 if min_top1 is None else min_top1,
@@ -63,10 +63,10 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class NumericsOptions:
-    """What is measured, and where.
+    """The options of the measurement.
 
     Attributes:
-        text: file of one's own; None for the shipped held-out text.
+        text: the user's own file. None for the shipped held-out text.
         device: torch's name.
         max_kl, min_top1: instead of the recipe's.
     """
@@ -80,7 +80,7 @@ class NumericsOptions:
 
 
 def thresholds_of(subject: Subject) -> Thresholds:
-    """The limits that the recipe asks for, or the defaults."""
+    """The limits of the recipe, or the defaults."""
     if not isinstance(subject.manifest, Manifest):
         return Thresholds()
     asked = subject.manifest.recipe.verify
@@ -91,7 +91,7 @@ class NumericsStage:
     """One run of the stage.
 
     Attributes:
-        document: what was measured, once `run` has ended; None before.
+        document: the numbers after `run` has ended. None before.
     Args:
         subject: a checkpoint whose headers, layout and matrices are sound.
     """
@@ -101,7 +101,7 @@ class NumericsStage:
         self.document: dict[str, Any] | None = None
 
     def run(self) -> Iterator[Check]:
-        """Measure, then say what holds.
+        """Measure, then yield the checks.
 
         Raises:
             InputError: too little text, another model for a source, or an architecture that cannot be walked.
@@ -118,7 +118,7 @@ class NumericsStage:
 def measure(
     subject: Subject, source: Checkpoint, text: CalibrationSet, options: NumericsOptions, progress: Progress
 ) -> dict[str, Any]:
-    """Measure a checkpoint against its source; returns the stage's document (docs/verification.md, "Numbers")."""
+    """Measure a checkpoint against its source. Returns the stage's document (docs/verification.md, "Numbers")."""
     served = ServedModel(subject)
     arithmetics: tuple[Arithmetic, ...] = ("w4a4", "weight_only") if served.has_w4a4 else ("weight_only",)
     run = SideBySide(served, source, text.samples, arithmetics, options.device, progress)
@@ -192,7 +192,7 @@ def _input_json(name: str, run: SideBySide) -> dict[str, Any]:
 
 
 def findings(document: Mapping[str, Any]) -> dict[str, Finding]:
-    """What holds of what was measured, check by check."""
+    """The verdict on the numbers, check by check."""
     checks = {"predictions": _predictions, "kl": _kl, "top1": _top1, "nll": _nll}
     more = {"layers": _layers, "matrices": _matrices, "inputs": _inputs}
     return {name: check(document) for name, check in {**checks, **more}.items()}
@@ -205,7 +205,7 @@ def _compared(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _predictions(document: Mapping[str, Any]) -> Finding:
     text = document["text"]
     faults = [
-        f"{SHORT.get(name, name)}: the predictions hold a NaN or an infinity"
+        f"{SHORT.get(name, name)}: the predictions contain a NaN or an infinity"
         for name, one in document["arithmetics"].items()
         if not math.isfinite(one["kl"]["mean"]) or math.isnan(one["nll"])
     ]
@@ -218,7 +218,7 @@ def _predictions(document: Mapping[str, Any]) -> Finding:
 def _kl(document: Mapping[str, Any]) -> Finding:
     limit = document["thresholds"]["max_kl"]
     faults = [
-        f"{SHORT[name]}: mean KL divergence {one['kl']['mean']:.4f}, at most {limit:g} is asked for"
+        f"{SHORT[name]}: mean KL divergence {one['kl']['mean']:.4f}, the limit is {limit:g}"
         for name, one in _compared(document).items()
         if limit is not None and not one["kl"]["mean"] <= limit
     ]
@@ -241,8 +241,7 @@ def _spread(numbers: Mapping[str, Any]) -> str:
 def _top1(document: Mapping[str, Any]) -> Finding:
     limit = document["thresholds"]["min_top1"]
     faults = [
-        f"{SHORT[name]}: the likeliest token is the source's for {one['top1']['agreement']:.4f} of the tokens only, at "
-        f"least {limit:g} is asked for"
+        f"{SHORT[name]}: top-1 agreement {one['top1']['agreement']:.4f}, the limit is {limit:g}"
         for name, one in _compared(document).items()
         if not one["top1"]["agreement"] >= limit
     ]
@@ -251,13 +250,13 @@ def _top1(document: Mapping[str, Any]) -> Finding:
         for name, one in _compared(document).items()
     ]
     said.append(f"floor {document['arithmetics']['floor']['top1']['agreement']:.4f}")
-    return Finding(f"same likeliest token, at least {limit:g}: {', '.join(said)}", faults)
+    return Finding(f"top-1 agreement, at least {limit:g}: {', '.join(said)}", faults)
 
 
 def _nll(document: Mapping[str, Any]) -> Finding:
     limit = document["thresholds"]["max_delta_nll"]
     faults = [
-        f"{SHORT[name]}: {one['delta_nll']:+.3f} nats a token, at most {limit:+g} is asked for"
+        f"{SHORT[name]}: {one['delta_nll']:+.3f} nats a token, the limit is {limit:+g}"
         for name, one in _compared(document).items()
         if not one["delta_nll"] <= limit
     ]
@@ -275,13 +274,13 @@ def _layers(document: Mapping[str, Any]) -> Finding:
         errors = {layer["layer"]: layer[name]["relative_error"] for layer in document["layers"]}
         worst = max(errors, key=lambda layer: _orderable(errors[layer]))
         faults += [
-            f"layer {layer}, {SHORT[name]}: relative error {error:.3g} of its output on the source's own input, at "
-            f"most {MOST_LAYER_ERROR} is right (median of all layers {median(errors.values()):.3g})"
+            f"layer {layer}, {SHORT[name]}: relative error {error:.3g} of its output on the source's own input, the "
+            f"limit is {MOST_LAYER_ERROR} (median of all layers {median(errors.values()):.3g})"
             for layer, error in errors.items()
             if not error <= MOST_LAYER_ERROR
         ]
         said.append(f"{SHORT[name]} median {median(errors.values()):.3f}, worst {errors[worst]:.3f} (layer {worst})")
-    return Finding(f"{counted(len(document['layers']), 'layer')}, relative error each: {'; '.join(said)}", faults)
+    return Finding(f"{counted(len(document['layers']), 'layer')}, relative error each: {', '.join(said)}", faults)
 
 
 def _orderable(value: float) -> float:
@@ -291,7 +290,7 @@ def _orderable(value: float) -> float:
 def _matrices(document: Mapping[str, Any]) -> Finding:
     matrices = document["matrices"]
     faults = [
-        f"{one['name']}: relative error {one['weight_error']:.3g}, at most {RMSE_LIMIT} is right"
+        f"{one['name']}: relative error {one['weight_error']:.3g}, the limit is {RMSE_LIMIT}"
         for one in matrices
         if one["weight_error"] is not None and not one["weight_error"] <= RMSE_LIMIT
     ]
@@ -299,7 +298,7 @@ def _matrices(document: Mapping[str, Any]) -> Finding:
         key: sum(one[key] for one in matrices) for key in ("blocks", "zero_blocks", "clamped_blocks", "flushed_blocks")
     }
     errors = [one["weight_error"] for one in matrices if one["weight_error"] is not None]
-    said = f"weight error median {median(errors):.4f}, worst {max(errors, key=_orderable):.4f}; " if errors else ""
+    said = f"weight error median {median(errors):.4f}, worst {max(errors, key=_orderable):.4f}, " if errors else ""
     number = counted(len(matrices), "matrix", "matrices")
     return Finding(
         f"{number}, {said}of {totals['blocks']:,} blocks {totals['zero_blocks']:,} lost to zero, "
@@ -313,7 +312,7 @@ def _inputs(document: Mapping[str, Any]) -> Finding:
     if not inputs:
         return not_applicable("no input is quantized")
     faults = [
-        f"{one['name']}: its input holds a NaN or an infinity" for one in inputs if not math.isfinite(one["amax"])
+        f"{one['name']}: its input contains a NaN or an infinity" for one in inputs if not math.isfinite(one["amax"])
     ]
     faults += [
         f"{one['name']}: {one['clipped']:.1%} of its input's blocks are clipped (amax {one['amax']:.4g}, calibrated "
@@ -335,7 +334,7 @@ def _inputs(document: Mapping[str, Any]) -> Finding:
         ratios = [one["amax"] / one["calibrated_amax"] for one in beyond if one["calibrated_amax"]]
         said = f", {len(beyond)} beyond their calibrated amax (up to {max(ratios, default=math.inf):.2f} times)"
     return Finding(
-        f"{counted(len(inputs), 'input')}{said}; most clipped blocks {clipped['clipped']:.2%} ({clipped['name']}), "
-        f"most that become zeros {lost['lost']:.2%} ({lost['name']})",
+        f"{counted(len(inputs), 'input')}{said}, most clipped blocks {clipped['clipped']:.2%} ({clipped['name']}), "
+        f"most blocks lost to zero {lost['lost']:.2%} ({lost['name']})",
         faults,
     )

@@ -1,4 +1,4 @@
-"""The tokens on which numbers are measured: held-out text, framed as the model wants it."""
+"""The tokens on which numbers are measured: held-out text, framed as the model requires."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ SEED = 1
 def load_text(
     text: Path | None, folder: Path, config: Mapping[str, Any], samples: int, sequence_length: int
 ) -> CalibrationSet:
-    """Samples of the shipped held-out text, which shares no document with the shipped calibration text, or of a file.
+    """Load samples of a file, or of the shipped held-out text.
+
+    That text shares no document with the shipped calibration text.
 
     Args:
-        text: a file of text or conversations, or of token ids, as `--calibration` takes it; None for the shipped text.
-        folder: where the tokenizer and its chat template are: the checkpoint's own.
+        text: a file of text or conversations, or of token ids, as for `--calibration`. None for the shipped text.
+        folder: the checkpoint's own, which contains the tokenizer and its chat template.
     Raises:
         InputError: see `load_calibration`.
     """
@@ -37,6 +39,6 @@ def load_text(
 
 
 def reference_ids(folder: Path, config: Mapping[str, Any], tokens: int = REFERENCE_TOKENS) -> list[int]:
-    """Token ids of one sequence of the held-out text, for a question to a server."""
+    """The token ids of one sequence of the held-out text, for a request to a server."""
     ids: list[int] = load_text(None, folder, config, 1, tokens).samples[0].tolist()
     return ids

@@ -1,7 +1,7 @@
-"""Token by token: what one model's predictions lose against another's, gathered while the vocabulary passes by.
+"""The loss of one model's predictions against another's, token by token, gathered while the vocabulary passes by.
 
-Logits of all tokens over all of a vocabulary are never in memory at once: a part of the vocabulary comes, is reduced to
-a few numbers a token, and goes. For the reference a and another model b, with p = softmax(a):
+Logits of all tokens over all of a vocabulary are never in memory at once. Each part of the vocabulary is reduced to a
+few numbers a token. For the reference a and another model b, with p = softmax(a):
 
     KL(a || b) = sum p (a - b) - logsumexp(a) + logsumexp(b)
 
@@ -63,7 +63,7 @@ class RunningLogits:
 
     @property
     def nll(self) -> Tensor:
-        """Negative log-likelihood of the next token in nats, float64 [tokens]; NaN where a logit is no number."""
+        """Negative log-likelihood of the next token in nats, float64 [tokens]. NaN where a logit is no number."""
         nll = self.log_mass - self.target.double()
         return torch.where(self.is_finite, nll, torch.nan)
 
@@ -87,14 +87,14 @@ class RunningDivergence:
 
     @property
     def kl(self) -> Tensor:
-        """KL divergence in nats, float64 [tokens], not below 0; NaN where a logit is no number."""
+        """KL divergence in nats, float64 [tokens], not below 0. NaN where a logit is no number."""
         reference, other = self._reference, self._other
         kl = self._sum / reference.mass - reference.log_mass + other.log_mass
         return torch.where(reference.is_finite & other.is_finite, kl.clamp(min=0), torch.nan)
 
     @property
     def agrees(self) -> Tensor:
-        """Whether both hold the same token for the likeliest, bool [tokens]."""
+        """Whether both models have the same most likely token, bool [tokens]."""
         return self._reference.top_at == self._other.top_at
 
 
@@ -119,7 +119,7 @@ class TokenScores:
 
         Args:
             nll_source: of the reference, float64 [tokens].
-            again: the same computation in the noise of BF16; without it the rounding noise is null.
+            again: the same computation in the noise of BF16. Without it, the rounding noise is null.
         """
         nll = float(self.nll.mean())
         kl_again, agrees_again = (None, None) if again is None else (again.kl, again.agrees.double())
@@ -144,12 +144,12 @@ class TokenScores:
 
 
 def perplexity(nll: float) -> float:
-    """exp of a mean negative log-likelihood; infinite where that is beyond a float."""
+    """exp of a mean negative log-likelihood, infinite where that is beyond a float."""
     return math.exp(nll) if nll < 700 else math.inf
 
 
 def quantile(values: Tensor, share: float) -> float:
-    """The value below which a share of them lies, one that occurs (float64); NaN where any is NaN."""
+    """The value below which a share of them lies, one that occurs (float64). NaN where any is NaN."""
     if bool(values.isnan().any()):
         return math.nan
     ordered = values.sort().values
@@ -157,8 +157,8 @@ def quantile(values: Tensor, share: float) -> float:
 
 
 def standard_error(values: Tensor, lengths: Sequence[int]) -> float | None:
-    """Standard error of the mean over tokens, with sequences as the independent units, since the tokens of a text hang
-    together: the ratio estimator's (Cochran, Sampling Techniques, 3rd edition, section 2.11). None for one sequence.
+    """Standard error of the mean over tokens, with sequences as the independent units, because the tokens of a text are
+    correlated: the ratio estimator's (Cochran, Sampling Techniques, 3rd edition, section 2.11). None for one sequence.
 
     Args:
         values: float64 [tokens].

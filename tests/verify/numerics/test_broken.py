@@ -102,7 +102,7 @@ BROKEN = [
         nibbles_swapped, frozenset({"weights"}), ("matrices", "layers"), f"{LAYER}.self_attn.o_proj: relative error 1"
     ),
     Broken(layer_of_zeros, frozenset({"weights"}), ("layers", "matrices"), "layer 7, W4A4: relative error 1 of"),
-    Broken(rope_theta_of_another_model, frozenset({"config_source"}), ("top1",), "W4A4: the likeliest token"),
+    Broken(rope_theta_of_another_model, frozenset({"config_source"}), ("top1",), "W4A4: top-1 agreement"),
 ]
 
 # Seen by the same checks as another one, or on tiny models too.

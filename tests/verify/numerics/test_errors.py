@@ -117,7 +117,7 @@ def test_a_matrixs_numbers_are_those_counted_by_hand(monkeypatch: pytest.MonkeyP
     found = matrix_numbers("m", 7, served(divisor, [3, 9]), weight, decoded, histogram)
     assert found["weight_error"] == pytest.approx(float((decoded - weight).norm() / weight.norm()), rel=1e-5)
     assert found == {
-        "name": "m", "layer": 7, "scheme": "weights only", "weight_error": found["weight_error"], "blocks": 16,
+        "name": "m", "layer": 7, "scheme": "weight-only", "weight_error": found["weight_error"], "blocks": 16,
         "zero_blocks": 2, "clamped_blocks": 2, "flushed_blocks": 7,
     }  # fmt: skip
     assert matrix_numbers("m", 7, served(divisor, [], True), weight, decoded, histogram)["scheme"] == "W4A4"

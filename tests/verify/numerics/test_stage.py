@@ -129,7 +129,7 @@ def test_a_number_beyond_its_limit_fails_its_check_alone_and_is_named(
     elif path[0] in ("matrices", "inputs"):
         assert fault.startswith(document[path[0]][path[1]]["name"])
     else:
-        assert fault.startswith({"w4a4": "W4A4", "weight_only": "weights only"}[str(path[1])])
+        assert fault.startswith({"w4a4": "W4A4", "weight_only": "weight-only"}[str(path[1])])
 
 
 @pytest.mark.parametrize("lane", ["w4a4", "weight_only"])
@@ -168,7 +168,7 @@ def test_words_have_the_numbers(document: dict[str, Any]) -> None:
     assert f"source {document['perplexity_source']:.3f}" in words["nll"]
     assert words["layers"].startswith("3 layers, relative error each: W4A4 median ")
     assert words["matrices"].startswith("21 matrices, weight error median ")
-    assert words["inputs"].startswith("12 inputs; ")
+    assert words["inputs"].startswith("12 inputs, ")
 
 
 def test_limits_are_the_defaults_of_the_design_without_a_manifest(good: Callable[[str], Path]) -> None:
@@ -248,5 +248,5 @@ def test_what_cannot_be_read_is_not_measured_and_the_reason_is_given(stages: Any
     counted = {check.name: check.detail for check in checks if check.stage == "structure"}
     assert counted["matrices"].endswith(f"; {LAYER}.mlp.up_proj lacks weight_scale")
     measured = [check for check in checks if check.stage == "numerics"]
-    assert [check.detail for check in measured] == ["not measured; the checks matrices must hold first"]
+    assert [check.detail for check in measured] == ["not measured; the checks matrices must pass first"]
     assert verification.report().numerics is None
