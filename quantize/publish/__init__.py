@@ -1,1 +1,1 @@
-"""Bring a proved checkpoint to the Hub: its card, and its files."""
+"""Publish a verified checkpoint on the Hub: its card and its files."""

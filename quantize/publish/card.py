@@ -1,5 +1,5 @@
-"""The model card: everything that a reader of the repository's page should know, from what was recorded and measured.
-What was not measured is said to be so; nothing is made up."""
+"""The model card: everything that a reader of the repository's page should know, from the manifest and measurements.
+It names the numbers that were not measured, and invents none."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from .target import LEGAL, MARKER
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is written from.
+    """The facts behind a card.
 
     Attributes:
-        repo: where it will stand.
+        repo: its repository.
         folder: of the checkpoint.
-        document: what verify found, fit to publish (`report.document.document`).
-        source_data: the data of the source's own card; empty where there is none.
+        document: the results of verify, fit to publish (`report.document.document`).
+        source_data: the metadata of the source's own card. Empty where there is none.
         has_chart: whether the chart lies beside it.
     """
 
@@ -60,7 +60,7 @@ class CardFacts:
 
 
 def render_card(facts: CardFacts) -> str:
-    """The README.md: the same facts give the same bytes."""
+    """Render the README.md. The same facts give the same bytes."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -96,7 +96,7 @@ def _measured(facts: CardFacts, page: Page) -> dict[str, Any]:
         "accuracy_notes": page.accuracy_notes,
         "worst": page.layers.worst if page.layers else (),
         "chart": CHART_NAME if facts.has_chart else None,
-        "size_sentence": f"{size(before)} became {size(after)}." if before else f"{size(after)} in all.",
+        "size_sentence": f"Reduced from {size(before)} to {size(after)}." if before else f"{size(after)} in total.",
         "sizes": page.sizes.table,
     }
 

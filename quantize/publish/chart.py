@@ -21,7 +21,7 @@ _OF_CHARTS = (":root", "@media (prefers-color-scheme", "svg", ".grid", ".line", 
 
 
 def layers_svg(layers: Layers | None) -> bytes | None:
-    """The chart as a file; None where no layer was measured."""
+    """Draw the chart as a file. Returns None where no layer was measured."""
     if layers is None or not layers.own:
         return None
     root = ElementTree.fromstring(line_chart(layers.own, WIDTH, HEIGHT, "layers", TITLE))

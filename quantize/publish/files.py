@@ -1,5 +1,5 @@
-"""The files that travel: those of the checkpoint, by name from its index and the allow-list of side files, and those
-that are made for the repository. Nothing else that lies in the folder."""
+"""The files to upload: those of the checkpoint, by name from its index and the allow-list of side files, and those that
+are made for the repository. Other files of the folder stay."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ HASHERS = 4  # threads: one alone does not fill a fast disk
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file that is to be in the repository.
+    """A file for the repository.
 
     Attributes:
-        name: there.
-        content: where it lies, or what it holds.
+        name: in the repository.
+        content: its path, or its bytes.
     """
 
     name: str
@@ -45,7 +45,7 @@ class LocalFile:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the content; reads it once."""
+        """The hash of the content, which is read once."""
         if isinstance(self.content, bytes):
             return hashlib.sha256(self.content).hexdigest()
         return file_sha256(self.content)
@@ -64,10 +64,10 @@ class LocalFile:
 
 
 def checkpoint_files(folder: Path) -> tuple[LocalFile, ...]:
-    """The checkpoint's own files: its shards, what describes them, tokenizer and the like, licence.
+    """List the checkpoint's own files: its shards and their descriptions, tokenizer and the like, licence.
 
     Raises:
-        InputError: the folder holds no whole checkpoint.
+        InputError: the folder contains no complete checkpoint.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give the output of a conversion.")

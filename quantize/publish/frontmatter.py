@@ -1,4 +1,4 @@
-"""The YAML at the top of a model card: the source's is taken apart, what is still true of it goes into the new one."""
+"""The YAML at the top of a model card: the entries of the source's card that are still true go into the new one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BLOCK = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTA
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """A card's data and its body; without data where there is none that can be read."""
+    """Split a card into its metadata and its body. The metadata is empty where none can be read."""
     import yaml
 
     match = _BLOCK.match(text)
@@ -45,16 +45,16 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
 
 
 def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
-    """A value of YAML whose texts hold nothing that cannot be seen.
+    """A value of YAML with only visible characters in its texts.
 
     Args:
-        left: how many values there may still be; an alias counts each time, since it is written out each time.
+        left: the number of values still allowed. An alias counts each time, because it is written out each time.
     Raises:
         ValueError: there are more, or they are nested too deeply.
     """
     left[0] -= 1
     if left[0] < 0 or depth > MOST_DEPTH:
-        raise ValueError("more data than a card has")
+        raise ValueError("more data than a card allows")
     if isinstance(value, dict):
         return {visible(key): _plain(item, left, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
@@ -63,11 +63,11 @@ def _plain(value: Any, left: list[int], depth: int = 0) -> Any:
 
 
 def card_data(source: Mapping[str, Any], base_model: str | None, layout: str) -> str:
-    """The YAML of the new card, without its fences: the source's data as far as it is still true, and what is new.
+    """Write the YAML of the new card, without its fences: the source's entries that are still true, and new ones.
 
     Args:
-        source: the data of the source's card; empty where there is none.
-        base_model: the source's id; None where it is not known.
+        source: the metadata of the source's card. Empty where there is none.
+        base_model: the source's id. None where it is unknown.
         layout: `compressed-tensors` or `modelopt`.
     """
     from huggingface_hub import ModelCardData

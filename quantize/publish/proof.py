@@ -1,5 +1,5 @@
-"""The proof that goes before a push: the stage structure always, numbers and serving where they were asked for or are
-known from an earlier run of the same checkpoint."""
+"""The verification before a push: the stage structure always, numbers and serving where they were requested or known
+from an earlier run of the same checkpoint."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def prove(
     progress: Progress,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Run what must be proved before a push.
+    """Run the checks that a push requires.
 
     Args:
-        source: what it was made from; with it numbers are measured too, unless `earlier` has them.
-        earlier: a document that `read_earlier` gave: its numbers, its server and their checks are taken over.
+        source: the model that it was made from. With it, numbers are measured too, unless `earlier` has them.
+        earlier: a document of `read_earlier`, whose numbers, server and checks are reused.
         device: torch's name, for the numbers.
     Returns:
-        the document of `verify --json`, fit to publish.
+        The document of `verify --json`, fit to publish.
     Raises:
-        InputError: no checkpoint, or what a stage raises.
+        InputError: no checkpoint, or an error of a stage.
     """
     known = [] if earlier is None else [stage for stage in stages_run(earlier) if stage != "structure"]
     stages: list[Stage] = ["structure"]
@@ -52,10 +52,10 @@ def prove(
 
 
 def read_earlier(path: Path, folder: Path) -> dict[str, Any]:
-    """What an earlier `nvquant verify --json` found of this very checkpoint.
+    """Read the results of an earlier `nvquant verify --json` of this very checkpoint.
 
     Raises:
-        InputError: the file is no such document, says nothing of the checkpoint's bytes, or is of another one.
+        InputError: the file is no such document, does not identify the checkpoint's bytes, or belongs to another one.
     """
     found = read_json(path, "`nvquant verify --json` writes one", is_named=True, way_out="write it again")
     of_checkpoint = found.get("checkpoint")
@@ -73,8 +73,8 @@ def read_earlier(path: Path, folder: Path) -> dict[str, Any]:
         )
     if stated != actual:
         raise InputError(
-            f"{path} is of another checkpoint ({of_checkpoint.get('name')}, or an earlier state of it). Write it again "
-            f"with `{shell(['nvquant', 'verify', argument(folder), '--json'])}`."
+            f"{path} belongs to another checkpoint ({of_checkpoint.get('name')}, or an earlier state of it). Write it "
+            f"again with `{shell(['nvquant', 'verify', argument(folder), '--json'])}`."
         )
     whole = {"numerics": None, "serve": None, "bench": None, **found}
     refuse_unreadable(whole, path, "nvquant verify --json")

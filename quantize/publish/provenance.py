@@ -1,4 +1,4 @@
-"""What the manifest tells of how a checkpoint was made, for people: source, versions, calibration, command."""
+"""The provenance of a checkpoint from its manifest, for people: source, versions, calibration, command."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ FRAMINGS = {
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a checkpoint comes from.
+    """The origin of a checkpoint.
 
     Attributes:
-        form: nvquant_manifest.json in its form; None where there is none.
-        manifest: its JSON; empty where there is none.
-        base_model: the source's id on the Hub; None where it is not known.
-        commit: of it; None for a source that was a local folder.
+        form: nvquant_manifest.json in its form. None where there is none.
+        manifest: its JSON. Empty where there is none.
+        base_model: the source's id on the Hub. None where it is unknown.
+        commit: of the source. None for a local folder.
     """
 
     form: ManifestForm | None
@@ -45,14 +45,14 @@ class Provenance:
 
     @property
     def source(self) -> str:
-        """The source as a command names it; a word in its place where it is not known."""
+        """The source as a command names it, or a placeholder where it is unknown."""
         if self.base_model is None:
             return "MODEL"
         return self.base_model if self.commit is None else f"{self.base_model}@{self.commit}"
 
     @property
     def source_file_bytes(self) -> int | None:
-        """Size of the source's weights files; None where nothing tells."""
+        """The size of the source's weight files. None where it is unknown."""
         shards = self.form.source.shards.values() if self.form is not None else ()
         sizes = [shard.bytes for shard in shards if shard.bytes is not None]
         return sum(sizes) if sizes and len(sizes) == len(shards) else None
@@ -64,12 +64,12 @@ class Provenance:
 
 
 def read_provenance(folder: Path, base_model: str | None) -> Provenance:
-    """What a checkpoint's manifest tells, and where it does not name the source, what the user says.
+    """Read a checkpoint's manifest, with the user's name of the source where the manifest has none.
 
     Args:
         base_model: of `--base-model`.
     Raises:
-        InputError: `base_model` is no id, or is not what the manifest says; the manifest is not as nvquant writes it.
+        InputError: `base_model` is no id or differs from the manifest, or the manifest is not as nvquant writes it.
     """
     name = None if base_model is None else hub_name(base_model)
     if base_model is not None and (name is None or name[1] is not None):
@@ -86,7 +86,7 @@ def read_provenance(folder: Path, base_model: str | None) -> Provenance:
 
 
 def convert_command(provenance: Provenance) -> str | None:
-    """The command that makes this checkpoint from its source, as far as the manifest tells; None without one."""
+    """The command that makes this checkpoint from its source, as far as the manifest contains it. None without one."""
     form = provenance.form
     if form is None:
         return None
@@ -109,7 +109,7 @@ def convert_command(provenance: Provenance) -> str | None:
 
 
 def source_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
-    """Name and value of what tells of the source."""
+    """The facts about the source, as name and value."""
     if provenance.base_model is not None:
         is_recorded = provenance.commit is not None
         yield "Source" if is_recorded else "Source, as its publisher names it", provenance.base_model
@@ -121,7 +121,7 @@ def source_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
 
 
 def source_shards(provenance: Provenance) -> Table | None:
-    """What was recorded of the shards of a local folder; None for a source on the Hub, whose commit tells all."""
+    """A table of the shards of a local folder. None for a source on the Hub, which its commit identifies."""
     if provenance.commit is not None or provenance.form is None or not provenance.form.source.shards:
         return None
     lines = [
@@ -133,7 +133,7 @@ def source_shards(provenance: Provenance) -> Table | None:
 
 
 def run_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
-    """Name and value of what it was made with."""
+    """The versions and settings of the run, as name and value."""
     form = provenance.form
     if form is None:
         return
@@ -143,7 +143,7 @@ def run_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
 
 
 def calibration_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
-    """Name and value of what the inputs' scales were calibrated with."""
+    """The facts about the calibration, as name and value."""
     found = None if provenance.form is None else provenance.form.calibration
     if found is None:
         return
@@ -154,7 +154,7 @@ def calibration_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
 
 
 def calibration_licence(provenance: Provenance) -> str:
-    """A sentence in Markdown on what the calibration set is and under which licence."""
+    """A sentence in Markdown on the calibration set and its licence."""
     assert provenance.form is not None and provenance.form.calibration is not None
     name = provenance.form.calibration.name
     if name in shipped_names():
@@ -164,8 +164,8 @@ def calibration_licence(provenance: Provenance) -> str:
     if known is not None:
         revision = f"/tree/{known[1]}" if known[1] else ""
         where = f"[{known[0]}]({HUB}/datasets/{known[0]}{revision})"
-        return f"The Hub data set {where}. Its page has the licence, which is not recorded here."
-    return "A file of the maker of this checkpoint. Its origin and licence are not recorded."
+        return f"The Hub data set {where}. See its page for the licence, which is not recorded here."
+    return "A file supplied by the maker of this checkpoint. Its origin and licence are not recorded."
 
 
 def nvquant_page() -> str:
@@ -175,7 +175,7 @@ def nvquant_page() -> str:
 
 
 def source_bytes(document: Mapping[str, Any], provenance: Provenance) -> int | None:
-    """How large the source was: its tensors, where they were seen, else its weights files."""
+    """The size of the source: of its tensors where they were read, else of its weight files."""
     found = at(document, "checkpoint", "source_bytes")
     return found if isinstance(found, int) else provenance.source_file_bytes
 

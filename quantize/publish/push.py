@@ -1,4 +1,4 @@
-"""A push from end to end: refuse what failed, write the card, send what the repository lacks, look at it once more.
+"""A push from end to end: refuse a failed checkpoint, write the card, upload missing files, and compare the result.
 
 document = proof.prove(folder, source, None, progress)           # or document(report) of a verification at hand
 result = push(PushRequest(folder, "me/model-NVFP4", document, say=print))
@@ -37,20 +37,20 @@ def _tell_nobody(_words: str) -> None:
 
 @dataclass(frozen=True)
 class PushRequest:
-    """What is to be published, and where.
+    """A request to publish a checkpoint.
 
     Attributes:
         folder: of the checkpoint.
         repo: `org/name`.
-        document: what verify found of it, fit to publish: of `proof.prove`, or `report.document.document(report)`.
+        document: the results of verify, fit to publish, from `proof.prove` or `report.document.document(report)`.
         base_model: the source's id, where the manifest does not name it.
         source: the source's folder, whose README.md gives the card's data where the source is not on the Hub.
-        is_public: whether a repository that is made is public; one that is there stays as it is.
-        replace: delete files of other checkpoints, and replace a README.md of somebody's.
-        unverified: publish although checks failed; the card says so first.
+        is_public: whether a new repository is public. An existing one stays as it is.
+        replace: delete files of other checkpoints, and replace a foreign README.md.
+        unverified: publish although checks failed. The card then begins with that.
         message: of the commit.
         endpoint: address of the Hub, None for the usual one.
-        say: told now and then how far it is.
+        say: called with the progress, in words.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ class PushRequest:
 
 @dataclass(frozen=True)
 class Parcel:
-    """What is ready to be sent: the card, and what must change in the repository."""
+    """A prepared push: the card, and the changes to the repository."""
 
     card: str
     target: Target
@@ -89,13 +89,13 @@ class Parcel:
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push did; the document of `push --json`.
+    """The result of a push, and the document of `push --json`.
 
     Attributes:
-        commit: that holds it all, seen to do so.
-        passed: whether every check of the proof did.
-        uploaded: files that the commit changed; empty where the repository held everything already.
-        kept_card: the repository's own README.md stayed.
+        commit: the compared commit with all files.
+        passed: whether every check of the verification passed.
+        uploaded: files that the commit changed. Empty where the repository already had all of them.
+        kept_card: whether the repository's own README.md stayed.
     """
 
     repo: str
@@ -117,11 +117,11 @@ class PushResult:
 
 
 def push(request: PushRequest) -> PushResult:
-    """Publish a checkpoint. Broken off anywhere, the same request goes on where it was.
+    """Publish a checkpoint. After an interruption, the same request resumes.
 
     Raises:
-        CheckFailed: the proof failed, or the Hub does not hold what was sent.
-        InputError: no token or right, files of somebody's in the way, no network.
+        CheckFailed: the verification failed, or the Hub lacks an uploaded file.
+        InputError: no token or right, foreign files in the way, no network.
     """
     refuse_failed(request)
     check_rights(request.repo, request.endpoint)
@@ -156,10 +156,10 @@ def push(request: PushRequest) -> PushResult:
 
 
 def prepare(request: PushRequest) -> Parcel:
-    """Write the card, hash the files and see what the repository lacks; changes nothing anywhere.
+    """Write the card, hash the files and find those that the repository lacks. Nothing is changed anywhere.
 
     Raises:
-        CheckFailed: the proof failed.
+        CheckFailed: the verification failed.
         InputError: see `push`.
     """
     refuse_failed(request)
@@ -180,11 +180,11 @@ def prepare(request: PushRequest) -> Parcel:
 
 
 def refuse_failed(request: PushRequest) -> None:
-    """Refuse a checkpoint whose proof failed, or is of another one.
+    """Refuse a checkpoint that failed, or whose document belongs to another one.
 
     Raises:
-        CheckFailed: a check failed, or none was run, and the request does not say that this is known.
-        InputError: the document is not of this checkpoint.
+        CheckFailed: a check failed, or none was run, without `unverified`.
+        InputError: the document belongs to another checkpoint.
     """
     stated = {key: at(request.document, "checkpoint", key) for key in checkpoint_identity(request.folder)}
     if stated != checkpoint_identity(request.folder):
@@ -204,14 +204,14 @@ def refuse_failed(request: PushRequest) -> None:
 
 
 def _make(request: PushRequest) -> Target:
-    """Make the repository; returns it as the Hub has it then."""
-    request.say(f"making {request.repo}, {'public' if request.is_public else 'private'}")
+    """Create the repository. Returns its state on the Hub."""
+    request.say(f"creating {request.repo} ({'public' if request.is_public else 'private'})")
     with quiet_hub(), push_errors(request.repo):
         api, is_private = hub_api(request.endpoint), not request.is_public
-        patiently(lambda: api.create_repo(request.repo, private=is_private, exist_ok=True), f"making {request.repo}")
+        patiently(lambda: api.create_repo(request.repo, private=is_private, exist_ok=True), f"creating {request.repo}")
     made = look_at(request.repo, request.endpoint)
     if made.commit is None:
-        raise InputError(f"{request.repo} was made, but the Hub does not show it. Run the same command again.")
+        raise InputError(f"{request.repo} was created, but the Hub does not list it. Run the same command again.")
     return made
 
 
@@ -225,7 +225,7 @@ def _source_data(request: PushRequest, provenance: Provenance) -> Mapping[str, A
             return _data_of(download(model, CARD_NAME)) if CARD_NAME in model.files else {}
         except InputError as error:
             request.say(
-                f"Licence and language may be missing in the card, because the source's card cannot be read: {error}"
+                f"Licence and language may be missing from the card, because the source's card cannot be read: {error}"
             )
     if request.source is not None and (request.source / CARD_NAME).is_file():
         return _data_of(request.source / CARD_NAME)

@@ -1,5 +1,5 @@
-"""What huggingface_hub and the Hub say during a push: kept quiet where it is for nobody, and in one sentence where it
-ends the push. No address and no token gets into it."""
+"""The messages of huggingface_hub and the Hub during a push: hidden where they help nobody, and one sentence where they
+end the push. They contain no address and no token."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def quiet_hub() -> Iterator[None]:
 
 @contextmanager
 def push_errors(repo: str) -> Iterator[None]:
-    """Turn what a push may meet into one sentence: refusals with the Hub's own reason, a network that is gone, and what
-    `hub_errors` knows nothing of, the errors of the Xet client.
+    """Turn the errors of a push into one sentence: refusals with the Hub's own reason, a lost network, and the errors
+    of the Xet client, which `hub_errors` does not know.
 
     Raises:
         InputError: in place of each.
@@ -74,12 +74,12 @@ def push_errors(repo: str) -> Iterator[None]:
         except ValueError as error:
             raise InputError(f"The Hub refused the upload to {repo}: {_without_addresses(error)}.") from error
         except (RuntimeError, OSError) as error:
-            raise InputError(f"The upload to {repo} broke off ({type(error).__name__}): {AGAIN}.") from error
+            raise InputError(f"The upload to {repo} was interrupted ({type(error).__name__}): {AGAIN}.") from error
 
 
 def patiently(work: Callable[[], Result], doing: str) -> Result:
-    """Do something that may fail in passing, and again after a while; huggingface_hub itself tries uploads for half a
-    minute, and most other requests once."""
+    """Do something that may fail for a moment, and retry it after a while. huggingface_hub itself retries uploads for
+    half a minute, and most other requests not at all."""
     patience = Patience(threading.Event())
     while True:
         try:
@@ -94,22 +94,22 @@ def _refused(repo: str, error: Any) -> str:
     reason = f"HTTP {status}{f': {said}' if said else ''}"
     if status in (401, 404):
         return (
-            f"The Hub does not know this token, or shows it no {repo} ({reason}). Check the name, run "
+            f"The Hub does not know this token, or hides {repo} from it ({reason}). Check the name, run "
             f"`hf auth login` again, or set HF_TOKEN."
         )
     if status in (402, 403):
         return (
             f"The Hub does not let this token write to {repo} ({reason}). Use a token with write access "
-            f"({TOKENS}), or free room."
+            f"({TOKENS}), or free storage."
         )
     if status == 429:
         return f"The Hub limits the rate of requests ({reason}). Wait a few minutes, and {AGAIN}."
     if status is not None and status < 500:
-        return f"The Hub refused the upload to {repo} ({reason}). Look at the repository's page, and {AGAIN}."
-    return f"The Hub fails ({reason}) at the upload to {repo}: {AGAIN}."
+        return f"The Hub refused the upload to {repo} ({reason}). Check the repository's page, and {AGAIN}."
+    return f"The Hub failed ({reason}) during the upload to {repo}: {AGAIN}."
 
 
 def _without_addresses(words: object) -> str:
-    """What the Hub said, on one line."""
+    """The Hub's own words, on one line."""
     text = re.sub(r"https?://\S+", "…", one_line(words)).rstrip(".")
     return text if len(text) <= MOST_WORDS else f"{text[:MOST_WORDS]}…"

@@ -1,4 +1,4 @@
-"""How a checkpoint is served, by kind of GPU: the command, what NVFP4 does there, and what is known to go wrong."""
+"""Serving of a checkpoint by kind of GPU: the command, the behaviour of NVFP4, and known faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OLDEST_TRIED = "0.24.0"  # faults that are older than this are not worth a reade
 
 
 def hardware_table() -> Table:
-    """What vLLM does with NVFP4 on which GPU."""
+    """A table of vLLM's behaviour with NVFP4 on each kind of GPU."""
     lines = [(_names(capabilities), examples, FP4_WORDS[fp4_kind(capabilities[0])]) for examples, capabilities in GPUS]
     columns = (Column("GPU", "text"), Column("such as", "text"), Column("behaviour of NVFP4", "text"))
     return Table("NVFP4 by GPU", columns, tuple(lines))
@@ -42,10 +42,10 @@ def cpu_command(repo: str) -> str:
 
 
 def faults_table(folder: Path, kv_cache_dtype: str) -> Table | None:
-    """What is known to go wrong with this checkpoint in some versions of vLLM on some GPUs; None for nothing.
+    """A table of known faults that affect this checkpoint in some versions of vLLM on some GPUs. None without any.
 
     Args:
-        kv_cache_dtype: as vLLM takes it.
+        kv_cache_dtype: vLLM's name.
     """
     subject = open_subject(folder)
     situations = {
@@ -59,12 +59,12 @@ def faults_table(folder: Path, kv_cache_dtype: str) -> Table | None:
         if (kinds := list(_concerned(fault, situations)))
     ]
     columns = (Column("fault", "text"), Column("GPU", "text"), Column("vLLM", "text"), Column("source", "text"))
-    return Table("Known faults that concern this checkpoint", columns, tuple(lines)) if lines else None
+    return Table("Known faults that affect this checkpoint", columns, tuple(lines)) if lines else None
 
 
 def versions_sentence() -> str:
-    """Which vLLM all this was read from."""
-    return f"Tried with vLLM {OLDEST_TRIED} to {PINNED_VLLM}, the newest that this nvquant knows."
+    """A sentence on the tested versions of vLLM."""
+    return f"Tested with vLLM {OLDEST_TRIED} to {PINNED_VLLM}, the newest version that this nvquant knows."
 
 
 def _concerned(fault: KnownFault, situations: dict[str, Situation]) -> Iterator[str]:

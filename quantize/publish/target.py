@@ -1,4 +1,4 @@
-"""The repository that a checkpoint goes to: what it holds now, and what of that must change."""
+"""The repository of a push: its present files, and the changes to them."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Target:
 
     Attributes:
         repo: `org/name`, as the Hub spells it where it is there.
-        commit: of its branch main; None where it is not there.
-        files: what it holds, by name.
-        is_card_ours: whether its README.md was written by nvquant, or holds no text.
+        commit: of its branch main. None where there is no repository.
+        files: its files, by name.
+        is_card_ours: whether nvquant wrote its README.md, or it is empty.
     """
 
     repo: str
@@ -55,7 +55,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Changes:
-    """What brings a repository to what it shall hold."""
+    """The changes that a repository needs."""
 
     upload: tuple[LocalFile, ...]
     unchanged: tuple[LocalFile, ...]
@@ -64,12 +64,12 @@ class Changes:
 
     @property
     def files(self) -> tuple[LocalFile, ...]:
-        """All that the repository must hold afterwards."""
+        """All files that the repository must have afterwards."""
         return (*self.unchanged, *self.upload)
 
 
 def hub_api(endpoint: str | None) -> HfApi:
-    """The Hub's client; it finds the token by itself, and nothing here ever holds one."""
+    """The Hub's client, which finds the token by itself. nvquant never reads it."""
     from huggingface_hub import HfApi
 
     guard_client(endpoint)
@@ -77,7 +77,7 @@ def hub_api(endpoint: str | None) -> HfApi:
 
 
 def check_repo_name(repo: str) -> None:
-    """Refuse what is no `org/name`.
+    """Refuse a name that is not `org/name`.
 
     Raises:
         InputError: it is something else.
@@ -88,7 +88,7 @@ def check_repo_name(repo: str) -> None:
 
 
 def check_rights(repo: str, endpoint: str | None = None) -> None:
-    """Refuse, before hours of work, a push for which there is no token, or one that may only read.
+    """Refuse, before hours of work, a push without a token, or with a read-only one.
 
     Raises:
         InputError: no token, an unknown one, one without the right to write, or no network.
@@ -98,7 +98,7 @@ def check_rights(repo: str, endpoint: str | None = None) -> None:
 
     check_repo_name(repo)
     if get_token() is None:
-        raise InputError(f"Pushing to {repo} needs a token with write access. Run `hf auth login`, or set HF_TOKEN.")
+        raise InputError(f"Pushing to {repo} requires a token with write access. Run `hf auth login`, or set HF_TOKEN.")
     with quiet_hub(), push_errors(repo):
         try:
             user = hub_api(endpoint).whoami()
@@ -108,13 +108,13 @@ def check_rights(repo: str, endpoint: str | None = None) -> None:
             raise
     if _role(user) == "read":
         raise InputError(
-            f"The token ({_token_name(user)}) may only read. Make one with write access to {repo.partition('/')[0]} at "
-            f"{TOKENS}, and run `hf auth login`."
+            f"The token ({_token_name(user)}) is read-only. Create one with write access to {repo.partition('/')[0]} "
+            f"at {TOKENS}, and run `hf auth login`."
         )
 
 
 def look_at(repo: str, endpoint: str | None = None) -> Target:
-    """What the repository holds now.
+    """Read the present state of the repository.
 
     Raises:
         InputError: no network, or the Hub refuses.
@@ -125,7 +125,7 @@ def look_at(repo: str, endpoint: str | None = None) -> Target:
     api = hub_api(endpoint)
     with quiet_hub(), push_errors(repo):
         try:
-            found = patiently(lambda: api.model_info(repo, files_metadata=True), f"looking at {repo}")
+            found = patiently(lambda: api.model_info(repo, files_metadata=True), f"reading {repo}")
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
@@ -140,25 +140,25 @@ def look_at(repo: str, endpoint: str | None = None) -> Target:
 
 
 def changes_for(target: Target, files: Sequence[LocalFile], *, replace: bool, needs_card: bool) -> Changes:
-    """What must be uploaded and deleted.
+    """Find the files to upload and to delete.
 
     Args:
-        replace: delete what loaders would read beside the checkpoint, and replace a README.md that is somebody's.
-        needs_card: the card says what must not stay unsaid.
+        replace: delete files that loaders would read with the checkpoint, and replace a foreign README.md.
+        needs_card: whether the card must be nvquant's, because it reports a failed verification.
     Raises:
         InputError: there are such files, and they may not be replaced.
     """
     foreign = foreign_files(target, files)
     if foreign and not replace:
         raise InputError(
-            f"{target.repo} holds files that are not of this checkpoint and that loaders would read beside it "
+            f"{target.repo} contains files that do not belong to this checkpoint but that loaders would read with it "
             f"({shortened(foreign)}). Choose another repository, or delete them with --replace."
         )
     keeps_card = not (target.is_card_ours or replace)
     if keeps_card and needs_card:
         raise InputError(
-            f"{target.repo} has a README.md that nvquant did not write, and this checkpoint's must say that it did not "
-            f"pass: replace it with --replace, or choose another repository."
+            f"{target.repo} has a README.md that nvquant did not write, but the card must report that this checkpoint "
+            f"did not pass: replace it with --replace, or choose another repository."
         )
     wanted = [file for file in files if not (keeps_card and file.name == CARD_NAME)]
     unchanged = [file for file in wanted if file.name in target.files and _is_there(file, target)]

@@ -1,7 +1,7 @@
-"""Files on their way to a repository: sent a few at a time, named by one commit at the end, and looked at once more.
+"""The upload of files to a repository: sent a few at a time, named by one commit at the end, and compared afterwards.
 
-Content goes first and is named by its hash; what has arrived is not sent again, whether this run or a later one asks.
-Only the commit at the end changes what users of the repository see, all of it at once.
+Content goes first and is named by its hash. Neither this run nor a later one sends it again. Only the commit at the end
+changes the repository that users see, all of it at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 
 
 def send(api: HfApi, target: Target, changes: Changes, message: str, say: Say) -> str:
-    """Upload, delete and commit; returns the commit.
+    """Upload, delete and commit. Returns the commit.
 
     Raises:
         InputError: the Hub refuses or cannot be reached for long, the repository was changed meanwhile, or a file
@@ -48,10 +48,10 @@ def send(api: HfApi, target: Target, changes: Changes, message: str, say: Say) -
 
 
 def check_card(api: HfApi, repo: str, card: str) -> None:
-    """Let the Hub look at a card's data before hours of work.
+    """Let the Hub check a card's metadata before hours of work.
 
     Raises:
-        InputError: it would not take it, or cannot be reached.
+        InputError: the Hub does not accept it, or cannot be reached.
     """
     from huggingface_hub import get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -64,7 +64,9 @@ def check_card(api: HfApi, repo: str, card: str) -> None:
         )
         if answer.status_code == BAD_REQUEST:
             said = ", ".join(str(error.get("message")) for error in answer.json().get("errors", ()))
-            raise ValueError(f"it does not take the data of the card ({said}), which come from the source's README.md")
+            raise ValueError(
+                f"it does not accept the card's metadata ({said}), which comes from the source's README.md"
+            )
         hf_raise_for_status(answer)
 
     with quiet_hub(), push_errors(repo):
@@ -72,10 +74,10 @@ def check_card(api: HfApi, repo: str, card: str) -> None:
 
 
 def confirm(api: HfApi, repo: str, commit: str, files: Sequence[LocalFile]) -> None:
-    """Hold what the Hub has at a commit against what was to be there: every file, its size and its hash.
+    """Compare the Hub's files at a commit with the expected ones: every file, its size and its hash.
 
     Raises:
-        CheckFailed: something is missing or another.
+        CheckFailed: a file is missing or differs.
     """
     with quiet_hub(), push_errors(repo):
         found = patiently(lambda: api.model_info(repo, revision=commit, files_metadata=True), f"reading back {repo}")
@@ -86,7 +88,7 @@ def confirm(api: HfApi, repo: str, commit: str, files: Sequence[LocalFile]) -> N
     if wrong:
         raise CheckFailed(
             f"{repo} at commit {commit[:12]} lacks {shortened(wrong)}, or has it with another size or hash. "
-            f"Push again. If that does not help, delete the file on the repository's page first."
+            f"Push again, and if that does not help, delete the file on the repository's page first."
         )
 
 
@@ -99,7 +101,7 @@ def _addition(file: LocalFile) -> CommitOperationAdd:
 
 
 def _upload(api: HfApi, repo: str, additions: Sequence[CommitOperationAdd], say: Say) -> None:
-    """Send the content of large files; the small ones travel with the commit."""
+    """Send the content of large files. The small ones travel with the commit."""
     whole, done, said = sum(each.upload_info.size for each in additions), 0, time.monotonic()
     for begin in range(0, len(additions), FILES_AT_ONCE):
         group = additions[begin : begin + FILES_AT_ONCE]
@@ -130,7 +132,7 @@ def _commit(api: HfApi, target: Target, changes: Changes, operations: list[Any],
             if landed is not None:
                 return landed
             if status_of(error) == MOVED:
-                raise InputError(f"{target.repo} was changed while this was uploaded: {AGAIN}.") from error
+                raise InputError(f"{target.repo} changed during the upload: {AGAIN}.") from error
             patience.wait_after(error, doing)
 
 
@@ -141,7 +143,7 @@ def _may_have_landed(error: BaseException) -> bool:
 
 
 def _landed(api: HfApi, repo: str, changes: Changes) -> str | None:
-    """The newest commit where it holds what was to be committed; None where it does not, or nobody answers."""
+    """The newest commit where it contains the intended files. None where it does not, or nobody answers."""
     try:
         found = api.model_info(repo, files_metadata=True)
     except network_error():

@@ -76,7 +76,7 @@ def test_a_push_says_where_it_is_and_how_to_prove_it_and_again_that_all_is_there
     assert done.stdout.count("\n") == 1 and size < 300_000
     words = done.stderr.splitlines()
     assert words[-1] == f"Next: nvquant verify {REPO}"
-    assert f"making {REPO}, private" in words and f"uploading 13 files to {REPO}" in words
+    assert f"creating {REPO} (private)" in words and f"uploading 13 files to {REPO}" in words
     assert "\r" not in done.stderr and "%|" not in done.stderr  # no bars where nobody watches
     again = push(converted, REPO)
     assert again.code == 0
@@ -100,7 +100,7 @@ def test_against_a_source_numbers_are_measured_for_the_card(
     card = hub.files(REPO)["README.md"].decode()
     assert "W4A4, as GPUs with FP4 units compute it" in card and "base_model: org/base" in card
     assert "nvquant_layers.svg" in hub.files(REPO)
-    assert "Licence and language may be missing in the card" in done.stderr  # org/base is not there
+    assert "Licence and language may be missing from the card" in done.stderr  # org/base is not there
 
 
 def test_an_earlier_verdict_is_taken_over(
@@ -187,7 +187,7 @@ def test_a_wrong_request_is_one_sentence_and_exits_with_2(
 @pytest.mark.parametrize(
     ("token", "words"),
     [
-        (None, f"Error: Pushing to {REPO} needs a token with write access. Run `hf auth login`, or set HF_TOKEN."),
+        (None, f"Error: Pushing to {REPO} requires a token with write access. Run `hf auth login`, or set HF_TOKEN."),
         ("hf_unknownToken", "Error: The Hub does not know this token"),
     ],
 )
@@ -233,7 +233,7 @@ def test_a_proof_of_another_checkpoint_is_refused(
     of_another = {"name": "other", "manifest_sha256": "0", "config_sha256": "0"}
     path.write_text(json.dumps({"checks": [], "checkpoint": of_another}))
     done = nvquant("push", converted, REPO, "--verify-json", path)
-    assert done.code == 2 and done.stderr.startswith(f"Error: {path} is of another checkpoint (other")
+    assert done.code == 2 and done.stderr.startswith(f"Error: {path} belongs to another checkpoint (other")
 
 
 def test_a_push_that_was_killed_goes_on_by_the_same_command_and_sends_nothing_twice(

@@ -126,9 +126,9 @@ def test_sizes_before_and_after_stand_by_group(
     converted: Path, measured: dict[str, Any], proved: dict[str, Any]
 ) -> None:
     size = section(card_of(converted, measured), "Size")
-    assert "288 kB became 182 kB." in size and "| MLP, NVFP4 W4A4 | 36 | 147 kB | 41.5 kB | 28 % |" in size
+    assert "Reduced from 288 kB to 182 kB." in size and "| MLP, NVFP4 W4A4 | 36 | 147 kB | 41.5 kB | 28 % |" in size
     files = section(card_of(converted, proved), "Size")  # without the source, its files tell
-    assert "291 kB became 182 kB." in files
+    assert "Reduced from 291 kB to 182 kB." in files
     assert f"| MLP, NVFP4 W4A4 | 36 | {ABSENT} | 41.5 kB | {ABSENT} |" in files
 
 
@@ -148,7 +148,7 @@ def test_what_is_quantized_and_by_which_recipe(converted: Path, proved: dict[str
         ("ultrachat", "Licence: MIT. Origins: [HuggingFaceH4/ultrachat_200k](https://huggingface.co/datasets/"),
         ("nemotron", "[nvidia/Nemotron-Post-Training-Dataset-v2]("),
         (f"org/set@{COMMIT}", f"The Hub data set [org/set](https://huggingface.co/datasets/org/set/tree/{COMMIT})"),
-        ("mine.jsonl", "A file of the maker of this checkpoint. Its origin and licence are not recorded."),
+        ("mine.jsonl", "A file supplied by the maker of this checkpoint. Its origin and licence are not recorded."),
     ],
 )
 def test_the_calibration_set_and_its_licence_are_told(
@@ -236,10 +236,10 @@ def test_another_tools_checkpoint_says_what_is_not_known(copy: Callable[[], Path
     (folder := copy()).joinpath("nvquant_manifest.json").unlink()
     contents = {**proved["checkpoint"], "made_by": None, "recipe": None, "manifest_sha256": None}
     card = card_of(folder, {**proved, "checkpoint": contents})
-    assert "It has no manifest of nvquant, so nothing records how it was made." in card
+    assert "It has no nvquant manifest, so there is no record of how it was made." in card
     assert section(card, "Calibration").strip() == "Not recorded."
     assert "nvquant convert" not in card and "made by" not in card and "nvquant_manifest.json" not in card
-    assert "182 kB in all." in card
+    assert "182 kB in total." in card
 
 
 def test_a_licence_file_is_named(copy: Callable[[], Path], proved: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ def test_a_proof_of_another_checkpoint_is_refused(
     for name in ("nvquant_manifest.json", "config.json"):
         folder = copy()
         (folder / name).write_text((folder / name).read_text().replace("0.", "1.", 1))
-        with pytest.raises(InputError, match=r"proof\.json is of another checkpoint \(llama-nvfp4"):
+        with pytest.raises(InputError, match=r"proof\.json belongs to another checkpoint \(llama-nvfp4"):
             read_earlier(path, folder)
         for file in folder.iterdir():
             file.unlink()

@@ -62,7 +62,7 @@ def test_a_new_repository_is_private_and_holds_the_checkpoint_its_card_and_its_p
     assert set(result.uploaded) == {*own, CARD_NAME, VERIFY_NAME} and result.files == len(own) + 2
     assert said == [
         f"hashing {result.files} files",
-        f"making {REPO}, private",
+        f"creating {REPO} (private)",
         f"uploading {result.files} files to {REPO}",
     ]
     assert len(hub.repo(REPO).commits) == 2  # the Hub's own first one, and everything at once
@@ -276,11 +276,11 @@ def test_a_hub_that_fails_in_passing_is_asked_again(
 
 
 REFUSALS = {
-    401: r"The Hub does not know this token, or shows it no me/llama-NVFP4 \(HTTP 401",
+    401: r"The Hub does not know this token, or hides me/llama-NVFP4 from it \(HTTP 401",
     403: r"The Hub does not let this token write to me/llama-NVFP4 \(HTTP 403: no room\)\. Use a token with write",
     413: r"The Hub refused the upload to me/llama-NVFP4 \(HTTP 413: no room\)",
     429: r"The Hub limits the rate of requests \(HTTP 429: no room\). Wait a few minutes",
-    500: r"The Hub fails \(HTTP 500: no room\) at the upload to me/llama-NVFP4: run the same command again",
+    500: r"The Hub failed \(HTTP 500: no room\) during the upload to me/llama-NVFP4: run the same command again",
 }
 
 
@@ -306,9 +306,9 @@ def test_a_name_of_somebody_elses_is_refused(hub: HubServer, request_for: PushRe
 @pytest.mark.parametrize(
     ("token", "words"),
     [
-        (None, r"Pushing to me/x needs a token with write access. Run `hf auth login`, or set HF_TOKEN"),
+        (None, r"Pushing to me/x requires a token with write access. Run `hf auth login`, or set HF_TOKEN"),
         ("hf_unknown", r"The Hub does not know this token, .*HTTP 401"),
-        ("hf_reader", r"The token \(a test's\) may only read. Make one with write access to me at https://"),
+        ("hf_reader", r"The token \(a test's\) is read-only. Create one with write access to me at https://"),
     ],
 )
 def test_rights_are_looked_at_before_any_work(
@@ -334,7 +334,7 @@ def test_a_repository_that_changed_meanwhile_is_not_overwritten(hub: HubServer, 
             hub.add("model", REPO, {"logo.png": b"another"})
 
     hub.on_request = somebody_commits
-    with pytest.raises(InputError, match=f"{REPO} was changed while this was uploaded: run the same command again"):
+    with pytest.raises(InputError, match=f"{REPO} changed during the upload: run the same command again"):
         push(request_for)
     assert set(hub.files(REPO)) == {"logo.png"}
     push(request_for)
@@ -368,7 +368,7 @@ def test_a_card_that_the_hub_does_not_take_is_told_before_anything_is_made(
     hub: HubServer, request_for: PushRequest
 ) -> None:
     hub.add("model", "org/base", {"README.md": b"---\nlicense: [mit, bsd]\n---\n", "config.json": b"{}"})
-    with pytest.raises(InputError, match=r'does not take the data of the card \("license" must be a string\)'):
+    with pytest.raises(InputError, match=r'metadata \("license" must be a string\)'):
         push(request_for)
     assert not hub.has("model", REPO)
 

@@ -35,7 +35,7 @@ LOADED = [
 @pytest.mark.parametrize("name", LOADED)
 def test_what_a_loader_would_read_beside_the_checkpoint_is_refused_or_replaced(name: str) -> None:
     target = target_with(name, "model.safetensors")
-    with pytest.raises(InputError, match=rf"me/x holds files .* \({name}\). .* with --replace"):
+    with pytest.raises(InputError, match=rf"me/x contains files .* \({name}\). .* with --replace"):
         changes(target)
     assert changes(target, replace=True).delete == (name,)
 
@@ -77,7 +77,7 @@ def test_a_readme_of_somebodys_stays_unless_it_may_be_replaced() -> None:
 
 def test_a_readme_of_somebodys_cannot_hide_that_checks_failed() -> None:
     target = target_with("README.md", is_card_ours=False)
-    with pytest.raises(InputError, match="must say that it did not pass"):
+    with pytest.raises(InputError, match="must report that this checkpoint did not pass"):
         changes(target, needs_card=True)
     assert not changes(target, replace=True, needs_card=True).keeps_card
 
