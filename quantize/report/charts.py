@@ -27,7 +27,7 @@ class Axis:
     is_log: bool = False
 
     def at(self, value: float) -> float:
-        """The pixel of a value within the axis; the middle where the axis has no extent."""
+        """The pixel of a value within the axis, or the middle where the axis has no extent."""
         low, high, value = (
             (math.log10(part) for part in (self.low, self.high, max(value, self.low)))
             if self.is_log
@@ -40,8 +40,8 @@ class Axis:
 def line_chart(series: Sequence[Series], width: int, height: int, key: str, title: str) -> str:
     """Errors by layer, one line a series, as an SVG element.
 
-    What is no number, or infinite, is a cross at the upper edge. The layer with the largest error of the first series
-    carries its number. Every layer's values are shown on hovering.
+    A value that is infinite or no number is a cross at the upper edge. The layer with the largest error of the first
+    series carries its number. Every layer's values are shown on hovering.
 
     Args:
         key: unique on the page, for the ids that title and description need.

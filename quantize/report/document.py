@@ -40,14 +40,14 @@ def _without_secrets(value: Any) -> Any:
 
 
 def at(values: Any, *keys: str) -> Any:
-    """What lies under these keys, or None where one of them is missing."""
+    """The value under these keys, or None where one of them is missing."""
     for key in keys:
         values = values.get(key) if isinstance(values, Mapping) else None
     return values
 
 
 def rows(values: Any) -> list[Mapping[str, Any]]:
-    """A list's mappings; nothing where there is no list."""
+    """A list's mappings. Empty where there is no list."""
     is_list = isinstance(values, Sequence) and not isinstance(values, str | bytes)
     return [value for value in values if isinstance(value, Mapping)] if is_list else []
 

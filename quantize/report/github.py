@@ -1,4 +1,4 @@
-"""What GitHub shows of a report: annotations on the run, and the summary of the step."""
+"""The forms of a report for GitHub: annotations on the run, and the summary of the step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def github_annotations(report: Report, folder: Path) -> list[str]:
     """Workflow commands that name the failing checks, one a line.
 
     Args:
-        folder: the checkpoint; a file of it that a check names is linked if it lies in the workspace.
+        folder: the checkpoint. A file of it that a check names is linked if it lies in the workspace.
     """
     failed = [check for check in report.checks if not check.passed]
     shown = failed if len(failed) <= MOST_ANNOTATIONS else failed[: MOST_ANNOTATIONS - 1]
@@ -36,8 +36,7 @@ def github_annotations(report: Report, folder: Path) -> list[str]:
 
 
 def write_step_summary(report: Report, path: Path, bench: Mapping[str, Any] | None = None) -> None:
-    """Append the report to the file that $GITHUB_STEP_SUMMARY names; the details stay away where it would grow too
-    large."""
+    """Append the report to the file that $GITHUB_STEP_SUMMARY names, without details where it would grow too large."""
     page = page_of(document(report, bench))
     written = path.stat().st_size if path.exists() else 0
     for with_details in (True, False):

@@ -17,7 +17,7 @@ MOST_OPEN = 700  # characters of an answer that are shown at once
 
 
 def render_html(page: Page) -> str:
-    """A page as HTML; everything that is no markup of our own is escaped."""
+    """Render a page as HTML. Everything except our own markup is escaped."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -45,7 +45,7 @@ def _charts(page: Page) -> dict[str, dict[str, Markup]]:
 
 
 def _markup(text: str) -> Markup:
-    """Our own markup, which is not to be escaped again; never called with anything out of a checkpoint."""
+    """Our own markup, which must not be escaped again. Never called with anything from a checkpoint."""
     from markupsafe import Markup
 
     return Markup(text)

@@ -17,10 +17,10 @@ NOT_RUN = {"structure": "files not checked", "numerics": "numbers not measured",
 
 
 def write_junit(report: Report, path: Path) -> Path:
-    """Write `path`; its folder is made where it is missing.
+    """Write `path`, and create its folder where it is missing.
 
-    A stage that was not run is one skipped case, so that a green list never hides it; so is a check that has nothing
-    to look at in this checkpoint.
+    A stage that was not run is one skipped case, so that a green list never hides it. A check that does not apply to
+    this checkpoint is a skipped case too.
     """
     whole = document(report)
     root = ElementTree.Element("testsuites", name="nvquant verify")

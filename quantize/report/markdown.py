@@ -1,4 +1,4 @@
-"""The report as Markdown, for a model card or a step's summary: what GitHub and the Hub both render."""
+"""The report as Markdown that GitHub and the Hub both render, for a model card or a step's summary."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MARKS = {"passed": "✅", "failed": "❌", "absent": "⚪"}
 
 
 def render_markdown(page: Page, *, with_details: bool = True) -> str:
-    """A page as Markdown; headings begin at the second level, so that it fits into a card.
+    """Render a page as Markdown. Headings begin at the second level, so that it fits into a card.
 
     Args:
-        with_details: the tables of all layers, of matrices and of checks that held, too.
+        with_details: whether to add the tables of all layers, of matrices and of passed checks.
     """
     return "\n\n".join(_blocks(page, with_details)) + "\n"
 

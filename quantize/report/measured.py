@@ -1,4 +1,4 @@
-"""What the stage `numerics` measured: headline numbers, layers, matrices; and where the bytes are."""
+"""The numbers of the stage `numerics`: headline numbers, layers, matrices, and bytes by group."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def accuracy_tiles(numerics: Any) -> list[Tile]:
 
 
 def size_tile(checkpoint: Mapping[str, Any]) -> list[Tile]:
-    """How large the checkpoint is."""
+    """The size of the checkpoint."""
     after, before = value_at(checkpoint, "bytes"), value_at(checkpoint, "source_bytes")
     if as_float(after) is None:
         return []
@@ -95,7 +95,7 @@ def accuracy_table(numerics: Any) -> Table | None:
 
 
 def accuracy_notes(numerics: Any) -> tuple[str, ...]:
-    """The text that it was measured on, and how to read the floor."""
+    """The text of the measurement, and the meaning of the floor."""
     text = at(numerics, "text")
     notes = []
     if text is not None:
@@ -190,7 +190,7 @@ def inputs_of(numerics: Any) -> Table | None:
     if not inputs:
         return None
     shown = sorted(inputs, key=badness, reverse=True)[:WORST_INPUTS]
-    titles = ("clipped blocks", "blocks become zeros", "amax here", "amax in calibration", "ratio")
+    titles = ("clipped blocks", "blocks lost to zero", "amax here", "amax in calibration", "ratio")
     lines = [
         (
             one_line(found.get("name")),
@@ -202,7 +202,7 @@ def inputs_of(numerics: Any) -> Table | None:
         )
         for found in shown
     ]
-    caption = f"The {len(shown)} inputs of {len(inputs):,} that lost most to their scale"
+    caption = f"The {len(shown)} inputs of {len(inputs):,} that lose most to their global scale"
     columns = (Column("input of", "code"), *(Column(title) for title in titles))
     return Table(caption if len(shown) < len(inputs) else "All inputs, worst first", columns, tuple(lines))
 
@@ -214,7 +214,7 @@ def _growth(found: Mapping[str, Any]) -> float | None:
 
 
 def sizes_of(checkpoint: Mapping[str, Any]) -> Sizes | None:
-    """The bytes by group, before and after; small groups beyond the colours are one."""
+    """The bytes by group, before and after. Small groups beyond the colours are one."""
     groups = [group for group in rows(checkpoint.get("groups")) if as_float(value_at(group, "bytes")) is not None]
     if not groups:
         return None
@@ -230,12 +230,14 @@ def sizes_of(checkpoint: Mapping[str, Any]) -> Sizes | None:
     columns = (Column("group", "text"), Column("tensors"), Column("before"), Column("after"), Column("share"))
     table = Table("Bytes by group", columns, tuple(lines), tuple(colours[id(group)] for group in by_size))
     before, after = value_at(checkpoint, "source_bytes"), value_at(checkpoint, "bytes")
-    words = f"{size(before)} became {size(after)}." if as_float(before) is not None else f"{size(after)} in all."
+    words = (
+        f"Reduced from {size(before)} to {size(after)}." if as_float(before) is not None else f"{size(after)} in total."
+    )
     return Sizes(words, (*bars, Bar("after", _segments(by_size, "bytes", colours))), table)
 
 
 def fixed_unit(value: Any, unit: str) -> str:
-    """A number with its unit; without it where there is no number."""
+    """A number with its unit, or without it where there is no number."""
     return number(value) if as_float(value) is None or not math.isfinite(value) else f"{number(value)} {unit}"
 
 

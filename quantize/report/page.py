@@ -64,7 +64,7 @@ def _subtitle(checkpoint: Mapping[str, Any]) -> str:
 
 
 def _command(whole: Mapping[str, Any]) -> str:
-    """The command that gives this report, as far as the document tells."""
+    """The command that makes this report, as far as the document contains it."""
     name = str(whole["checkpoint"].get("name") or "CHECKPOINT")
     words = ["nvquant", "verify", argument(name)]
     source = whole["checkpoint"].get("source") or at(whole, "numerics", "source")

@@ -1,4 +1,4 @@
-"""The parts of a report, as words and numbers to be shown: HTML and Markdown are written from the same ones."""
+"""The parts of a report, as words and numbers. HTML and Markdown are written from the same ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ State = Literal["passed", "failed", "absent"]
 
 @dataclass(frozen=True)
 class Column:
-    """A table's column; `code` is for names out of files, `number` for what is aligned to the right."""
+    """A table's column. `code` is for names from files, `number` for right-aligned values."""
 
     title: str
     kind: Literal["text", "code", "number"] = "number"
@@ -51,11 +51,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said first.
+    """The first part of a report.
 
     Attributes:
         more: failed checks beyond the listed ones.
-        missing: what was not looked at: `not served`.
+        missing: stages that did not run, such as `not served`.
     """
 
     state: State
@@ -104,7 +104,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Where the bytes are, before and after."""
+    """The bytes by group, before and after."""
 
     words: str
     bars: tuple[Bar, ...]
@@ -113,7 +113,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server said to a prompt."""
+    """The server's answer to a prompt."""
 
     prompt: str
     text: str
@@ -123,7 +123,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class CheckLine:
-    """A check in the list of all; `state` is absent where it had nothing to look at."""
+    """A check in the list of all. `state` is absent where it does not apply."""
 
     stage: str
     name: str
@@ -135,7 +135,7 @@ class CheckLine:
 
 @dataclass(frozen=True)
 class Served:
-    """What the real server did."""
+    """The results of the real server."""
 
     facts: tuple[tuple[str, str], ...]
     answers: tuple[Answer, ...]

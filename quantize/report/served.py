@@ -1,4 +1,4 @@
-"""What the stage `serve` saw: the server, the kernel in words, the answers."""
+"""The results of the stage `serve`: the server, the kernel in words, the answers."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def _logprobs(serve: Mapping[str, Any]) -> str:
     served, emulated = value_at(serve, "logprobs", "nll_served"), value_at(serve, "logprobs", "nll_emulated")
     return (
         f"{fixed(served, 4)} nats a token served, {fixed(emulated, 4)} emulated from the files "
-        f"(mean {signed(value_at(serve, 'logprobs', 'mean_difference'))}, "
-        f"at most {number(value_at(serve, 'logprobs', 'max_difference'))}, "
+        f"(mean difference {signed(value_at(serve, 'logprobs', 'mean_difference'))}, "
+        f"largest {number(value_at(serve, 'logprobs', 'max_difference'))}, "
         f"over {number(value_at(serve, 'logprobs', 'tokens'))} tokens)"
     )
 

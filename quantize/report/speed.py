@@ -40,7 +40,7 @@ WORDS = frozenset({"name", "kv_cache", "scheme", "vllm", "kernel"})
 
 
 def speed_tables(bench: Any) -> tuple[Table, ...]:
-    """The benchmark's points and its servers; empty without a benchmark."""
+    """The benchmark's points and its servers. Empty without a benchmark."""
     found = (
         _table("Speed of serving, one row a point", POINTS, rows(at(bench, "points"))),
         _table("Servers", SERVERS, rows(at(bench, "servers"))),
@@ -49,8 +49,8 @@ def speed_tables(bench: Any) -> tuple[Table, ...]:
 
 
 def speed_notes(bench: Any) -> tuple[str, ...]:
-    """What a reader must know beside the figures: what failed, what a point says of itself, how to read a ceiling."""
-    notes = ["The benchmark was interrupted. The table has the points measured before that."]
+    """Notes beside the figures: failed points, the points' own notes, the meaning of a ceiling."""
+    notes = ["The benchmark was interrupted. The table lists the points measured before that."]
     notes = notes if at(bench, "complete") is False else []
     for point in rows(at(bench, "points")):
         for name, key in (("failed", "failed"), ("note", "note")):

@@ -16,7 +16,7 @@ SHOWN_FAULTS = 8
 
 
 def verdict_of(whole: Mapping[str, Any]) -> Verdict:
-    """The verdict of a document: passed, failed and why, and what was not looked at."""
+    """The verdict of a document: passed, or failed and why, and the stages that did not run."""
     checks = whole["checks"]
     failed = [check for check in checks if not check["passed"]]
     ran = stages_run(whole)

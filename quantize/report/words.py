@@ -9,7 +9,7 @@ ABSENT = "\u2013"  # an en dash
 
 
 def as_float(value: Any) -> float | None:
-    """A number, or None for anything that is none; NaN and infinities are numbers."""
+    """A number, or None for anything else. NaN and infinities are numbers."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
@@ -44,7 +44,7 @@ def fixed(value: Any, places: int, unit: str = "") -> str:
 
 
 def percent(value: Any, places: int = 1) -> str:
-    """A share of 1 as a percentage; a share that is not quite none or all is never shown as such."""
+    """A share of 1 as a percentage. A share that is not quite 0 or 1 never becomes 0 % or 100 %."""
     if not is_finite(value):
         return number(value)
     while places < 4 and 0 < value < 1 and float(f"{value * 100:.{places}f}") in (0.0, 100.0):

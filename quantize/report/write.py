@@ -20,13 +20,13 @@ _WRONG_FORM = (KeyError, TypeError, ValueError, AttributeError, IndexError, Arit
 
 
 def refuse_unreadable(whole: Mapping[str, Any], path: Path, written_by: str) -> None:
-    """Refuse a document out of a file, before any work, of which no report can be made.
+    """Refuse, before any work, a document from a file that no report can be made of.
 
     Args:
         path: the file.
         written_by: the command that writes such files.
     Raises:
-        InputError: a value is missing, or of another kind.
+        InputError: a value is missing, or has another type.
     """
     try:
         page = page_of(whole)
@@ -34,7 +34,7 @@ def refuse_unreadable(whole: Mapping[str, Any], path: Path, written_by: str) -> 
         render_html(page)
     except _WRONG_FORM as error:
         raise InputError(
-            f"{path} is not of the form that `{written_by}` writes ({type(error).__name__}): write it again."
+            f"{path} does not have the form that `{written_by}` writes ({type(error).__name__}): write it again."
         ) from error
 
 
@@ -47,15 +47,14 @@ def refuse_unreadable_bench(bench: Mapping[str, Any], path: Path) -> None:
     try:
         whole = document(Report(()), bench)
     except _WRONG_FORM as error:
-        raise InputError(f"{path} is not of the form that `nvquant bench` writes: write it again.") from error
+        raise InputError(f"{path} does not have the form that `nvquant bench` writes: write it again.") from error
     refuse_unreadable(whole, path, "nvquant bench")
 
 
 def write_report(report: Report, folder: Path, bench: Mapping[str, Any] | None = None) -> list[Path]:
-    """Write `report.html`, `report.md`, `report.json` and `junit.xml`; the folder is made where it is missing.
+    """Write `report.html`, `report.md`, `report.json` and `junit.xml`, and create the folder where it is missing.
 
-    The same report gives the same bytes: no time, host or absolute path is written that the report does not hold as a
-    measurement.
+    The same report gives the same bytes. It contains no time, host or absolute path except the measured ones.
 
     Args:
         bench: the document of `nvquant bench --json`, for the table of speeds.
