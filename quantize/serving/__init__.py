@@ -1,1 +1,1 @@
-"""Running a real server on a checkpoint, and understanding what it says."""
+"""Running a real server on a checkpoint, and reading its log and its answers."""

@@ -1,4 +1,4 @@
-"""The address of a server: taken as people write it, and held to its form before anything is sent there."""
+"""The address of a server: accepted as people write it, and checked before anything is sent there."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MOST_HOST_CHARACTERS = 253  # RFC 1035
 
 
 def base_url(url: str) -> str:
-    """A server's address without `/v1`.
+    """Returns a server's address without `/v1`.
 
     Raises:
-        InputError: it is none, or it holds a name and a password.
+        InputError: it is no address, or it contains a name and a password.
     """
     full = url if "://" in url else f"http://{url}"
     try:
@@ -31,7 +31,7 @@ def base_url(url: str) -> str:
         raise _refused(full)
     if parts.username is not None or parts.password is not None:
         raise InputError(
-            f"--url {without_secrets(full)} holds a user name or a password, which nvquant does not send: give the "
+            f"--url {without_secrets(full)} contains a user name or a password, which nvquant does not send: give the "
             f"address without them."
         )
     # urlsplit drops line feeds and tabulators: they must not pass as if they had not been there.

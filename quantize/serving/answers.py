@@ -1,4 +1,4 @@
-"""The forms of a server's answers: each is checked where it enters, and is only data after that.
+"""The forms of a server's answers. Each answer is checked where it enters, and is only data after that.
 
 Source of the forms: vLLM 0.32.0 (`entrypoints/openai`), and llama.cpp's server for `meta`.
 """
@@ -40,7 +40,7 @@ class Version(_Form):
 
 
 class Meta(_Form):
-    """What a llama.cpp server tells of its file; `n_ctx` is the longest request."""
+    """The description of its file by a llama.cpp server. `n_ctx` is the longest request."""
 
     size: Limit = None
     ftype: Annotated[str | None, BeforeValidator(_short_text_or_none)] = None
@@ -69,7 +69,7 @@ class Tokens(_Form):
 
 
 class Message(_Form):
-    """What a chat answers; reasoning counts as text."""
+    """The message of a chat's answer. Reasoning counts as text."""
 
     content: str | None = None
     reasoning: str | None = None
@@ -77,7 +77,7 @@ class Message(_Form):
 
 
 class Likelihood(_Form):
-    """Of one token of a prompt, in nats; NaN and infinities are a fault of the model, not of the form."""
+    """The likelihood of a prompt's token, in nats. NaN and infinities are a fault of the model, not of the form."""
 
     logprob: float
 
@@ -105,32 +105,32 @@ Form = TypeVar("Form", bound=_Form)
 
 
 class WrongForm(ValueError):
-    """An answer that is not of its form; the message says where, as `is not JSON`."""
+    """An answer that does not have its form. The message describes where."""
 
 
 def parse(form: type[Form], content: bytes) -> Form:
-    """An answer in its form.
+    """Parse an answer in its form.
 
     Raises:
-        WrongForm: it is no JSON, or JSON of another form.
+        WrongForm: it is no JSON, or JSON in another form.
     """
     try:
         parsed: Any = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise WrongForm("answered with something that is not JSON") from error
+        raise WrongForm("did not answer with JSON") from error
     if not isinstance(parsed, dict):
-        raise WrongForm("answered with JSON of another form than vLLM's")
+        raise WrongForm("did not answer with JSON in vLLM's form")
     try:
         return form.model_validate(parsed)
     except (ValidationError, RecursionError) as error:
         where = (
             ".".join(str(part)[:40] for part in error.errors()[0]["loc"]) if isinstance(error, ValidationError) else ""
         )
-        raise WrongForm(f"answered with JSON of another form than vLLM's{f' ({where})' if where else ''}") from error
+        raise WrongForm(f"did not answer with JSON in vLLM's form{f' ({where})' if where else ''}") from error
 
 
 def natural(text: str) -> int | None:
-    """A natural number in decimal digits, as metrics have it; None for anything else."""
+    """A natural number in decimal digits, as metrics contain it. None for anything else."""
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(MOST_COUNT))):
         return None
     number = int(text)

@@ -1,4 +1,4 @@
-"""Why a start failed: the one line of a log that says so, and what to do about it."""
+"""The cause of a failed start: the one line of a log that reports it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ MOST_LINES = 8
 
 
 def root_cause(text: str) -> str | None:
-    """The line of a failed start's log that says why, with what belongs to it; None where no line does.
+    """The line of a failed start's log that reports the cause, with its further lines. None where no line does.
 
-    The process that loads the model knows: its last error counts, then the engine's, then any. The server's own last
-    error, "Engine core initialization failed", is never the cause.
+    The process that loads the model knows the cause. Its last error counts, then the engine's, then any. The server's
+    own last error, "Engine core initialization failed", is never the cause.
     """
     lines = read_log(text)
     found = [at for at, line in enumerate(lines) if _tells(line)]

@@ -1,4 +1,4 @@
-"""Asking a server: vLLM's HTTP interface, as far as a proof needs it."""
+"""The client of vLLM's HTTP interface, as far as verification needs it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server generated.
+    """A generated answer.
 
     Attributes:
-        text: as clients get it; empty for a server without a tokenizer.
+        text: as clients get it. Empty for a server without a tokenizer.
         ids: generated token ids, and those of the prompt.
         finish_reason: `stop` for an end of its own, `length` for the limit.
-        seconds: from the question to the whole answer.
+        seconds: from the request to the complete answer.
     """
 
     text: str
@@ -47,8 +47,8 @@ class Client:
 
     Args:
         url: such as `http://127.0.0.1:8000`, with or without `/v1`.
-        model: the name under which it serves; may be set later.
-        seconds: for one answer, from the question to its last byte.
+        model: the name under which it serves, which may be set later.
+        seconds: for one answer, from the request to its last byte.
     Raises:
         InputError: no URL of a server, or one with a password.
     """
@@ -58,11 +58,11 @@ class Client:
         self._http = Http(self.url)
 
     def is_healthy(self) -> bool:
-        """Whether the server takes requests now; False too where nobody answers."""
+        """Whether the server accepts requests now. False too where nobody answers."""
         return self._http.is_healthy()
 
     def version(self) -> str | None:
-        """vLLM's version; None for a server that has no such thing."""
+        """vLLM's version. None for a server that reports none."""
         try:
             return self._get("/version", Version).version
         except ServerGone:
@@ -71,11 +71,11 @@ class Client:
             return None
 
     def models(self) -> list[Model]:
-        """What is served."""
+        """The served models."""
         return self._get("/v1/models", Models).data
 
     def metrics(self) -> str:
-        """Counters and settings in the text form of Prometheus; empty for a server that has none."""
+        """Counters and settings in the text form of Prometheus. Empty for a server that has none."""
         try:
             return self._fact("/metrics").decode(errors="replace")
         except ServerGone:
@@ -84,7 +84,7 @@ class Client:
             return ""
 
     def kv_cache_tokens(self) -> int | None:
-        """Tokens that fit into the KV cache, as the server's metrics say; None where they do not."""
+        """Tokens that fit into the KV cache, by the server's metrics. None where they do not report it."""
         match = re.search(r"^vllm:cache_config_info\{([^\n]{0,65536})\}", self.metrics(), re.MULTILINE)
         values = {name: natural(value) for name, value in re.findall(r'\b(\w+)="([^"]*)"', match[1])} if match else {}
         tokens, blocks, size = (values.get(name) for name in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
@@ -93,15 +93,15 @@ class Client:
         return None if blocks is None or size is None else blocks * size
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids that the server's tokenizer gives."""
+        """The ids of a text from the server's tokenizer."""
         return self._post("/tokenize", {"prompt": text, "add_special_tokens": add_special_tokens}, Tokens).tokens
 
     def complete(self, prompt: Prompt, max_tokens: int, **sampling: Any) -> Answer:
-        """Continue a text or token ids; greedily, unless `sampling` (temperature, top_p, seed, …) says otherwise."""
+        """Continue a text or token ids. `sampling` (temperature, top_p, seed, …) replaces greedy decoding."""
         return self.complete_all([prompt], max_tokens, **sampling)[0]
 
     def complete_all(self, prompts: Sequence[Prompt], max_tokens: int, **sampling: Any) -> list[Answer]:
-        """Continue several prompts, all texts or all ids, at the same time; see `complete`."""
+        """Continue several prompts, all texts or all ids, at the same time. See `complete`."""
         asked = [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         body = {"prompt": asked if len(asked) > 1 else asked[0], "max_tokens": max_tokens, "temperature": 0, **sampling}
         answer, seconds = self._timed("/v1/completions", {**body, "return_token_ids": True}, len(asked))
@@ -109,7 +109,7 @@ class Client:
         return [self._answer(choice, choice.text or "", choice.prompt_token_ids, seconds) for choice in choices]
 
     def chat(self, messages: Sequence[Message], max_tokens: int, **sampling: Any) -> Answer:
-        """Answer a conversation through the checkpoint's chat template; reasoning counts as text."""
+        """Answer a conversation through the checkpoint's chat template. Reasoning counts as text."""
         body = {"messages": [dict(message) for message in messages], "max_tokens": max_tokens, "temperature": 0}
         answer, seconds = self._timed("/v1/chat/completions", {**body, **sampling, "return_token_ids": True}, 1)
         choice = answer.choices[0]
@@ -122,12 +122,12 @@ class Client:
         body = {"prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         entries = self._choices("/v1/completions", body, 1).choices[0].prompt_logprobs
         if entries is None or len(entries) != len(ids):
-            raise ServerError(f"{self.url} gave no prompt_logprobs: this stage needs a vLLM server.")
+            raise ServerError(f"{self.url} returned no prompt_logprobs: this stage requires a vLLM server.")
         found = [
             None if entry is None else entry.get(str(token)) for entry, token in zip(entries[1:], ids[1:], strict=True)
         ]
         if None in found:
-            raise ServerError(f"{self.url} gave prompt_logprobs of other tokens than asked for.")
+            raise ServerError(f"{self.url} returned prompt_logprobs for other tokens than requested.")
         return [entry.logprob for entry in found if entry is not None]
 
     @staticmethod
@@ -142,7 +142,7 @@ class Client:
     def _choices(self, path: str, body: Mapping[str, Any], number: int) -> Choices:
         answer = self._post(path, body, Choices)
         if len(answer.choices) != number:
-            raise ServerError(f"{self.url} gave an answer without choices: it is no server for text.")
+            raise ServerError(f"{self.url} returned an answer without choices: name a server that generates text.")
         return answer
 
     def _fact(self, path: str) -> bytes:

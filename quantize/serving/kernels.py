@@ -1,4 +1,4 @@
-"""What a server computes with, by the class that vLLM logs: which arithmetic, and in which words to say so.
+"""The kernels of a server, by the class that vLLM logs: their arithmetic, and their descriptions.
 
 Source of the table: vLLM 0.32.0, model_executor/kernels/linear/__init__.py (`_POSSIBLE_NVFP4_KERNELS`) and the classes
 named there.
@@ -11,8 +11,8 @@ from typing import Literal
 
 Arithmetic = Literal["w4a4", "weight_only"]
 
-NATIVE = "native FP4: weights and inputs are multiplied as FP4 by the GPU's FP4 units"
-WEIGHT_ONLY = "weights only: decoded to 16 bits, inputs as they are"
+NATIVE = "native FP4: weights and inputs multiplied as FP4 by the GPU's FP4 units"
+WEIGHT_ONLY = "weight-only: weights decoded to 16 bits, inputs unchanged"
 EMULATION = "emulation: weights decoded, inputs rounded to FP4 in software, multiplied in 16 bits"
 
 
@@ -23,7 +23,7 @@ class Kernel:
     Attributes:
         name: vLLM's class.
         arithmetic: None for a class that this version of nvquant does not know.
-        words: what it does, for a reader.
+        words: its description for a reader.
     """
 
     name: str
@@ -62,7 +62,7 @@ DECODED_IN_MEMORY = frozenset({"CpuNvFp4LinearKernel", "CpuNvFp4WeightOnlyLinear
 
 
 def kernel_named(name: str) -> Kernel:
-    """The kernel of a class; one that is not in the table has words, but no arithmetic."""
+    """The kernel of a class. An unknown one has a description, but no arithmetic."""
     if name in _KNOWN:
         return Kernel(name, *_KNOWN[name])
     return Kernel(name, None, f"{name}, which this version of nvquant does not know")

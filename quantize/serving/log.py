@@ -1,6 +1,6 @@
-"""Reading vLLM's log: facts of a start, the phase that it is in, and why it failed.
+"""The reader of vLLM's log: the facts of a start, its phase, and its faults.
 
-Source of the lines: vLLM 0.24.0 and 0.32.0, seen in real starts; those of GPUs also in its code.
+Source of the lines: vLLM 0.24.0 and 0.32.0, seen in real starts. Those of GPUs were also seen in its code.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Line:
     """A line without its prefixes.
 
     Attributes:
-        process: `APIServer`, `EngineCore`, `Worker`; empty where the line does not say.
-        level: `INFO`, `ERROR`, …; empty where the line does not say.
+        process: `APIServer`, `EngineCore`, `Worker`. Empty where the line names none.
+        level: `INFO`, `ERROR`, … Empty where the line names none.
     """
 
     process: str
@@ -33,7 +33,7 @@ class Line:
 
 @dataclass(frozen=True)
 class LogFacts:
-    """What a log says of the server; None, or nothing, where it does not say.
+    """The facts about the server in a log. Missing facts are None or empty.
 
     Attributes:
         kernels: of quantized linear layers, in the order in which they were chosen.
@@ -41,7 +41,7 @@ class LogFacts:
         kv_bytes: of one worker's KV cache.
         kv_tokens: that fit into the KV cache.
         warnings: known to matter to the reader of a verification, in words.
-        faults: words for warnings after which the server computes something else than the files say.
+        faults: words for warnings after which the server's results do not match the files.
     """
 
     version: str | None = None
@@ -72,30 +72,30 @@ _PHASES = tuple((re.compile(pattern), words) for pattern, words in PHASES)
 FAULTS: tuple[tuple[str, str], ...] = (
     (
         r"weight global scale is different",
-        "the parts of a fused layer (q, k, v; gate, up) have different weight global scales: vLLM takes one for all, "
-        "and decodes the others wrongly",
+        "the matrices of a fused group have different weight global scales: vLLM uses one for all, and decodes the "
+        "others wrongly",
     ),
     (
         r"input global scale is different",
-        "the parts of a fused layer (q, k, v; gate, up) have different input global scales: vLLM takes one for all",
+        "the matrices of a fused group have different input global scales: vLLM uses one for all",
     ),
 )
 WARNINGS: tuple[tuple[str, str], ...] = (
     (
         r"Marlin requires thread-tile padding",
-        "Marlin pads weights whose shapes are no multiples of its tiles: more memory than the file has",
+        "Marlin pads weights whose shapes are not multiples of its tiles: they take more memory than on disk",
     ),
     (
         r"falling back to the slow and unoptimized emulation",
-        "vLLM found no kernel for this GPU and emulates FP4 in software: slow",
+        "vLLM found no kernel for this GPU and emulates FP4 in software, which is slow",
     ),
     (
         r"has no kernel for this linear layer type; using automatic selection",
-        "the linear backend that was asked for has no NVFP4 kernel here; vLLM chose another",
+        "the requested linear backend has no NVFP4 kernel here: vLLM chose another",
     ),
     (
         r"Using KV cache scaling factor 1\.0",
-        "the FP8 KV cache has no calibrated scales; vLLM takes 1.0",
+        "the FP8 KV cache has no calibrated scales: vLLM uses 1.0",
     ),
 )
 
@@ -114,12 +114,12 @@ def read_line(raw: str) -> Line:
 
 
 def read_log(text: str) -> list[Line]:
-    """Every line of a log; of a progress bar, which writes each state over the last, the last."""
+    """Every line of a log. Of a progress bar, which overwrites each state, it is the last state."""
     return [read_line(raw) for raw in text.split("\n")]
 
 
 def parse_log(text: str) -> LogFacts:
-    """The facts in a log, whole or as far as it goes."""
+    """The facts in a log, complete or not."""
     lines = [line.text for line in read_log(text)]
     kernels = dict.fromkeys(_all(lines, r"Using (\w+) for NVFP4 GEMM"))
     weights = _all(lines, r"Model loading took ([\d.,]+) GiB")
@@ -140,7 +140,7 @@ def parse_log(text: str) -> LogFacts:
 
 
 def phase_of(line: str) -> str | None:
-    """The phase that a raw line announces, such as `loading weights 42 %`; None for any other line."""
+    """The phase that a raw line announces, such as `loading weights 42 %`. None for any other line."""
     text = read_line(line).text
     found = None
     for pattern, words in _PHASES:

@@ -1,4 +1,4 @@
-"""What this machine has: GPUs without importing torch, what NVFP4 does on them, how fast their memory is, RAM."""
+"""The facts of this machine: its GPUs (without importing torch), their NVFP4 arithmetic and memory bandwidth, RAM."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ BANDWIDTH_GB: tuple[tuple[str, float], ...] = (
     (r"\bRTX 3090$", 936),
 )
 FP4_WORDS: dict[Fp4, str] = {
-    "native": "W4A4 checkpoints run on the FP4 units; weight-only ones are decoded to 16 bits",
-    "weight_only": "no FP4 units, so weights are decoded to 16 bits by Marlin and inputs stay as they are, for W4A4 "
-    "checkpoints too; saves memory and decoding time, not prefill",
-    "none": "too old, vLLM has no NVFP4 kernel for it (7.5 is the least)",
-    "emulated": "NVFP4 is emulated on the CPU, by vLLM's CPU build with the plugin integrations/vllm_cpu; slow",
+    "native": "W4A4 checkpoints run on the FP4 units, weight-only ones are decoded to 16 bits",
+    "weight_only": "no FP4 units, so Marlin decodes weights to 16 bits and leaves inputs unchanged, for W4A4 too "
+    "(saves memory and decoding time, not prefill)",
+    "none": "too old, vLLM has no NVFP4 kernel for it (at least 7.5 is required)",
+    "emulated": "vLLM's CPU build emulates NVFP4 with the plugin integrations/vllm_cpu, which is slow",
 }
 BANDWIDTH_SOURCE = "NVIDIA's data sheets and product pages"
 
@@ -79,8 +79,8 @@ class Gpu:
     """A GPU as nvidia-smi sees it.
 
     Attributes:
-        capability: compute capability; None where the driver does not tell.
-        total_bytes, free_bytes: of its memory; of the machine's, where the two share one (GB10).
+        capability: compute capability. None where the driver does not report it.
+        total_bytes, free_bytes: of its memory, or of the machine's where the two share one (GB10).
     """
 
     index: int
@@ -98,13 +98,13 @@ class Gpu:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs that CUDA may use here: all, or those that CUDA_VISIBLE_DEVICES names; none without a driver."""
+    """The NVIDIA GPUs that CUDA may use here: all, or those in CUDA_VISIBLE_DEVICES. None of them without a driver."""
     lines = _query("gpu", _FIELDS)
     return _visible([gpu for line in lines if (gpu := _parse(line)) is not None])
 
 
 def used_bytes(among: Sequence[Gpu]) -> int | None:
-    """Memory in use on these GPUs now, by all programs; None where nvidia-smi does not tell."""
+    """Memory in use on these GPUs now, by all programs. None where nvidia-smi does not report it."""
     wanted = {str(gpu.index) for gpu in among}
     rows = [line.split(", ") for line in _query("gpu", ("index", "memory.used"))]
     used = [row[1] for row in rows if len(row) == 2 and row[0] in wanted]
@@ -114,7 +114,7 @@ def used_bytes(among: Sequence[Gpu]) -> int | None:
 
 
 def fp4_kind(capability: Capability | None) -> Fp4:
-    """What vLLM does with NVFP4 weights on a GPU of this compute capability; None stands for a CPU.
+    """vLLM's arithmetic for NVFP4 weights on a GPU of this compute capability. None stands for a CPU.
 
     Source: vLLM 0.32.0, model_executor/kernels/linear/__init__.py: CUTLASS and FlashInfer from 10.0 on, Marlin from
     7.5.
@@ -135,7 +135,7 @@ def fp4_path(capability: Capability | None) -> str:
 
 
 def bandwidth_bytes(name: str) -> float | None:
-    """Bytes that the memory of the GPU of this name moves in a second at most, by its maker; None for unknown ones."""
+    """The memory bandwidth of the GPU of this name in bytes a second, by its maker. None for unknown ones."""
     bare = name.strip()
     for pattern, gigabytes in BANDWIDTH_GB:
         if re.search(pattern, bare) and (("Laptop" in bare) == ("Laptop" in pattern)):
@@ -144,7 +144,7 @@ def bandwidth_bytes(name: str) -> float | None:
 
 
 def ram_bytes() -> tuple[int, int]:
-    """Total and available memory of the machine, or of the container where that has less; (0, 0) if not told."""
+    """Total and available memory of the machine, or of the container where that has less, or (0, 0) if unknown."""
     total, available = _meminfo()
     limit, taken = _cgroup()
     if limit is not None and total and limit < total:
@@ -224,7 +224,7 @@ def _meminfo() -> tuple[int, int]:
 
 
 def _cgroup() -> tuple[int | None, int]:
-    """A container's limit and what it uses; None where there is no limit."""
+    """A container's limit and its use. None where there is no limit."""
     for limit, taken in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),

@@ -1,4 +1,4 @@
-"""A server as a tree of processes: started apart from nvquant, and ended whole."""
+"""A server as a tree of processes: started apart from nvquant, and ended completely."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FIRST_SIGNAL = 128  # and above it exit codes of processes that a signal ended, 
 
 
 class ServerProcess:
-    """A command that runs until `end`, with all that it starts; its output goes to a file.
+    """A command that runs until `end`, with all that it starts. Its output goes to a file.
 
     Attributes:
         log: the file.
     Args:
         command: the program by path or name, and its arguments.
-        environment: all of it; nothing is taken over from this process.
+        environment: the complete one. The process inherits nothing else.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
@@ -45,7 +45,7 @@ class ServerProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """The command's exit code, 128 and more for a signal; None while it runs."""
+        """The command's exit code, 128 and more for a signal. None while it runs."""
         return self._process.poll()
 
     @property
@@ -59,7 +59,7 @@ class ServerProcess:
         return None
 
     def read_log(self) -> str:
-        """What it logged so far, without the keys and passwords of its command."""
+        """The log so far, without the keys and passwords of its command."""
         text = self.log.read_text(errors="replace")
         for secret in self._secrets:
             text = text.replace(secret, HIDDEN)
@@ -70,7 +70,7 @@ class ServerProcess:
         return descendants(self._process.pid)
 
     def memory_bytes(self) -> int:
-        """Resident memory of all processes, what they share counted once; 0 where the system does not tell."""
+        """Resident memory of all processes, with shared memory counted once, or 0 where it is unknown."""
         return sum(_proportional_bytes(pid) for pid in self.pids())
 
     def end(self) -> None:

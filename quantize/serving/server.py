@@ -1,4 +1,4 @@
-"""A vLLM server on a checkpoint: started, waited for, and ended whatever happens."""
+"""A vLLM server on a checkpoint: started, awaited, and ended whatever happens."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ DYING_SECONDS = 10.0  # an engine that died takes its server down with it, but n
 LOAD_CHECK = '--model-loader-extra-config={"enable_weights_track": true}'
 NO_LOAD_CHECK = (
     "vLLM's check for tensors that were not loaded is off: it refuses every weight-only checkpoint in the modelopt "
-    "layout, because it expects an input scale there; the stage structure looks for missing tensors instead"
+    "layout, because it expects an input scale there (the stage structure finds missing tensors instead)"
 )
 # What nvquant itself decides.
 _OWN_FLAGS = {
-    "--model": "the checkpoint is the argument",
-    "--host": "the server listens on this machine alone",
-    "--port": "a free one is taken",
-    "--served-model-name": "the checkpoint's name is taken",
-    "--tensor-parallel-size": "--tensor-parallel says it",
-    "-tp": "--tensor-parallel says it",
-    "--max-model-len": "nvquant's own --max-model-len says it",
-    "--kv-cache-dtype": "nvquant's own --kv-cache-dtype says it",
+    "--model": "nvquant passes the checkpoint",
+    "--host": "the server listens only on this machine",
+    "--port": "nvquant takes a free port",
+    "--served-model-name": "nvquant uses the checkpoint's name",
+    "--tensor-parallel-size": "nvquant's own --tensor-parallel sets it",
+    "-tp": "nvquant's own --tensor-parallel sets it",
+    "--max-model-len": "nvquant's own --max-model-len sets it",
+    "--kv-cache-dtype": "nvquant's own --kv-cache-dtype sets it",
     "--model-loader-extra-config": "the check for tensors that were not loaded is always on",
 }
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "tokenizer_config.json")
@@ -58,13 +58,13 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json",
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Which server, and how.
+    """The options of a server.
 
     Attributes:
-        vllm: a command line; None for what `find_vllm` finds.
-        url: of a server that runs already; nothing is started then.
+        vllm: a command line. None for the one that `find_vllm` finds.
+        url: of a running server. Nothing is started then.
         tensor_parallel: GPUs that share the weights.
-        max_model_len: tokens of the longest request; None for 4096, or the model's own limit where it is less.
+        max_model_len: tokens of the longest request. None for 4096, or the model's own limit where it is less.
         kv_cache_dtype: vLLM's name.
         flags: further ones, as `--name=value`, or name and value as two words.
         ready_seconds: to wait for the server, at most.
@@ -84,12 +84,12 @@ class ServeOptions:
 
 
 class ServerDied(CheckFailed):
-    """A server that ended before it was ready, or was not ready in time; the message says why and what to do.
+    """A server that ended before it was ready, or was not ready in time. The message names the cause and the way out.
 
     Attributes:
-        cause: the line of its log that says why.
-        hint: what to do, where something is known.
-        log: the whole log.
+        cause: the line of its log that reports the cause.
+        hint: the way out, where one is known.
+        log: the complete log.
     """
 
     def __init__(self, doing: str, cause: str, hint: str | None, log: Path) -> None:
@@ -100,18 +100,18 @@ class ServerDied(CheckFailed):
 
 @dataclass
 class Server:
-    """A server that answers; lives as long as the `serving` block around it.
+    """A server that answers, and lives as long as the `serving` block around it.
 
     Attributes:
-        client: for asking it.
+        client: for requests to it.
         url: its address.
         model: the name under which it serves.
-        command: the line that started it, settings first, as a shell would take it; empty for one that ran already.
+        command: the shell command that started it, settings first. Empty for one that ran already.
         log: of a server that was started here.
         process: likewise.
-        ready_seconds: from the start until it answered; 0 for one that ran already.
-        is_cpu: whether it computes on a CPU; None where that is not known.
-        notes: what a reader of the results must know.
+        ready_seconds: from the start until it answered, or 0 for one that ran already.
+        is_cpu: whether it computes on a CPU. None where that is unknown.
+        notes: for the reader of the results.
     """
 
     client: Client
@@ -126,7 +126,7 @@ class Server:
 
     @property
     def facts(self) -> LogFacts:
-        """What the log says so far; of a server that ran already, what it tells when asked."""
+        """The facts in the log so far, or for a server that ran already, those that it reports on request."""
         if self.log is not None:
             return parse_log(self.log.read_text(errors="replace"))
         limit = next((model.max_model_len for model in self.client.models()), None)
@@ -137,7 +137,7 @@ class Server:
         )
 
     def explain(self, error: ServerError) -> CheckFailed:
-        """The error to report where a question failed: why the server ended, if it did."""
+        """The error to report for a failed request: the cause of the server's end, if it ended."""
         if self.process is None:
             return error
         deadline = time.monotonic() + DYING_SECONDS
@@ -145,18 +145,18 @@ class Server:
             if time.monotonic() > deadline or (self.client.is_healthy() and not isinstance(error, ServerGone)):
                 return error
             time.sleep(POLL_SECONDS)
-        return _death("ended while it was asked", self.process)
+        return _death("ended during a request", self.process)
 
 
 @contextmanager
 def serving(checkpoint: Path, options: ServeOptions, folder: Path, progress: Progress) -> Iterator[Server]:
-    """A server for a checkpoint folder, ready to be asked, until the block ends.
+    """Run a server for a checkpoint folder, ready for requests, until the block ends.
 
-    All its processes are ended with the block, by an error or a signal too, and even if nvquant is killed.
+    All its processes end with the block, by an error or a signal too, and even if nvquant is killed.
 
     Args:
-        folder: where its log is kept, as `vllm.log`; made if it does not exist.
-        progress: called with what the server is doing, in words.
+        folder: for its log, `vllm.log`. Created if it does not exist.
+        progress: called with the server's phase, in words.
     Raises:
         InputError: a flag that nvquant sets itself, no such program, an address where nobody answers, a port in use.
         EnvironmentLack: no vLLM.
@@ -199,7 +199,7 @@ def _running(options: ServeOptions) -> Server:
     except ServerGone as error:
         raise InputError(f"--url {options.url}: no server answers there ({error})") from error
     if not models:
-        raise InputError(f"--url {options.url}: the server there serves no model.")
+        raise InputError(f"--url {options.url}: the server there serves no model: name another one.")
     client.model = models[0].id
     return Server(client, client.url, client.model)
 
@@ -248,12 +248,12 @@ def _wait(server: Server, process: ServerProcess, options: ServeOptions, progres
             raise _PortTaken(death) if "ddress already in use" in death.cause else death
         if time.monotonic() - started > options.ready_seconds:
             cause = f"it was still {watch.phase} after {options.ready_seconds:.0f} s"
-            raise ServerDied("was not ready in time", cause, "give it more with --ready-seconds", process.log)
+            raise ServerDied("was not ready in time", cause, "give it more time with --ready-seconds", process.log)
         time.sleep(POLL_SECONDS)
     server.ready_seconds = time.monotonic() - started
     if _mark(int(server.url.rpartition(":")[2])) not in {model.id for model in server.client.models()}:
         cause = f"another program answers on port {server.url.rpartition(':')[2]}"
-        raise _PortTaken(ServerDied("could not listen", cause, "run it again", process.log))
+        raise _PortTaken(ServerDied("could not listen", cause, "run the command again", process.log))
 
 
 class _LogWatch:
@@ -286,7 +286,7 @@ def _death(doing: str, process: ServerProcess) -> ServerDied:
         cause = f"ended by {name}"
     if cause is None:
         last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "nothing was logged")
-        cause = f"it exited with code {process.exit_code} and these last words: {last[:300]}"
+        cause = f"it exited with code {process.exit_code}, its log ends with: {last[:300]}"
     known = hint_for(cause)
     return ServerDied(doing, cause, known.hint if known else None, process.log)
 
@@ -319,7 +319,7 @@ def _own_limit(config: Mapping[str, Any]) -> int:
 
 
 def _mark(port: int) -> str:
-    """A second name for the model, by which our server is told from another that has our port."""
+    """A second name for the model, which distinguishes our server from another that has our port."""
     return f"nvquant-{port}"
 
 
@@ -336,7 +336,9 @@ def _refuse_taken(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise InputError(f"Port {port} is in use by another program: take another, or end that one.") from error
+            raise InputError(
+                f"Port {port} is in use by another program: choose another port, or end that program."
+            ) from error
 
 
 def _capital(text: str) -> str:

@@ -44,7 +44,7 @@ def test_without_gpu_and_vllm_it_says_how_to_get_one(nvquant: Command) -> None:
     ended = nvquant("doctor")
     assert ended.code == 3
     lines = ended.stdout.splitlines()
-    assert lines[0].startswith("warning  GPU") and "emulated on the CPU" in lines[0]
+    assert lines[0].startswith("warning  GPU") and "CPU build emulates NVFP4" in lines[0]
     assert any(line.startswith("lacks    vLLM") for line in lines)
     assert "integrations/vllm_cpu/README.md" in ended.stdout
     assert lines[-1] == "Lacking: vLLM."
@@ -99,7 +99,7 @@ def test_a_31b_in_bf16_does_not_fit_a_32_gb_card(
     put_nvidia_smi(tmp_path / "bin", monkeypatch, [RTX_5090])
     code, words, memory = fit_of(nvquant, gemma, "--context", GEMMA_CONTEXT, "--kv-cache-dtype", "fp8")
     assert code == 3
-    assert "no context fits" in words and "4 such GPUs (--tensor-parallel 4; 1 here)" in words
+    assert "no context fits" in words and "4 such GPUs with --tensor-parallel 4 (1 here)" in words
     assert memory["fits"] is False and memory["kv_bytes"] == 10 * 4096 * 65536 + 50 * 8192 * 1024
     assert memory["longest"] == {"16 bits": 0, "fp8": 0}
 
@@ -169,7 +169,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(nvquant: Command, tmp_path: P
 def test_a_vllm_that_is_not_there_lacks(nvquant: Command) -> None:
     ended = nvquant("doctor", "--vllm", "/no/such/vllm")
     assert ended.code == 3
-    assert "there is no program /no/such/vllm" in ended.stdout
+    assert "/no/such/vllm does not exist or is not executable" in ended.stdout
 
 
 def test_it_loads_nothing_heavy(tmp_path: Path, tiny: TinyModels) -> None:

@@ -96,10 +96,10 @@ def test_a_python_that_does_not_start_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("/no/such/vllm serve", "no program"),
+        ("/no/such/vllm serve", "does not exist"),
         ("", "empty"),
         ("vllm 'serve", "not a command line"),
-        ("nosuchvllm", "no program"),
+        ("nosuchvllm", "does not exist"),
     ],
 )
 def test_a_command_that_is_none_is_refused(given: str, said: str) -> None:

@@ -147,7 +147,7 @@ def test_a_server_that_never_answers_is_given_up(
     sleeper = program("#!/bin/sh\necho 'INFO 11-26 16:58:51 [x.py:1] Starting to load model /m...'\nexec sleep 600\n")
     options = ServeOptions(vllm=sleeper, ready_seconds=2)
     with (
-        pytest.raises(ServerDied, match=r"still building the model after 2 s. Give it more with --ready-seconds"),
+        pytest.raises(ServerDied, match=r"still building the model after 2 s. Give it more time with --ready-seconds"),
         serving(checkpoint, options, tmp_path / "proof", lambda _: None),
     ):
         pass
@@ -170,7 +170,7 @@ def test_a_server_that_dies_tells_the_root_cause_and_a_hint(
 
 @pytest.mark.parametrize(
     ("script", "cause"),
-    [("kill -9 $$", "ended by SIGKILL"), ("echo nonsense; exit 3", "code 3 and these last words: nonsense")],
+    [("kill -9 $$", "ended by SIGKILL"), ("echo nonsense; exit 3", "code 3, its log ends with: nonsense")],
 )
 def test_a_death_without_an_error_is_told_as_it_was(
     checkpoint: Path, program: Callable[[str], str], tmp_path: Path, script: str, cause: str
