@@ -21,7 +21,7 @@ PAGES = sorted(
     ]
 )
 # The rooms of quantize/ whose messages are checked; the list grows until it has all of them.
-ROOMS = ("bench", "calibrate", "cli", "demo", "publish", "report", "serving")
+ROOMS = ("bench", "calibrate", "cli", "demo", "publish", "report", "serving", "verify")
 # Calls that take a message: errors by their names' ends, and the functions that print.
 TAKES_MESSAGE = re.compile(r"echo|say|\w*(?:Error|Lack|CheckFailed|BadParameter)")
 

@@ -1,14 +1,14 @@
-"""The most tokens that a GPU's memory lets a model decode in a second.
+"""The ceiling of decoding: the most tokens a second that a GPU's memory allows.
 
-To decode one token a server reads every weight of the decoder and the head once, and the keys and values of the tokens
+To decode one token, a server reads every weight of the decoder and the head once, and the keys and values of the tokens
 before it:
 
     tokens/s <= bandwidth * users / (weights + users * KV cache at that context)
 
 Source: the roofline model (Williams, Waterman, Patterson, CACM 52(4), 2009) at one operation or so a byte, where memory
-is the roof; for a batch, its weights are read once for all users. With many users arithmetic becomes the roof, which is
-not counted here: the ceiling is then far above what can be reached. What is read once for a whole answer, what is
-written, and a server's own buffers are not counted either, so that it is a ceiling and no forecast.
+is the roof. For a batch, its weights are read once for all users. With many users arithmetic becomes the roof, which is
+not counted here. The ceiling is then far above reachable speeds. Reads once an answer, writes, and a server's own
+buffers are not counted either, so that it is a ceiling and no forecast.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What one decoded token reads.
+    """The bytes that one decoded token reads.
 
     Attributes:
         config: config.json.
@@ -57,8 +57,7 @@ class Ceiling:
     kv_bytes_per_value: int = BF16_BYTES
 
     def kv_bytes(self, context: int) -> int:
-        """Keys and values of one user that stand in the cache after `context` tokens; sliding layers hold their
-        window."""
+        """Keys and values of one user in the cache after `context` tokens. Sliding layers hold their window."""
         return kv_cache_bytes(self.config, context) * self.kv_bytes_per_value // BF16_BYTES
 
     def bytes_per_step(self, context: int, users: int = 1) -> int:
@@ -70,7 +69,7 @@ class Ceiling:
 
         Args:
             bandwidth: bytes a second, of all GPUs that share the weights.
-            context: tokens before the decoded one; for an answer, the mean over it.
+            context: tokens before the decoded one, or for an answer, the mean over it.
         """
         return bandwidth * users / self.bytes_per_step(context, users)
 
@@ -79,8 +78,9 @@ def read_bytes(config: Mapping[str, Any], tensors: Iterable[Stored]) -> int:
     """Bytes of the weights that decoding a token reads: all of the decoder, its scales, and the head.
 
     The embedding counts where it is the head too (a lookup reads one row of it), vision and audio never. Of experts,
-    those that one token uses, and none where the config does not tell how many: of more users each may use others, but
-    a ceiling must not count on it. A second stack of layers, as one that drafts tokens, does not count.
+    those that one token uses count, and none where the config does not contain their number. Several users may use
+    different ones, but a ceiling must not rely on it. A second stack of layers, such as one that drafts tokens, does
+    not count.
     """
     found = {tensor.name: tensor for tensor in tensors}
     prefix = decoder_prefix({name: tensor.shape for name, tensor in found.items()}, config)
@@ -96,7 +96,7 @@ def read_bytes(config: Mapping[str, Any], tensors: Iterable[Stored]) -> int:
 
 
 def kv_bytes_per_value(config: Mapping[str, Any], kv_cache_dtype: str) -> int:
-    """Bytes of one cached value under vLLM's `--kv-cache-dtype`; `auto` is FP8 where the checkpoint asks for it."""
+    """Bytes of one cached value under vLLM's `--kv-cache-dtype`. `auto` is FP8 where the checkpoint requires it."""
     if kv_cache_dtype.startswith("fp8"):
         return FP8_BYTES
     quantization = config.get("quantization_config")

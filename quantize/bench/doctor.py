@@ -1,4 +1,4 @@
-"""What this machine can do with NVFP4, and what it lacks: one finding for each thing that serving needs."""
+"""The examination of this machine for NVFP4: one finding for each thing that serving needs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Finding:
     """One line.
 
     Attributes:
-        hint: the way out, one sentence without a full stop; empty where none is needed.
+        hint: the way out, one sentence without a full stop. Empty where none is needed.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Doctor:
     """An examination of this machine.
 
     Attributes:
-        subject: a checkpoint that is to be served here.
+        subject: a checkpoint to serve here.
         context: tokens of its longest request.
         vllm: the command line of `--vllm`.
-        kv_cache_dtype: as vLLM takes it.
-        fits: set by `run`: the checkpoint's memory.
+        kv_cache_dtype: vLLM's name.
+        fits: the checkpoint's memory, set by `run`.
     """
 
     subject: Subject | None = None
@@ -80,7 +80,7 @@ class Doctor:
 
     @cached_property
     def found(self) -> VllmCommand | str:
-        """The vLLM, or why there is none."""
+        """The vLLM, or a sentence on why there is none."""
         try:
             return find_vllm(self.vllm)
         except (EnvironmentLack, InputError) as error:
@@ -88,7 +88,7 @@ class Doctor:
 
     @cached_property
     def environment(self) -> VllmEnvironment | None:
-        """What is installed beside that vLLM."""
+        """The packages beside that vLLM."""
         return look_into(self.found) if isinstance(self.found, VllmCommand) else None
 
     @property
@@ -97,7 +97,7 @@ class Doctor:
         return not self.gpus or (isinstance(self.found, VllmCommand) and self.found.is_cpu_build)
 
     def run(self) -> Iterator[Finding]:
-        """All findings, in the order in which they are worth reading."""
+        """All findings, the most important first."""
         yield from self._gpu()
         yield from self._memory()
         yield from self._vllm()
@@ -129,25 +129,23 @@ class Doctor:
 
     def _gpu(self) -> Iterator[Finding]:
         if not self.gpus:
-            yield Finding("GPU", "warning", fp4_path(None), "a GPU from Turing on serves at full speed")
+            yield Finding("GPU", "warning", fp4_path(None), "use a GPU from Turing on to serve at full speed")
             return
         for gpu in self.gpus:
             if gpu.capability is None:
-                words = f"{gpu.name}: the driver does not tell its compute capability"
-                yield Finding("GPU", "warning", words, "a newer driver")
+                words = f"{gpu.name}: the driver does not report its compute capability"
+                yield Finding("GPU", "warning", words, "install a newer driver")
                 continue
             is_too_old = fp4_kind(gpu.capability) == "none"
             yield Finding(
                 "GPU", "lacks" if is_too_old else "ok", f"{gpu.name}: {fp4_path(gpu.capability)}",
-                "another GPU, or a BF16 checkpoint" if is_too_old else "",
+                "use another GPU, or a BF16 checkpoint" if is_too_old else "",
             )  # fmt: skip
         driver = self.gpus[0].driver
         key = version_key(driver)
         if key is not None and key[0] < LEAST_DRIVER:
-            words = f"{driver}: vLLM's own builds need {LEAST_DRIVER} or newer (CUDA 13)"
-            yield Finding(
-                "driver", "warning", words, "update the driver, or take a vLLM that is built with an older CUDA"
-            )
+            words = f"{driver}: vLLM's own builds require {LEAST_DRIVER} or newer (CUDA 13)"
+            yield Finding("driver", "warning", words, "update the driver, or use a vLLM built with an older CUDA")
         else:
             yield Finding("driver", "ok", driver)
 
@@ -162,8 +160,8 @@ class Doctor:
         context = min(self.context or DEFAULT_CONTEXT, limit or self.context or DEFAULT_CONTEXT)
         value_bytes = kv_bytes_per_value(subject.config, self.kv_cache_dtype)
         if self.context is not None and limit is not None and self.context > limit:
-            words = f"a context of {self.context:,} is more than the {limit:,} tokens that the model was made for"
-            yield Finding("context", "lacks", words, f"--context {limit}")
+            words = f"a context of {self.context:,} is more than the {limit:,} tokens that the model supports"
+            yield Finding("context", "lacks", words, f"use --context {limit}")
         memory = self.ram[1] if self.is_cpu else min(gpu.total_bytes for gpu in self.gpus)
         self.fits = fit(subject, context, memory, value_bytes, is_cpu=self.is_cpu)
         yield self._fit_finding(self.fits, subject, value_bytes)
@@ -171,7 +169,7 @@ class Doctor:
             gpu = max(self.gpus, key=lambda one: one.free_bytes)
             if self.fits.needed_bytes > gpu.free_bytes:
                 words = f"only {_gb(gpu.free_bytes)} of {_gb(gpu.total_bytes)} are free on {gpu.name}"
-                yield Finding("memory", "warning", words, "end the programs that hold the rest (nvidia-smi lists them)")
+                yield Finding("memory", "warning", words, "end the programs that use the rest (nvidia-smi lists them)")
 
     def _fit_finding(self, found: Fit, subject: Subject, value_bytes: int) -> Finding:
         where = "RAM that is available" if self.is_cpu else "GPU memory"
@@ -183,12 +181,12 @@ class Doctor:
             f"other {_gb(found.other_bytes)}"
         )
         longest = ", ".join(f"{tokens:,} with a KV cache of {name}" for name, tokens in found.longest.items() if tokens)
-        words += f"; longest context of one request: {longest}" if longest else "; no context fits"
+        words += f", longest context of one request: {longest}" if longest else ", no context fits"
         if found.fits and (self.is_cpu or found.fits_by_default):
             return Finding("memory", "ok", words)
         if found.fits:
             share = min(0.99, found.needed_bytes / found.memory_bytes + 0.01)
-            hint = f"vLLM takes {VLLM_SHARE:.0%} by default: --gpu-memory-utilization={share:.2f}"
+            hint = f"vLLM uses {VLLM_SHARE:.0%} by default: set --gpu-memory-utilization={share:.2f}"
             return Finding("memory", "warning", words, hint)
         return Finding("memory", "lacks", words, self._way_out(found, subject, value_bytes))
 
@@ -201,10 +199,10 @@ class Doctor:
             ways.append(f"a context of at most {best:,}")
         ranks = None if self.is_cpu else ranks_that_fit(subject, found.context, found.memory_bytes, value_bytes)
         if ranks:
-            ways.append(f"{ranks} such GPUs (--tensor-parallel {ranks}; {len(self.gpus)} here)")
+            ways.append(f"{ranks} such GPUs with --tensor-parallel {ranks} ({len(self.gpus)} here)")
         if not self.is_cpu and not best and not ranks:
             ways.append("a GPU with more memory")
-        return ", or ".join(ways) or "a machine with more memory"
+        return f"use {', or '.join(ways) or 'a machine with more memory'}"
 
     def _vllm(self) -> Iterator[Finding]:
         found = self.found
@@ -217,13 +215,11 @@ class Doctor:
         build = " (CPU build)" if found.is_cpu_build else ""
         yield Finding(
             "vLLM", "ok", f"{found.version or 'unknown version'}{build}: {' '.join(found.words)}"
-            + (f"; beside it {packages}" if packages else "")
+            + (f", with {packages}" if packages else "")
         )  # fmt: skip
         if self.is_cpu and environment is not None and not environment.has_cpu_plugin:
             words = "vLLM's CPU build has no kernel for NVFP4, and nvquant's plugin is not installed beside it"
-            yield Finding(
-                "vLLM plugin", "lacks", words, "install integrations/vllm_cpu there (its README has the lines)"
-            )
+            yield Finding("vLLM plugin", "lacks", words, "install integrations/vllm_cpu there (see its README)")
         yield from self._architecture(environment)
         capability = self.gpus[0].capability if self.gpus and not self.is_cpu else None
         situation = (
@@ -243,11 +239,11 @@ class Doctor:
         if environment is not None and environment.architectures and names:
             knows = any(name in environment.architectures for name in names)
             words = f"vLLM {'knows' if knows else 'does not know'} {', '.join(names)}"
-            yield Finding("architecture", "ok" if knows else "lacks", words, "" if knows else "a newer vLLM")
+            yield Finding("architecture", "ok" if knows else "lacks", words, "" if knows else "install a newer vLLM")
         known = is_known_to_transformers(self.subject.config)
         if known is not None:
             words = f"transformers {'knows' if known else 'does not know'} {kind}"
-            hint = "" if known else "a newer transformers (pip install -U transformers), for conversion and numerics"
+            hint = "" if known else "run `pip install -U transformers`, for conversion and numerics"
             yield Finding("architecture", "ok" if known else "lacks", words, hint)
 
     def _packages(self) -> Iterator[Finding]:
@@ -255,21 +251,23 @@ class Doctor:
             have = installed(name)
             wanted = ".".join(map(str, least))
             if have is None:
-                yield Finding(name, "lacks", "not installed", f"pip install '{name}>={wanted}'")
+                yield Finding(name, "lacks", "not installed", f"run `pip install '{name}>={wanted}'`")
             elif (version_key(have) or least) < least:
-                yield Finding(name, "lacks", f"{have}, but {wanted} is the least", f"pip install -U '{name}>={wanted}'")
+                yield Finding(
+                    name, "lacks", f"{have}, but {wanted} is required", f"run `pip install -U '{name}>={wanted}'`"
+                )
             else:
                 yield Finding(name, "ok", have)
         yield _kernels()
         for name in OPTIONAL:
             have = installed(name)
-            yield Finding(name, "ok", have or "not installed; only --engine llmcompressor needs it")
+            yield Finding(name, "ok", have or "not installed (only --engine llmcompressor requires it)")
 
     def _token(self) -> Finding:
         token = hub_token()
         if token is None:
-            words = "none; only gated models and uploads need one"
-            return Finding("hub token", "warning", words, "hf auth login")
+            words = "none (only gated models and uploads require one)"
+            return Finding("hub token", "warning", words, "run `hf auth login`")
         owner = f", stored as {token.owner}" if token.owner else ""
         return Finding("hub token", "ok", f"present ({token.where}{owner})")
 
@@ -278,10 +276,10 @@ class Doctor:
         for name, folder in (("disk, working folder", Path.cwd()), ("disk, hub cache", hub_cache())):
             free = free_bytes(folder)
             if free is None:
-                yield Finding(name, "warning", f"{folder}: free space is not known")
+                yield Finding(name, "warning", f"{folder}: free space is unknown")
                 continue
             is_enough = free >= needed
-            hint = "" if is_enough else "free some, or work elsewhere (HF_HOME moves the cache)"
+            hint = "" if is_enough else "free some space, or use another disk (HF_HOME moves the cache)"
             yield Finding(name, "ok" if is_enough else "warning", f"{_gb(free)} free at {folder}", hint)
 
     def _ram(self) -> Finding:

@@ -1,4 +1,4 @@
-"""What was measured, as JSON and Markdown; on disk after every point, so that an interruption loses none."""
+"""The results of a benchmark as JSON and Markdown, written after every point, so that an interruption loses none."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ SERVER_COLUMNS: tuple[tuple[str, str], ...] = (
     ("vllm", "vLLM"),
 )
 READING = (
-    "Decode: users * 1000 / mean time of an output token, the first excepted. Prefill: prompt tokens a second of all "
+    "Decode: users * 1000 / mean time of an output token except the first. Prefill: prompt tokens a second of all "
     "users, from requests with one output token. Ceiling: the GPU's memory bandwidth over the bytes that a decoded "
-    "token reads, weights once for all users; with many users arithmetic is the limit long before."
+    "token reads, weights once for all users. With many users, arithmetic is the limit long before that."
 )
 
 
@@ -53,14 +53,14 @@ class Results:
     """The document of a run, written to its folder whenever something is added.
 
     Args:
-        folder: made if it does not exist.
+        folder: created if it does not exist.
     Raises:
-        InputError: the folder holds results already, or cannot be written to.
+        InputError: the folder already contains results, or cannot be written to.
     """
 
     def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
         if (folder / JSON_NAME).exists():
-            raise InputError(f"{folder} holds results already: name another folder with -o, or remove it.")
+            raise InputError(f"{folder} already contains results: name another folder with -o, or remove it.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -84,11 +84,11 @@ class Results:
 
     @property
     def failed(self) -> int:
-        """How many points gave no figures."""
+        """The number of points without figures."""
         return sum(bool(point.get("failed")) for point in self._points)
 
     def add_server(self, facts: Mapping[str, Any]) -> int:
-        """Add a server; its number for `update` and `add_point`."""
+        """Add a server. Returns its number for `update` and `add_point`."""
         self._servers.append(dict(facts))
         self._write()
         return len(self._servers) - 1
@@ -104,11 +104,11 @@ class Results:
         self._write()
 
     def measured_of(self, server: int) -> int:
-        """How many points a server has so far."""
+        """The number of points of a server so far."""
         return sum(point["server"] == server for point in self._points)
 
     def finish(self) -> None:
-        """Nothing more will come."""
+        """Mark the document as complete."""
         self.document["complete"] = True
         self._write()
 
@@ -147,7 +147,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     where = ", ".join(gpu["name"] for gpu in machine["gpus"]) or f"CPU ({machine['cpu']}, {machine['cores']} cores)"
     lines = ["# Serving speed", ""]
     if not document["complete"]:
-        lines += ["The run has not ended, or was interrupted: this is what was measured until then.", ""]
+        lines += ["The run has not ended, or was interrupted. The table lists the points measured so far.", ""]
     lines += [f"{where}. {_settings_words(settings)}.", "", *_table(COLUMNS, document["points"]), "", READING]
     notes: list[str] = []
     for name, key in (("Failed", "failed"), ("Note", "note")):
@@ -161,13 +161,13 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 
 def where_of(point: Mapping[str, Any]) -> str:
-    """Which point it is, in words."""
+    """The name of a point, in words."""
     users = f"{point['users']} user{'s' if point['users'] > 1 else ''}"
     return f"{point['name']}, {point['kv_cache']} KV cache, context {_cell('context', point.get('context'))}, {users}"
 
 
 def plain_table(points: Sequence[Mapping[str, Any]]) -> str:
-    """The points for a terminal, the first column to the left; columns without any figure are left out."""
+    """The points for a terminal, with the first column to the left. Columns without any figure are skipped."""
     columns = [(key, title) for key, title in COLUMNS if any(point.get(key) is not None for point in points)]
     rows = [[title for _, title in columns], *([_cell(key, point.get(key)) for key, _ in columns] for point in points)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -182,7 +182,7 @@ def plain_table(points: Sequence[Mapping[str, Any]]) -> str:
 
 def _settings_words(settings: Mapping[str, Any]) -> str:
     asked = f"{settings['output_tokens']} output tokens, {settings['dataset']} prompts"
-    return f"{settings['load_generator']}: {asked}, a request again as soon as one is answered"
+    return f"{settings['load_generator']}: {asked}, a new request as soon as one is answered"
 
 
 def _table(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint and a context fit into a GPU's memory, and which context does."""
+"""The forecast of whether a checkpoint and a context fit into a GPU's memory, and of the longest context that fits."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Fit:
 
     Attributes:
         weights_bytes, kv_bytes, other_bytes: of weights, KV cache for `context` tokens, and all else.
-        memory_bytes: of the GPU, or what is free of a CPU's memory.
-        longest: the longest context that fits with a 16-bit and with an FP8 KV cache; 0 for none.
+        memory_bytes: of the GPU, or the free memory of a CPU.
+        longest: the longest context that fits with a 16-bit and with an FP8 KV cache, or 0.
     """
 
     context: int
@@ -60,11 +60,11 @@ class Fit:
 def fit(
     subject: Subject, context: int, memory_bytes: int, kv_value_bytes: int, ranks: int = 1, is_cpu: bool = False
 ) -> Fit:
-    """Weights and KV heads are split over the ranks; the rest stands on each.
+    """Forecast the memory. Weights and KV heads are split over the ranks, the rest is on each.
 
     Args:
         kv_value_bytes: bytes of a cached value.
-        is_cpu: weights are held decoded then.
+        is_cpu: whether weights are in memory decoded.
     """
     weights = -(-(subject.decoded_bytes if is_cpu else subject.weights_bytes) // ranks)
     room = memory_bytes - weights - SERVING_OVERHEAD_BYTES
@@ -74,7 +74,7 @@ def fit(
 
 
 def longest_context(subject: Subject, room_bytes: int, kv_value_bytes: int) -> int:
-    """The longest context, up to the model's own limit, whose KV cache has room; 0 where not even 256 tokens have."""
+    """The longest context, up to the model's own limit, whose KV cache fits, or 0 where not even 256 tokens fit."""
     most = subject.longest_context or DEFAULT_CONTEXT
     if _kv(subject, most, kv_value_bytes) <= room_bytes:
         return most
@@ -86,7 +86,7 @@ def longest_context(subject: Subject, room_bytes: int, kv_value_bytes: int) -> i
 
 
 def ranks_that_fit(subject: Subject, context: int, memory_bytes: int, kv_value_bytes: int) -> int | None:
-    """The least number of such GPUs that serve it together, with vLLM's defaults; None where not even eight do."""
+    """The least number of such GPUs that serve it together, with vLLM's defaults. None where not even eight do."""
     heads = config_int(text_config(subject.config), "num_attention_heads", 1)
     possible = (fit(subject, context, memory_bytes, kv_value_bytes, n) for n in _RANKS if heads % n == 0)
     return next((found.ranks for found in possible if found.fits_by_default), None)

@@ -1,4 +1,4 @@
-"""What is measured: which servers, and which loads on each of them."""
+"""The servers and the loads of a benchmark."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _NAMED = re.compile(r"(?P<name>[^=/:]+)=(?P<rest>.+)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Target:
-    """A server that is to be measured.
+    """A server to measure.
 
     Attributes:
         name: in all tables.
-        subject: the checkpoint that is served; None for a server that runs already and serves something else.
-        url: of a server that runs already.
+        subject: the served checkpoint. None for a running server that serves something else.
+        url: of a running server.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Point:
-    """A load: prompts of `context` tokens (None: a data set's own), asked by `users` at a time."""
+    """A load: prompts of `context` tokens (None: a data set's own), sent by `users` at a time."""
 
     context: int | None
     users: int
@@ -48,7 +48,7 @@ class Grid:
     """All loads for one server.
 
     Attributes:
-        requests: for each point; None for what suits the number of users.
+        requests: for each point. None for a number that suits the users.
     """
 
     contexts: tuple[int, ...]
@@ -66,11 +66,11 @@ class Grid:
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest request; None where a data set decides."""
+        """Tokens of the longest request. None where a data set decides."""
         return max(self.contexts) + self.output_tokens if self.dataset == RANDOM else None
 
     def requests_for(self, users: int) -> int:
-        """As many as make whole rounds of all users: in a round that is not full, tokens come faster."""
+        """A number of requests that makes complete rounds of all users. In an incomplete round, tokens come faster."""
         wanted = self.requests or max(LEAST_REQUESTS, ROUNDS * users)
         return -(-wanted // users) * users
 
@@ -85,22 +85,22 @@ class Grid:
         too_long = [context for context in self.contexts if context + self.output_tokens > limit]
         if too_long:
             raise InputError(
-                f"A context of {too_long[0]} and {self.output_tokens} output tokens are more than {whose} of {limit} "
-                f"tokens: leave {too_long[0]} out of --contexts."
+                f"A context of {too_long[0]} and {self.output_tokens} output tokens exceed {whose} of {limit} "
+                f"tokens: remove {too_long[0]} from --contexts."
             )
 
     def model_len(self, subject: Subject) -> int:
-        """What a server is started with as the longest request."""
+        """The longest request that a server is started with."""
         limit = subject.longest_context
         wanted = (self.longest or limit or 4096) + MARGIN_TOKENS
         return min(wanted, limit) if limit else wanted
 
 
 def find_targets(checkpoint: Path, url: str | None, against: Sequence[str]) -> tuple[Target, ...]:
-    """The checkpoint itself first, then what it is compared with.
+    """List the servers: the checkpoint first, then those that it is compared with.
 
     Args:
-        url: of a server that serves the checkpoint already.
+        url: of a running server of the checkpoint.
         against: folders or addresses, each perhaps as NAME=….
     Raises:
         InputError: one is neither, or two have one name.
@@ -112,7 +112,9 @@ def find_targets(checkpoint: Path, url: str | None, against: Sequence[str]) -> t
     names = [target.name for target in targets]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"--against: two are called {twice}: name them, as --against OTHER={against[-1]}.")
+        raise InputError(
+            f"--against: two models have the name {twice}: rename one, as in --against OTHER={against[-1]}."
+        )
     return tuple(targets)
 
 

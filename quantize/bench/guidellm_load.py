@@ -1,7 +1,7 @@
 """guidellm as load generator.
 
-Its time between tokens is each answer's mean, so that p50 and p99 are over answers, not over tokens. It asks for no
-greedy choice of tokens. Source of the flags and of the result's keys: guidellm 0.8.1, seen in real runs.
+Its time between tokens is each answer's mean, so that p50 and p99 are over answers, not over tokens. It does not
+request greedy decoding. Source of the flags and of the result's keys: guidellm 0.8.1, seen in real runs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class GuideLlm:
 
 
 def find_guidellm(given: str | None) -> GuideLlm:
-    """The guidellm of a command line, or the one on PATH.
+    """Find the guidellm of a command line, or the one on PATH.
 
     Raises:
         EnvironmentLack: there is none.
@@ -108,12 +108,12 @@ def parse_result(result: Mapping[str, Any], load: Load) -> Measured:
             of("inter_token_latency_ms", "p99") if mean_tokens > 1 else 0.0,
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise LoadFailed(f"guidellm gave a result of another form than is known here ({error!r}).") from error
+        raise LoadFailed(f"guidellm wrote a result in an unknown form ({error!r}).") from error
 
 
 def _first_error(benchmark: Mapping[str, Any]) -> str:
     errored = (benchmark.get("requests") or {}).get("errored") or [{}]
-    error = str((errored[0].get("info") or {}).get("error") or "it does not say why")
+    error = str((errored[0].get("info") or {}).get("error") or "no reason given")
     return (
         error.encode().decode("unicode_escape", errors="replace").splitlines()[0].partition('("')[2][:300]
         or error[:300]

@@ -1,4 +1,4 @@
-"""What stands ready on this machine, found out without importing anything heavy: packages, vLLM, token, disk."""
+"""The state of this machine, found without importing anything heavy: packages, vLLM, token, disk."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class VllmEnvironment:
     """The packages beside a vLLM.
 
     Attributes:
-        versions: of packages that matter to serving; None for absent ones.
+        versions: of packages that matter to serving. None for absent ones.
         plugins: names under which plugins for all of vLLM are registered.
-        architectures: classes that this vLLM knows; empty where that cannot be told.
+        architectures: classes that this vLLM knows. Empty where they are unknown.
     """
 
     versions: Mapping[str, str | None]
@@ -60,8 +60,7 @@ class VllmEnvironment:
 
 
 def look_into(vllm: VllmCommand) -> VllmEnvironment | None:
-    """The environment of a vLLM; None where its Python cannot be told from its command, as with `uvx` or a
-    container."""
+    """The environment of a vLLM. None where its command does not reveal its Python, as with `uvx` or a container."""
     python = _python_of(vllm)
     if python is None:
         return None
@@ -78,7 +77,7 @@ def look_into(vllm: VllmCommand) -> VllmEnvironment | None:
 
 
 def installed(name: str) -> str | None:
-    """Version of a package beside nvquant; None where it is not installed."""
+    """Version of a package beside nvquant. None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -86,9 +85,9 @@ def installed(name: str) -> str | None:
 
 
 def is_known_to_transformers(config: Mapping[str, Any]) -> bool | None:
-    """Whether transformers here has the checkpoint's model type; None where that cannot be told.
+    """Whether transformers here has the checkpoint's model type. None where that is unknown.
 
-    Its table of types is read as text: importing it would import torch.
+    Its table of types is read as text, because importing it would import torch.
     """
     spec = find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
@@ -102,10 +101,10 @@ def is_known_to_transformers(config: Mapping[str, Any]) -> bool | None:
 
 @dataclass(frozen=True)
 class HubToken:
-    """A token for the Hugging Face Hub; what it is stays unread by others.
+    """A token for the Hugging Face Hub, without its value.
 
     Attributes:
-        where: the variable or file that holds it.
+        where: the variable or file that contains it.
         owner: the name under which it was stored, where it was stored by name.
     """
 
@@ -114,7 +113,7 @@ class HubToken:
 
 
 def hub_token() -> HubToken | None:
-    """The token that huggingface_hub would use, by its rules; None where there is none."""
+    """The token that huggingface_hub would use, by its rules. None where there is none."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if os.environ.get(name, "").strip():
             return HubToken(name, _owner(os.environ[name].strip()))
@@ -127,12 +126,12 @@ def hub_token() -> HubToken | None:
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it downloads."""
+    """The folder of huggingface_hub's downloads."""
     return Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub").expanduser()
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Free space where a folder is, or would be made."""
+    """Free space on the disk of a folder, which may not exist yet."""
     there = folder.absolute()
     while not there.exists() and there != there.parent:
         there = there.parent

@@ -1,4 +1,4 @@
-"""What a load generator is asked to do, and what it measured; which one is used does not matter to the rest."""
+"""The loads and the figures of a load generator, the same for every generator."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ MOST_SECONDS = 4 * 3600.0
 
 
 class LoadFailed(CheckFailed):
-    """A load that gave no figures, or figures of only some of its requests; the message says why."""
+    """A load without figures, or with figures of only some of its requests. The message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """Requests sent to a server, by so many users that each waits for its answer before it asks again.
+    """Requests to a server by a number of users, each of whom waits for the answer before the next request.
 
     Attributes:
         url: of the server, without a path.
         model: its name there.
         tokenizer: folder whose tokenizer counts the prompts' tokens.
-        context: tokens of a prompt; None where a data set's own prompts are sent.
-        output_tokens: tokens of an answer; an end before is ignored.
-        seed: of the prompts: another seed gives others, which no cache of the server knows.
-        dataset, dataset_path: as the generator calls them.
-        is_vllm: whether the server is a vLLM, or only speaks OpenAI's interface.
+        context: tokens of a prompt. None for a data set's own prompts.
+        output_tokens: tokens of an answer. An earlier end is ignored.
+        seed: of the prompts. Another seed gives others, which no cache of the server knows.
+        dataset, dataset_path: the generator's names.
+        is_vllm: whether the server is a vLLM, or only has OpenAI's interface.
     """
 
     url: str
@@ -55,7 +55,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures of a load whose requests were all answered; times in milliseconds.
+    """Figures of a load with an answer to every request. Times are in milliseconds.
 
     Attributes:
         seconds: from the first request to the last answer.
@@ -92,10 +92,10 @@ class LoadGenerator(Protocol):
         """For the report, as `vllm bench serve`."""
 
     def run(self, load: Load, folder: Path) -> Measured:
-        """Send the load and give its figures.
+        """Send the load. Returns its figures.
 
         Args:
-            folder: for the program's own result and what it said.
+            folder: for the program's own result and its output.
         Raises:
             LoadFailed: not every request was answered.
             EnvironmentLack: the program lacks something.
@@ -103,7 +103,7 @@ class LoadGenerator(Protocol):
 
 
 def call(command: Sequence[str], settings: Mapping[str, str], said: Path) -> int:
-    """Run a generator, its output in the file `said`; its exit code.
+    """Run a generator, with its output in the file `said`. Returns its exit code.
 
     Raises:
         LoadFailed: it does not start, or does not end within four hours.
@@ -137,4 +137,4 @@ def last_words(said: Path) -> str:
     """The last line of a program's output that is an error, or its last line."""
     lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0] or line.startswith(("error:", "Error:"))]
-    return (errors or lines or ["it said nothing"])[-1][:300]
+    return (errors or lines or ["no output"])[-1][:300]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 PLOTS = {"decode": "decode_tokens_per_second", "prefill": "prefill_tokens_per_second", "ttft": "ttft_p50_ms"}
 TITLES = {
-    "decode": "Decoding, tokens a second of all users; dashed: the memory's ceiling",
+    "decode": "Decoding, tokens a second of all users (dashed: the memory's ceiling)",
     "prefill": "Prefill, prompt tokens a second of all users",
     "ttft": "Time to the first token, median, ms",
 }
@@ -23,20 +23,24 @@ Row = Mapping[str, Any]
 
 
 def need_matplotlib() -> None:
-    """Find out before hours of work whether plots can be drawn.
+    """Check before hours of work that plots can be drawn.
 
     Raises:
-        EnvironmentLack: they cannot.
+        EnvironmentLack: matplotlib is missing.
     """
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise EnvironmentLack("Plots need matplotlib: pip install 'nvquant[plot]', or leave them out with --no-plots.")
+        raise EnvironmentLack(
+            "Plots require matplotlib: run `pip install 'nvquant[plot]'`, or skip them with --no-plots."
+        )
 
 
 def draw(points: Sequence[Row], folder: Path) -> list[Path]:
-    """Write decode.svg, prefill.svg and ttft.svg: a panel for each context, with users along its axis; with one number
-    of users, one panel with contexts along its axis. Measured as a line, the ceiling dashed.
+    """Write decode.svg, prefill.svg and ttft.svg.
+
+    Each has a panel for each context, with users along its axis. With one number of users, it has one panel with
+    contexts along its axis. Measurements are lines, and the ceiling is dashed.
     """
     good = [point for point in points if not point.get("failed") and point.get("context")]
     if not good:

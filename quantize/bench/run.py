@@ -30,14 +30,14 @@ NO_PREFIX_CACHE = "--no-enable-prefix-caching"
 
 @dataclass(frozen=True)
 class Setting:
-    """What all servers have in common.
+    """The settings that all servers have in common.
 
     Attributes:
-        options: for starting them; the KV cache's dtype and the longest request come from `kv_cache_dtypes` and the
+        options: for starting them. The KV cache's dtype and the longest request come from `kv_cache_dtypes` and the
             grid.
         kv_cache_dtypes: each checkpoint is served once for each of them.
         gpus: on which they compute.
-        bandwidth: bytes a second of all of these; None where it is not known.
+        bandwidth: bytes a second of all of these. None where it is unknown.
     """
 
     options: ServeOptions
@@ -49,14 +49,14 @@ class Setting:
 
 
 class Bench:
-    """One run.
+    """One run of a benchmark.
 
     Args:
         targets: the first is the checkpoint whose tokenizer counts for servers without a checkpoint here.
         folder: for results and logs.
         head: of the document.
     Raises:
-        InputError: a point is too long, nobody answers at an address, or the folder holds results already.
+        InputError: a point is too long, nobody answers at an address, or the folder already contains results.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Bench:
             self._results.add_point(record, _row(served, point) | served.figures(server, load, answers, prompts))
 
     def _warm_up(self, load: Load, folder: Path, is_first: bool) -> None:
-        """The first requests of a kind wait for kernels to be compiled or tuned; none of them is measured."""
+        """Send the first requests of a kind, which wait for kernels to compile or tune, and are not measured."""
         users = max(self._setting.grid.users) if is_first else 1
         self._one(load.changed(users=users, requests=users, output_tokens=WARM_UP_TOKENS), folder)
 
@@ -141,7 +141,7 @@ class Bench:
 
 
 class _Served:
-    """One server of the run: what is known of it, and how its figures are read."""
+    """One server of the run: its facts, and the reader of its figures."""
 
     def __init__(self, target: Target, dtype: str, first: Target, setting: Setting) -> None:
         self.target, self.dtype, self._setting = target, dtype, setting
@@ -162,11 +162,11 @@ class _Served:
 
     @property
     def checkpoint(self) -> Path:
-        """The folder that is served."""
+        """The served folder."""
         return self._tokenizer.folder
 
     def options(self) -> ServeOptions:
-        """How it is started."""
+        """The options of its start."""
         options = self._setting.options
         if self.target.url is not None:
             return replace(options, url=self.target.url, vllm=None, flags=())
@@ -177,7 +177,7 @@ class _Served:
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
-        """What is known before it is started."""
+        """The facts before its start."""
         subject = self._subject
         return {
             "name": self.target.name,
@@ -188,7 +188,7 @@ class _Served:
         }
 
     def seen(self, server: Server) -> dict[str, Any]:
-        """What it tells once it runs."""
+        """The facts that it reports once it runs."""
         facts = server.facts
         self._is_vllm = facts.version is not None
         file = Meta() if self._is_vllm else _meta(server.client)
@@ -208,7 +208,7 @@ class _Served:
             "command": server.command,
             "url": self.target.url,
             "ready_seconds": round(server.ready_seconds, 1) if server.process else None,
-            "kernel": "; ".join(kernel.words for kernel in facts.kernels) or None,
+            "kernel": ", ".join(kernel.words for kernel in facts.kernels) or None,
             "kernel_class": ", ".join(kernel.name for kernel in facts.kernels) or None,
             "attention": facts.attention,
             "weights_bytes": facts.weights_bytes,
@@ -269,13 +269,13 @@ def _row(served: _Served, point: Point) -> dict[str, Any]:
 
 
 def _note(kv_tokens: int | None, load: Load, length: float, made: float) -> str | None:
-    """What a reader must know to read the row."""
+    """Notes that a reader of the row needs."""
     notes = []
     if kv_tokens is not None and kv_tokens < load.users * length:
-        notes.append(f"the KV cache holds {kv_tokens / length:.1f} of {load.users} users at a time; the others wait")
+        notes.append(f"the KV cache holds {kv_tokens / length:.1f} of {load.users} users at a time, the others wait")
     if round(made) < load.output_tokens:
         notes.append(f"answers of {made:.0f} tokens, not {load.output_tokens}")
-    return "; ".join(notes) or None
+    return ", ".join(notes) or None
 
 
 def _rounded(value: float | None) -> float | None:
@@ -295,6 +295,6 @@ def _served_limit(url: str) -> int | None:
 
 
 def _meta(client: Client) -> Meta:
-    """What a llama.cpp server tells of its file."""
+    """The description of its file by a llama.cpp server."""
     model = next(iter(client.models()), None)
     return (model and model.meta) or Meta()

@@ -1,4 +1,4 @@
-"""A checkpoint that is to be served: what its headers and its config say about memory, speed and known faults."""
+"""A checkpoint to serve: its memory, speed and known faults, from its headers and its config."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Subject:
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """Its path."""
         return self.checkpoint.folder
 
     @property
@@ -53,13 +53,13 @@ class Subject:
 
     @property
     def decoded_bytes(self) -> int:
-        """The same with NVFP4 decoded to 16 bits, as the plugin for the CPU holds it."""
+        """The same with NVFP4 decoded to 16 bits, as the plugin for the CPU stores it."""
         packed = {matrix.parts["packed"].name for matrix in self.matrices.values() if "packed" in matrix.parts}
         return sum(info.nbytes * (_DECODED if name in packed else 1) for name, info in self.infos.items())
 
     @cached_property
     def layout(self) -> str:
-        """Layout of the NVFP4 matrices; empty where there are none."""
+        """Layout of the NVFP4 matrices. Empty where there are none."""
         counts = layouts_present(self.infos)
         return max(counts, key=lambda name: counts[name]) if counts else ""
 
@@ -70,10 +70,10 @@ class Subject:
 
     @property
     def scheme(self) -> str:
-        """What it is, for a table: `NVFP4 W4A4`, `NVFP4 weights only`, `BF16`, or what its config says."""
+        """Its scheme, for a table: `NVFP4 W4A4`, `NVFP4 weight-only`, `BF16`, or the method in its config."""
         if self.matrices:
             kinds = {matrix.has_input_scale for matrix in self.matrices.values()}
-            return {frozenset({True}): "NVFP4 W4A4", frozenset({False}): "NVFP4 weights only"}.get(
+            return {frozenset({True}): "NVFP4 W4A4", frozenset({False}): "NVFP4 weight-only"}.get(
                 frozenset(kinds), "NVFP4 mixed"
             )
         method = (self.config.get("quantization_config") or {}).get("quant_method")
@@ -85,7 +85,7 @@ class Subject:
 
     @property
     def longest_context(self) -> int | None:
-        """Tokens of the longest sequence that the model was made for."""
+        """Tokens of the longest sequence that the model supports."""
         return config_int(text_config(self.config), "max_position_embeddings") or None
 
     @property
@@ -94,7 +94,7 @@ class Subject:
         return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
 
     def ceiling(self, kv_cache_dtype: str) -> Ceiling:
-        """What decoding reads, under vLLM's name of a KV-cache dtype."""
+        """The bytes that decoding reads, under vLLM's name of a KV-cache dtype."""
         return Ceiling(self.config, self._read_bytes, kv_bytes_per_value(self.config, kv_cache_dtype))
 
     @cached_property
@@ -109,7 +109,7 @@ class Subject:
         kv_cache_dtype: str = "auto",
         tensor_parallel: int = 1,
     ) -> Situation:
-        """For looking up known faults of a vLLM of this version."""
+        """The situation for looking up known faults of a vLLM of this version."""
         text = text_config(self.config)
         return Situation(
             vllm=vllm,
@@ -130,7 +130,7 @@ class Subject:
 
 
 def open_subject(folder: Path) -> Subject:
-    """Open a checkpoint folder; reads headers only.
+    """Open a checkpoint folder and read its headers only.
 
     Raises:
         InputError: it is no folder with config.json and safetensors.
@@ -139,13 +139,13 @@ def open_subject(folder: Path) -> Subject:
 
 
 def need_tokenizer(subject: Subject) -> None:
-    """Refuse a folder whose prompts nobody could write.
+    """Refuse a folder without a tokenizer for prompts.
 
     Raises:
         InputError: it has no tokenizer.
     """
     if not subject.has_tokenizer:
         raise InputError(
-            f"{subject.folder} has no tokenizer, and load generators send text: copy the files of the source's "
-            f"tokenizer beside it."
+            f"{subject.folder} has no tokenizer, but load generators send text: copy the source's tokenizer "
+            f"files into it."
         )

@@ -60,7 +60,7 @@ def bench_command(vllm: VllmCommand) -> VllmBench:
     """`vllm bench serve` of the vLLM that `vllm` starts.
 
     Raises:
-        InputError: its command line does not tell how.
+        InputError: the call cannot be derived from its command line.
     """
     words = vllm.words
     if SERVER_MODULE in words:
@@ -116,9 +116,9 @@ def parse_result(result: Mapping[str, Any], load: Load) -> Measured:
             float(result["p99_itl_ms"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise LoadFailed(f"vllm bench serve gave a result of another form than is known here ({error!r}).") from error
+        raise LoadFailed(f"vllm bench serve wrote a result in an unknown form ({error!r}).") from error
     if not math.isfinite(measured.seconds) or measured.seconds <= 0:
-        raise LoadFailed(f"vllm bench serve measured {measured.seconds} seconds, which cannot be.")
+        raise LoadFailed(f"vllm bench serve reported {measured.seconds} seconds, which is impossible.")
     return measured
 
 

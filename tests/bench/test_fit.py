@@ -93,7 +93,7 @@ def test_a_cpu_holds_packed_weights_decoded(tmp_path: Path) -> None:
     [
         ("nvfp4-full", "compressed-tensors", "NVFP4 W4A4", "w4a4"),
         ("nvfp4-full", "modelopt", "NVFP4 W4A4", "w4a4"),
-        ("nvfp4-a16", "compressed-tensors", "NVFP4 weights only", "weight_only"),
+        ("nvfp4-a16", "compressed-tensors", "NVFP4 weight-only", "weight_only"),
     ],
 )
 def test_what_a_checkpoint_is_for_known_faults(

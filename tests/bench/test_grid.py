@@ -42,7 +42,7 @@ def test_requests_fill_whole_rounds_of_users(prompts: int | None, users: int, re
 def test_a_point_that_is_too_long_is_refused_with_its_context() -> None:
     GRID.refuse_longer_than(4296, "the limit")
     GRID.refuse_longer_than(None, "the limit")
-    with pytest.raises(InputError, match=r"A context of 4096 and 200 output tokens are more than the limit of 4295"):
+    with pytest.raises(InputError, match=r"A context of 4096 and 200 output tokens exceed the limit of 4295"):
         GRID.refuse_longer_than(4295, "the limit")
 
 
@@ -82,7 +82,7 @@ def test_the_checkpoint_itself_may_be_served_already(model: Path) -> None:
         (["/no/such/folder"], "neither a folder nor the address"),
         (["X=/no/such/folder"], "/no/such/folder is neither"),
         (["ftp://host/x"], "neither a folder nor the address"),
-        (["A=http://h:1", "A=http://h:2"], "two are called A"),
+        (["A=http://h:1", "A=http://h:2"], "two models have the name A"),
         (["x" * 5000], "neither a folder"),
     ],
 )
@@ -95,5 +95,5 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = TinyModels(tmp_path)("llama")
     for file in folder.glob("*token*"):
         file.unlink()
-    with pytest.raises(InputError, match="has no tokenizer, and load generators send text"):
+    with pytest.raises(InputError, match="has no tokenizer, but load generators send text"):
         find_targets(folder, None, [])

@@ -217,7 +217,7 @@ def test_an_address_where_nobody_answers_is_refused_before_anything_is_started(m
 
 def test_results_are_not_overwritten(model: Path, url: str, tmp_path: Path) -> None:
     bench(model, url, tmp_path / "out")
-    with pytest.raises(InputError, match="holds results already"):
+    with pytest.raises(InputError, match="already contains results"):
         bench(model, url, tmp_path / "out")
 
 

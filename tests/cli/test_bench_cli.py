@@ -55,7 +55,7 @@ def points_of(folder: Path) -> list[dict[str, Any]]:
         (["--dataset", "sharegpt"], "needs --dataset-path"),
         (["--guidellm", "guidellm"], "no effect without --load-generator guidellm"),
         (["--load-generator", "guidellm", "--dataset", "sharegpt"], "random prompts only"),
-        (["--vllm", "/no/such/vllm"], "there is no program /no/such/vllm"),
+        (["--vllm", "/no/such/vllm"], "/no/such/vllm does not exist or is not executable"),
         (["--vllm", "cat"], None),
     ],
 )
@@ -82,7 +82,7 @@ def test_a_point_too_long_is_refused_before_the_start(
 ) -> None:
     ended = nvquant("bench", model, "--vllm", dying, "--contexts", "32,100000", *options, "-o", tmp_path / "out")
     assert ended.code == 2
-    assert said in ended.stderr and "output tokens are more than" in ended.stderr
+    assert said in ended.stderr and "output tokens exceed" in ended.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -129,7 +129,7 @@ def test_a_running_server_that_is_too_short_is_refused(
             "bench", model, "--url", site.url, "--vllm", dying, "--contexts", "16,32", "--output-tokens", "8"
         )
     assert ended.code == 2
-    assert f"A context of 32 and 8 output tokens are more than the limit of the server at {site.url}" in ended.stderr
+    assert f"A context of 32 and 8 output tokens exceed the limit of the server at {site.url}" in ended.stderr
 
 
 def test_help_loads_nothing_heavy() -> None:
