@@ -1,1 +1,1 @@
-"""Recipes: which matrices of a model are quantized, and how. Names and roles, no weights."""
+"""Recipes list the matrices of a model that are quantized, and their schemes. They use names and roles, no weights."""

@@ -1,8 +1,8 @@
 """Patterns that name what is quantized and what is not, as a config needs them: whole blocks, fused names included, no
 list of modules.
 
-A list of modules goes wrong where vLLM fuses: Gemma 4's full-attention layers have no v_proj, and naming only q_proj
-and k_proj there is refused.
+A list of modules goes wrong where vLLM fuses: Gemma 4's full-attention layers have no v_proj, and vLLM refuses
+a config that names only q_proj and k_proj there.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Pattern:
     """Some modules of the decoder's layers.
 
     Attributes:
-        container: the last part of the decoder's prefix, as `layers`.
-        layers: numbers of the layers; None for all.
-        path: what stands between the layer's number and the module's last part, as `self_attn`; empty for nothing.
-        leaves: last parts; None for the whole block.
+        container: the last part of the decoder's prefix, such as `layers`.
+        layers: numbers of the layers, or None for all.
+        path: the names between the layer's number and the module's last part, such as `self_attn`. It may be empty.
+        leaves: last parts, or None for the complete block.
     """
 
     container: str
@@ -37,15 +37,15 @@ class Pattern:
     leaves: tuple[str, ...] | None
 
     def regex(self) -> str:
-        """As compressed-tensors reads it: from the start of the name, so it begins with `.*`; ends with `$`
-        unless it is a block."""
+        """The form of compressed-tensors. It matches from the start of the name, so it begins with `.*`. It ends with
+        `$` unless it is a block."""
         number = r"\d+" if self.layers is None else f"({'|'.join(map(str, self.layers))})"
         start = rf"re:.*\.{self.container}\.{number}\."
         block = re.escape(self.path) + r"\." if self.path else ""
         return start + block + (".*" if self.leaves is None else _alternatives(self.leaves) + "$")
 
     def globs(self) -> list[str]:
-        """As modelopt's readers take them."""
+        """The form of modelopt's readers."""
         numbers = ["*"] if self.layers is None else [str(number) for number in self.layers]
         # A block itself too: vLLM asks for `experts`, not for what is in it.
         whole = [self.path, f"{self.path}.*"] if self.path else ["*"]
@@ -56,12 +56,12 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a config says of a model.
+    """The patterns of a config for a model.
 
     Attributes:
         targets: patterns of the quantized modules of each scheme.
         ignore: patterns of the text decoder's unquantized modules.
-        ignore_parts: parts of a name that mark a whole branch as unquantized, as `vision_tower`.
+        ignore_parts: parts of a name that mark a complete branch as unquantized, such as `vision_tower`.
     """
 
     targets: Mapping[Scheme, tuple[Pattern, ...]]
@@ -82,10 +82,10 @@ class Coverage:
 def coverage_of(
     selection: Selection, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None = None
 ) -> Coverage:
-    """Patterns that fit a selection, from what the model has.
+    """Patterns that fit a selection, from the tensors of the model.
 
     Args:
-        selection: what is quantized.
+        selection: the quantized modules.
         shapes: all tensors of the source.
         config: its config.json.
     """
@@ -129,7 +129,7 @@ def _draft_layers(
 def _patterns(
     modules: Iterable[str], everything: Iterable[str], prefix: str, fusions: Fusions, whole_blocks: bool
 ) -> tuple[Pattern, ...]:
-    """Patterns for `modules`, not matching the others of `everything`; grouped by layers, block and leaf."""
+    """Patterns for `modules`, which match no others of `everything`, grouped by layers, block and leaf."""
     container, modules = prefix.rpartition(".")[2], list(modules)
     wanted, present = _by_leaf(modules, prefix), _by_leaf(everything, prefix)
     fused = {(place[0], fusions.fusion(module)) for place, module in _places(modules, prefix)}
@@ -166,7 +166,7 @@ def _by_leaf(modules: Iterable[str], prefix: str) -> dict[tuple[str, str], set[i
 
 
 def _with_fused(path: str, leaves: Iterable[str], fused: Collection[tuple[str, Fusion | None]]) -> tuple[str, ...]:
-    """The leaves, preceded by the fused names that they make up; absent members (v_proj where K is V) are named too."""
+    """The leaves, preceded by their fused names. Absent members (v_proj where K is V) are named too."""
     leaves = list(leaves)
     names: list[str] = []
     for fusion in FUSIONS:
@@ -182,8 +182,8 @@ def _alternatives(leaves: tuple[str, ...]) -> str:
 
 
 def _outer_parts(shapes: Mapping[str, tuple[int, ...]], selection: Selection, prefix: str) -> tuple[str, ...]:
-    """Parts of names that mark branches outside of the decoder's layers; a head is always listed, since vLLM
-    builds one."""
+    """Parts of names that mark branches outside of the decoder's layers. A head is always listed, because
+    vLLM builds one."""
     parts = ["lm_head"]
     quantized = {part for module in selection.schemes for part in module.split(".")}
     for name, shape in shapes.items():
@@ -206,7 +206,7 @@ def _outer_parts(shapes: Mapping[str, tuple[int, ...]], selection: Selection, pr
 
 
 def _own_part(branch: list[str], prefix: str, quantized: Collection[str]) -> list[str]:
-    """The part of a name that marks its branch and is in no quantized module's name; empty where there is none."""
+    """The part of a name that marks its branch and is in no quantized module's name, or an empty text."""
     numbers = [at for at, part in enumerate(branch) if part.isdecimal()]
     candidates = branch[: numbers[0]] if numbers else branch
     decoder = set(prefix.split("."))

@@ -1,4 +1,4 @@
-"""Which of a model's stacks of layers is the text decoder, and which of its layers belong to it."""
+"""The text decoder among a model's stacks of layers, and the layers that belong to it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def layer_count(config: Mapping[str, Any]) -> int | None:
-    """How many layers the text decoder has by config.json; None where it does not tell."""
+    """Number of the text decoder's layers by config.json, or None if it has no number."""
     for part in (text_config(config), config):
         for key in _COUNTS:
             value = part.get(key)
@@ -41,11 +41,11 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
 
 
 def decoder_prefix(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None = None) -> str | None:
-    """What precedes a layer's number in the names of the text decoder's tensors, as `model.layers`; None without a
-    decoder.
+    """The prefix before a layer's number in the names of the text decoder's tensors, such as `model.layers`, or None
+    without a decoder.
 
-    Of several stacks outside of known towers, the decoder is the one that has the layers and the width which the config
-    gives the text model, then the one whose name speaks of text, then the one with the most tensors.
+    Of several stacks outside of known towers, the decoder is the one with the layers and the width of the text model
+    in the config, then the one with "text" in its name, then the one with the most tensors.
 
     Args:
         config: config.json.
@@ -72,7 +72,7 @@ def decoder_prefix(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, A
 
 
 def layer_index(tensor: str, prefix: str | None) -> int | None:
-    """The number of the layer that owns a tensor, in the stack under a prefix; None outside of it."""
+    """The number of the layer that owns a tensor, in the stack under a prefix, or None outside of it."""
     if prefix is None or not tensor.startswith(prefix + "."):
         return None
     number = tensor[len(prefix) + 1 :].split(".", 1)[0]
@@ -80,8 +80,8 @@ def layer_index(tensor: str, prefix: str | None) -> int | None:
 
 
 def unexpected_layer(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], prefix: str) -> str | None:
-    """A tensor of a layer beyond those that config.json counts, where nothing marks it as a layer that drafts; None
-    where all is as counted."""
+    """A tensor of a layer beyond the number in config.json that nothing marks as a draft layer, or None without such a
+    tensor."""
     count = layer_count(config)
     if count is None or any("nextn" in key or "mtp" in key for part in (text_config(config), config) for key in part):
         return None

@@ -1,4 +1,4 @@
-"""Layers that predict further tokens (MTP): under which names vLLM builds them.
+"""Layers that predict further tokens (MTP), and the names under which vLLM builds them.
 
 A draft model is built with the quantization config of its target, so each of its linears counts as quantized unless the
 config's patterns match the name under which vLLM builds it, which is not always the stored one.
@@ -21,7 +21,7 @@ _BEHIND = re.compile(r"^(?:model\.mtp_(?:layers|block|linear_proj)|model\.mtp\.l
 
 
 def drafts_behind(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Numbers of the layers that draft models have behind the decoder's own; empty where config.json counts none."""
+    """Numbers of the draft models' layers behind the decoder's own, or an empty range if config.json has none."""
     count = layer_count(config)
     if count is None:
         return ()

@@ -17,12 +17,12 @@ class Fusion:
     """A linear layer that servers build of several stored matrices with one parent.
 
     Attributes:
-        name: what the server calls it; the last part of the module's name.
+        name: the last part of the server's name for the module.
         members: last parts of the stored names, in the order in which they are fused.
         beside: last parts that must all stand beside a member.
         apart: last parts of which none may stand beside a member.
-        parent: the last part of the parent's name; empty for any.
-        models: beginnings of the architectures that fuse so; empty for all others too.
+        parent: the last part of the parent's name, or an empty text for any.
+        models: beginnings of the architectures that fuse so. If empty, all architectures do.
         other_models: beginnings of the architectures that do not.
     """
 
@@ -99,7 +99,7 @@ class FusedGroup:
     """Matrices that share one weight global scale and one input global scale.
 
     Attributes:
-        name: the fused module as vLLM calls it (`model.layers.0.mlp.gate_up_proj`); a matrix that stands alone has its
+        name: vLLM's name of the fused module (`model.layers.0.mlp.gate_up_proj`). A matrix that stands alone has its
             own name.
         members: module names, in the order in which they are fused.
     """
@@ -109,14 +109,14 @@ class FusedGroup:
 
 
 class Fusions:
-    """What servers fuse of a model, from the names of all its modules.
+    """The fused groups of a model in servers, from the names of all its modules.
 
     A matrix is fused where another member stands beside it, in its own layer or under the same path of another layer: a
     full-attention layer of Gemma 4 has no v_proj, and layers that share keys and values may store a q_proj alone.
 
     Args:
         modules: all modules of the model that own a weight, quantized or not.
-        config: config.json, whose architecture some rows of the table ask for.
+        config: config.json. Some rows of the table apply only to some architectures.
     """
 
     def __init__(self, modules: Iterable[str], config: Mapping[str, Any]) -> None:
@@ -132,7 +132,7 @@ class Fusions:
             self._paths.setdefault(_path(parent), set()).add(leaf)
 
     def fusion(self, module: str) -> Fusion | None:
-        """How a module is fused; None where it stands alone."""
+        """The fusion of a module, or None if it stands alone."""
         if module not in self._found:
             self._found[module] = self._find(module)
         return self._found[module]
@@ -155,12 +155,12 @@ class Fusions:
         return None
 
     def name(self, module: str) -> str:
-        """The name of the layer that servers build of a module: the fused one's, its own where it stands alone."""
+        """The name of the layer that servers build of a module: the fused name, or its own name if it stands alone."""
         fusion = self.fusion(module)
         return module if fusion is None else f"{module.rpartition('.')[0]}.{fusion.name}"
 
     def members(self, module: str) -> tuple[str, ...]:
-        """Last parts of the names that make up a module's fused layer, stored or not; empty where it stands alone."""
+        """Last parts of the names that make up a module's fused layer, stored or not, or nothing if it stands alone."""
         fusion = self.fusion(module)
         return () if fusion is None else fusion.members
 
@@ -180,7 +180,7 @@ class Fusions:
 
 
 def members_called(name: str) -> tuple[str, ...]:
-    """Last parts that make up a fused layer by its name alone, in most models; empty where nothing is fused so."""
+    """Last parts that make up a fused layer by its name alone, in most models. It may be empty."""
     return next((fusion.members for fusion in FUSIONS if fusion.name == name and not fusion.beside), ())
 
 

@@ -1,9 +1,9 @@
-"""The head of a model and its embedding: which tensors they are, and whether they are one and the same.
+"""The head of a model and its embedding: their tensors, and whether both are the same tensor.
 
-A class ties its head where its own config says so, and each class has its own default: Gemma 3 is tied where nothing is
-written, Llama is not. `tie_word_embeddings` belongs to the config of the class that has the head, which for a composite
-model is the top of config.json; a few classes also look into the text config. So transformers is asked where the file
-alone leaves it open. vLLM reads the flag from the same place.
+A class ties its head where its own config says so, and each class has its own default: Without an entry, Gemma 3 is
+tied and Llama is not. `tie_word_embeddings` belongs to the config of the class that has the head, which for a composite
+model is the top of config.json; a few classes also look into the text config. If the file alone does not decide,
+transformers does. vLLM reads the flag from the same place.
 Source: transformers 5.17, `PreTrainedModel.get_expanded_tied_weights_keys`; vLLM 0.32, `VllmConfig.with_hf_config`.
 """
 
@@ -19,10 +19,10 @@ _MOST_DEPTH = 4  # of configs in configs
 
 
 def tie_of(config: Mapping[str, Any]) -> bool | None:
-    """Whether the head is the embedding, as the model's class has it; None where nothing says so.
+    """Whether the head is the embedding for the model's class, or None if this is unknown.
 
     Args:
-        config: the JSON of config.json, whole.
+        config: the complete JSON of config.json.
     """
     text = text_config(config)
     top, inner = config.get(KEY), text.get(KEY)
@@ -36,12 +36,12 @@ def tie_of(config: Mapping[str, Any]) -> bool | None:
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the model's head is its embedding; see `tie_of`."""
+    """Whether the model's head is its embedding. See `tie_of`."""
     return tie_of(config) is True
 
 
 def _tie_of_class(config: Mapping[str, Any]) -> bool | None:
-    """What the model's config class makes of the flags alone; None for a class that transformers does not know."""
+    """The tie by the model's config class from the flags alone, or None for a class that transformers does not know."""
     kind = config.get("model_type")
     if not isinstance(kind, str):
         return None
@@ -70,7 +70,7 @@ def _flags(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
 
 def token_embedding(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str | None:
     """The table that token ids are looked up in, of several tables the one beside the decoder's layers whose width is
-    the hidden size and which has the most rows; None without any."""
+    the hidden size and which has the most rows, or None without any."""
     prefix = decoder_prefix(shapes)
     width = text_config(config).get("hidden_size")
     tables = _outside(shapes, Role.EMBEDDING, prefix)
@@ -83,8 +83,8 @@ def token_embedding(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, 
 
 
 def stored_head(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The weight of the head under whatever name it is stored, the one nearest to the top; None without any. The head
-    of a classifier (`score`) predicts no tokens and is none."""
+    """The weight of the head under whatever name it is stored, the one nearest to the top, or None without any. The
+    head of a classifier (`score`) predicts no tokens, so it does not count."""
     heads = [name for name in _outside(shapes, Role.HEAD, decoder_prefix(shapes)) if not name.endswith("score.weight")]
     return min(heads, key=lambda name: name.count("."), default=None)
 

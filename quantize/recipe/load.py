@@ -1,4 +1,4 @@
-"""Reading recipes: the shipped ones by name, a user's own by path. Errors name the file, the line and the key."""
+"""Reads recipes: the shipped ones by name, a user's own by path. Errors name the file, the line and the key."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load_recipe(name: str) -> Recipe:
     """A shipped recipe by its name, or a user's own by the path of its file.
 
     Raises:
-        InputError: no such recipe, or a file that does not fit the schema; names file, line and key.
+        InputError: no such recipe, or a file that does not fit the schema. The message names file, line and key.
     """
     if name in shipped_recipes():
         return parse_recipe(resources.files(_PACKAGE).joinpath(f"{name}.yaml").read_bytes(), f"{name}.yaml")
@@ -51,8 +51,8 @@ def load_recipe(name: str) -> Recipe:
     except OSError as error:
         raise unreadable(path, error, "give the path of a YAML file") from error
     raise InputError(
-        f"recipe '{name}' does not exist; available: {', '.join(shipped_recipes())}. A file of your own is "
-        f"given as ./my.yaml."
+        f"recipe '{name}' does not exist: choose one of {', '.join(shipped_recipes())}, or give the path of your own "
+        f"file, such as ./my.yaml."
     )
 
 
@@ -61,9 +61,9 @@ def parse_recipe(text: str | bytes, file: str) -> Recipe:
 
     Args:
         text: YAML.
-        file: what errors call it.
+        file: its name in messages.
     Raises:
-        InputError: not YAML or not a recipe; names file, line and key.
+        InputError: not YAML or not a recipe. The message names file, line and key.
     """
     try:
         root, data = parse_yaml(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
@@ -71,7 +71,7 @@ def parse_recipe(text: str | bytes, file: str) -> Recipe:
         raise InputError(f"{file}:{error.line}: {error.problem}.") from error
     _refuse_duplicates(root, file)
     if not isinstance(data, dict):
-        raise InputError(f"{file}:1: a recipe is a map with the keys name and quantize.")
+        raise InputError(f"{file}:1: the file is not a map with the keys name and quantize.")
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -85,14 +85,14 @@ def parse_recipe(text: str | bytes, file: str) -> Recipe:
 
 def _in_words(message: str, kind: str, location: Sequence[int | str]) -> str:
     if kind == "extra_forbidden":
-        return f"{quoted(str(location[-1]))} is not a key of a recipe; see `nvquant recipes show nvfp4` for all of them"
+        return f"{quoted(str(location[-1]))} is not a key of a recipe: `nvquant recipes show nvfp4` lists all of them"
     if kind in _IN_WORDS:
         return _IN_WORDS[kind]
     return message[0].lower() + message[1:]
 
 
 def _refuse_duplicates(root: yaml.Node | None, file: str) -> None:
-    """YAML keeps the last of two equal keys and says nothing."""
+    """Refuse equal keys, of which YAML silently keeps the last."""
     seen: set[int] = set()  # an alias leads to a node again, perhaps to one around it
     waiting = [root]
     while waiting:

@@ -1,4 +1,4 @@
-"""Which matrices of a model a recipe quantizes. Everything that could go wrong is an error here, before any work."""
+"""The matrices of a model that a recipe quantizes. Every misfit of the two is an error here, before any work."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SELECTED_ROLE = {"mlp": Role.MLP, "attention": Role.ATTENTION}
 
 @dataclass(frozen=True)
 class Selection:
-    """What a recipe does to a model.
+    """The effect of a recipe on a model.
 
     Attributes:
         schemes: scheme of each quantized module, in the model's order.
         groups: the fused groups of these modules.
         roles: role of every tensor.
-        unused: tensors that no layer of the model reads (k and v of layers that share another layer's); they are
+        unused: tensors that no layer of the model reads (k and v of layers that share another layer's). They are
             copied.
     """
 
@@ -43,12 +43,11 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
 
     Args:
         tensors: all tensors of the source, by name, in the model's order.
-        model: what errors call it.
+        model: its name in messages.
         config: the model's config.json.
     Raises:
-        InputError: a pattern matches nothing, or something that must not be quantized, or only a part of a fused
-            group; two entries overlap;
-            a mixture of experts that the recipe does not mention.
+        InputError: a pattern matches nothing, a matrix that must stay unquantized, or only some members of a fused
+            group. Two entries overlap, or the recipe does not mention that the model is a mixture of experts.
         ShapeError: a matrix whose columns are not a multiple of 16.
     """
     shapes = {name: info.shape for name, info in tensors.items()}
@@ -63,8 +62,8 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
             for module in _matches(pattern, tensors, roles, unused, recipe, model):
                 if module in schemes:
                     raise InputError(
-                        f"recipe {recipe.name}: '{pattern}' matches {module}, which an earlier entry quantizes "
-                        f"already: make them disjoint."
+                        f"recipe {recipe.name}: '{pattern}' matches {module}, which an earlier entry already "
+                        f"quantizes: change one of the two patterns."
                     )
                 schemes[module] = entry.scheme
     ordered = {
@@ -80,7 +79,7 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
 
 
 def fusions_of(tensors: Iterable[str], config: Mapping[str, Any]) -> Fusions:
-    """What servers fuse of an unquantized model, from the names of its tensors."""
+    """The matrices of an unquantized model that servers fuse, from the names of its tensors."""
     return Fusions((module_of(name) for name in tensors if name.endswith(".weight")), config)
 
 
@@ -88,7 +87,7 @@ def _check_layers(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, An
     unexpected = unexpected_layer(shapes, config, decoder_prefix(shapes, config) or "")
     if unexpected is not None:
         raise InputError(
-            f"{model} stores {unexpected}, but config.json counts fewer decoder layers: give the config.json that "
+            f"{model} stores {unexpected}, but config.json describes fewer decoder layers: use the config.json that "
             f"belongs to these weights."
         )
 
@@ -118,20 +117,20 @@ def _matches(
         )
         if Role.TRANSPOSED in roles.values():
             raise InputError(
-                f"{model} stores its matrices transposed, as GPT-2 does, and vLLM cannot serve such matrices in NVFP4: "
+                f"{model} stores its matrices transposed, as GPT-2 does, which vLLM cannot serve in NVFP4: "
                 f"choose a model of another architecture."
             )
         raise InputError(
-            f"recipe {recipe.name}: pattern '{pattern}' matches no matrix of {model}; its text matrices are "
-            f"{hint or 'none'}."
+            f"recipe {recipe.name}: pattern '{pattern}' matches no matrix of {model}, whose text matrices are "
+            f"{hint or 'none'}: correct the pattern."
         )
     protected = [module for module in found if roles[modules[module]] not in QUANTIZABLE]
     if protected:
         what = roles[modules[protected[0]]].value
         raise InputError(
-            f"recipe {recipe.name}: pattern '{pattern}' touches {describe(protected)} ({what}), which stays "
-            f"unquantized because vLLM serves it so: "
-            "anchor the pattern on the text decoder's layers, or use the selectors mlp and attention."
+            f"recipe {recipe.name}: pattern '{pattern}' matches {describe(protected)} ({what}), which vLLM "
+            f"serves unquantized: "
+            "limit the pattern to the text decoder's layers, or use the selectors mlp and attention."
         )
     return found
 
@@ -143,7 +142,8 @@ def _check_matrices(schemes: Mapping[str, Scheme], tensors: Mapping[str, TensorI
             raise ShapeError(info.name, info.shape)
         if info.dtype not in SOURCE_DTYPES:
             raise InputError(
-                f"{info.name} is stored as {info.dtype}; sources are BF16, F16 or F32: convert from the original model."
+                f"{info.name} is stored as {info.dtype}, but nvquant reads BF16, F16 and F32: convert the unquantized "
+                f"model."
             )
 
 
@@ -151,8 +151,8 @@ def _check_experts(recipe: Recipe, roles: Mapping[str, Role], model: str) -> Non
     experts = [name for name, role in roles.items() if role is Role.EXPERT]
     if experts and recipe.experts == "refuse":
         raise InputError(
-            f"{model} is a mixture of experts ({describe(experts, 1)}), whose experts nvquant does not quantize yet: "
-            f"use a recipe of your own with `experts: bf16` to leave them in BF16."
+            f"{model} is a mixture of experts ({describe(experts, 1)}), and nvquant does not quantize experts yet: "
+            f"write a recipe with `experts: bf16` to leave them in BF16."
         )
 
 
@@ -171,12 +171,11 @@ def _check_groups(
         missing = [module for module in siblings[group.name] if module not in schemes]
         if missing:
             raise InputError(
-                f"recipe {recipe.name}: {describe(group.members)} would be quantized but not "
-                f"{describe(missing)}, which vLLM fuses with it: "
-                "quantize all of them or none."
+                f"recipe {recipe.name} quantizes {describe(group.members)}, but not {describe(missing)}, which vLLM "
+                f"fuses with it: quantize all of them or none."
             )
         if len({schemes[module] for module in group.members}) > 1:
             raise InputError(
                 f"recipe {recipe.name}: {describe(group.members)} have different schemes, but vLLM fuses them: "
-                f"give them one."
+                f"give them the same scheme."
             )

@@ -1,7 +1,7 @@
-"""Regular expressions of a recipe or a config, which anybody may have written: compiled and matched within bounds.
+"""Regular expressions of a recipe or a config of unknown origin, compiled and matched within limits.
 
-Python's own engine is used, since vLLM uses it. A pattern such as `(a+)+$` takes it longer than the universe is old;
-the engine looks for signals while it searches, so a timer ends it.
+nvquant uses Python's own engine, because vLLM does. A pattern such as `(a+)+$` takes that engine longer than the age of
+the universe. The engine handles signals while it searches, so a timer ends it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class SlowPattern(InputError):
 
 
 class PatternError(InputError):
-    """A pattern that is no regular expression.
+    """A pattern that is not a regular expression.
 
     Attributes:
-        reason: why it is no regular expression.
+        reason: the engine's reason.
     """
 
     def __init__(self, pattern: str, reason: str, message: str = "") -> None:
@@ -50,10 +50,10 @@ def compiled(pattern: str) -> re.Pattern[str]:
     """A pattern, compiled.
 
     Raises:
-        PatternError: it is no regular expression, or too long for one.
+        PatternError: it is not a regular expression, or it is too long.
     """
     if len(pattern) > MOST_CHARACTERS:
-        raise PatternError(pattern, f"it has {len(pattern):,} characters, {MOST_CHARACTERS:,} are the most")
+        raise PatternError(pattern, f"it has {len(pattern):,} characters, and the limit is {MOST_CHARACTERS:,}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sets that a later Python may read otherwise
@@ -65,10 +65,10 @@ def compiled(pattern: str) -> re.Pattern[str]:
 def matches(pattern: str, name: str) -> bool:
     """Whether a regular expression matches a name from its start.
 
-    Off the main thread no timer can be set; commands match in the main thread.
+    Commands match in the main thread, because no other thread can set a timer.
 
     Raises:
-        PatternError: it is no regular expression.
+        PatternError: it is not a regular expression.
         SlowPattern: it takes longer than any useful one.
     """
     global _spent
@@ -88,7 +88,7 @@ def matches(pattern: str, name: str) -> bool:
 def _slow(pattern: str) -> SlowPattern:
     return SlowPattern(
         f"pattern {quoted(pattern)} takes more than {MOST_SECONDS:.0f} s to match: write it without repetitions "
-        f"inside of repetitions."
+        f"within repetitions."
     )
 
 

@@ -1,7 +1,7 @@
-"""What a tensor is for, read from its name and shape.
+"""The role of a tensor, from its name and shape.
 
-Roles protect: a tower, a projector, a router, an embedding or a head is never quantized, whatever a recipe's pattern
-says, because stock vLLM builds these layers unquantized and has no parameter for their packed tensors.
+Roles protect: a tower, a projector, a router, an embedding or a head is never quantized, whatever pattern a recipe
+has, because stock vLLM builds these layers unquantized and has no parameter for their packed tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .decoder import text_config as text_config
 
 
 class Role(Enum):
-    """The part that a tensor plays; the value is what reports call it."""
+    """The role of a tensor. The value is its name in reports."""
 
     MLP = "text MLP"
     ATTENTION = "text attention"
@@ -95,7 +95,7 @@ def role_of(tensor: str, shape: tuple[int, ...]) -> Role:
 
 
 def is_table(module: str) -> bool:
-    """Whether a module is a table that is looked up (an embedding of tokens or positions), by its name; no server
+    """Whether a module is a table that is looked up (an embedding of tokens or positions), by its name. No server
     quantizes one, wherever it stands."""
     leaf = module.rpartition(".")[2]
     return _TABLE.search(leaf) is not None and "patch" not in leaf and leaf not in _HEADS
@@ -108,7 +108,7 @@ def _is_built_in_full_precision(inside: list[str]) -> bool:
 
 
 def _role_outside_of_layers(parts: list[str]) -> Role | None:
-    """Role of what is protected wherever it stands; None for the rest."""
+    """Role of a tensor that is protected wherever it stands, or None for the rest."""
     if any(DRAFT.search(part) for part in parts[:-1]):
         return Role.DRAFT
     if any(PROJECTOR.search(part) for part in parts):
@@ -126,9 +126,9 @@ def _role_outside_of_layers(parts: list[str]) -> Role | None:
 
 
 def roles_of(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> dict[str, Role]:
-    """The role of every tensor of a model; `role_of` with what only the whole model tells.
+    """The role of every tensor of a model: `role_of`, and the facts that only the complete model shows.
 
-    Draft layers may be stored as further layers of the decoder. A second stack of layers is no part of the decoder.
+    Draft layers may be stored as further layers of the decoder. A second stack of layers is not part of the decoder.
     """
     prefix, count = decoder_prefix(shapes, config), layer_count(config)
     roles = {name: role_of(name, shape) for name, shape in shapes.items()}
@@ -170,7 +170,7 @@ def _mamba1(roles: Mapping[str, Role]) -> list[str]:
 
 
 def share_of_experts(text: Mapping[str, Any]) -> float:
-    """The share of a layer's experts that one token uses; 0 where the config does not tell it.
+    """The share of a layer's experts that one token uses, or 0 if the config does not contain it.
 
     Args:
         text: see `text_config`.

@@ -19,13 +19,12 @@ class _Strict(BaseModel):
 
 
 class QuantizeEntry(_Strict):
-    """Some matrices and what becomes of them.
+    """Some matrices and their scheme.
 
     Attributes:
         modules: `mlp` or `attention` (the text decoder's, by role), a module's exact name, or `re:` and a regular
-            expression that is matched from
-            the start of the module's name.
-        scheme: `nvfp4` (weights and inputs in 4 bits) or `nvfp4-a16` (weights only).
+            expression that is matched from the start of the module's name.
+        scheme: `nvfp4` (W4A4) or `nvfp4-a16` (weight-only).
     """
 
     modules: tuple[str, ...] = Field(min_length=1)
@@ -34,7 +33,7 @@ class QuantizeEntry(_Strict):
     @field_validator("modules", mode="before")
     @classmethod
     def _roles_in_any_case(cls, modules: object) -> object:
-        """`MLP` and `Attention` are the roles too: no module has such a name."""
+        """`MLP` and `Attention` name the roles too, because no module has such a name."""
         if not isinstance(modules, (list, tuple)):
             return modules
         return [name.lower() if isinstance(name, str) and name.lower() in SELECTORS else name for name in modules]
@@ -51,12 +50,11 @@ class QuantizeEntry(_Strict):
 
 
 class Activations(_Strict):
-    """How input global scales follow from what calibration saw.
+    """The rule that turns the observed amaxes into input global scales.
 
     Attributes:
         headroom: `auto` (the largest power of two that keeps the first percentile of block amaxes in E4M3's normal
-            range, at least 4), or a
-            power of two of one's own.
+            range, at least 4), or another power of two.
     """
 
     headroom: Literal["auto"] | float = "auto"
@@ -73,17 +71,17 @@ class Activations(_Strict):
 
 
 class KvCache(_Strict):
-    """What the served model's KV cache holds: `bf16`, or `fp8` with unit scales."""
+    """The dtype of the served model's KV cache: `bf16`, or `fp8` with unit scales."""
 
     dtype: Literal["bf16", "fp8"] = "bf16"
 
 
 class Calibration(_Strict):
-    """The calibration that the recipe was made for; options of the command line win.
+    """The calibration of the recipe. Options of the command line override it.
 
     Attributes:
         set: a shipped set, a Hub data set or a file.
-        samples, sequence_length: how many sequences, of how many tokens.
+        samples, sequence_length: number of samples, and of tokens in each.
     """
 
     set: str = "offline"
@@ -92,12 +90,12 @@ class Calibration(_Strict):
 
 
 class Verify(_Strict):
-    """What the numbers of the converted model must keep to; options of `nvquant verify` win.
+    """The limits for the numbers of the converted model. Options of `nvquant verify` override them.
 
     Attributes:
-        max_kl: mean KL divergence to the source in nats; null for no limit.
-        min_top1: share of tokens for which both models hold the same one for the likeliest.
-        max_delta_nll: increase of the mean negative log-likelihood in nats.
+        max_kl: largest mean KL divergence to the source in nats. null sets no limit.
+        min_top1: least top-1 agreement with the source, a share from 0 to 1.
+        max_delta_nll: largest increase of the mean negative log-likelihood in nats.
     """
 
     max_kl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -113,11 +111,11 @@ class Recipe(_Strict):
     """A recipe.
 
     Attributes:
-        name: what `--recipe` calls it and reports say.
+        name: its name for `--recipe` and in reports.
         description: one sentence for `nvquant recipes`.
-        quantize: which matrices, and how; entries must not overlap.
+        quantize: the matrices and their schemes. Entries must not overlap.
         quantizer: `mse` or `rtn`.
-        experts: what to do with a mixture of experts: refuse the model, or leave the experts in BF16.
+        experts: whether to refuse a mixture of experts, or to leave its experts in BF16.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")

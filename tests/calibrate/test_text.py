@@ -351,7 +351,7 @@ def test_a_wrong_spec_is_refused_by_its_key(changes: dict[str, object], message:
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"a: [", r"mine\.yaml:1: not YAML"), (b"3", "mine.yaml: the top level: "), (b"\xff", "is not UTF-8")],
+    [(b"a: [", r"mine\.yaml:1: the text is not YAML"), (b"3", "mine.yaml: the top level: "), (b"\xff", "is not UTF-8")],
 )
 def test_a_file_that_is_no_spec_is_refused(data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(data)

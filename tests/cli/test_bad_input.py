@@ -125,7 +125,7 @@ def test_an_unknown_recipe_names_those_that_ship(refused: Refused, model: Path) 
         ("name: own\nquantize:\n  - modules: [mlp]\n    scheme: fp5\n", "own.yaml:4: key 'quantize.0.scheme'"),
         ("name: own\nquantize:\n  - modules: [nothing]\n    scheme: nvfp4\n", "'nothing' matches no matrix"),
         ("name: own\nquantize:\n  - modules: ['re:.*gate_proj']\n    scheme: nvfp4\n", "which vLLM fuses with it"),
-        ("name: own\nquantize: [", "own.yaml:2: not YAML"),
+        ("name: own\nquantize: [", "own.yaml:2: the text is not YAML"),
         (
             "name: own\nquantizer: gptq\nquantize:\n  - modules: [mlp]\n    scheme: nvfp4\n",
             "own.yaml:2: key 'quantizer': input should be 'mse' or 'rtn'",
@@ -284,7 +284,7 @@ def test_an_architecture_that_transformers_does_not_know(
 
 
 @pytest.mark.parametrize(
-    ("layers", "expected"), [(2, "config.json counts fewer decoder layers"), (4, "lacks model.layers.3.")]
+    ("layers", "expected"), [(2, "config.json describes fewer decoder layers"), (4, "lacks model.layers.3.")]
 )
 def test_a_config_with_another_number_of_layers(
     refused: Refused, model: Path, ids: Path, layers: int, expected: str

@@ -110,7 +110,7 @@ def test_draft_layers_do_not_enter_the_walk(name: str, tmp_path: Path) -> None:
 
 def test_layers_that_the_config_does_not_count_are_refused(tmp_path: Path) -> None:
     source = edit_config(tiny_llama(tmp_path / "source"), num_hidden_layers=2)
-    with pytest.raises(InputError, match=r"stores model\.layers\.2\..*counts fewer decoder layers"):
+    with pytest.raises(InputError, match=r"stores model\.layers\.2\..*describes fewer decoder layers"):
         planned(source, "nvfp4-a16")
 
 

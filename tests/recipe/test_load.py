@@ -65,11 +65,11 @@ def test_headroom_is_auto_or_a_power_of_two(written: str, meant: object) -> None
     assert recipe.activations.headroom == meant
 
 
-NOT_A_KEY = "is not a key of a recipe; see `nvquant recipes show nvfp4` for all of them."
+NOT_A_KEY = "is not a key of a recipe: `nvquant recipes show nvfp4` lists all of them."
 SECOND = "  - modules: [attention]\n    scheme: int4\n"
 MESSAGES = [
-    ("", "my.yaml:1: a recipe is a map with the keys name and quantize."),
-    ("- mlp", "my.yaml:1: a recipe is a map with the keys name and quantize."),
+    ("", "my.yaml:1: the file is not a map with the keys name and quantize."),
+    ("- mlp", "my.yaml:1: the file is not a map with the keys name and quantize."),
     ("name: mine\n", "my.yaml:1: key 'quantize': is required."),
     ("\n\n" + HEAD[11:], "my.yaml:3: key 'name': is required."),
     (HEAD + "foo: 1\n", f"my.yaml:5: key 'foo': 'foo' {NOT_A_KEY}"),
@@ -104,21 +104,27 @@ MESSAGES = [
     (HEAD.replace("mine", "on"), "my.yaml:1: key 'name': must be text."),
     (HEAD + "name: other\n", "my.yaml:5: key 'name' occurs twice: remove one."),
     (HEAD + "    scheme: nvfp4-a16\n", "my.yaml:5: key 'scheme' occurs twice: remove one."),
-    ("name: mine\n\tquantize: 1\n", "my.yaml:2: not YAML (found character '\\t' that cannot start any token)."),
-    ("name: !!python/object:os.system x\n", "my.yaml:1: not YAML (could not determine a constructor for the tag"),
-    ("name: 2024-13-45\n", "my.yaml:1: holds a value that cannot be read (month must be in 1..12)."),
-    ("name: !!int abc\n", "my.yaml:1: holds a value that cannot be read"),
-    ("a: " + "[" * 1200, "my.yaml:1: nests more than 50 lists and maps."),
-    ("a: " + "[" * 60 + "]" * 60, "my.yaml:1: nests more than 50 lists and maps."),
-    ("name: " + "9" * 3000, "my.yaml:1: holds a number of 3000 digits."),
-    ("name: " + "9" * 5000, "my.yaml:1: holds a value that cannot be read"),
+    (
+        "name: mine\n\tquantize: 1\n",
+        "my.yaml:2: the text is not YAML (found character '\\t' that cannot start any token).",
+    ),
+    (
+        "name: !!python/object:os.system x\n",
+        "my.yaml:1: the text is not YAML (could not determine a constructor for the tag",
+    ),
+    ("name: 2024-13-45\n", "my.yaml:1: the file contains an unreadable value (month must be in 1..12)."),
+    ("name: !!int abc\n", "my.yaml:1: the file contains an unreadable value"),
+    ("a: " + "[" * 1200, "my.yaml:1: the file nests more than 50 lists and maps."),
+    ("a: " + "[" * 60 + "]" * 60, "my.yaml:1: the file nests more than 50 lists and maps."),
+    ("name: " + "9" * 3000, "my.yaml:1: the file contains a number of 3000 digits."),
+    ("name: " + "9" * 5000, "my.yaml:1: the file contains an unreadable value"),
     ('name: "\\ud800"\n', "my.yaml:1: "),
     (HEAD + "verify: {max_kl: .inf}\n", "my.yaml:5: key 'verify.max_kl': "),
     (HEAD + "? " + "x" * 70_000 + "\n: 1\n", "my.yaml:5: key 'xxx"),
-    ("x: " + "y" * 1_000_000, "my.yaml:1: has 1,000,003 bytes, 1,000,000 are the most."),
-    ("a: &a [*a]\n", "my.yaml:1: nests more than 50 lists and maps."),
-    ("name: \0\n", "my.yaml:1: not YAML (special characters are not allowed)."),
-    ("name: a\n---\nname: b\n", "my.yaml:2: not YAML (but found another document)."),
+    ("x: " + "y" * 1_000_000, "my.yaml:1: the file has 1,000,003 bytes, but the limit is 1,000,000."),
+    ("a: &a [*a]\n", "my.yaml:1: the file nests more than 50 lists and maps."),
+    ("name: \0\n", "my.yaml:1: the text is not YAML (special characters are not allowed)."),
+    ("name: a\n---\nname: b\n", "my.yaml:2: the text is not YAML (but found another document)."),
 ]
 
 
@@ -136,7 +142,7 @@ def test_a_name_that_could_not_be_a_folders_is_refused(name: str) -> None:
 
 def test_aliases_cannot_make_a_small_file_large() -> None:
     lines = ["a0: &a0 [mlp, mlp]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]
-    assert refused("\n".join(lines)) == "my.yaml:15: holds more than 50,000 values."
+    assert refused("\n".join(lines)) == "my.yaml:15: the file contains more than 50,000 values."
 
 
 def test_an_unknown_name_is_refused_with_the_ones_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,8 +150,8 @@ def test_an_unknown_name_is_refused_with_the_ones_that_exist(tmp_path: Path, mon
     with pytest.raises(InputError) as caught:
         load_recipe("nvfp5")
     assert str(caught.value) == (
-        "recipe 'nvfp5' does not exist; available: nvfp4, nvfp4-a16, nvfp4-full. "
-        "A file of your own is given as ./my.yaml."
+        "recipe 'nvfp5' does not exist: choose one of nvfp4, nvfp4-a16, nvfp4-full, or give the path of your own file, "
+        "such as ./my.yaml."
     )
 
 

@@ -129,8 +129,8 @@ def test_a_mixture_of_experts_is_refused_unless_a_users_recipe_leaves_the_expert
     with pytest.raises(InputError) as caught:
         chosen(load_recipe("nvfp4"), tiny("gemma4_moe"))
     assert str(caught.value) == (
-        "tiny is a mixture of experts (model.language_model.layers.0.experts.down_proj and 11 more), whose experts "
-        "nvquant does not quantize yet: use a recipe of your own with `experts: bf16` to leave them in BF16."
+        "tiny is a mixture of experts (model.language_model.layers.0.experts.down_proj and 11 more), and nvquant "
+        "does not quantize experts yet: write a recipe with `experts: bf16` to leave them in BF16."
     )
     selection = chosen(own(("mlp", "nvfp4"), more="experts: bf16"), tiny("gemma4_moe"))
     assert len(selection.schemes) == 18
@@ -139,9 +139,7 @@ def test_a_mixture_of_experts_is_refused_unless_a_users_recipe_leaves_the_expert
 @pytest.mark.parametrize("experts", ["refuse", "bf16"])
 def test_experts_are_never_taken_by_a_pattern(tiny: Tiny, experts: str) -> None:
     for pattern in ("re:.*experts.*", "re:.*_proj$", "model.language_model.layers.0.experts.gate_up_proj"):
-        words = (
-            "whose experts nvquant does not quantize yet" if experts == "refuse" else r"touches .*(experts|tower).*,"
-        )
+        words = "nvquant does not quantize experts yet" if experts == "refuse" else r"matches .*(experts|tower).*,"
         with pytest.raises(InputError, match=words):
             chosen(own((pattern, "nvfp4"), more=f"experts: {experts}"), tiny("gemma4_moe"))
 
@@ -166,11 +164,13 @@ def test_a_users_patterns_are_exact_names_or_regular_expressions_from_the_start(
 
 def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is() -> None:
     assert refused(own(("re:.*fc1$", "nvfp4")), plain()) == (
-        "recipe mine: pattern 're:.*fc1$' matches no matrix of model; its text matrices are "
+        "recipe mine: pattern 're:.*fc1$' matches no matrix of model, whose text matrices are "
         "model.layers.N.mlp.down_proj, model.layers.N.mlp.gate_proj, model.layers.N.mlp.up_proj, "
-        "model.layers.N.self_attn.k_proj and 3 more."
+        "model.layers.N.self_attn.k_proj and 3 more: correct the pattern."
     )
-    assert "its text matrices are none." in refused(own(("mlp", "nvfp4")), {"model.norm.weight": (32,)})
+    assert "whose text matrices are none: correct the pattern." in refused(
+        own(("mlp", "nvfp4")), {"model.norm.weight": (32,)}
+    )
     assert "matches no matrix" in refused(own(("attention", "nvfp4")), {"model.layers.0.mlp.up_proj.weight": (32, 32)})
 
 
@@ -198,9 +198,9 @@ def test_what_vllm_serves_unquantized_is_refused(tiny: Tiny, name: str, pattern:
     with pytest.raises(InputError) as caught:
         chosen(own((pattern, "nvfp4"), more="experts: bf16"), tiny(name))
     message = str(caught.value)
-    assert message.startswith(f"recipe mine: pattern '{pattern}' touches ")
+    assert message.startswith(f"recipe mine: pattern '{pattern}' matches ")
     assert touched in message
-    assert f"({what}), which stays unquantized because vLLM serves it so: anchor the pattern" in message
+    assert f"({what}), which vLLM serves unquantized: limit the pattern" in message
 
 
 def test_a_tied_head_is_not_on_disk_and_so_matches_nothing(tiny: Tiny) -> None:
@@ -215,7 +215,7 @@ def test_another_stack_of_layers_is_not_the_decoder() -> None:
     assert len(selection.schemes) == 6
     assert not any(module.startswith("mtp") for module in selection.schemes)
     message = refused(own((r"re:(.*\.)?layers\.\d+\.mlp\..*", "nvfp4")), shapes)
-    assert "touches mtp.layers.0.mlp.gate_proj" in message
+    assert "matches mtp.layers.0.mlp.gate_proj" in message
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_another_stack_of_layers_is_not_the_decoder() -> None:
 def test_half_of_a_fused_group_is_refused(taken: list[str], left: list[str]) -> None:
     names, missing = ([f"model.layers.0.{leaf}" for leaf in leaves] for leaves in (taken, left))
     assert refused(own((names, "nvfp4")), plain()) == (
-        f"recipe mine: {', '.join(names)} would be quantized but not {', '.join(missing)}, which vLLM fuses with it: "
+        f"recipe mine quantizes {', '.join(names)}, but not {', '.join(missing)}, which vLLM fuses with it: "
         "quantize all of them or none."
     )
 
@@ -234,15 +234,16 @@ def test_overlapping_entries_are_refused_even_with_one_scheme() -> None:
     for second in (r"re:model\.layers\.0\.mlp.*", "model.layers.0.mlp.down_proj", "mlp"):
         message = refused(own(("mlp", "nvfp4"), (second, "nvfp4")), plain())
         assert message.startswith(f"recipe mine: '{second}' matches model.layers.0.mlp.")
-        assert message.endswith("which an earlier entry quantizes already: make them disjoint.")
-    assert "make them disjoint" in refused(own((["mlp", "mlp"], "nvfp4")), plain())
+        assert message.endswith("which an earlier entry already quantizes: change one of the two patterns.")
+    assert "change one of the two patterns" in refused(own((["mlp", "mlp"], "nvfp4")), plain())
 
 
 def test_schemes_that_differ_within_a_group_are_refused() -> None:
     layer = "model.layers.0.mlp."
     message = refused(own((layer + "gate_proj", "nvfp4"), (layer + "up_proj", "nvfp4-a16")), plain(1))
     assert message == (
-        f"recipe mine: {layer}gate_proj, {layer}up_proj have different schemes, but vLLM fuses them: give them one."
+        f"recipe mine: {layer}gate_proj, {layer}up_proj have different schemes, but vLLM fuses them: "
+        f"give them the same scheme."
     )
     mixed = own(("mlp", "nvfp4"), ("attention", "nvfp4-a16"))
     schemes = select(mixed, infos(plain()), "m", {}).schemes
@@ -261,7 +262,9 @@ def test_columns_that_are_no_whole_blocks_are_refused_by_name(cols: int) -> None
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "U8", "I8", "F64"])
 def test_other_dtypes_than_those_of_a_source_are_refused(dtype: str) -> None:
     message = refused(own(("mlp", "nvfp4")), plain(), dtype=dtype)
-    assert message.startswith(f"model.layers.0.mlp.gate_proj.weight is stored as {dtype}; sources are BF16, F16 or F32")
+    assert message.startswith(
+        f"model.layers.0.mlp.gate_proj.weight is stored as {dtype}, but nvquant reads BF16, F16 and F32"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
