@@ -1,1 +1,1 @@
-"""The plan: every output file, header and byte, fixed before any work, from headers and config alone."""
+"""The plan fixes every output file, header and size before any work, from headers and config alone."""

@@ -1,4 +1,4 @@
-"""What a conversion takes on a named machine: time, memory, disk and money."""
+"""The needs of a conversion on a named machine: time, memory, disk and money."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Conversion:
     """The forecast of a conversion.
 
     Attributes:
-        memory: of the host, all processes together, and of each GPU; hidden states that do not fit the GPU are on the
-            host (the run itself puts them into a file where the host has no room either).
+        memory: of the host, all processes together, and of each GPU. Hidden states that do not fit the GPU are on the
+            host (the run itself puts them into a file if they do not fit the host either).
         fits: whether two layers and a batch fit the GPU.
-        disk_bytes: to be free at the beginning.
-        cost_usd: None where no price is given.
+        disk_bytes: free space that the run requires at the beginning.
+        cost_usd: None without a price.
     """
 
     machine: Machine
@@ -47,7 +47,7 @@ def forecast_conversion(
     """Forecast the conversion that a plan describes.
 
     Args:
-        samples, sequence_length, batch_size: of the calibration; ignored where the recipe has none.
+        samples, sequence_length, batch_size: of the calibration. They are ignored if the recipe has none.
         usd_per_hour: the price of the machine with all its GPUs.
     """
     work = measure_work(plan, samples, sequence_length, batch_size)
@@ -58,7 +58,7 @@ def forecast_conversion(
 
 
 def _memory(plan: Plan, work: Work, machine: Machine) -> tuple[Memory, bool]:
-    """Peak memory, and whether what cannot be moved fits the GPU."""
+    """Peak memory, and whether the data that must stay on the GPU fits it."""
     is_gpu, sequences = machine.gpu is not None, ceil(work.samples / machine.count)
     batch_tokens = work.batch_size * work.sequence_length if work.samples else 0
     fixed = fixed_memory(plan, batch_tokens, is_gpu)

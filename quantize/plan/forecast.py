@@ -1,4 +1,4 @@
-"""What a conversion needs and what its result needs: memory of the run, and the GPUs that can serve the output."""
+"""The memory that a conversion needs, and the GPUs that can serve its output."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
     """Bytes of a BF16 KV cache for one sequence.
 
     Args:
-        config: config.json; reads heads and head sizes per layer, in Google's form (global_head_dim) and transformers'
-            (per_layer_config).
-        tokens: length of the sequence; sliding layers hold no more than their window, layers that share another's
-            keys and values nothing.
+        config: config.json. Heads and head sizes are read for each layer, in Google's form (global_head_dim) and in
+            transformers' (per_layer_config).
+        tokens: length of the sequence. Sliding layers store at most their window, and layers that share another's
+            keys and values store nothing.
     """
     text = text_config(config)
     layers = config_int(text, "num_hidden_layers")
@@ -115,7 +115,7 @@ def serving_bytes(plan: Plan) -> int:
 
 
 def fits(plan: Plan) -> list[Fit]:
-    """Which GPUs can serve the output."""
+    """For each GPU, whether it can serve the output."""
     needed = serving_bytes(plan)
     return [Fit(gpu, mib << 20, needed <= mib << 20) for gpu, mib in GPUS_MIB.items()]
 
@@ -141,7 +141,7 @@ def fixed_memory(plan: Plan, batch_tokens: int, gpu: bool) -> Memory:
     """Memory that the conversion needs beside the hidden states that wait between layers.
 
     Args:
-        batch_tokens: tokens in the largest batch; 0 without calibration.
+        batch_tokens: tokens in the largest batch, or 0 without calibration.
         gpu: whether a GPU computes.
     """
     infos = plan.source.infos()
@@ -162,8 +162,8 @@ def fixed_memory(plan: Plan, batch_tokens: int, gpu: bool) -> Memory:
 
 
 def forecast_memory(plan: Plan, samples: int, sequence_length: int, batch_size: int, gpu: bool) -> Memory:
-    """Memory that the conversion will need where it may take what it wants; a `--memory-budget` bounds the hidden
-    states' part.
+    """Memory that the conversion will need without a limit. A `--memory-budget` limits the share of the hidden
+    states.
 
     Args:
         samples, sequence_length, batch_size: of the calibration.

@@ -1,7 +1,8 @@
 """A head that is stored although the config ties it to the embedding.
 
-Readers do not agree on it. transformers 5 (`PreTrainedModel.tie_weights`) and vLLM 0.32 (`maybe_untie_word_embeddings`)
-take the stored head where it differs; older ones take the embedding. An equal copy is the same model to all.
+Readers treat it differently. transformers 5 (`PreTrainedModel.tie_weights`) and vLLM 0.32
+(`maybe_untie_word_embeddings`) use the stored head if it differs, and older ones use the embedding. With an equal copy
+all readers see the same model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ HOW_READERS_TAKE_IT = "transformers 5 and vLLM 0.32 use the stored head, older r
 
 
 def tied_pair(source: Checkpoint) -> tuple[str, str] | None:
-    """A stored head and the embedding that it is tied to; None where no head is stored or the model is not tied."""
+    """A stored head and the embedding that it is tied to, or None where no head is stored or the model is not tied."""
     shapes = {name: info.shape for name, info in source.infos().items()}
     head, embedding = stored_head(shapes), token_embedding(shapes, source.config)
     if head is None or embedding is None or not is_tied(source.config):
@@ -28,8 +29,8 @@ def tied_pair(source: Checkpoint) -> tuple[str, str] | None:
 def refuse_other_head(source: Checkpoint, model: str) -> None:
     """Refuse a model with a head of its own that its config ties to the embedding.
 
-    Of a model on the Hub a few ranges of both are compared, else every byte; nothing is read where there is no such
-    head.
+    It compares a few ranges of both tensors of a model on the Hub, and every byte of a folder. Without such a head it
+    reads nothing.
 
     Raises:
         InputError: the head differs.
@@ -59,7 +60,7 @@ def _are_equal(source: Checkpoint, head: str, embedding: str) -> bool:
 
 
 def equal_tensors(checkpoint: Checkpoint, one: str, other: str, is_sampled: bool = False) -> bool:
-    """Whether two tensors of a checkpoint hold the same values, in whatever dtypes.
+    """Whether two tensors of a checkpoint have the same values, in any dtypes.
 
     Args:
         is_sampled: compare the beginning, the middle and the end only.

@@ -1,4 +1,4 @@
-"""Machines to forecast for: GPUs by their published speed, disks, and the network that the source may come over."""
+"""Machines for the forecast: GPUs by their published speed, disks, and the network for the source."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BF16_TFLOPS = {
 
 @dataclass(frozen=True)
 class Disk:
-    """A disk; it reads and writes in turn.
+    """A disk, which reads and writes in turn.
 
     Attributes:
         read_bytes, write_bytes: a second.
@@ -58,14 +58,14 @@ DISKS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What a conversion runs on.
+    """The machine of a conversion.
 
     Attributes:
-        gpu: a name of `BF16_TFLOPS`; None for a CPU of two cores, as the measured one.
-        count: GPUs, and as many processes; or CPU machines that share a disk.
-        disk: that holds the output, and the source or the cache of it.
-        network_bytes: a second, at which the source comes from the Hub; None where it lies on the disk.
-        low_disk: nothing of a source from the Hub is kept.
+        gpu: a name of `BF16_TFLOPS`, or None for a CPU of two cores like the measured one.
+        count: GPUs, each with its process, or CPU machines that share a disk.
+        disk: for the output, and for the source or its cache.
+        network_bytes: rate of the Hub in bytes a second, or None if the source is on the disk.
+        low_disk: whether the run keeps nothing of a source on the Hub.
     """
 
     gpu: str | None
@@ -76,12 +76,12 @@ class Machine:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the constants were measured on this kind of machine, and on one of it."""
+        """Whether the constants were measured on one machine of this kind."""
         return self.gpu in (None, MEASURED_GPU) and self.count == 1
 
     @property
     def speed(self) -> float:
-        """One GPU beside the one that was measured, by their published numbers."""
+        """Speed of one GPU relative to the measured one, from their published numbers."""
         return 1.0 if self.gpu is None else BF16_TFLOPS[self.gpu] / BF16_TFLOPS[MEASURED_GPU]
 
     @property
@@ -91,27 +91,29 @@ class Machine:
 
     @property
     def words(self) -> str:
-        """As `8 x H100 80 GB`."""
+        """The machine in words, such as `8 x H100 80 GB`."""
         return f"{self.count} x {'CPU of two cores' if self.gpu is None else self.gpu}"
 
 
 def find_gpu(text: str) -> tuple[int, str | None]:
-    """Number and kind of the GPUs that a word such as `H200`, `8xH100` or `cpu` means; None is a CPU.
+    """Number and kind of the GPUs that a word such as `H200`, `8xH100` or `cpu` means. None stands for a CPU.
 
     Raises:
-        InputError: no such GPU is known here, or none of it is asked for.
+        InputError: nvquant does not know the GPU, or their number is 0.
     """
     match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.+)", text.strip(), re.IGNORECASE)
     count, name = (int(match[1] or 1), _plain(match[2])) if match else (1, "")
     if count < 1:
-        raise InputError(f"--on {text}: no machine is asked for: give one or more, as 8xH100.")
+        raise InputError(f"--on {text}: the number of machines is 0: give one or more, such as 8xH100.")
     if name == CPU:
         return count, None
     for gpu in BF16_TFLOPS:
         if name in (_plain(gpu), _plain(re.sub(r" \d+ GB$", "", gpu))):
             return count, gpu
     known = ", ".join(BF16_TFLOPS)
-    raise InputError(f"--on {text}: its speed is not known here; known are {known} and cpu, several as 8xH100.")
+    raise InputError(
+        f"--on {text}: nvquant does not know this machine: choose {known} or cpu, or several such as 8xH100."
+    )
 
 
 def _plain(name: str) -> str:

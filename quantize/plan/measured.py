@@ -1,7 +1,7 @@
-"""Constants of the time forecast, each with the measurement that it comes from.
+"""Constants of the time forecast, each with its measurement.
 
-A source is a file of benchmarks/results/ and an expression over its keys, which stand in braces; a test evaluates them
-and holds the values to the files. Where there are several, the value is their mean. All runs on a GPU were made on one
+A source is a file of benchmarks/results/ and an expression over its keys, which stand in braces. A test evaluates them
+and compares the values with the files. If there are several, the value is their mean. All runs on a GPU used one
 H200 with 16 cores, those on a CPU on two cores of a Xeon.
 """
 
@@ -29,7 +29,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a kind of machine converts.
+    """The speed of a kind of machine.
 
     Attributes:
         flop: operations a second in a decoder layer's forward: matrix products, attention, and all that lies between.
@@ -37,7 +37,7 @@ class Rates:
         quantize: matrix elements a second, by quantizer.
         read_bytes: a second, from the shards to the device with hashing, where the disk is faster.
         write_bytes: a second, of one of two threads that hash and write, where the disk is faster.
-        copy_bytes: a second, of what is copied as it is.
+        copy_bytes: a second, of tensors that are copied unchanged.
         start_seconds: of the process before it converts: imports, the GPU's context, kernels.
         begin_seconds: before the first layer is read: headers, identity, locks.
         build_seconds: then, before the first layer is computed: the skeleton and the recorded calls.
@@ -55,7 +55,7 @@ class Rates:
 
 
 def _in_runs(file: str, expression: str, *runs: str) -> tuple[tuple[str, str], ...]:
-    """An expression for several runs of a file; `RUN` stands for each run's key."""
+    """An expression for several runs of a file. `RUN` stands for each run's key."""
     return tuple((file, expression.replace("RUN", run)) for run in runs)
 
 

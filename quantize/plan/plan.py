@@ -1,4 +1,4 @@
-"""Compute the plan of a conversion. `convert` executes it and asserts it; nothing else decides what is written."""
+"""Computes the plan of a conversion. `convert` executes and asserts it. Nothing else determines the output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PlannedMatrix:
     """A matrix to be quantized.
 
     Attributes:
-        module: its module's name; the source tensor is `module + ".weight"`.
+        module: its module's name. The source tensor is `module + ".weight"`.
         group: name of its fused group.
     """
 
@@ -49,7 +49,7 @@ class PlannedMatrix:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an output tensor comes from: a copied source tensor, or one part of a quantized matrix."""
+    """The origin of an output tensor: a copied source tensor, or one tensor of a quantized matrix."""
 
     source: str
     part: Part | None = None
@@ -60,7 +60,7 @@ class PlannedShard:
     """An output shard.
 
     Attributes:
-        layer: number of the decoder layer that it holds; None for the rest of the model.
+        layer: number of the decoder layer in it, or None for the rest of the model.
         entries: its tensors in the order of the data.
     """
 
@@ -81,15 +81,15 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion reads and writes.
+    """The input and output of a conversion.
 
     Attributes:
-        model: what reports call the source.
+        model: name of the source in reports.
         matrices: the matrices to quantize by module name, in the model's order.
         groups: their fused groups.
-        origins: where each output tensor comes from.
+        origins: the origin of each output tensor.
         shards: the output files, in the order of their names.
-        prefix: what precedes a layer's number in the source's names.
+        prefix: the text before a layer's number in the source's names.
     """
 
     model: str
@@ -124,7 +124,7 @@ class Plan:
         return [shard.layer for shard in self.shards if shard.layer is not None]
 
     def layer_of(self, tensor: str) -> int | None:
-        """The number of the decoder layer that owns a source tensor; None outside of them, as for draft layers."""
+        """The number of the decoder layer that owns a source tensor, or None outside of them, as for draft layers."""
         return _layer_of(tensor, self.prefix, self.selection)
 
     def tensors_by_layer(self) -> dict[int, list[str]]:
@@ -138,7 +138,7 @@ class Plan:
 
 
 def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str) -> Plan:
-    """Plan the conversion of a checkpoint; no weight is read but a head that is stored although the config ties it.
+    """Plan the conversion of a checkpoint. It reads no weight but a head that is stored although the config ties it.
 
     Raises:
         InputError: the source is quantized already, its stored head contradicts its config, it lacks code that its
@@ -157,11 +157,11 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
     prefix = decoder_prefix(shapes, source.config)
     if prefix is None:
         raise InputError(
-            f"{model} has no decoder layers (no tensor named …layers.N.…): nvquant converts decoder models."
+            f"{model} has no decoder layers (no tensor has a name like …layers.N.…): choose a decoder model."
         )
     if layout.name == "modelopt" and len(set(selection.schemes.values())) > 1:
         raise InputError(
-            f"recipe {recipe.name} mixes schemes, which the modelopt layout cannot say: use --format "
+            f"recipe {recipe.name} mixes schemes, which the modelopt layout cannot describe: use --format "
             f"compressed-tensors."
         )
     matrices = _matrices(selection, infos)
@@ -180,7 +180,7 @@ def _matrices(selection: Selection, infos: Mapping[str, TensorInfo]) -> dict[str
 
 
 def matrix_entries(matrix: PlannedMatrix, layout: Layout) -> dict[Part, TensorEntry]:
-    """The output tensors of a matrix in a layout, by part; weight-only matrices have no input global scale."""
+    """The output tensors of a matrix in a layout, by part. Weight-only matrices have no input global scale."""
     name = f"{matrix.module}."
     entries: dict[Part, TensorEntry] = {
         "packed": TensorEntry(name + layout.packed, "U8", (matrix.rows, matrix.cols // 2)),
@@ -206,7 +206,8 @@ def _outputs(
             origins[name], entries[name] = Origin(name), TensorEntry(name, info.dtype, info.shape)
     if len(entries) != len(infos) + sum(len(matrix_entries(matrix, layout)) - 1 for matrix in matrices.values()):
         raise InputError(
-            "the source stores tensors under names that the output needs for scales: it looks quantized already."
+            "the source stores tensors under names that the output requires for scales: choose a source that is not "
+            "quantized."
         )
     return origins, entries
 

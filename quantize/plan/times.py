@@ -1,8 +1,8 @@
-"""How long a conversion takes on a machine: an account of its stages at measured speeds, and of what they share.
+"""The time of a conversion on a machine, from its stages at measured speeds and from the devices that they share.
 
-While a layer is computed the next one is read and the last two are written, so the slowest stage sets the pace; what is
-copied goes beside. A disk or a network that several stages share bounds them all together. Source of the stages:
-convert.engine; of the speeds: plan.measured.
+While a layer is computed, the next one is read and the last two are written, so the slowest stage sets the pace. Copies
+run in parallel. A disk or a network that several stages share limits them all together. The stages come from
+convert.engine, and the speeds from plan.measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WRITERS = 2  # shards of one process on their way to the disk
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a conversion; of stages that go on at once, each by itself.
+    """Seconds of a conversion. Stages that run in parallel have their own seconds each.
 
     Attributes:
         start_seconds: of the process before it converts.
@@ -30,9 +30,9 @@ class Times:
         quantize_seconds: of the matrices.
         write_seconds: of the layers' shards.
         copy_seconds: of the rest of the model.
-        disk_seconds: of all that the disk reads and writes.
-        network_seconds: of all that comes over the network.
-        conversion_seconds: from the first header to the last byte, the stages overlapped; what `convert` reports.
+        disk_seconds: of all reads and writes of the disk.
+        network_seconds: of all transfers over the network.
+        conversion_seconds: from the first header to the last byte, with overlapping stages, as `convert` reports it.
         bound_by: the stage or device that takes longest.
     """
 
@@ -49,13 +49,13 @@ class Times:
 
     @property
     def total_seconds(self) -> float:
-        """Of the whole process."""
+        """Of the complete process."""
         return self.start_seconds + self.conversion_seconds
 
 
 @dataclass(frozen=True)
 class _Stages:
-    """Seconds of each layer in each stage, and when each layer's files have come."""
+    """Seconds of each layer in each stage, and the arrival of each layer's files."""
 
     arrivals: Sequence[float]
     reads: Sequence[float]
@@ -72,7 +72,7 @@ def forecast_times(work: Work, quantizer: str, machine: Machine) -> Times:
     """The time of a conversion.
 
     Args:
-        quantizer: `rtn` or `mse`; another one is taken to be as slow as the slower of them.
+        quantizer: `rtn` or `mse`. For another one, the speed of the slower of them is assumed.
     """
     rates = CPU_RATES if machine.gpu is None else GPU_RATES
     stages = _stages(work, quantizer, machine, rates)
@@ -117,14 +117,14 @@ def pipeline_seconds(
     ready: float = 0.0,
     on_their_way: int = WRITERS,
 ) -> float:
-    """When the last layer is written, if each stage has one layer at a time and hands it to the next.
+    """The end of the last layer's write, if each stage has one layer at a time and passes it to the next.
 
     Args:
-        arrivals, reads, computes, writes: of each layer, in the order of the walk: when it can be read, and how long
-            each stage takes.
-        begin: when reading begins.
-        ready: when computing can begin.
-        on_their_way: layers that may wait for their writing to end; the next one waits on the device.
+        arrivals, reads, computes, writes: of each layer, in the order of the walk: the time at which it can be read,
+            and the duration of each stage.
+        begin: time at which reading begins.
+        ready: time at which computing can begin.
+        on_their_way: layers that may wait for the end of their write. The next one waits on the device.
     """
     read, computed, written = begin, [ready], [0.0]  # the first element stands for what was before the first layer
     for at in range(len(reads)):

@@ -1,4 +1,4 @@
-"""What a conversion has to do, exactly, layer by layer: bytes to read and write, operations, elements to quantize."""
+"""The exact work of a conversion, layer by layer: bytes to read and write, operations, elements to quantize."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LayerWork:
         linear_flop: of the matrix products for one token.
         attention_flop: of scores and sums for one sequence.
         elements: of the matrices that are quantized.
-        files: the source's shards that hold it.
+        files: the source's shards that contain it.
     """
 
     read_bytes: int
@@ -40,10 +40,10 @@ class Work:
     Attributes:
         layers: in the order of the walk.
         copied_bytes: of the tensors outside of the layers, which are copied.
-        copied_file_bytes: of the files that they are written to.
+        copied_file_bytes: of the files with these tensors.
         outer_bytes, outer_files: those of them that the calibration reads too, before the first layer.
         shards: bytes of the source's files.
-        samples, sequence_length, batch_size: of the calibration; 0 samples where there is none.
+        samples, sequence_length, batch_size: of the calibration. Without one there are 0 samples.
     """
 
     layers: tuple[LayerWork, ...]
@@ -76,7 +76,7 @@ def measure_work(plan: Plan, samples: int, sequence_length: int, batch_size: int
     """The work of a plan.
 
     Args:
-        samples, sequence_length, batch_size: of the calibration; ignored where the recipe has none.
+        samples, sequence_length, batch_size: of the calibration. They are ignored if the recipe has none.
     """
     infos = plan.source.infos()
     if not plan.recipe.needs_calibration:
@@ -127,7 +127,7 @@ def _layers(plan: Plan, infos: Mapping[str, TensorInfo], sequence_length: int) -
 
 
 def _flop(info: TensorInfo, role: Role, share: float) -> float:
-    """Operations for one token in a matrix; of experts as many as one token uses."""
+    """Operations for one token in a matrix. Only the experts that one token uses count."""
     if len(info.shape) < 2:
         return 0
     return 2 * prod(info.shape) * (share if role is Role.EXPERT else 1)
@@ -138,7 +138,7 @@ def attention_flop(config: Mapping[str, Any], layer: int, tokens: int) -> int:
     and key that the causal mask, and the layer's window, leave together.
 
     Args:
-        config: config.json; heads, head sizes and kinds of layers are read as for the KV cache.
+        config: config.json. Heads, head sizes and kinds of layers are read as for the KV cache.
         layer: its place in the decoder.
         tokens: length of the sequence.
     """

@@ -123,7 +123,7 @@ def test_on_a_cpu_no_gpu_memory_is_needed(nvquant: Command, tiny: TinyModels) ->
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--on", "RTX 3080"), "--on RTX 3080: its speed is not known here; known are RTX 5060 Ti 16 GB, RTX 4090"),
+        (("--on", "RTX 3080"), "--on RTX 3080: nvquant does not know this machine: choose RTX 5060 Ti 16 GB, RTX 4090"),
         (("--price", "3"), "--price affects only the forecast of a machine. Name the machine with --on."),
         (("--disk", "ram"), "--disk affects only the forecast of a machine"),
         (("--network", "1GB/s"), "--network affects only the forecast of a machine"),

@@ -190,7 +190,7 @@ def test_a_shards_file_is_its_header_and_its_data_wide_dtypes_first(tiny: Tiny) 
 def test_a_source_that_stores_the_outputs_names_is_refused(layout: Any) -> None:
     for suffix in (layout.scales, layout.weight_global, layout.input_global):
         shapes = layer(0) | {f"model.layers.0.mlp.up_proj.{suffix}": ("F32", (1,))}
-        assert "it looks quantized already" in refused(pretend(shapes), layout=layout.name)
+        assert "choose a source that is not quantized" in refused(pretend(shapes), layout=layout.name)
 
 
 def test_two_schemes_do_not_fit_into_the_modelopt_layout() -> None:
@@ -199,14 +199,16 @@ def test_two_schemes_do_not_fit_into_the_modelopt_layout() -> None:
     )
     recipe = parse_recipe(text, "two.yaml")
     assert refused(pretend(layer(0)), recipe, "modelopt") == (
-        "recipe two mixes schemes, which the modelopt layout cannot say: use --format compressed-tensors."
+        "recipe two mixes schemes, which the modelopt layout cannot describe: use --format compressed-tensors."
     )
     plan = planned(pretend(layer(0)), recipe)
     assert plan.tensors == 3 * 4 + 1 * 3
 
 
 def test_a_model_without_decoder_layers_is_refused() -> None:
-    assert "its text matrices are none" in refused(pretend({"lm_head.weight": ("BF16", (32, 32))}))
+    assert "whose text matrices are none: correct the pattern" in refused(
+        pretend({"lm_head.weight": ("BF16", (32, 32))})
+    )
 
 
 def test_another_stack_of_layers_is_copied_with_the_rest() -> None:
