@@ -1,1 +1,1 @@
-"""NVFP4 numbers and their two on-disk layouts. Only functions from tensors to tensors: no model, no file."""
+"""NVFP4 numbers and their two layouts on disk. The functions map tensors to tensors, without models or files."""

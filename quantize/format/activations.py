@@ -1,7 +1,7 @@
-"""What a server does to the input of a W4A4 matrix, emulated in float32.
+"""A server's quantization of the input of a W4A4 matrix, emulated in float32.
 
 Source: vLLM 0.33.0, `ref_nvfp4_quant` in vllm/model_executor/layers/quantization/utils/nvfp4_emulation_utils.py (the
-formula, rewritten here); checked bit for bit against tests/data/reference_vectors.json.
+formula, rewritten here). It is checked bit for bit against tests/data/reference_vectors.json.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ def quantize_dequantize(inputs: Tensor, scale: Tensor) -> Tensor:
     """Round inputs to NVFP4 with dynamic block scales under the stored input global scale.
 
     Args:
-        inputs: [..., cols], any float dtype; cols divisible by 16.
+        inputs: [..., cols], any float dtype, cols divisible by 16.
         scale: float32 scalar, the input global scale as a divisor (2688 / calibrated amax).
     Returns:
-        float32 [..., cols]: code * (block scale / scale); values beyond the calibrated amax are clipped to it.
+        float32 [..., cols]: code * (block scale / scale). Values beyond the calibrated amax are clipped to it.
     """
     blocks = inputs.float().reshape(-1, BLOCK)
     scale = scale.to(blocks.device)

@@ -1,8 +1,8 @@
 """Quantize a matrix to NVFP4 and back.
 
-The reference in PyTorch below runs on every device; kernels.py has faster ways to the same bytes. It works on strips
-of rows that fit the processor's cache, turned so that the 16 elements of a block lie in 16 long vectors: every step is
-then one vector operation over many blocks.
+The reference in PyTorch below runs on every device. kernels.py has faster code for the same bytes. The reference
+works on strips of rows that fit the processor's cache, turned so that the 16 elements of a block lie in 16 long
+vectors. Every step is then one vector operation over many blocks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ bytes [n]."""
 
 
 def check_blocks(weight: Tensor, name: str = "the matrix") -> None:
-    """Refuse what does not divide into blocks of 16 along the last axis.
+    """Refuse a tensor that does not divide into blocks of 16 along the last axis.
 
     Raises:
         ShapeError: not a matrix, or its columns are not a multiple of 16.
@@ -111,7 +111,7 @@ def dequantize_blocks(packed: Tensor, scales: Tensor, scale: Tensor, dtype: torc
         packed: uint8 [rows, cols / 2].
         scales: float8_e4m3fn or uint8 [rows, cols / 16].
         scale: float32 scalar, the global scale (divisor).
-        dtype: of the result; arithmetic is float32.
+        dtype: of the result. Arithmetic is float32.
     Returns:
         [rows, cols] in `dtype`, on the device of `packed`.
     """
@@ -126,7 +126,7 @@ def dequantize_blocks(packed: Tensor, scales: Tensor, scale: Tensor, dtype: torc
 
 
 def _strips(rows: int, cols: int, device: str) -> Iterator[tuple[int, int]]:
-    """Ranges of rows whose elements fit the cache; at least one row each."""
+    """Ranges of at least one row whose elements fit the cache."""
     height = max(1, _STRIP_ELEMENTS.get(device, 1 << 24) // max(1, cols))
     for begin in range(0, rows, height):
         yield begin, min(rows, begin + height)

@@ -4,7 +4,7 @@ column in the low nibble.
 Rounding is to nearest, ties to the even code, saturating at 6, as `cvt.rn.satfinite.e2m1x2` does. It is done with one
 float32 addition: adding 1.5 * 2^22 * p to a value in [p, 2p) leaves exactly one mantissa bit of it, and the float32
 adder itself rounds to nearest even. The same trick serves every device, so all give the same bytes.
-Source: docs/formats.md, section "E2M1"; OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3.
+Sources: docs/formats.md, section "E2M1", and OCP Microscaling Formats (MX) Specification 1.0, section 5.3.3.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def encode_e2m1(values: Tensor) -> Tensor:
     """Codes 0 to 15 of the nearest E2M1 values.
 
     Args:
-        values: float32, any shape, finite; beyond 6 they saturate.
+        values: float32, any shape, finite. They saturate beyond 6.
     Returns:
         uint8, the same shape. A negative value that rounds to zero gives code 8 (minus zero).
     """
@@ -52,7 +52,7 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
 
 def round_e2m1(values: Tensor) -> Tensor:
-    """The nearest E2M1 values themselves; float32 in, float32 out, the sign of zero kept."""
+    """The nearest E2M1 values themselves, from float32 to float32. The sign of zero is kept."""
     magnitude = values.abs().clamp_(max=E2M1_MAX)
     magic = rounding_magic(magnitude).view(torch.float32)
     return torch.copysign(magnitude.add_(magic).sub_(magic), values)

@@ -1,8 +1,8 @@
-"""Fast ways to quantize and to gather statistics of inputs, bit-equal to the PyTorch reference: Triton on a GPU
+"""Fast code that quantizes and gathers statistics of inputs, bit-equal to the PyTorch reference: Triton on a GPU
 (triton_kernels.py), compiled C on the CPU (native.py).
 
-On both division is IEEE's and multiply-add is not fused where the reference does not; codes are rounded with the same
-one-addition trick as in e2m1.py and scales.py. On a GPU it is one pass over the matrix, everything in registers.
+On both, division is IEEE's, and multiply-add is fused only where the reference fuses it. Codes are rounded with the
+same one-addition trick as in e2m1.py and scales.py. On a GPU it is one pass over the matrix, all in registers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLUMNS_PER_PROGRAM = 256
 
 def has_kernel(tensor: Tensor) -> bool:
     """Whether there is a kernel for a tensor: it is on the CPU and the extension module was built, or it is on a GPU
-    and Triton, which CUDA builds of torch bring along, is there."""
+    and Triton, which comes with CUDA builds of torch, is installed."""
     return has_native(tensor) or _has_triton(tensor)
 
 
@@ -43,7 +43,7 @@ def quantize_with_kernel(
         candidates: (lowest, highest, first offset, last offset) of a sweep over E4M3 scales near amax / 6; None rounds
             to nearest.
     Returns:
-        what `blocks.quantize_blocks` gives, bit for bit.
+        the result of `blocks.quantize_blocks`, bit for bit.
     Raises:
         ShapeError: cols not divisible by 16.
     """
@@ -80,13 +80,13 @@ def quantize_on_gpu(
 
 
 def gather_with_kernel(inputs: Tensor, histogram: Tensor, wants_squares: bool) -> tuple[Tensor, Tensor | None]:
-    """Statistics of inputs that `has_kernel` accepts, in one pass and without waiting for a GPU; see
-    `calibrate.statistics.gather`, whose bits these are.
+    """Statistics of inputs that `has_kernel` accepts, in one pass and without waiting for a GPU. They equal
+    those of `calibrate.statistics.gather` bit for bit.
 
     Args:
         inputs: [sequences, tokens, cols], bfloat16, float16 or float32, any strides; cols divisible by 16.
-        histogram: int32 [copies, 32768], contiguous; each count goes into any of its copies.
-        wants_squares: whether sums of squares are taken.
+        histogram: int32 [copies, 32768], contiguous. Each count goes into any of its copies.
+        wants_squares: whether to compute sums of squares.
     Returns:
         the largest magnitude, float32 scalar, and the sums of squares, float64 [sequences, cols], or None.
     """

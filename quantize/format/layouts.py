@@ -1,4 +1,4 @@
-"""The two on-disk layouts of an NVFP4 matrix: what its tensors are called, and how its scalars are stored.
+"""The two on-disk layouts of an NVFP4 matrix: the names of its tensors, and the form of its scalars.
 
 Packed codes and block scales are the same bytes in both. compressed-tensors stores global scales as divisors (2688 /
 amax) of shape [1], modelopt as multipliers (amax / 2688) of shape [].
@@ -19,7 +19,7 @@ class Layout:
     """Names of the tensors of one matrix, each a suffix to the module's name.
 
     Attributes:
-        name: what `--format` calls it.
+        name: its name for `--format`.
         packed: U8 [rows, cols / 2].
         scales: F8_E4M3 [rows, cols / 16].
         weight_global, input_global: F32 scalars of shape `scalar_shape`.

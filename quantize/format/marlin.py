@@ -2,10 +2,10 @@
 
 Marlin keeps block scales in an 8-bit format of its own. At load it multiplies the scales of the fused tensor (gate +
 up, q + k + v) by the power of two that brings the largest one into (224, 448], and then stores zero for every scale
-below 2^-6: such a block is served as zeros. Relative to the largest scale the threshold is 3.5e-5 (top scale 448) to
+below 2^-6: such a block is served as zeros. Relative to the largest scale, the limit is 3.5e-5 (top scale 448) to
 7.0e-5 (just above 224).
 Source: vLLM 0.33.0, `nvfp4_marlin_process_scales` and `_nvfp4_compute_scale_factor` in
-vllm/model_executor/layers/quantization/utils/ marlin_utils_fp4.py, BF16 activations, tensor parallel size 1.
+vllm/model_executor/layers/quantization/utils/marlin_utils_fp4.py, BF16 activations, tensor parallel size 1.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SMALLEST_KEPT = 2.0**-6
 
 
 def scale_histogram(scales: Tensor) -> Tensor:
-    """How often each E4M3 byte occurs: float8_e4m3fn or uint8, any shape, to int64 [256] on the CPU."""
+    """Number of times that each E4M3 byte occurs: float8_e4m3fn or uint8, any shape, to int64 [256] on the CPU."""
     return torch.bincount(scales.view(torch.uint8).flatten().int(), minlength=256).cpu()
 
 
 def flushed_bytes(histogram: Tensor) -> Tensor:
-    """Which E4M3 bytes Marlin turns to zero.
+    """The E4M3 bytes that Marlin turns to zero.
 
     Args:
         histogram: int64 [256], `scale_histogram` summed over the members of a fused tensor.

@@ -1,8 +1,8 @@
 """The CPU's compiled kernels (native.c): one pass over the data, vector instructions, every core. Results equal the
 PyTorch reference's bit for bit.
 
-The extension module is built at installation where a C compiler is; without it `has_native` says no and the reference
-does the work. Threads share a matrix in runs whose borders change no number.
+The extension module is built at installation if there is a C compiler. Without it `has_native` returns False, and the
+reference does the work. Threads share a matrix in runs whose borders change no number.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ TARGETS = 0 if _module is None else int(_module.targets())
 
 
 def has_native(tensor: Tensor) -> bool:
-    """Whether the compiled kernels are there and can take a tensor: on the CPU, of a dtype that they know, not
-    empty."""
+    """Whether the compiled kernels exist and accept a tensor: on the CPU, of a supported dtype, not empty."""
     return TARGETS > 0 and tensor.device.type == "cpu" and tensor.dtype in _DTYPES and tensor.numel() > 0
 
 
@@ -83,14 +82,14 @@ def quantize_on_cpu(
 
 
 class Compared(NamedTuple):
-    """Stored blocks beside the weights that they were made from.
+    """A comparison of stored blocks with their weights.
 
     Attributes:
-        error, energy, product: sums of (stored - weight)^2, weight^2 and stored * weight; of a block in float32.
+        error, energy, product: sums of (stored - weight)^2, weight^2 and stored * weight, in float32 for each block.
         amax: the largest magnitude of the weights.
-        poor_blocks: blocks beyond the bounds.
-        unsettled_blocks: blocks that are not to the byte what the rule gives, or hold what is not finite or no block
-            scale that a quantizer writes: whether they are wrong is for PyTorch to say, and the sums do not count then.
+        poor_blocks: blocks beyond the limits.
+        unsettled_blocks: blocks that differ from the rule in any byte, or contain a value that is not finite or a block
+            scale that no quantizer writes. PyTorch then decides whether they are wrong, and the sums do not count.
     """
 
     error: float
@@ -118,8 +117,8 @@ def compare_on_cpu(
         scales: uint8 E4M3 bytes, a sixteenth as many, contiguous.
         divisor: the stored global scale.
         bounds: of a block: squared error at most as a share of the energy, gain at least, gain at most.
-        rule: the global scale that block scales and codes were made from, and how far at least and at most a scale's
-            byte lies from round-to-nearest's; None looks at errors alone.
+        rule: the global scale behind block scales and codes, and the least and largest distance of a scale's byte from
+            round-to-nearest's. None compares errors alone.
         target: which instruction set, counted as in `TARGETS`.
     """
     made_from, first, last = rule or (1.0, 0, 0)
@@ -132,8 +131,8 @@ def compare_on_cpu(
 
 
 def amax_on_cpu(tensor: Tensor, target: int = -1) -> Tensor:
-    """The largest magnitude of a contiguous tensor that `has_native` accepts, as a float32 scalar; a NaN or an
-    infinity where there is one."""
+    """The largest magnitude of a contiguous tensor that `has_native` accepts, as a float32 scalar, or a NaN or an
+    infinity if there is one."""
     runs = _Runs(tensor.numel(), 1, _SCANNED)
     found = [0] * len(runs)
 
@@ -154,8 +153,8 @@ def gather_on_cpu(
 
     Args:
         inputs: [sequences, tokens, cols], a tensor that `has_native` accepts; cols divisible by 16.
-        histogram: int32 [copies, 32768], contiguous; at most as many threads are used as it has copies.
-        wants_squares: whether sums of squares are taken.
+        histogram: int32 [copies, 32768], contiguous. The number of its copies limits the threads.
+        wants_squares: whether to compute sums of squares.
         target: which instruction set, counted as in `TARGETS`.
     """
     if inputs.stride(-1) != 1:
@@ -200,7 +199,7 @@ class _Runs:
 
 
 def _share(count: int, work: Callable[[int, int], None], threads: int | None = None) -> None:
-    """Call work(worker, item) for every item below `count`, on the calling thread and others beside it."""
+    """Call work(worker, item) for every item below `count`, on the calling thread and on others."""
     threads = min(count, threads or torch.get_num_threads())
     items = iter(range(count))
 
@@ -220,7 +219,7 @@ def _share(count: int, work: Callable[[int, int], None], threads: int | None = N
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """Threads that all calls share; they sleep between calls."""
+    """Threads that all calls share. They sleep between calls."""
     return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="nvquant-native")
 
 

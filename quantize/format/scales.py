@@ -1,7 +1,7 @@
 """The two levels of NVFP4 scales: one float32 global scale a fused group, one E4M3 block scale for every 16 columns.
 
 A stored global scale is a divisor in the compressed-tensors layout (2688 / amax) and a multiplier in modelopt's (amax
-/ 2688); 2688 = 448 * 6. Inside nvquant the divisor is used throughout. Arithmetic is float32 in compressed-tensors'
+/ 2688), where 2688 = 448 * 6. nvquant uses the divisor internally. Arithmetic is float32 in compressed-tensors'
 order of operations.
 Source: docs/formats.md, section "Block scales".
 """
@@ -23,10 +23,10 @@ def global_scale(amax: Tensor, headroom: float = 1.0) -> Tensor:
 
     Args:
         amax: float32 scalar, not negative, finite: over the union of a fused group's matrices, or of its inputs.
-        headroom: how far block scales may grow above amax / 6; a power of two changes no rounding (2 for the mse
+        headroom: factor by which block scales may exceed amax / 6. A power of two changes no rounding (2 for the mse
             quantizer).
     Returns:
-        float32 scalar 2688 / headroom * (1 / amax), in that order; 1.0 where that is not finite (an all-zero matrix).
+        float32 scalar 2688 / headroom * (1 / amax), in that order, or 1.0 if that is not finite (an all-zero matrix).
     """
     scale = (1.0 / amax.float()) * (SCALE_RANGE / headroom)
     return torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
@@ -38,7 +38,7 @@ def encode_e4m3(values: Tensor) -> Tensor:
     Args:
         values: float32, any shape, in [0, 448].
     Returns:
-        uint8, the same shape; 0x00 to 0x7E, never NaN.
+        uint8, the same shape, 0x00 to 0x7E, never NaN.
     """
     power = values.view(torch.int32).bitwise_and(_EXPONENT).clamp_(min=_SMALLEST_NORMAL)
     magic = power + _MAGIC
@@ -47,12 +47,12 @@ def encode_e4m3(values: Tensor) -> Tensor:
 
 
 def decode_e4m3(codes: Tensor) -> Tensor:
-    """Values of E4M3 bytes: uint8 or float8_e4m3fn, any shape, to float32; 0x7F and 0xFF are NaN."""
+    """Values of E4M3 bytes: uint8 or float8_e4m3fn, any shape, to float32. 0x7F and 0xFF are NaN."""
     return codes.view(torch.float8_e4m3fn).to(torch.float32)
 
 
 def sixth(block_amax: Tensor) -> Tensor:
-    """amax / 6 by a true division: for a plain Python number CUDA would multiply by the rounded reciprocal instead."""
+    """amax / 6 by a true division. For a plain Python number CUDA would multiply by the rounded reciprocal instead."""
     return block_amax / torch.full((), E2M1_MAX, dtype=torch.float32, device=block_amax.device)
 
 

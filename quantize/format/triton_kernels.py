@@ -1,4 +1,4 @@
-"""Triton code of `kernels.py`; imported only where Triton is."""
+"""Triton code of `kernels.py`, imported only if Triton is installed."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803, D103

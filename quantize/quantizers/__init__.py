@@ -1,4 +1,4 @@
-"""Quantizers: how codes and block scales of a matrix are chosen once its group's global scale is known."""
+"""Quantizers choose the codes and block scales of a matrix, given the global scale of its fused group."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ QUANTIZERS: dict[str, Quantizer] = {quantizer.name: quantizer for quantizer in (
 
 
 def get_quantizer(name: str) -> Quantizer:
-    """The quantizer called `name`.
+    """The quantizer with this name.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: no quantizer has that name.
     """
     if name not in QUANTIZERS:
-        raise InputError(f"quantizer '{name}' does not exist; available: {', '.join(QUANTIZERS)}.")
+        raise InputError(f"quantizer '{name}' does not exist: choose {' or '.join(QUANTIZERS)}.")
     return QUANTIZERS[name]

@@ -13,8 +13,8 @@ class Quantizer(Protocol):
     """Turns a matrix into codes and block scales under a given global scale.
 
     Attributes:
-        name: what recipes and `--quantizer` call it.
-        headroom: how far block scales may grow above amax / 6, as a factor of the global scale (a power of two).
+        name: its name in recipes and for `--quantizer`.
+        headroom: factor by which block scales may exceed amax / 6, applied to the global scale (a power of two).
         uses_mean_square: whether `quantize` weighs columns by the mean square of their inputs.
     """
 
@@ -39,8 +39,8 @@ class Quantizer(Protocol):
         Args:
             weight: [rows, cols], bfloat16, float16 or float32, finite, cols divisible by 16.
             scale: float32 scalar, the global scale (divisor) shared by the fused group.
-            mean_square: float64 [cols], the mean square of each input channel over the calibration tokens; None
-                without calibration.
+            mean_square: float64 [cols], the mean square of each input channel over the calibration tokens, or
+                None without calibration.
         Returns:
             packed codes and block scales on the weight's device.
         """

@@ -1,9 +1,9 @@
-"""Per block the E4M3 scale with the least squared error, each column's error weighted by the mean square of its input.
+"""mse: for each block the E4M3 scale with the least squared error, weighted by the mean square of each column's input.
 
-Candidates are the E4M3 values between 0.85 and 1.8 times amax / 6: for a scale outside of that range a better one
+Candidates are the E4M3 values between 0.85 and 1.8 times amax / 6: for a scale outside of that range, a better one
 inside exists in all but a vanishing share of blocks (docs/recipes.md, section "Quantizers", gives the measurement
-against all 126). The global scale leaves room for them: half of rtn's, which changes no rounding. Ties go to the
-smaller scale; sums are taken over neighbouring pairs in a fixed order, so that every device chooses alike.
+against all 126). The global scale leaves headroom for them: it is half of rtn's, which changes no rounding. Ties go
+to the smaller scale. Sums are taken over neighbouring pairs in a fixed order, so that every device chooses alike.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def block_importance(cols: int, mean_square: Tensor | None) -> Tensor:
         cols: number of columns, divisible by 16.
         mean_square: float64 [cols] or None.
     Returns:
-        float32 [16, cols / 16]: column 16 j + i at [i, j]; the mean of a block is 1, and a block whose inputs were all
+        float32 [16, cols / 16]: column 16 j + i at [i, j]. The mean of a block is 1, and a block whose inputs were all
         zero counts evenly.
     """
     if mean_square is None:

@@ -144,7 +144,7 @@ def test_a_missing_recipe_file(refused: Refused, model: Path) -> None:
 
 
 def test_an_unknown_quantizer_names_those_that_exist(refused: Refused, model: Path) -> None:
-    assert "quantizer 'gptq' does not exist; available: rtn, mse" in refused(2, model, "--quantizer", "gptq")
+    assert "quantizer 'gptq' does not exist: choose rtn or mse" in refused(2, model, "--quantizer", "gptq")
 
 
 def test_a_stale_config_of_modelopt_over_plain_weights_may_be_removed(refused: Refused, model: Path) -> None:

@@ -18,7 +18,7 @@ def test_quantizers_are_found_by_name_and_say_what_they_need() -> None:
 
 
 def test_an_unknown_quantizer_is_refused_with_the_ones_that_exist() -> None:
-    with pytest.raises(InputError, match=r"^quantizer 'gptq' does not exist; available: rtn, mse\.$") as caught:
+    with pytest.raises(InputError, match=r"^quantizer 'gptq' does not exist: choose rtn or mse\.$") as caught:
         get_quantizer("gptq")
     assert caught.value.exit_code == 2
 
