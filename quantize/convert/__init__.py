@@ -1,1 +1,1 @@
-"""The pipeline that joins plan, walk, quantizer and writer; relayout; the second opinion of llm-compressor."""
+"""The pipeline that joins plan, walk, quantizer and writer, relayout, and the second opinion of llm-compressor."""

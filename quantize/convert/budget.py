@@ -1,5 +1,5 @@
-"""How much of each memory hidden states may take: what is there, or the given budget, less what the run itself
-needs."""
+"""The share of each memory that hidden states may use: the free memory, or the given budget, less the needs of the
+run itself."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SHARE_OF_AVAILABLE_HOST = 0.5  # the rest is left to the page cache and to other
 
 
 def hidden_budget(plan: Plan, batches: Sequence[Tensor], options: ConvertOptions, folder: Path) -> HiddenBudget:
-    """Where the hidden states of this process may wait.
+    """The memories in which the hidden states of this process may wait.
 
     Args:
         batches: int64 [sequences, tokens] each.
-        folder: where a file for the rest may be made.
+        folder: for a file with the hidden states that fit no memory.
     """
     is_gpu = options.device != "cpu"
     largest = max((batch.numel() for batch in batches), default=0)

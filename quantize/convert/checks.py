@@ -1,4 +1,4 @@
-"""What a conversion refuses before it reads a weight: the checks that `plan` runs too, so that both say the same."""
+"""Checks of a conversion before it reads a weight. `plan` runs them too, so both report the same errors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ def check_conversion(plan: Plan) -> None:
     """Refuse a plan that `convert` would refuse before its first layer.
 
     Raises:
-        CheckFailed: vLLM's rules would give some layer another treatment than the plan does.
-        EnvironmentLack: a recipe that calibrates, and no transformers that knows the architecture.
-        InputError: a recipe that calibrates, and a model that cannot be walked.
+        CheckFailed: vLLM's rules would treat a layer in another way than the plan.
+        EnvironmentLack: the recipe calibrates, but the installed transformers does not support the architecture.
+        InputError: the recipe calibrates, but nvquant cannot walk the model layer by layer.
     """
     check_patterns(plan)
     if plan.recipe.needs_calibration:

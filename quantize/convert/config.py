@@ -1,4 +1,4 @@
-"""`quantization_config` of the output, in both layouts, and the proof that vLLM reads it as the plan means it."""
+"""`quantization_config` of the output, in both layouts, and the proof that vLLM reads it as the plan does."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PRESETS = {"nvfp4": "NVFP4", "nvfp4-a16": "NVFP4A16"}
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """What a quantization config describes: a plan's output, or a checkpoint that is quantized already.
+    """The subject of a quantization config: a plan's output, or a checkpoint that is quantized already.
 
     Attributes:
-        selection: what is quantized, and the role of every tensor of the unquantized model.
+        selection: the quantized modules, and the role of every tensor of the unquantized model.
         shapes: of all tensors of the unquantized model, by name.
         config: its config.json, without `quantization_config`.
-        kv_cache: what the served model's KV cache holds.
+        kv_cache: the dtype of the served model's KV cache.
     """
 
     layout: Layout
@@ -42,12 +42,12 @@ class QuantizedModel:
 
     @property
     def fusions(self) -> Fusions:
-        """What servers fuse of the model."""
+        """The matrices of the model that servers fuse."""
         return fusions_of(self.shapes, self.config)
 
 
 def described(subject: Plan | QuantizedModel) -> QuantizedModel:
-    """What the config of a plan's output describes; a described model is returned as it is."""
+    """The model that the config of a plan's output describes. A described model is returned unchanged."""
     if isinstance(subject, QuantizedModel):
         return subject
     shapes = {name: info.shape for name, info in subject.source.infos().items()}
@@ -61,7 +61,7 @@ def output_configs(subject: Plan | QuantizedModel) -> dict[str, dict[str, Any]]:
 
     config.json is the source's JSON, key by key, plus `quantization_config`.
     Raises:
-        CheckFailed: vLLM's rules would give some layer another treatment than the plan does.
+        CheckFailed: vLLM's rules would treat a layer in another way than the plan.
     """
     model = described(subject)
     quantization = quantization_config(model)
@@ -72,7 +72,7 @@ def output_configs(subject: Plan | QuantizedModel) -> dict[str, dict[str, Any]]:
 
 
 def quantization_config(subject: Plan | QuantizedModel) -> dict[str, Any]:
-    """The value of `quantization_config`; see `output_configs`."""
+    """The value of `quantization_config`. See `output_configs`."""
     model = described(subject)
     coverage = coverage_in_order(model)
     build = _modelopt if model.layout.name == "modelopt" else _compressed_tensors
@@ -82,7 +82,7 @@ def quantization_config(subject: Plan | QuantizedModel) -> dict[str, Any]:
 
 
 def check_patterns(subject: Plan | QuantizedModel) -> None:
-    """Prove the patterns of the config to come, without building it: that takes the compressed-tensors library.
+    """Prove the patterns of the future config without building it, which requires the compressed-tensors library.
 
     Raises:
         CheckFailed: as `output_configs`.
@@ -105,13 +105,13 @@ def check_patterns(subject: Plan | QuantizedModel) -> None:
 def _refuse_disagreements(model: QuantizedModel, config: Mapping[str, Any]) -> None:
     for layer, expected, found in disagreements(model, config):
         raise CheckFailed(
-            f"the config would make vLLM treat {layer} as {found} where the plan has {expected}: please report "
-            f"this model's names."
+            f"vLLM would read {layer} from the config as {found}, but the plan has {expected}: report this model's "
+            f"names as an issue."
         )
 
 
 def coverage_in_order(subject: Plan | QuantizedModel) -> Coverage:
-    """The patterns of a model, from its names in their natural order: the same for the same model in other shards."""
+    """The patterns of a model, from its names in their natural order, so that they do not depend on its shards."""
     model = described(subject)
     shapes = {name: model.shapes[name] for name in sorted(model.shapes, key=_natural)}
     schemes = {
@@ -123,12 +123,12 @@ def coverage_in_order(subject: Plan | QuantizedModel) -> Coverage:
 
 
 def _natural(name: str) -> list[tuple[str, int]]:
-    """Sorts `layers.2` before `layers.10`."""
+    """A sort key that puts `layers.2` before `layers.10`."""
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
 def disagreements(subject: Plan | QuantizedModel, config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Layers that vLLM would treat otherwise than the plan: (layer, what the plan has, what vLLM's rules say)."""
+    """Layers that vLLM would treat in another way than the plan: (layer, the plan's scheme, vLLM's scheme)."""
     model = described(subject)
     verdict = modelopt_verdict if config.get("quant_method") == "modelopt" else compressed_tensors_verdict
     fusions = model.fusions
@@ -144,7 +144,7 @@ def disagreements(subject: Plan | QuantizedModel, config: Mapping[str, Any]) -> 
 
 
 def served_linears(subject: Plan | QuantizedModel) -> list[str]:
-    """Every linear layer that a server builds, by its fused name, in the model's order; without embeddings."""
+    """Every linear layer that a server builds, by its fused name, in the model's order, without embeddings."""
     model = described(subject)
     fusions = model.fusions
     drafts = [
@@ -178,7 +178,7 @@ def _expected(scheme: str | None, config: Mapping[str, Any]) -> str:
 
 
 def _compressed_tensors(coverage: Coverage, kv_cache: str) -> dict[str, Any]:
-    """Built with compressed-tensors' own classes, so that what vLLM validates is what its library wrote."""
+    """A config from compressed-tensors' own classes, so that vLLM validates the output of its own library."""
     import compressed_tensors
     from compressed_tensors.quantization import (
         QuantizationArgs,

@@ -1,6 +1,6 @@
-"""Making a GPU ready: its context, its libraries and nvquant's kernels are loaded once, before the first byte is read.
+"""Preparation of a GPU: its context, libraries and nvquant's kernels are loaded once, before the first byte is read.
 
-What is loaded late costs the first layer half a second and more; here it is done while Python packages are imported.
+Without it, the first layer takes half a second longer or more. The preparation runs while Python packages are imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOKENS, COLS = 256, 1024  # divisible by 16, as Triton compiles for such sizes a
 
 
 class DeviceStart(AbstractContextManager[None]):
-    """Makes the device ready in a thread while the block runs, and waits for it at the end; nothing for the CPU."""
+    """Prepares a GPU in a thread while the block runs, and waits for it at the end. A CPU requires no preparation."""
 
     def __init__(self, device: str, quantizer: Quantizer, is_calibrated: bool) -> None:
         self._pool = ThreadPoolExecutor(1, "start")
@@ -39,7 +39,7 @@ class DeviceStart(AbstractContextManager[None]):
 
 @contextmanager
 def telling_of_full_gpu(what: str) -> Iterator[None]:
-    """Say in one sentence what the GPU's memory did not hold.
+    """Name the data for which the GPU ran out of memory, in one sentence.
 
     Raises:
         EnvironmentLack: the block ran out of the GPU's memory.
@@ -48,14 +48,14 @@ def telling_of_full_gpu(what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise EnvironmentLack(
-            f"the GPU's memory does not hold {what}: end what else uses it, leave less of it to hidden states with "
-            f"--memory-budget, or use --device cpu."
+            f"the GPU ran out of memory for {what}: end other programs that use it, leave fewer hidden states on it "
+            f"with a lower --memory-budget, or use --device cpu."
         ) from error
 
 
 @torch.no_grad()
 def start_gpu(device: torch.device, quantizer: Quantizer, is_calibrated: bool) -> None:
-    """Use once, on little data, what a conversion uses."""
+    """Run the operations of a conversion once, on little data."""
     weight = torch.ones((TOKENS, COLS), dtype=torch.bfloat16, device=device)
     quantizer.quantize(weight, global_scale(weight.amax().float()))
     if is_calibrated:

@@ -1,6 +1,6 @@
-"""The engine: layers come from the reader, go through the walk, are quantized and handed to the writer.
+"""The engine takes layers from the reader, runs samples through them, quantizes them and passes them to the writer.
 
-While a layer is computed the next one is read and the last one written; one layer is in flight in each stage, whatever
+While it computes a layer, it reads the next one and writes the last one. Each stage has one layer at a time, whatever
 the model's size. Layers that an earlier run finished are only walked through.
 """
 
@@ -51,11 +51,11 @@ SPOOL_FOLDER = "source"  # in the run's own folder: what of a remote source is r
 
 
 class Engine:
-    """One run over the layers that are still to be made.
+    """One run over the layers that are not done yet.
 
     Args:
         done: records of the shards that an earlier run finished, by file.
-        dtype: in which the model computes.
+        dtype: of the model's computation.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Engine:
         """Make every shard that is not done, this rank's share of them.
 
         Raises:
-            NvquantError: see each stage; what was finished before stays.
+            NvquantError: see each stage. Finished shards stay.
         """
         todo = [layer for layer, shard in self._shards.items() if shard.file not in self._done]
         snapshots, start = self._snapshots(calibration, todo)
@@ -134,12 +134,12 @@ class Engine:
         source.content.end()
 
     def _to_copy(self) -> list[PlannedShard]:
-        """This rank's share of the shards that hold nothing quantized and are not done."""
+        """This rank's share of the shards that contain nothing quantized and are not done."""
         rest = [shard for shard in self._plan.shards if shard.layer is None]
         return [shard for at, shard in enumerate(rest) if shard.file not in self._done and self._ranks.owns(at)]
 
     def _reading_order(self, layers: list[int], rest: list[PlannedShard], is_calibrated: bool) -> ReadingOrder:
-        """What this run reads of the source, and in which order."""
+        """The tensors that this run reads from the source, in the order of reading."""
         plan = self._plan
         by_layer = plan.tensors_by_layer()
         root = plan.prefix.removesuffix("layers")
@@ -206,8 +206,8 @@ class Engine:
             skeleton = build_skeleton(plan.source, plan.prefix, self._device, self._dtype)
             if len(skeleton.layers) != len(plan.layers):
                 raise InputError(
-                    f"{plan.model}: config.json describes {len(skeleton.layers)} decoder layers, but the shards hold "
-                    f"{len(plan.layers)}: download the model again."
+                    f"{plan.model}: config.json describes {len(skeleton.layers)} decoder layers, but the shards "
+                    f"contain {len(plan.layers)}: download the model again."
                 )
         parts = ranks.split(make_batches(calibration.samples, self._options.batch_size))
         self._sequences = [sum(len(batch) for batch in part) for part in parts]
@@ -226,7 +226,7 @@ class Engine:
             walk.hidden.close()
 
     def _make(self, loaded: LoadedLayer, walk: Walk | None, writer: ShardWriter) -> None:
-        """Observe a layer's inputs, quantize its matrices, hand it to the writer."""
+        """Observe a layer's inputs, quantize its matrices, and pass it to the writer."""
         self._watch.phase("layers")
         shard = self._shards[loaded.layer]
         groups = groups_of_layer(self._plan.groups, self._plan.prefix, loaded.layer)
@@ -244,7 +244,7 @@ class Engine:
                     refuse_damaged_before(self._plan, loaded.layer)
                     raise
         output, records = self._quantize(groups, loaded, inputs)
-        with ranks.step(), telling_of_full_gpu(f"what is written of layer {loaded.layer}"):
+        with ranks.step(), telling_of_full_gpu(f"the output of layer {loaded.layer}"):
             if self._ranks.owns(self._index[loaded.layer]):
                 for group in groups:
                     output.update(group_scalars(self._plan, group, records[group.name], self._quantizer))
@@ -259,13 +259,13 @@ class Engine:
         loaded.release()
 
     def _replay(self, loaded: LoadedLayer, walk: Walk, record: Mapping[str, Any]) -> None:
-        """Bring the hidden states through a layer that an earlier run finished."""
+        """Run the hidden states through a layer that an earlier run finished."""
         self._watch.phase("replay")
         with self._trace.span("replay", f"layer {loaded.layer}"), self._lockstep.step():
             if loaded.sha256 not in (None, record["layer"]["source_sha256"]):
                 raise InputError(
-                    f"{self._plan.model}: the weights of layer {loaded.layer} are not those that the earlier run read, "
-                    f"though their files look the same: restore them, or begin anew with --restart."
+                    f"{self._plan.model}: the weights of layer {loaded.layer} changed since the earlier run, although "
+                    f"size and time of their files did not: restore the files, or begin anew with --restart."
                 )
             walk.step(loaded.layer, loaded.tensors, [], False)
         loaded.release()
@@ -275,7 +275,7 @@ class Engine:
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
         """Packed codes and block scales of a layer, by output name, and the record of each group.
 
-        Every rank makes its share of the groups; the layer's owner gets them all, and all get the records.
+        Every rank quantizes its share of the groups. The layer's owner gets all groups, and all ranks get the records.
         """
         plan, ranks = self._plan, self._lockstep
         sizes = {group.name: sum(plan.matrices[module].source_bytes for module in group.members) for group in groups}
@@ -325,7 +325,7 @@ class Engine:
 
     @staticmethod
     def _layers_while_copying(reader: LayerReader, copies: list[Future[None]]) -> Iterator[LoadedLayer]:
-        """The reader's layers, for as long as no copy has failed: an hour of layers is not computed for nothing."""
+        """The reader's layers until a copy fails, so that no further layers are computed in vain."""
         for loaded in reader:
             for copy in copies:
                 if copy.done():

@@ -1,7 +1,7 @@
-"""What a run has done so far, in its partial folder: one small file for each shard that is whole and on the disk.
+"""The journal of a run, in its partial folder: one small file for each shard that is complete and on the disk.
 
-A shard counts as done when its record is there; the record is written after the shard is durable, under a temporary
-name and renamed, like the shard. No record is ever changed, so a run that ends anywhere leaves only whole ones.
+A shard is done when its record exists. The record is written after the shard is durable, under a temporary name, and
+then renamed, like the shard. No record ever changes, so a run that ends at any point leaves only complete records.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Journal:
         self.folder = partial / STATE_FOLDER
 
     def identity(self) -> dict[str, Any] | None:
-        """The identity of the run that fills the folder; None where it has not been written yet.
+        """The identity of the run that fills the folder, or None before it is written.
 
         Raises:
-            CheckFailed: it is damaged.
+            CheckFailed: the identity is damaged.
         """
         path = self.folder / IDENTITY_NAME
         try:
@@ -63,7 +63,7 @@ class Journal:
             return None
 
     def begin(self, identity: Mapping[str, Any], files: Iterable[str] = ()) -> None:
-        """Note whose run this is.
+        """Write the identity of this run.
 
         Args:
             files: names of the files that it is going to write, relative to the folder.
@@ -75,19 +75,19 @@ class Journal:
         sync_folder(self.partial)
 
     def note(self, shard: PlannedShard, sha256: str, layer: Mapping[str, Any] | None) -> None:
-        """Note a shard that is whole and on the disk.
+        """Write the record of a shard that is complete and on the disk.
 
         Args:
-            layer: what the manifest says of the layer that it holds; None for the rest of the model.
+            layer: the manifest's entry for the layer in it, or None for the rest of the model.
         """
         write_json(self._path(shard), {"sha256": sha256, "layer": layer})
 
     def has(self, shard: PlannedShard) -> bool:
-        """Whether the shard was noted."""
+        """Whether the shard has a record."""
         return self._path(shard).exists()
 
     def records(self, shards: Sequence[PlannedShard]) -> dict[str, dict[str, Any]]:
-        """The records of the shards that are whole, by file. A shard whose file was removed counts as not done.
+        """The records of the complete shards, by file. A shard whose file was removed counts as not done.
 
         Raises:
             CheckFailed: a record is damaged.
@@ -96,7 +96,7 @@ class Journal:
         return {shard.file: self._read(shard) for shard in noted}
 
     def done(self, shards: Sequence[PlannedShard]) -> dict[str, dict[str, Any]]:
-        """`records`, of which every shard's bytes are read and hashed again.
+        """`records`, after reading and hashing the bytes of every shard again.
 
         Raises:
             CheckFailed: a shard or a record is damaged.
@@ -108,13 +108,13 @@ class Journal:
         for shard, digest in zip(noted, found, strict=True):
             if digest != records[shard.file]["sha256"]:
                 raise CheckFailed(
-                    f"{self.partial / shard.file} is damaged (its sha256 is not the recorded one): remove this "
-                    f"file and run the same command again; only what it holds is made anew."
+                    f"{self.partial / shard.file} is damaged (its sha256 differs from the journal's): remove this file "
+                    f"and run the same command again, which rebuilds this file alone."
                 )
         return records
 
     def clear(self) -> None:
-        """Remove the records, all at one moment: the folder's other files are the whole output."""
+        """Remove all records at once. The other files of the folder are the complete output."""
         with suppress(FileNotFoundError):
             self.folder.rename(self.partial / CLEARED_FOLDER)
         shutil.rmtree(self.partial / CLEARED_FOLDER, ignore_errors=True)

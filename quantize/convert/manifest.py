@@ -1,5 +1,5 @@
-"""`nvquant_manifest.json`: what a run was made from, what it observed, and the hash of every file. No time, host or
-path: equal runs, equal files."""
+"""`nvquant_manifest.json`: the inputs of a run, its observations, and the hash of every file. It contains no time, host
+or path, so equal runs give equal files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MANIFEST_NAME = "nvquant_manifest.json"
 def run_identity(
     plan: Plan, quantizer: str, calibration: CalibrationSet | None, run: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What determines the output's bytes.
+    """All facts that determine the output's bytes.
 
     Args:
         run: device kind, dtype, attention implementation, batch size.
@@ -55,8 +55,9 @@ def run_identity(
 
 
 def source_identity(source: Checkpoint) -> dict[str, Any]:
-    """What the source is: of a model on the Hub its name, commit and published hashes, and which integrity was proved
-    of what was read; of a folder each shard's size, modification time and header hash. Either way config.json's hash.
+    """The identity of the source. A model on the Hub has its name, its commit, its published hashes and the kind of
+    integrity that was proved. A folder has each shard's size, modification time and header hash. Both have the hash of
+    config.json.
     """
     config = {"config_sha256": hashlib.sha256(read_regular(source.folder / "config.json", source.folder)).hexdigest()}
     if source.hub is not None:
@@ -77,8 +78,8 @@ def source_identity(source: Checkpoint) -> dict[str, Any]:
 
 
 def difference(found: Mapping[str, Any], identity: Mapping[str, Any], path: str = "") -> str | None:
-    """Where another run's identity differs from this one's, in words: `calibration.sha256 is 4be1… there, 90ac… here`;
-    None where it does not. What a manifest holds beside its identity is not looked at."""
+    """The first difference of another run's identity from this one's, as `calibration.sha256 is 4be1… there, 90ac…
+    here`, or None. Other keys of a manifest are not compared."""
     for key, value in identity.items():
         name = f"{path}{key}"
         there = found.get(key, "missing")

@@ -1,7 +1,7 @@
-"""The forms of `nvquant_manifest.json` and of a run's journal: each is checked where it is read.
+"""The forms of `nvquant_manifest.json` and of a run's journal. Each is checked when it is read.
 
-A manifest comes with a checkpoint, so whoever made the checkpoint may have written anything there. Behind this module
-its names are names, its hashes are hashes and its numbers are numbers.
+A manifest comes with a checkpoint, so its author may have written anything into it. Behind this module its names are
+names, its hashes are hashes and its numbers are numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOST_NAME_CHARACTERS = 4096
 
 def _one_visible_line(text: str) -> str:
     if visible(text) != text or "\n" in text or "\t" in text:
-        raise ValueError("it holds characters that cannot be seen")
+        raise ValueError("it contains invisible characters")
     return text
 
 
@@ -52,7 +52,7 @@ class HubSource(_Form):
 
 
 class SourceShard(_Form):
-    """What was recorded of a shard of the source: of a folder its header's hash, of a model on the Hub its ETag."""
+    """The recorded facts of a shard of the source: its header's hash for a folder, its ETag for a model on the Hub."""
 
     bytes: Natural | None = None
     etag: Annotated[str, Field(pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?\z")] | None = None
@@ -60,7 +60,7 @@ class SourceShard(_Form):
 
 
 class Source(_Form):
-    """What a checkpoint was made from."""
+    """The source of a checkpoint."""
 
     hub: HubSource | None = None
     integrity: Line | None = None
@@ -68,7 +68,7 @@ class Source(_Form):
 
 
 class Run(_Form):
-    """How it was computed."""
+    """The circumstances of the computation."""
 
     device: Word
     dtype: Word
@@ -78,7 +78,7 @@ class Run(_Form):
 
 
 class CalibrationRecord(_Form):
-    """What the inputs' scales were calibrated with."""
+    """The calibration of the inputs' global scales."""
 
     name: Line
     samples: Natural
@@ -90,7 +90,7 @@ class CalibrationRecord(_Form):
 
 
 class InputRecord(_Form):
-    """What calibration observed at a group's input, and the amax that its scale was made from."""
+    """The observations of calibration at a group's input, and the amax behind its global scale."""
 
     observed_amax: Amax
     low_percentile: Amax
@@ -98,7 +98,7 @@ class InputRecord(_Form):
 
 
 class GroupRecord(_Form):
-    """A fused group; without `input` for a weight-only scheme."""
+    """A fused group. A weight-only scheme has no `input`."""
 
     scheme: Word
     members: Annotated[tuple[Line, ...], Field(min_length=1)]
@@ -108,7 +108,7 @@ class GroupRecord(_Form):
 
 
 class LayerRecord(_Form):
-    """A layer, and the shard that holds it."""
+    """A layer, and the shard that contains it."""
 
     file: FileName
     groups: dict[Line, GroupRecord]
@@ -129,37 +129,37 @@ class ManifestForm(_Form):
 
 
 class FileNames(_Form):
-    """Of a manifest, or of a journal's list, the names of files alone."""
+    """The file names alone of a manifest or of a journal's list."""
 
     files: dict[FileName, str] | tuple[FileName, ...]
 
 
 class ShardRecord(_Form):
-    """A shard in a run's journal; `layer` is None for the rest of the model."""
+    """A shard in a run's journal. `layer` is None for the rest of the model."""
 
     sha256: Sha256
     layer: LayerRecord | None
 
 
-_WORDS = {"missing": "is missing", "string_pattern_mismatch": "is not of the form that nvquant writes"}
+_WORDS = {"missing": "is missing", "string_pattern_mismatch": "does not have the form that nvquant writes"}
 Form = TypeVar("Form", bound=_Form)
 
 
 def held_to(form: type[Form], document: Mapping[str, Any], where: str) -> Form:
-    """A document in its form.
+    """Check the form of a document, and return it parsed.
 
     Args:
-        where: as messages name the file.
+        where: the name of the file in messages.
     Raises:
-        InputError: it has another one; the message names the first key that is wrong.
+        InputError: the document has another form. The message names the first wrong key.
     """
     try:
         return form.model_validate(document)
     except (ValidationError, RecursionError) as error:
-        said = "it is nested too deeply"
+        problem = "it is nested too deeply"
         if isinstance(error, ValidationError):
             first = error.errors()[0]
-            at = ".".join(str(part)[:80] for part in first["loc"]) or "the whole"
+            at = ".".join(str(part)[:80] for part in first["loc"]) or "the document"
             wrong = _WORDS.get(first["type"], f"is wrong: {first['msg'].removeprefix('Value error, ')}")
-            said = f"{at} {wrong}"
-        raise InputError(f"{where} lacks or misstates a key ({said}).") from error
+            problem = f"{at} {wrong}"
+        raise InputError(f"{where} has a missing or wrong key ({problem}).") from error

@@ -31,7 +31,7 @@ class QuantizedGroup:
 
     Attributes:
         tensors: packed codes and block scales by output name, uint8, on the weights' device.
-        record: what the manifest says of the group.
+        record: the manifest's entry for the group.
     """
 
     tensors: dict[str, Tensor]
@@ -39,7 +39,7 @@ class QuantizedGroup:
 
 
 def refuse_damaged(weights: Mapping[str, Tensor]) -> None:
-    """Name the first tensor of a layer that holds a NaN or an infinity, if one does.
+    """Name the first tensor of a layer that contains a NaN or an infinity, if there is one.
 
     Raises:
         NonFiniteError: with the first row and column, counted from 0.
@@ -68,26 +68,26 @@ def refuse_damaged_before(plan: Plan, layer: int) -> None:
 def quantize_group(
     plan: Plan, group: FusedGroup, weights: Mapping[str, Tensor], inputs: InputStatistics | None, quantizer: Quantizer
 ) -> QuantizedGroup:
-    """Quantize a fused group; its global scales follow from the record (`group_scalars`).
+    """Quantize a fused group. Its global scales follow from the record (`group_scalars`).
 
     Args:
         weights: the members' weights by source name, in their stored dtype, on one device.
-        inputs: statistics of the shared input; None for a weight-only scheme.
+        inputs: statistics of the shared input, or None for a weight-only scheme.
     Raises:
         NonFiniteError: a NaN or an infinity in a weight.
-        InputError: weights so large that the quantizer's head-room leaves float32.
+        InputError: weights so large that the quantizer's headroom exceeds float32.
     """
     members = [plan.matrices[module] for module in group.members]
     amax = torch.stack([weight_amax(weights[member.source], member.source) for member in members]).amax()
     if 0 < float(amax) < SMALLEST_WEIGHT_AMAX:
         raise InputError(
-            f"{members[0].source} holds no value above {float(amax):.3g}, and NVFP4 cannot hold it: leave it out of "
-            f"the recipe's quantize list."
+            f"{members[0].source} contains no value above {float(amax):.3g}, which is too small for NVFP4: leave it "
+            f"out of the recipe's quantize list."
         )
     scale = global_scale(amax, quantizer.headroom)
     if not math.isfinite(float(amax * quantizer.headroom)):
         raise InputError(
-            f"{members[0].source} holds values near the end of float32: use --quantizer rtn for this model."
+            f"{members[0].source} contains values near the limit of float32: use --quantizer rtn for this model."
         )
     mean_square = inputs.mean_square if inputs else None
     record: dict[str, Any] = {"scheme": members[0].scheme, "members": list(group.members), "weight_amax": float(amax)}
@@ -123,7 +123,7 @@ def group_scalars(plan: Plan, group: FusedGroup, record: Mapping[str, Any], quan
 
 
 def packed_shapes(plan: Plan, groups: Iterable[FusedGroup]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What `quantize_group` makes of some groups: output names, in order, to the group's name and the uint8 shape."""
+    """The outputs of `quantize_group` for some groups: output names, in order, to the group's name and uint8 shape."""
     shapes = {}
     for group in groups:
         for module in group.members:
@@ -135,7 +135,7 @@ def packed_shapes(plan: Plan, groups: Iterable[FusedGroup]) -> dict[str, tuple[s
 
 def stored_scalar(amax: float, layout: Layout) -> Tensor:
     """The float32 global scale that a layout stores for an amax: 2688 / amax or amax / 2688, each from the amax
-    itself; 1.0 for an amax of zero, and where the divisor would overflow."""
+    itself. It is 1.0 for an amax of zero, and where 2688 / amax would overflow."""
     value = torch.tensor(amax, dtype=torch.float32)
     divisor = global_scale(value)
     if layout.divisor:

@@ -1,4 +1,4 @@
-"""Memory of this process: its peak, as the operating system counted it, and the way back for what is free."""
+"""Memory of this process: its peak as the operating system counts it, and the return of free memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def peak_host_bytes() -> int:
-    """Largest resident size of this process so far; pinned host memory included.
+    """Largest resident size of this process so far, including pinned host memory.
 
-    Children are not counted: Linux lets a child's peak begin at the size of the process that started it, so that a
+    Children do not count, because Linux lets a child's peak begin at the size of the process that started it, so that a
     compiler called by a process of 5 GB would add 5 GB.
     """
     status = Path("/proc/self/status")
@@ -24,20 +24,20 @@ def peak_host_bytes() -> int:
 
 
 def peak_gpu_bytes() -> int:
-    """Largest amount of GPU memory that this process's allocator reserved; 0 without a GPU."""
+    """Largest amount of GPU memory that this process's allocator reserved, or 0 without a GPU."""
     import torch
 
     return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
 
 
 def host_bytes_now() -> int:
-    """Resident size of this process now; 0 where the system does not tell."""
+    """Resident size of this process now, or 0 if the system does not report it."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text(encoding="ascii").split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
 def available_host_bytes() -> int | None:
-    """Memory that a process can still take without swapping, as the system estimates it; None where it does not."""
+    """Memory that a process can still take without swapping, by the system's estimate, or None without an estimate."""
     table = Path("/proc/meminfo")
     if not table.exists():
         return None
@@ -46,17 +46,17 @@ def available_host_bytes() -> int | None:
 
 
 def gpu_bytes_now() -> int:
-    """GPU memory that this process's allocator has reserved now; 0 without a GPU, or before it is used."""
+    """GPU memory that this process's allocator has reserved now, or 0 without a GPU or before its first use."""
     import torch
 
     return torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
 
 
 def give_back_free_memory() -> None:
-    """Hand the free pages of glibc's allocator back to the system; with another C library nothing happens.
+    """Return the free pages of glibc's allocator to the system. With another C library nothing happens.
 
-    Tensors of up to 32 MiB lie in glibc's heaps, are freed in another order than they came, and leave holes there:
-    without this, resident memory grows with every layer although nothing is held.
+    Tensors of up to 32 MiB lie in glibc's heaps. They are freed in another order than they came, and leave holes there.
+    Without this call, resident memory grows with every layer although it is free.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -64,8 +64,8 @@ def give_back_free_memory() -> None:
 
 
 def give_back_gpu_memory() -> None:
-    """Hand what PyTorch's allocator keeps of the GPU without holding a tensor in it back to the driver, for programs
-    that take a share of the whole GPU; without a GPU in use nothing happens."""
+    """Return the free GPU memory of PyTorch's allocator to the driver, for programs that take a share of the complete
+    GPU. Without a GPU in use nothing happens."""
     import torch
 
     if torch.cuda.is_initialized():

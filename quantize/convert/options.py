@@ -1,4 +1,4 @@
-"""How to run a conversion, and what it did."""
+"""The options of a conversion, and its result."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def _tell_nobody(_progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How to run a conversion.
+    """The options of a conversion.
 
     Attributes:
         device: `cpu` or `cuda` (with an index if there are several).
-        memory_budget_bytes: how much memory the run may use, on the GPU and on the host each; None for what is free.
-        restart: begin anew, whatever is there; else a run that ended early is continued.
-        progress: told how far the run is, by any of its threads.
-        stop: asked between batches whether the run shall end.
+        memory_budget_bytes: limit of the run's memory, on the GPU and on the host each, or None for the free memory.
+        restart: begin anew, and replace an unfinished run or an output. Otherwise an unfinished run is resumed.
+        progress: called with the progress of the run, by any of its threads.
+        stop: checked between batches for a request to end the run.
         ranks: the processes that share the run.
-        trace: where its time goes.
+        trace: measures the time of its phases.
     """
 
     output: Path
@@ -44,13 +44,13 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What a conversion did; the document of `convert --json`.
+    """The result of a conversion, and the document of `convert --json`.
 
     Attributes:
-        seconds: from the first read to the last byte; the import of libraries before stands under `phases`.
+        seconds: from the first read to the last byte. The earlier import of libraries counts in `phases` alone.
         phases: seconds by phase, all threads together (docs/profiling.md).
         layers_resumed: decoder layers that an earlier run had finished.
-        was_finished: the whole output was there already, made by an equal run.
+        was_finished: whether an equal run had already written the complete output.
     """
 
     output: str

@@ -1,4 +1,4 @@
-"""The output folder: checked before work, filled under a temporary name, given its own when whole."""
+"""The output folder is checked before work, filled under a temporary name, and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -24,39 +24,37 @@ SLACK_BYTES = 64 << 20  # side files, index, manifest
 
 
 def partial_folder(output: Path) -> Path:
-    """Where the output grows, on the same file system: beside the folder itself, if `output` is a link to it."""
+    """The folder in which the output grows, on the same file system: beside the real folder, if `output` is a link."""
     folder = output.resolve()
     return folder.with_name(folder.name + PARTIAL_SUFFIX)
 
 
 def _replaced_folder(output: Path) -> Path:
-    """Where an earlier output goes for the moment in which the new one takes its name."""
+    """The folder of an earlier output while the new one takes its name."""
     folder = output.resolve()
     return folder.with_name(f".{folder.name}.nvquant-replaced")
 
 
 def check_output(output: Path, needed_bytes: int, source: Path) -> None:
-    """Refuse an output that cannot be, before any work.
+    """Refuse an impossible output before any work.
 
     Raises:
-        InputError: it exists and is not nvquant's, or would overwrite the source, or there is not enough disk.
+        InputError: it exists and is not nvquant's, or would overwrite the source, or the disk is too full.
     """
     try:
         _check_places(output, source)
         _check_room(output, needed_bytes)
     except OSError as error:  # a name that is too long, a folder that may not be searched
-        raise InputError(
-            f"-o {output} cannot be written to ({error.strerror}): choose another folder with -o."
-        ) from error
+        raise InputError(f"-o {output} is not writable ({error.strerror}): choose another folder with -o.") from error
 
 
 def _check_places(output: Path, source: Path) -> None:
     if source.resolve().is_relative_to(output.resolve()):
-        raise InputError(f"-o {output} is the source itself, or holds it: choose another folder.")
+        raise InputError(f"-o {output} is the source itself, or contains it: choose another folder.")
     if output.exists():
         if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST_NAME).exists()):
             raise InputError(
-                f"-o {output} exists and was not made by nvquant: choose another folder, or remove it yourself."
+                f"-o {output} exists, but nvquant did not write it: choose another folder, or remove it yourself."
             )
     partial = partial_folder(output)
     for folder in (partial, _replaced_folder(output)):
@@ -64,7 +62,7 @@ def _check_places(output: Path, source: Path) -> None:
         refuse_link(folder / STATE_FOLDER)
         if folder.exists() and not (folder.is_dir() and is_ours(folder)):
             raise InputError(
-                f"{folder} exists and was not made by nvquant: remove it, or choose another folder with -o."
+                f"{folder} exists, but nvquant did not write it: remove it, or choose another folder with -o."
             )
 
 
@@ -76,15 +74,15 @@ def _check_room(output: Path, needed_bytes: int) -> None:
     if free < needed_bytes + SLACK_BYTES:
         raise InputError(
             f"-o {output} needs {needed_bytes + SLACK_BYTES:,} bytes, but {parent} has {free:,} free: free "
-            f"space or choose another disk with -o."
+            f"space, or choose another disk with -o."
         )
 
 
 def check_finished(output: Path, identity: Mapping[str, Any], restart: bool) -> bool:
-    """Whether the output is there already, made by a run of this identity.
+    """Whether a run of this identity has already written the output.
 
     Raises:
-        InputError: it was made by another run, and may not be replaced.
+        InputError: another run has written it, and nvquant may not replace it.
     """
     path = output / MANIFEST_NAME
     if restart and output.is_dir():
@@ -95,18 +93,18 @@ def check_finished(output: Path, identity: Mapping[str, Any], restart: bool) -> 
     differs = difference(read_json(path, "nvquant writes one"), identity)
     if differs is not None:
         raise InputError(
-            f"-o {output} holds a finished checkpoint of another run ({differs}): choose another folder, or replace "
-            f"it with --restart."
+            f"-o {output} contains the finished checkpoint of another run ({differs}): choose another folder, or "
+            f"replace it with --restart."
         )
     return True
 
 
 @contextmanager
 def locked_partial(output: Path) -> Iterator[Path]:
-    """The partial folder, made where it is missing, for this process alone.
+    """Create the partial folder if it is missing, and lock it for this process.
 
     Raises:
-        InputError: it cannot be made, or another run fills it.
+        InputError: it cannot be created, or another run fills it.
     """
     partial = partial_folder(output)
     try:
@@ -114,31 +112,31 @@ def locked_partial(output: Path) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        raise InputError(f"{partial} cannot be made ({error.strerror}): choose another folder with -o.") from error
+        raise InputError(f"{partial} cannot be created ({error.strerror}): choose another folder with -o.") from error
     try:
         try:
             # On the folder itself: the lock goes with it when it is renamed, and ends with the process.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(
-                f"{partial} is being filled by another run: wait for it to end, or choose another folder with -o."
+                f"another run is writing to {partial}: wait until it ends, or choose another folder with -o."
             ) from error
         if not partial.exists() or partial.stat().st_ino != os.fstat(descriptor).st_ino:
-            raise InputError(f"{partial} was just finished or removed by another run: run the command again.")
+            raise InputError(f"another run has just finished or removed {partial}: run the command again.")
         yield partial
     finally:
         os.close(descriptor)
 
 
 def open_partial(partial: Path, identity: Mapping[str, Any], restart: bool, files: Iterable[str] = ()) -> Journal:
-    """Continue what an earlier run of this identity left in the partial folder, or begin.
+    """Resume an earlier run of this identity in the partial folder, or begin a new one.
 
     Args:
-        restart: drop what an earlier run wrote there.
+        restart: remove the files that an earlier run wrote there.
         files: names of the files that the run is going to write, relative to the folder.
     Raises:
-        InputError: it holds another run, or something that nvquant did not write.
-        CheckFailed: what says whose run it holds is damaged.
+        InputError: the folder contains another run, or something that nvquant did not write.
+        CheckFailed: the identity of the run in it is damaged.
     """
     journal = Journal(partial)
     found = None if restart else journal.identity()
@@ -147,8 +145,8 @@ def open_partial(partial: Path, identity: Mapping[str, Any], restart: bool, file
         if differs is None:
             return journal
         raise InputError(
-            f"{partial} holds a run that is not this one ({differs}): use the same files and options to continue it, "
-            f"or --restart to begin anew."
+            f"{partial} contains another run ({differs}): use the same files and options to resume it, or --restart to "
+            f"begin anew."
         )
     refuse_link(journal.folder)
     refuse_foreign(partial, "--restart" if restart else "a new run")
@@ -158,17 +156,17 @@ def open_partial(partial: Path, identity: Mapping[str, Any], restart: bool, file
 
 
 def remove_partial(partial: Path) -> None:
-    """Remove a partial folder, as far as the system lets us."""
+    """Remove a partial folder, as far as the system permits."""
     with suppress(OSError):
         remove_own(partial)
         partial.rmdir()
 
 
 def finish_publishing(output: Path) -> None:
-    """Give a whole output its name, where a run was killed before it could.
+    """Give a complete output its name if its run was killed before.
 
     Raises:
-        InputError: that run is still at it.
+        InputError: that run is still active.
     """
     partial = partial_folder(output)
 
@@ -183,8 +181,8 @@ def finish_publishing(output: Path) -> None:
 
 
 def publish(partial: Path, output: Path) -> None:
-    """Give the whole output its final name; an earlier output of nvquant's is replaced. Wherever this ends, either the
-    old output or the whole new one is there, and the next run finishes the rest."""
+    """Give the complete output its final name, and replace an earlier output of nvquant's. Whenever this ends, either
+    the old output or the complete new one exists, and the next run finishes the rest."""
     folder, replaced = output.resolve(), _replaced_folder(output)
     Journal(partial).clear()
     sync_folder(partial)
@@ -198,7 +196,7 @@ def publish(partial: Path, output: Path) -> None:
 
 @contextmanager
 def fresh_partial(output: Path, identity: Mapping[str, Any], files: Iterable[str] = ()) -> Iterator[Path]:
-    """An empty partial folder for this process alone, for work that is not resumed; after an error nothing is left."""
+    """An empty partial folder, locked for this process, for work without resumption. An error leaves nothing behind."""
     finish_publishing(output)
     with locked_partial(output) as partial:
         open_partial(partial, identity, True, files)
@@ -210,12 +208,12 @@ def fresh_partial(output: Path, identity: Mapping[str, Any], files: Iterable[str
 
 
 def check_cache(source: Checkpoint, output: Path, output_bytes: int) -> None:
-    """Refuse a model on the Hub that the cache has no room for, before any of its weights is downloaded.
+    """Refuse a model on the Hub that does not fit the cache, before any of its weights is downloaded.
 
     Args:
-        output_bytes: what the output needs, which may be on the same disk.
+        output_bytes: size of the output, which may be on the same disk.
     Raises:
-        InputError: there is not enough disk.
+        InputError: the disk is too full.
     """
     if source.hub is None or not isinstance(source.content, DownloadedShards):
         return
@@ -228,12 +226,12 @@ def check_cache(source: Checkpoint, output: Path, output_bytes: int) -> None:
         raise InputError(
             f"{source.name} has {missing:,} bytes to download, but the disk of the cache, {folder}, has {free:,} free"
             f"{' for it and the output' if is_shared else ''}: use --low-disk, which keeps no weights, or set HF_HOME "
-            f"to a larger disk."
+            f"to a folder on a larger disk."
         )
 
 
 def _drop_replaced(output: Path) -> None:
-    """Remove the output that another has replaced, as far as nvquant wrote it and the system lets us."""
+    """Remove the replaced output, as far as nvquant wrote it and the system permits."""
     replaced = _replaced_folder(output)
     if replaced.is_dir() and not replaced.is_symlink():
         remove_partial(replaced)

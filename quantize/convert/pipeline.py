@@ -1,4 +1,4 @@
-"""Convert: execute a plan, or go on with a run that ended early; the output appears when it is whole and as planned."""
+"""Convert: execute a plan, or resume a run that ended early. The output appears when it is complete and as planned."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from .watch import Watch
 
 
 def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | None) -> ConvertResult:
-    """Execute a plan; the output appears under its final name only when it is whole and as planned.
+    """Execute a plan. The output appears under its final name only when it is complete and as planned.
 
-    A run that ended early is continued from its last whole shard, and ends in the same bytes.
+    A run that ended early is resumed from its last complete shard, and gives the same bytes.
 
     Args:
-        calibration: None for a recipe that quantizes weights only.
+        calibration: None for a weight-only recipe.
     Raises:
-        NvquantError: see each stage; shards that are whole stay in the partial folder for the next run.
+        NvquantError: see each stage. Complete shards stay in the partial folder for the next run.
     """
     quantizer = get_quantizer(options.quantizer)
     with (
@@ -96,11 +96,11 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
 
 @dataclass(frozen=True)
 class _Begun:
-    """What a run starts from.
+    """The start of a run.
 
     Attributes:
-        done: records of the shards that are whole, by file.
-        is_finished: the output is there already.
+        done: records of the complete shards, by file.
+        is_finished: whether the output exists already.
     """
 
     journal: Journal
@@ -109,7 +109,7 @@ class _Begun:
 
 
 def _circumstances(options: ConvertOptions, dtype: torch.dtype, calibration: CalibrationSet | None) -> dict[str, Any]:
-    """What of this run, beside its files and versions, the output's bytes may depend on."""
+    """The circumstances of this run, beside its files and versions, on which the output's bytes may depend."""
     found: dict[str, Any] = {
         "device": options.device.split(":")[0],
         "dtype": str(dtype).removeprefix("torch."),
@@ -124,7 +124,7 @@ def _circumstances(options: ConvertOptions, dtype: torch.dtype, calibration: Cal
 
 
 def _begin(plan: Plan, options: ConvertOptions, identity: Mapping[str, Any], held: ExitStack) -> _Begun:
-    """Rank 0 takes the partial folder for this run, and tells the others what is in it.
+    """Lock the partial folder for this run on rank 0, which informs the others of its content.
 
     Args:
         held: keeps the folder's lock.
@@ -147,9 +147,9 @@ def _begin(plan: Plan, options: ConvertOptions, identity: Mapping[str, Any], hel
         first, found = ranks.exchange((begun, identity))[0]
         differs = difference(found, identity)
         if differs is not None:
-            raise InputError(f"the ranks are not alike ({differs}): give all the same files, versions and GPUs.")
+            raise InputError(f"the ranks differ ({differs}): give all ranks the same files, versions and GPUs.")
         if not journal.partial.is_dir() and not first.is_finished:
-            raise InputError(f"rank {ranks.rank} does not see {journal.partial}: name a folder that all ranks share.")
+            raise InputError(f"rank {ranks.rank} cannot see {journal.partial}: name a folder that all ranks share.")
     assert isinstance(first, _Begun)
     return first
 
@@ -157,7 +157,7 @@ def _begin(plan: Plan, options: ConvertOptions, identity: Mapping[str, Any], hel
 def _finish(
     plan: Plan, output: Path, journal: Journal, identity: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Write what describes the shards, read every header back, give the folder its name."""
+    """Write the files that describe the shards, read every header back, and give the folder its name."""
     partial = journal.partial
     records = journal.records(plan.shards)
     missing = [shard.file for shard in plan.shards if shard.file not in records]
@@ -184,10 +184,10 @@ def write_side_files(plan: Plan, folder: Path, configs: Mapping[str, Mapping[str
 
 
 def assert_as_planned(plan: Plan, folder: Path) -> None:
-    """Read back every header of the output and hold it against the plan.
+    """Read back every header of the output and compare it with the plan.
 
     Raises:
-        CheckFailed: a tensor is missing, unplanned, or of another dtype, shape or place.
+        CheckFailed: a tensor is missing, unplanned, or has another dtype, shape or place.
     """
     try:
         written = open_checkpoint(folder)
@@ -197,11 +197,11 @@ def assert_as_planned(plan: Plan, folder: Path) -> None:
         found = [(info.name, info.dtype, info.shape) for info in written.shards[shard.file].tensors.values()]
         planned = [(entry.name, entry.dtype, entry.shape) for entry in shard.entries]
         if found != planned:
-            raise CheckFailed(f"{shard.file} was not written as planned.")
+            raise CheckFailed(f"the tensors of {shard.file} differ from the plan.")
 
 
 def _leave(plan: Plan, options: ConvertOptions, journal: Journal, error: BaseException) -> None:
-    """Keep the layers that are whole for the next run, and say so; leave nothing where there are none."""
+    """Keep the complete layers for the next run, and report them. Without such layers, leave nothing."""
     if options.ranks.rank != 0 or not journal.folder.exists():
         return
     try:
@@ -215,8 +215,8 @@ def _leave(plan: Plan, options: ConvertOptions, journal: Journal, error: BaseExc
             remove_partial(journal.partial)
     elif isinstance(error, NvquantError) and error.exit_code < STOPPED:  # one that was stopped says so itself
         error.args = (
-            f"{error} {_layers_in(records)} of {len(plan.layers)} layers are whole and kept: the same command goes on "
-            f"from there.",
+            f"{error} {_layers_in(records)} of {len(plan.layers)} layers are complete and kept: the same command "
+            f"resumes the run.",
         )
 
 

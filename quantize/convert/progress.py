@@ -1,4 +1,4 @@
-"""How far a conversion is: what the pipeline tells whoever shows it."""
+"""The progress of a conversion, as the pipeline reports it to a display."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class Progress:
     """The state of a run at one moment.
 
     Attributes:
-        phase: what is being done.
+        phase: name of the current work.
         layers_done: decoder layers finished, those of an earlier run included.
         layers: decoder layers in all.
         seconds: wall time of this run.
         tokens_done: tokens times layers that this run computed.
-        tokens_total: tokens times layers that this run has to compute; 0 without calibration.
+        tokens_total: tokens times layers that this run has to compute, or 0 without calibration.
         bytes_read: from the source, by this run.
         bytes_written: to the output, by this run.
         host_bytes: resident memory of the process now.
@@ -24,10 +24,10 @@ class Progress:
         layers_skipped: layers that an earlier run had finished.
         rank: this process among the ranks.
         ranks: processes that share the run.
-        setup_seconds: the part of `seconds` before this run's first layer (recording, replay): it says nothing about
-            the speed of the layers.
-        bytes_fetched: of the files of this run that come from the Hub, those that are there.
-        bytes_to_fetch: all of them; 0 where nothing has to come.
+        setup_seconds: the part of `seconds` before this run's first layer (recording, replay), which does not depend
+            on the speed of the layers.
+        bytes_fetched: bytes already fetched of the files that this run needs from the Hub.
+        bytes_to_fetch: all bytes of these files, or 0 if there are none.
     """
 
     phase: str
@@ -49,15 +49,15 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Mean speed of this run in tokens times layers a second, its setup left out; None before the first."""
+        """Mean speed of this run in tokens times layers a second, without its setup, or None before the first."""
         seconds = self.seconds - self.setup_seconds
         return self.tokens_done / seconds if self.tokens_done > 0 and seconds > 0 else None
 
     @property
     def eta_seconds(self) -> float | None:
-        """Time that the layers to come take at the mean speed of this run's layers; None before the first of them.
+        """Time of the remaining layers at the mean speed of this run's layers, or None before the first of them.
 
-        True at the moment when a layer ends; while a layer is computed, its part is not known.
+        It is exact at the end of a layer. The progress within a layer is unknown.
         """
         computed = self.layers_done - self.layers_skipped
         seconds = self.seconds - self.setup_seconds

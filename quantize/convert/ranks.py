@@ -1,10 +1,10 @@
-"""Several processes on one conversion, as `accelerate launch -m nvquant convert …` starts them; usually there is one.
+"""The processes of one conversion, as `accelerate launch -m nvquant convert …` starts them. Usually there is one.
 
-Calibration batches are split over the ranks in order, every rank walks all layers with its own batches, and the
-statistics are brought together exactly: what is observed does not depend on who saw it. The fused groups of a layer are
-quantized by the ranks between them, and the rank that owns the layer (its index modulo the ranks) writes it. All ranks
-say after each step whether it went well, so an error on one ends the run on all with the same sentence.
-Source: torch.distributed; Gloo carries what lies in host memory, NCCL what lies on GPUs.
+The ranks share the calibration batches in order, and every rank walks all layers with its own batches. The statistics
+are merged exactly, so they do not depend on the rank that observed them. The ranks share the fused groups of a layer
+for quantization, and the rank that owns the layer (its index modulo the ranks) writes it. All ranks report the success
+of each step, so an error on one ends the run on all with the same sentence.
+Source: torch.distributed. Gloo transfers data in host memory, NCCL data on GPUs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MEETING = timedelta(minutes=10)
 
 
 class RankFailed(NvquantError):
-    """Another rank met an error; carries that error's sentence and exit code."""
+    """Another rank had an error. This one has that error's sentence and exit code."""
 
     def __init__(self, rank: int, message: str, exit_code: int) -> None:
         super().__init__(f"rank {rank}: {message}")
@@ -39,14 +39,14 @@ class RankFailed(NvquantError):
 
 
 class RankLost(NvquantError):
-    """Another rank ended without a word."""
+    """Another rank ended without a report."""
 
     exit_code = 3
 
 
 @dataclass(frozen=True)
 class _Word:
-    """What a rank says after a step."""
+    """The report of a rank after a step."""
 
     value: Any = None
     error: str | None = None
@@ -71,13 +71,12 @@ class Ranks:
         return index % self.size == self.rank
 
     def split(self, batches: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """Batches by rank: neighbours stay together and the order is kept, so that sequences of rank 0 come before
-        those of rank 1."""
+        """Batches by rank, in their order, so that the samples of rank 0 come before those of rank 1."""
         bounds = [len(batches) * rank // self.size for rank in range(self.size + 1)]
         return [batches[bounds[rank] : bounds[rank + 1]] for rank in range(self.size)]
 
     def share_out(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """The rank of each name, so that the sums of sizes are about equal; the largest first."""
+        """The rank of each name, so that the sums of sizes are about equal. The largest names come first."""
         load = [0] * self.size
         shared = {}
         for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -88,7 +87,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """A piece of work after which all ranks go on together, or none does.
+        """A step of work after which all ranks continue together, or none does.
 
         Raises:
             RankFailed: another rank's step raised.
@@ -105,7 +104,7 @@ class Ranks:
         self.exchange()
 
     def exchange(self, value: Any = None) -> list[Any]:
-        """Every rank's value, in the order of the ranks; see `step` for what it raises."""
+        """Every rank's value, in the order of the ranks. See `step` for the errors."""
         return [value] if self.size == 1 else self._hear(_Word(value))
 
     def _hear(self, word: _Word) -> list[Any]:
@@ -120,11 +119,11 @@ class Ranks:
     def merge(
         self, observers: Mapping[str, InputObserver], sequences: Sequence[int], squares: bool
     ) -> dict[str, InputStatistics]:
-        """Statistics over the sequences of all ranks; equal, bit for bit, to what one process would have.
+        """Statistics over the samples of all ranks, equal bit for bit to those of one process.
 
         Args:
-            observers: this rank's, by group; the same groups on all ranks.
-            sequences: how many each rank has.
+            observers: this rank's, by group. All ranks have the same groups.
+            sequences: number of samples of each rank.
             squares: whether mean squares were observed.
         """
         if self.size == 1:
@@ -162,13 +161,13 @@ class Ranks:
         self, owner: int, makers: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], made: Mapping[str, Tensor],
         device: torch.device,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Bring uint8 tensors to the rank that writes them.
+        """Send uint8 tensors to the rank that writes them.
 
         Args:
-            makers: the rank that made each tensor; the same mapping in the same order on all ranks.
-            made: what this rank made, on `device`.
+            makers: the rank that made each tensor. All ranks have the same mapping in the same order.
+            made: the tensors of this rank, on `device`.
         Returns:
-            all tensors on the owner; what this rank made on the others.
+            all tensors on the owner, and its own tensors on each other rank.
         """
         result = dict(made)
         if self.size == 1:
@@ -195,19 +194,19 @@ class Ranks:
         except RuntimeError as error:  # what torch.distributed raises when a connection closes
             self._is_lost = True
             raise RankLost(
-                f"one of the {self.size} ranks ended (rank {self.rank} lost its connection): its own last lines say "
-                f"why. Run the same command again to continue."
+                f"one of the {self.size} ranks ended (rank {self.rank} lost its connection): read the last lines of "
+                f"that rank for the reason. To resume, run the same command again."
             ) from error
 
     def leave(self) -> None:
-        """End the connections; a process that ends without may be aborted while it does."""
+        """End the connections. A process that ends without this call may be aborted."""
         if self._is_lost and "nccl" in str(torch.distributed.get_backend_config()):
             return  # NCCL would wait for those that are gone
         torch.distributed.destroy_process_group()
 
 
 def join_ranks(device: str) -> tuple[str, Ranks]:
-    """The ranks that a launcher started, connected; one alone where nothing was launched.
+    """The connected ranks that a launcher started, or one rank without a launcher.
 
     Args:
         device: `cpu` or `cuda`.
@@ -215,7 +214,7 @@ def join_ranks(device: str) -> tuple[str, Ranks]:
         this rank's device, and the ranks.
     Raises:
         EnvironmentLack: one of the launcher's variables is not a number.
-        RankLost: the ranks do not find each other.
+        RankLost: the ranks cannot connect.
     """
     if not all(name in os.environ for name in _LAUNCHED) or _number("WORLD_SIZE", 1) < 2:
         return device, Ranks()
@@ -235,7 +234,7 @@ def join_ranks(device: str) -> tuple[str, Ranks]:
         store, rank, size = next(rendezvous("env://", timeout=_MEETING))
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise RankLost(f"the ranks do not find each other ({str(error).splitlines()[0]}): start them again.") from error
+        raise RankLost(f"the ranks cannot connect ({str(error).splitlines()[0]}): start them again.") from error
     ranks = Ranks(rank, size, local_size)
     atexit.register(ranks.leave)
     return device, ranks
@@ -247,5 +246,5 @@ def _number(name: str, default: int) -> int:
         return int(value)
     except ValueError as error:
         raise EnvironmentLack(
-            f"the environment variable {name} is {value!r}, which is no number: unset it, or use another launcher."
+            f"the environment variable {name} is {value!r}, which is not a number: unset it, or use another launcher."
         ) from error

@@ -1,8 +1,8 @@
 """Decoder layers on their way from the shards to the device, ahead of the walk.
 
 Two buffers on the device, each the size of the largest layer, are filled in turn: while one layer is computed, the next
-is read. On a GPU the bytes pass through a few small pinned buffers of the host, so that no layer ever lies in host
-memory as a whole. Several tensors are read at once, and each is hashed as it passes.
+is read. On a GPU the bytes pass through a few small pinned buffers of the host, so host memory never contains a
+complete layer. Several tensors are read in parallel, and each is hashed on the way.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class LoadedLayer:
     """A layer on the device.
 
     Attributes:
-        tensors: by their names in the checkpoint, in their stored dtype; valid until `release` is called.
-        sha256: of the layer's source bytes (`layer_digest`); None where nobody asked for it.
-        release: gives the buffer back; to be called once, from the thread whose stream used the tensors.
+        tensors: by their names in the checkpoint, in their stored dtype. They are valid until `release` is called.
+        sha256: of the layer's source bytes (`layer_digest`), or None if it was not requested.
+        release: returns the buffer. Call it once, from the thread whose stream used the tensors.
     """
 
     layer: int
@@ -63,8 +63,8 @@ class LayerReader:
     Args:
         names: of each layer's tensors in the checkpoint.
         layers: numbers of the layers to read, in the order of the walk.
-        is_hashed: whether a layer's source bytes are wanted as a hash.
-        while_waiting: called now and then by who waits for a layer, which may take hours where it comes from afar.
+        is_hashed: whether to hash a layer's source bytes.
+        while_waiting: called now and then during the wait for a layer, which may take hours over a network.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class LayerReader:
                 self._while_waiting()
 
     def wait_until_idle(self, seconds: float) -> None:
-        """Wait until no layer is being read, so many seconds at most: others let the walk's own reading go first."""
+        """Wait until no layer is being read, at most so many seconds. It gives the walk's own reading priority."""
         self._idle.wait(seconds)
 
     def _run(self) -> None:
@@ -164,7 +164,7 @@ class LayerReader:
         self._free.put(slot)
 
     def _read_one(self, name: str, slot: _Slot, begin: int, is_hashed: bool) -> str:
-        """Read a tensor into its place; returns the sha256 of its bytes, or nothing."""
+        """Read a tensor into its place, and return the sha256 of its bytes, or nothing."""
         digest = hashlib.sha256()
         size = self._source.info(name).nbytes
         way = self._way()
@@ -201,19 +201,19 @@ class _Slot:
         self._event: Any = None
 
     def used(self) -> None:
-        """What the calling thread's stream was given to do so far is the last use of the buffer's content."""
+        """Mark the work of the calling thread's stream so far as the last use of the buffer's content."""
         if self.buffer.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
 
     def wait(self) -> None:
-        """Wait for that."""
+        """Wait for the end of that work."""
         if self._event is not None:
             self._event.synchronize()
 
 
 class _Direct:
-    """Bytes are read to where they belong."""
+    """Reads bytes directly into their place."""
 
     @contextlib.contextmanager
     def through(self, target: Tensor) -> Iterator[memoryview]:

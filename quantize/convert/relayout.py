@@ -1,8 +1,8 @@
 """Relayout: rewrite an NVFP4 checkpoint in the other on-disk layout, tensor by tensor. Nothing is quantized again.
 
-Packed codes and block scales keep their bytes, names change, global scales are inverted. Where nvquant's manifest
-records the amax behind a global scale, the other layout's is made from that amax, so that the result equals a direct
-conversion into that layout; elsewhere it is one float32 reciprocal, right to an ulp.
+Packed codes and block scales keep their bytes, names change, and global scales are inverted. If nvquant's manifest
+records the amax behind a global scale, the other layout's is computed from that amax, so that the output equals a
+direct conversion into that layout. Otherwise it is one float32 reciprocal, exact to one ulp.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ _KV_SCALE = {
 
 @dataclass(frozen=True)
 class RelayoutResult:
-    """What a relayout did; the document of `relayout --json`.
+    """The result of a relayout, and the document of `relayout --json`.
 
     Attributes:
         scalars: whether global scales were made from the recorded amaxes (`exact`) or by a `reciprocal`.
-        unequal_groups: fused groups whose members do not share their global scales; vLLM takes the largest stored
-            value, which changes the others' weights, in the one layout up and in the other down.
+        unequal_groups: fused groups whose members do not share their global scales. vLLM uses the largest stored
+            value, which changes the others' weights, up in one layout and down in the other.
     """
 
     output: str
@@ -74,7 +74,7 @@ class RelayoutResult:
 
 @dataclass(frozen=True)
 class _Move:
-    """A tensor on its way: its entry in the output, its name in the source, and its new value if it has one."""
+    """A tensor of the output: its entry, its name in the source, and its new value if it has one."""
 
     entry: TensorEntry
     source: str
@@ -82,17 +82,20 @@ class _Move:
 
 
 def relayout(source: Checkpoint, target: Layout, output: Path) -> RelayoutResult:
-    """Write `source` in the layout `target`; the output appears under its final name only when it is whole.
+    """Write `source` in the layout `target`. The output appears under its final name only when it is complete.
 
     Raises:
         InputError: the checkpoint is not quantized, not (only) in NVFP4, in that layout already, or contradicts its
-            manifest; the output cannot be.
-        CheckFailed: vLLM's rules would read the new config otherwise than the tensors are.
+            manifest. The output is impossible.
+        CheckFailed: vLLM's rules would read the tensors from the new config in another way.
     """
     started = time.monotonic()
     layout = stored_layout(source)
     if layout is target:
-        raise InputError(f"{source.where} is in the {target.name} layout already: there is nothing to do.")
+        raise InputError(
+            f"{source.where} is already in the {target.name} layout: use it as it is, or choose the other layout "
+            f"with --format."
+        )
     matrices = stored_matrices(source, layout)
     manifest = _read_manifest(source, layout)
     amaxes = recorded_amaxes(manifest[1]) if manifest else {}
@@ -139,13 +142,13 @@ def stored_layout(source: Checkpoint) -> Layout:
     if len(found) == 1:
         return found[0]
     if found:
-        raise InputError(f"{source.where} holds NVFP4 matrices in both layouts: convert the original model again.")
+        raise InputError(f"{source.where} contains NVFP4 matrices in both layouts: convert its source again.")
     config = source.config.get("quantization_config")
     if config is None and not (source.folder / HF_QUANT_CONFIG).exists():
-        raise InputError(f"{source.where} is not quantized: use `nvquant convert` with --format.")
+        raise InputError(f"{source.where} is not quantized: convert it with `nvquant convert --format`.")
     method = config.get("quant_method", "unknown") if isinstance(config, Mapping) else "modelopt"
     raise InputError(
-        f"{source.where} is quantized (quant_method {method}), but not in NVFP4: relayout knows NVFP4 only."
+        f"{source.where} is quantized (quant_method {method}), but not in NVFP4: give an NVFP4 checkpoint."
     )
 
 
@@ -156,10 +159,10 @@ def _has_parts(source: Checkpoint, prefix: str, layout: Layout) -> bool:
 
 
 def stored_matrices(source: Checkpoint, layout: Layout) -> dict[str, PlannedMatrix]:
-    """The NVFP4 matrices of a checkpoint by module, in its order; a matrix without an input scale is weight-only.
+    """The NVFP4 matrices of a checkpoint by module, in its order. A matrix without an input scale is weight-only.
 
     Raises:
-        InputError: a part has the wrong dtype or shape.
+        InputError: a tensor has the wrong dtype or shape.
     """
     matrices = {}
     fusions = _fusions(source, layout)
@@ -176,14 +179,14 @@ def stored_matrices(source: Checkpoint, layout: Layout) -> dict[str, PlannedMatr
             is_scalar = part in ("weight_global", "input_global") and stored.nbytes == entry.nbytes
             if stored.dtype != entry.dtype or (stored.shape != entry.shape and not is_scalar):
                 raise InputError(
-                    f"{entry.name} is {stored.dtype} {list(stored.shape)} where NVFP4 has {entry.dtype} "
-                    f"{list(entry.shape)}: the checkpoint is damaged, or of another kind."
+                    f"{entry.name} is {stored.dtype} {list(stored.shape)}, but NVFP4 stores {entry.dtype} "
+                    f"{list(entry.shape)}: the checkpoint is damaged, or not in NVFP4."
                 )
     return matrices
 
 
 def _fusions(source: Checkpoint, layout: Layout) -> Fusions:
-    """What servers fuse of a quantized checkpoint."""
+    """The matrices of a quantized checkpoint that servers fuse."""
     ends = (".weight", f".{layout.packed}")
     return Fusions((name.rpartition(".")[0] for name in source.infos() if name.endswith(ends)), source.config)
 
@@ -200,7 +203,7 @@ def unequal_groups(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], la
 
 
 def recorded_amaxes(manifest: ManifestForm) -> dict[str, dict[Part, float]]:
-    """The amaxes behind the global scales, by module and part, head-room included.
+    """The amaxes behind the global scales, by module and part, with headroom.
 
     Raises:
         InputError: the quantizer is unknown.
@@ -217,7 +220,7 @@ def recorded_amaxes(manifest: ManifestForm) -> dict[str, dict[Part, float]]:
 
 
 def _read_manifest(source: Checkpoint, layout: Layout) -> tuple[dict[str, Any], ManifestForm] | None:
-    """The manifest as it stands, and held to its form; None where there is none."""
+    """The manifest as JSON and parsed, or None without a manifest."""
     path = source.folder / MANIFEST_NAME
     if not path.exists():
         return None
@@ -225,11 +228,11 @@ def _read_manifest(source: Checkpoint, layout: Layout) -> tuple[dict[str, Any], 
     try:
         form = held_to(ManifestForm, manifest, str(path))
     except InputError as error:
-        raise InputError(f"{str(error).rstrip('.')}: remove it to go by the tensors alone.") from error
+        raise InputError(f"{str(error).rstrip('.')}: remove it, and relayout uses the tensors alone.") from error
     if form.format != layout.name:
         raise InputError(
-            f"{path} speaks of the {form.format} layout, but the tensors are in {layout.name}: remove it to go by the "
-            f"tensors alone."
+            f"{path} names the {form.format} layout, but the tensors are in {layout.name}: remove it, and relayout "
+            f"uses the tensors alone."
         )
     return manifest, form
 
@@ -243,13 +246,13 @@ def _scalar_names(matrix: PlannedMatrix, layout: Layout) -> dict[Part, str]:
 
 
 def _inverted(source: Checkpoint, name: str, target: Layout, layout: Layout, amax: float | None) -> Tensor:
-    """A global scale in the other layout: from its amax where that is known, else by a reciprocal."""
+    """A global scale in the other layout: from its amax if that is known, otherwise by a reciprocal."""
     stored = source.read(name).reshape(())
     if amax is not None:
         if not torch.equal(stored, stored_scalar(amax, layout).reshape(())):
             raise InputError(
-                f"{name} is {float(stored)!r}, which is not what {MANIFEST_NAME} says: the checkpoint was changed; "
-                f"remove the manifest to go by the tensors alone."
+                f"{name} is {float(stored)!r}, which differs from the amax in {MANIFEST_NAME}: download or convert the "
+                f"checkpoint again, or remove the manifest, and relayout uses the tensors alone."
             )
         return stored_scalar(amax, target)
     inverse = 1.0 / stored
@@ -259,10 +262,12 @@ def _inverted(source: Checkpoint, name: str, target: Layout, layout: Layout, ama
 
 
 def _described(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], target: Layout) -> QuantizedModel:
-    """What the new config describes: the unquantized model's tensors and what became of them."""
+    """The subject of the new config: the unquantized model's tensors and their schemes."""
     schemes = {module: matrix.scheme for module, matrix in matrices.items()}
     if target.name == "modelopt" and len(set(schemes.values())) > 1:
-        raise InputError(f"{source.where} mixes W4A4 and weight-only matrices, which the modelopt layout cannot say.")
+        raise InputError(
+            f"{source.where} mixes W4A4 and weight-only matrices: only the compressed-tensors layout can describe that."
+        )
     shapes = {name: info.shape for name, info in source.infos().items() if not _is_part(name, matrices)}
     shapes |= {matrix.source: (matrix.rows, matrix.cols) for matrix in matrices.values()}
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
@@ -280,12 +285,12 @@ def _is_part(name: str, matrices: Mapping[str, PlannedMatrix]) -> bool:
 
 
 def _refuse_others(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], roles: Mapping[str, Role]) -> None:
-    """Raise InputError for what is quantized in a way that the other layout's config would not say."""
+    """Raise InputError for quantization that the other layout's config cannot describe."""
     protected = [module for module, matrix in matrices.items() if roles[matrix.source] not in QUANTIZABLE]
     if protected:
         raise InputError(
             f"{source.where} has {describe(protected)} in NVFP4 ({roles[matrices[protected[0]].source].value}): "
-            f"nvquant writes configs for text linears only."
+            f"nvquant describes only text linears in NVFP4."
         )
     for name, info in source.infos().items():
         if _is_part(name, matrices):
@@ -293,11 +298,13 @@ def _refuse_others(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], ro
         if info.dtype in _FOREIGN_DTYPES or _FOREIGN_LEAF.fullmatch(name.rpartition(".")[2]):
             raise InputError(
                 f"{source.where} is not in NVFP4 alone: {name} ({info.dtype}) belongs to another quantization, "
-                f"which relayout does not know."
+                f"which relayout does not support."
             )
     config = source.config.get("quantization_config")
     if isinstance(config, Mapping) and config.get("transform_config"):
-        raise InputError(f"{source.where} transforms its weights (transform_config), which only its layout can say.")
+        raise InputError(
+            f"{source.where} transforms its weights (transform_config), which the other layout cannot describe."
+        )
 
 
 def _kv_cache(source: Checkpoint) -> Literal["bf16", "fp8"]:
@@ -311,7 +318,9 @@ def _kv_cache(source: Checkpoint) -> Literal["bf16", "fp8"]:
         and not scheme.get("dynamic")
     )
     if (scheme and not is_fp8) or algorithm not in (None, "FP8"):
-        raise InputError(f"{source.where} quantizes the KV cache in another way than FP8 per tensor: not supported.")
+        raise InputError(
+            f"{source.where} does not quantize the KV cache in FP8 per tensor: relayout supports no other way."
+        )
     return "fp8" if scheme or algorithm else "bf16"
 
 
@@ -322,7 +331,7 @@ def _shards(
     target: Layout,
     scalars: Mapping[str, Tensor],
 ) -> dict[str, list[_Move]]:
-    """What each file of the output holds, in the order of the data."""
+    """The content of each file of the output, in the order of the data."""
     moved = {}
     for matrix in matrices.values():
         new = matrix_entries(matrix, target)
@@ -358,7 +367,7 @@ def _write_shard(source: Checkpoint, path: Path, moves: list[_Move]) -> str:
 def _write_other_files(
     source: Checkpoint, partial: Path, planned: list[PlannedShard], configs: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """The index where the source has one, the side files, the configs."""
+    """Write the index if the source has one, the side files and the configs."""
     if (source.folder / INDEX_NAME).exists():
         weight_map = {entry.name: shard.file for shard in planned for entry in shard.entries}
         total = sum(shard.tensor_bytes for shard in planned)
@@ -379,4 +388,4 @@ def _check_written(partial: Path, planned: list[PlannedShard]) -> None:
     for shard in planned:
         found = [TensorEntry(info.name, info.dtype, info.shape) for info in written.shards[shard.file].tensors.values()]
         if found != list(shard.entries):
-            raise CheckFailed(f"{shard.file} was not written as planned.")
+            raise CheckFailed(f"the tensors of {shard.file} differ from the plan.")

@@ -1,8 +1,8 @@
 """A second opinion: the same recipe, samples and scheme through llm-compressor, on models that fit in memory.
 
-llm-compressor loads, calibrates, quantizes and saves; nvquant gives it the token ids and the patterns, and holds the
-result against the plan. config.json is nvquant's: it says the same of every layer, by patterns that vLLM reads for
-Gemma 4 too. What differs between the two engines, and by how much: docs/second-opinion.md.
+llm-compressor loads, calibrates, quantizes and saves. nvquant passes it the token ids and the patterns, and compares
+the output with the plan. config.json is nvquant's: it describes every layer in the same way, by patterns that vLLM
+reads for Gemma 4 too. docs/second-opinion.md lists and measures the differences between the two engines.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ SCORE_COPIES = 3  # of eager attention's scores, [heads, tokens, tokens]
 def convert_with_llmcompressor(
     plan: Plan, options: ConvertOptions, calibration: CalibrationSet | None
 ) -> ConvertResult:
-    """Convert with llm-compressor's `oneshot`; the output appears under its final name only when it is whole and as
+    """Convert with llm-compressor's `oneshot`. The output appears under its final name only when it is complete and as
     planned.
 
     Args:
         plan: in the compressed-tensors layout.
         options: the quantizer is rtn, the batch size 1. On the CPU everything is computed in float32, on a GPU in
             bfloat16, as in `pipeline.convert`.
-        calibration: None for a recipe that quantizes weights only.
+        calibration: None for a weight-only recipe.
     Raises:
-        InputError: the request is beyond this engine, or the model beyond the memory.
+        InputError: this engine does not support the request, or the model does not fit the memory.
         EnvironmentLack: llm-compressor is not installed, or not usable.
-        CheckFailed: what it saved is not what the plan has.
+        CheckFailed: the saved tensors differ from the plan.
     """
     started = time.monotonic()
     refuse_unsupported(plan, options)
@@ -98,11 +98,11 @@ def convert_with_llmcompressor(
 
 
 def refuse_unsupported(plan: Plan, options: ConvertOptions) -> None:
-    """Raise InputError for what llm-compressor does not do, or not as nvquant means it."""
+    """Raise InputError for requests that llm-compressor does not support, or handles in another way than nvquant."""
     if plan.layout.name != "compressed-tensors":
         raise InputError(
-            "--engine llmcompressor writes the compressed-tensors layout only: leave --format out, and use `nvquant "
-            "relayout` on the result."
+            "--engine llmcompressor writes the compressed-tensors layout only: drop --format, and use `nvquant "
+            "relayout` on the output."
         )
     if options.quantizer != "rtn":
         raise InputError(
@@ -110,9 +110,11 @@ def refuse_unsupported(plan: Plan, options: ConvertOptions) -> None:
             f"{options.quantizer}: use --quantizer rtn."
         )
     if options.batch_size != 1:
-        raise InputError("--engine llmcompressor calibrates one sequence at a time: leave --batch-size out.")
+        raise InputError("--engine llmcompressor calibrates one sequence at a time: drop --batch-size.")
     if Role.EXPERT in plan.selection.roles.values():
-        raise InputError(f"--engine llmcompressor is not for {plan.model}, a mixture of experts: use --engine nvquant.")
+        raise InputError(
+            f"--engine llmcompressor does not support {plan.model}, a mixture of experts: use --engine nvquant."
+        )
     other = [info for info in plan.source.infos().values() if info.dtype != "BF16"]
     if options.device != "cpu" and other:
         raise InputError(
@@ -122,7 +124,7 @@ def refuse_unsupported(plan: Plan, options: ConvertOptions) -> None:
 
 
 def needed_bytes(plan: Plan, calibration: CalibrationSet | None, dtype: torch.dtype) -> int:
-    """Memory that the whole model takes in llm-compressor, an upper estimate: weights in the compute dtype, the
+    """Memory of the complete model in llm-compressor, an upper estimate: weights in the compute dtype, the
     largest matrix while it is quantized, attention scores of the longest sample."""
     elements = [math.prod(info.shape) for info in plan.source.infos().values()]
     largest = max((matrix.rows * matrix.cols for matrix in plan.matrices.values()), default=0)
@@ -133,7 +135,7 @@ def needed_bytes(plan: Plan, calibration: CalibrationSet | None, dtype: torch.dt
 
 
 def check_memory(plan: Plan, calibration: CalibrationSet | None, device: str, dtype: torch.dtype) -> None:
-    """Raise InputError where the whole model does not fit: this engine does not stream."""
+    """Raise InputError if the complete model does not fit the memory, because this engine does not stream."""
     working = needed_bytes(plan, calibration, dtype)
     needed = {"cpu": INTERPRETER_BYTES + working}  # with a GPU too: loaded here, and saved from here
     if device != "cpu":
@@ -143,26 +145,28 @@ def check_memory(plan: Plan, calibration: CalibrationSet | None, device: str, dt
         if free is not None and size > free:
             what = "host memory" if place == "cpu" else "GPU memory"
             raise InputError(
-                f"--engine llmcompressor holds the whole model and needs {size:,} bytes of {what}, of which {free:,} "
-                f"are free: use --engine nvquant, which streams it."
+                f"--engine llmcompressor loads the complete model and needs {size:,} bytes of {what}, but {free:,} are "
+                f"free: use --engine nvquant, which streams the model."
             )
 
 
 def _require_package() -> None:
     if importlib.util.find_spec(PACKAGE) is None:
-        raise EnvironmentLack(f"--engine llmcompressor needs llm-compressor, which is not installed: {INSTALL}.")
+        raise EnvironmentLack(
+            f"--engine llmcompressor requires llm-compressor, which is not installed: run `{INSTALL}`."
+        )
 
 
 def quantize_and_save(
     plan: Plan, calibration: CalibrationSet | None, options: ConvertOptions, dtype: torch.dtype, folder: Path
 ) -> None:
-    """Load, quantize and save into `folder`, with llm-compressor's words kept off stdout.
+    """Load, quantize and save into `folder`, and keep llm-compressor's messages off stdout.
 
     Args:
-        dtype: of the loaded weights: llm-compressor computes their scales and codes in it too.
+        dtype: of the loaded weights. llm-compressor computes their scales and codes in it too.
     Raises:
         EnvironmentLack: llm-compressor cannot be imported.
-        NvquantError: it stopped, for whatever reason.
+        NvquantError: it failed for any reason.
     """
     version = metadata.version(PACKAGE)
     options.progress(Progress(f"llm-compressor {version}"))
@@ -174,19 +178,20 @@ def quantize_and_save(
             model.save_pretrained(folder, save_compressed=True, max_shard_size=SHARD_LIMIT_BYTES)
     except ImportError as error:
         raise EnvironmentLack(
-            f"llm-compressor {version} does not work with what is installed ({error}): {INSTALL} in a new environment."
+            f"llm-compressor {version} does not work with the installed packages ({error}): run `{INSTALL}` in a new "
+            f"environment."
         ) from error
     except NvquantError:
         raise
     except Exception as error:  # whatever it raises; the traceback is shown with --debug
-        raise NvquantError(f"llm-compressor {version} stopped ({type(error).__name__}: {error}).") from error
+        raise NvquantError(f"llm-compressor {version} failed ({type(error).__name__}: {error}).") from error
     finally:
         gc.collect()  # its session and observers hold the model in cycles
 
 
 @contextlib.contextmanager
 def _aside() -> Iterator[None]:
-    """Nothing on stdout, which belongs to the result; progress bars on stderr where that is a terminal."""
+    """Keep stdout, which belongs to the result, empty, and show progress bars on stderr if it is a terminal."""
     with contextlib.ExitStack() as stack:
         bars = sys.stderr if sys.stderr.isatty() else stack.enter_context(Path(os.devnull).open("w"))
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -237,7 +242,7 @@ def _oneshot(model: nn.Module, plan: Plan, calibration: CalibrationSet | None) -
 
 
 def calibration_loader(samples: Sequence[Tensor]) -> torch.utils.data.DataLoader[dict[str, Tensor]]:
-    """Batches of one sample, in order, whole, without padding: int64 [1, tokens] each, and a mask of ones."""
+    """Batches of one sample, in order, complete, without padding: int64 [1, tokens] each, and a mask of ones."""
     rows: list[dict[str, Tensor]] = [
         {"input_ids": ids.unsqueeze(0), "attention_mask": torch.ones_like(ids).unsqueeze(0)} for ids in samples
     ]
@@ -245,9 +250,9 @@ def calibration_loader(samples: Sequence[Tensor]) -> torch.utils.data.DataLoader
 
 
 def restore_dtypes(model: nn.Module, plan: Plan) -> None:
-    """Give what is not quantized the dtype that the source stores; exact, since it came from there.
+    """Give unquantized tensors the dtype of the source. This is exact, since they came from there.
 
-    Weights to be packed stay as they are: the compressor computes in their dtype.
+    Weights to be packed keep their dtype, in which the compressor computes.
     """
     infos = plan.source.infos()
     usual = max(infos.values(), key=lambda info: info.nbytes).dtype
@@ -261,8 +266,8 @@ def restore_dtypes(model: nn.Module, plan: Plan) -> None:
 
 
 def assert_holds_plan(plan: Plan, written: Checkpoint) -> None:
-    """Hold what llm-compressor saved against the plan: names, dtypes, shapes, and the bytes of all that is not
-    quantized.
+    """Compare the saved tensors of llm-compressor with the plan: names, dtypes, shapes, and the bytes of all
+    unquantized tensors.
 
     Tensors that no layer reads, and a head that the source stores although it is tied, may be missing: transformers
     does not save them.
@@ -274,7 +279,7 @@ def assert_holds_plan(plan: Plan, written: Checkpoint) -> None:
         if planned.get(name) != TensorEntry(name, info.dtype, info.shape):
             what = f"{planned[name].dtype} {list(planned[name].shape)}" if name in planned else "nothing"
             raise CheckFailed(
-                f"llm-compressor saved {name} as {info.dtype} {list(info.shape)} where the plan has {what}."
+                f"llm-compressor saved {name} as {info.dtype} {list(info.shape)} but the plan has {what}."
             )
     for name, origin in plan.origins.items():
         if name not in written.files:
@@ -282,11 +287,11 @@ def assert_holds_plan(plan: Plan, written: Checkpoint) -> None:
                 continue
             raise CheckFailed(f"llm-compressor did not save {name}.")
         if origin.part is None and not _same_bytes(plan.source, written, name):
-            raise CheckFailed(f"llm-compressor saved {name} with other values than the source's.")
+            raise CheckFailed(f"llm-compressor saved {name}, but its values differ from the source's.")
         if origin.part in ("weight_global", "input_global"):
             value = float(written.read(name))
             if not (math.isfinite(value) and value > 0):
-                raise CheckFailed(f"llm-compressor saved {name} as {value!r}.")
+                raise CheckFailed(f"llm-compressor saved {name} as {value!r}, which is not a scale.")
 
 
 def _same_bytes(source: Checkpoint, written: Checkpoint, name: str) -> bool:
@@ -295,7 +300,7 @@ def _same_bytes(source: Checkpoint, written: Checkpoint, name: str) -> bool:
 
 
 def _flushed_blocks(plan: Plan, written: Checkpoint) -> int:
-    """Blocks that Marlin would serve as zeros; see `format.marlin`."""
+    """Blocks that Marlin would serve as zeros. See `format.marlin`."""
     total = 0
     for group in plan.groups:
         names = (matrix_entries(plan.matrices[member], plan.layout)["scales"].name for member in group.members)

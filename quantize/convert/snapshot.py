@@ -1,8 +1,8 @@
-"""Snapshots of the hidden states, so that a continued run need not compute the finished layers again.
+"""Snapshots of the hidden states, so that a resumed run does not compute the finished layers again.
 
-At most one a minute, and never more than a twentieth of the run's time: a short run makes none. A snapshot is a
-safetensors file in the partial folder, made durable before its record names it. One that is damaged or missing costs
-time, not the run: the layers are replayed from the source.
+A run takes at most one a minute, and spends at most a twentieth of its time on them, so a short run takes none. A
+snapshot is a safetensors file in the partial folder, which is durable before its record names it. A damaged or missing
+snapshot costs only time: the layers are replayed from the source.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Snapshots:
     """Snapshots of one run.
 
     Attributes:
-        shares_state: whether layers hand more to later layers than the hidden state; then none is made.
+        shares_state: whether layers pass more to later layers than the hidden state. If so, no snapshot is taken.
 
     Args:
-        is_used: False where hidden states cannot be saved as a whole, as with several ranks.
+        is_used: False if hidden states cannot be saved completely, as with several ranks.
     """
 
     def __init__(self, journal: Journal, trace: Trace, is_used: bool) -> None:
@@ -47,10 +47,10 @@ class Snapshots:
         self.shares_state = False
 
     def find(self, before: int) -> int | None:
-        """The layer behind which a usable snapshot was taken; None where there is none.
+        """The layer behind which a usable snapshot was taken, or None without one.
 
         Args:
-            before: the first layer that is to be made.
+            before: the first layer that is not done.
         """
         path = self._journal.folder / RECORD_NAME
         if not self._is_used or not path.exists():
@@ -78,13 +78,13 @@ class Snapshots:
             hidden.store(at, tensor.to(hidden.device))
 
     def consider(self, layer: int, hidden: HiddenStates) -> None:
-        """Take a snapshot behind a layer, where it is time for one and there is room."""
+        """Take a snapshot behind a layer if one is due and fits on the disk."""
         cost = sum(hidden.sizes()) / self._speed
         if time.monotonic() - self._last >= max(LEAST_SECONDS, cost / SHARE_OF_TIME):
             self.take(layer, hidden)
 
     def take(self, layer: int, hidden: HiddenStates) -> None:
-        """Take a snapshot behind a layer now, where there is room: at the end of a run that is to be continued, and
+        """Take a snapshot behind a layer now if it fits on the disk: at the end of a run that will be resumed, and
         whose layers would have to come over the network again."""
         size = sum(hidden.sizes())
         if not self._is_used or self.shares_state or shutil.disk_usage(self._journal.folder).free < 2 * size:

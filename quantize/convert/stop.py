@@ -1,4 +1,4 @@
-"""Ending a run on request: the layer at hand is dropped, everything written stays, and the next run continues."""
+"""The end of a run on request: the current layer is dropped, everything written stays, and the next run resumes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from types import FrameType
 
 from ..errors import NvquantError
 
-HEARD = b"Stopping; layers that are whole are kept. Ctrl-C once more ends the run at once.\n"
+HEARD = b"Stopping. Complete layers are kept. Press Ctrl-C again to end the run at once.\n"
 STOPPED = 128  # and above it the exit codes of runs that a signal ended
 
 
 class Stopped(NvquantError):
-    """The run was asked to end; the exit code is that of the signal, as shells give it."""
+    """A signal ended the run. The exit code is that of the signal, as shells give it."""
 
     def __init__(self, number: int, layers_done: int, layers: int) -> None:
         super().__init__("")
@@ -22,17 +22,17 @@ class Stopped(NvquantError):
         self.count(layers_done, layers)
 
     def count(self, layers_done: int, layers: int) -> None:
-        """Say how many layers are whole; those on their way to the disk become so while the run ends."""
-        self.args = (f"Stopped after layer {layers_done} of {layers}; run the same command again to continue.",)
+        """Set the number of complete layers. Those on their way to the disk become complete while the run ends."""
+        self.args = (f"Stopped after layer {layers_done} of {layers}. To resume, run the same command again.",)
 
 
 class StopRequest:
-    """Whether the run shall end. As a context it listens to SIGINT and SIGTERM: the first one ends the run in order,
-    a second SIGINT at once.
+    """A request to end the run. As a context it handles SIGINT and SIGTERM: the first one ends the run in order, and a
+    second SIGINT ends it at once.
 
     Attributes:
-        number: of the signal that was heard.
-        is_quiet: whether nobody is told on stderr that it was heard.
+        number: of the signal that arrived.
+        is_quiet: whether to print nothing on stderr when it arrives.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Where the time of a run went: spans by phase and thread, counters, and spans of the GPU.
+"""The time of a run: spans by phase and thread, counters, and spans of the GPU.
 
 A trace always keeps a total for each phase and thread. With `keep_events` it also keeps every span and counter, for
-`--profile`: `Trace.write` gives a file in Chrome's trace event format, which ui.perfetto.dev opens, and two tables.
+`--profile`. `Trace.write` writes a file in Chrome's trace event format, which ui.perfetto.dev opens, and two tables.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from ..errors import InputError
 
 # What the phases of a conversion are; the tables show others too, without a word on them.
 PHASES = {
-    "import": "loading Python packages, and making the GPU ready meanwhile",
-    "samples": "text to token ids, and loading the packages for it",
-    "build": "the model's structure, without weights",
-    "make buffers": "memory for layers and shards on their way",
-    "record": "the model's own forward once, to learn how it calls its layers",
-    "replay": "forward through layers that an earlier run finished",
-    "read": "disk to host memory to device",
-    "wait for read": "the next layer was not there yet: reading bounds the run",
-    "forward": "calibration sequences through a layer",
-    "statistics": "observing the inputs of matrices",
-    "quantize": "scales and codes of a layer's matrices",
-    "write": "device to host memory, hash, disk",
-    "wait for write": "the last layer was not written yet: writing bounds the run",
-    "copy": "tensors that stay as they are, byte for byte",
-    "hidden states": "moving hidden states between memories",
-    "snapshot": "saving hidden states, so that a later run may go on from there",
-    "gather": "exchanging statistics and results between ranks",
-    "finish": "last files, reading headers back, renaming",
+    "import": "load Python packages, and prepare the GPU meanwhile",
+    "samples": "turn text into token ids, and load the packages for it",
+    "build": "build the model's structure, without weights",
+    "make buffers": "allocate memory for layers and shards",
+    "record": "run the model's own forward once, to learn how it calls its layers",
+    "replay": "run samples through layers that an earlier run finished",
+    "read": "copy from disk to host memory to device",
+    "wait for read": "wait for the next layer: reading bounds the run",
+    "forward": "run calibration samples through a layer",
+    "statistics": "observe the inputs of matrices",
+    "quantize": "compute scales and codes of a layer's matrices",
+    "write": "copy from device to host memory, hash, write to disk",
+    "wait for write": "wait for the last layer's write: writing bounds the run",
+    "copy": "copy unquantized tensors byte for byte",
+    "hidden states": "move hidden states between memories",
+    "snapshot": "save hidden states, so that a later run can resume from them",
+    "gather": "exchange statistics and results between ranks",
+    "finish": "write the last files, read headers back, rename the folder",
 }
 MAIN, UNACCOUNTED = "main", "(in no span)"
 GPU_TRACK = 1_000_000  # the GPU's streams are numbered from here, behind all threads
@@ -55,7 +55,7 @@ class Trace:
         """Begin.
 
         Args:
-            keep_events: keep every span and counter (about 300 bytes each), which `write` wants; else totals only.
+            keep_events: keep every span and counter (about 300 bytes each), which `write` requires, or only totals.
         """
         self._keep_events = keep_events
         self._start = time.perf_counter_ns()
@@ -74,37 +74,37 @@ class Trace:
         return (time.perf_counter_ns() - self._start) / 1e9
 
     def span(self, phase: str, name: str = "", **args: Any) -> AbstractContextManager[None]:
-        """Measure a block of code; it counts when it ends, by an exception too.
+        """Measure a block of code. It counts when it ends, also by an exception.
 
         Args:
             phase: the total to which it adds.
-            name: what is shown in the trace, the phase by default.
+            name: its name in the trace, by default the phase.
             args: details shown in the trace, such as `layer=17`.
 
-        Spans of one thread must lie within each other or apart. A span within another counts for both phases; in the
-        breakdown of the main thread the time counts for the inner one only.
+        Spans of one thread must lie within each other or apart. A span within another counts for both phases. In the
+        breakdown of the main thread, the time counts for the inner one only.
         """
         return _Span(self, phase, name, args)
 
     def add(self, phase: str, seconds: float) -> None:
-        """Add time that was measured elsewhere, before the trace was made for instance, to the total of a phase.
+        """Add time that was measured elsewhere, for instance before the trace began, to the total of a phase.
 
-        Nobody knows where it lies, so it is no event and not part of the main thread's breakdown.
+        Its beginning is unknown, so it is not an event and not part of the main thread's breakdown.
         """
         with self._lock:
             self._order.setdefault(phase)
             self._added.setdefault(phase, _Total()).count_in(round(seconds * 1e9))
 
     def counter(self, name: str, value: float) -> None:
-        """Note a value at this moment, bytes read so far or memory in use: a curve in the trace."""
+        """Record a value at this moment, such as bytes read or memory in use, for a curve in the trace."""
         if self._keep_events and math.isfinite(value):
             self._counters.append((name, time.perf_counter_ns(), value))
 
     def gpu_span(self, phase: str, name: str = "") -> AbstractContextManager[None]:
-        """Measure what the current CUDA stream does for a block of code, without waiting for it.
+        """Measure the work of the current CUDA stream for a block of code, without waiting for it.
 
-        Does nothing where events are not kept or this process has not used a GPU; it never starts CUDA by itself. One
-        device a process.
+        It does nothing if events are not kept or this process has not used a GPU, and never starts CUDA by itself. It
+        supports one device a process.
         """
         torch = sys.modules.get("torch")
         if not self._keep_events or torch is None or not torch.cuda.is_initialized():
@@ -114,16 +114,16 @@ class Trace:
         return self._gpu.span(phase, name)
 
     def phases(self) -> dict[str, float]:
-        """Seconds by phase, all threads together, in order of first appearance; spans still open do not count."""
+        """Seconds by phase, all threads together, in order of first appearance, without spans that are still open."""
         return {phase: row["seconds"] for phase, row in self._phase_rows(1.0).items()}
 
     def write(self, folder: Path) -> None:
         """Write `trace.json` (Chrome trace events), `phases.json` and `phases.txt` (see docs/profiling.md).
 
-        Spans that are still open are left out. Waits for the GPU where it was traced.
+        Spans that are still open are left out. If the GPU was traced, this waits for it.
 
         Raises:
-            InputError: the folder cannot be written.
+            InputError: the folder is not writable.
         """
         wall = self.seconds
         gpu = self._gpu.resolve() if self._gpu is not None else {}
@@ -208,10 +208,10 @@ class Trace:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder of a profile, or see that it can be written: asked before a run, not after it.
+    """Create the folder of a profile, or check before a run that it is writable.
 
     Raises:
-        InputError: it cannot.
+        InputError: it is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def _unwritable(folder: Path, error: OSError) -> InputError:
 
 
 class _Total:
-    """Nanoseconds and number of the spans of a phase; `own_ns` without the time of spans within them."""
+    """Nanoseconds and number of the spans of a phase. `own_ns` excludes the time of spans within them."""
 
     __slots__ = ("count", "ns", "own_ns")
 
@@ -241,7 +241,7 @@ class _Total:
 
 
 class _Track:
-    """What one thread did. Only that thread writes to it, so that spans need no lock."""
+    """The spans of one thread. Only that thread writes to it, so that spans need no lock."""
 
     __slots__ = ("events", "name", "open", "tid", "totals")
 
@@ -302,9 +302,9 @@ class _GpuTimeline:
             self._spans.append((phase, name, stream.cuda_stream, start, end))
 
     def resolve(self) -> dict[str, list[Event]]:
-        """Events by track, one a stream: what one stream does never overlaps.
+        """Events by track, one for each stream, because the work of one stream never overlaps.
 
-        Both ends are taken from the anchor: CUDA gives float32 milliseconds, whose rounding keeps the order.
+        Both ends are measured from the anchor: CUDA gives float32 milliseconds, whose rounding keeps the order.
         """
         self._cuda.synchronize()
         tracks: dict[str, list[Event]] = {}
@@ -328,7 +328,7 @@ def _row(ns: int, count: int, wall: float) -> Row:
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON has; its text for anything else, such as a path, a dtype or an infinity."""
+    """A value that JSON has, or the text of any other one, such as a path, a dtype or an infinity."""
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return str(value)
@@ -341,14 +341,14 @@ def _tables(document: Mapping[str, Any]) -> str:
         f"The run took {document['seconds']:.2f} s. Of the main thread's time, most went to: "
         f"{most} ({main[most]['share']:.0%}).",
         "",
-        "Main thread, own time: a span within another counts for itself only; the rows add up to the run.",
+        "Main thread, own time: a nested span counts for itself only, and the rows add up to the run.",
         *_table(main, {phase: PHASES.get(phase, "") for phase in main}),
         "",
-        "All threads, whole time: threads work at once, and spans within others count for both.",
+        "All threads, total time: threads work in parallel, and a nested span counts for both.",
         *_table(phases, {phase: f"{', '.join(row['threads']) or '-':<10}" for phase, row in phases.items()}, PHASES),
     ]
     if gpu:
-        lines += ["", "GPU: time of the device, which works on while the host goes on.", *_table(gpu, {})]
+        lines += ["", "GPU: time of the device, which works in parallel with the host.", *_table(gpu, {})]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What a run is doing, for whoever watches it; and the moments at which it looks whether it shall end."""
+"""Reports of the progress of a run, and the moments at which the run checks for a request to end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TELL_SECONDS = 0.25
 
 
 class Watch:
-    """Counts what a run has done and tells `options.progress` of it, from rank 0."""
+    """Counts the work of a run and reports it to `options.progress`, from rank 0."""
 
     def __init__(self, options: ConvertOptions) -> None:
         self._options, self._started = options, time.monotonic()
@@ -37,31 +37,31 @@ class Watch:
 
     @property
     def layers_done(self) -> int:
-        """Layers that are whole and on the disk, those of an earlier run included."""
+        """Complete layers on the disk, including those of an earlier run."""
         return self._skipped + self._finished if self._count is None else self._count()
 
     def begin(self, layers: int, skipped: int) -> None:
-        """Say how many layers there are, and how many of them an earlier run finished."""
+        """Set the number of layers, and of those that an earlier run finished."""
         self._layers, self._skipped = layers, skipped
 
     def follow(self, reader: LayerReader, writer: ShardWriter, count: Callable[[], int] | None = None) -> None:
-        """Take bytes read and written from here.
+        """Set the sources of the bytes read and written.
 
         Args:
-            count: counts the layers on the disk, where other processes write some of them.
+            count: counts the layers on the disk, if other processes write some of them.
         """
         self._reader, self._writer, self._count = reader, writer, count
 
     def follow_downloads(self, fetched: Callable[[], tuple[int, int]]) -> None:
-        """Ask here how many bytes have come from the Hub, of how many."""
+        """Set the function that counts the bytes from the Hub, fetched and in all."""
         self._fetched = fetched
 
     def expect_tokens(self, tokens: int) -> None:
-        """Say how many tokens times layers this rank will compute."""
+        """Set the tokens times layers that this rank will compute."""
         self._tokens_total = tokens
 
     def phase(self, name: str) -> None:
-        """Say what is being done from now on."""
+        """Begin a phase."""
         if name != self._phase:
             if name == "layers" and not self._setup_seconds:
                 self._setup_seconds = time.monotonic() - self._started
@@ -69,10 +69,10 @@ class Watch:
             self._tell()
 
     def before_batch(self, tokens: int) -> None:
-        """A batch of so many tokens is about to be computed.
+        """Count a batch of so many tokens that is about to be computed.
 
         Raises:
-            Stopped: the run was asked to end.
+            Stopped: a signal requested the end of the run.
         """
         number = self._options.stop.number
         if number is not None:
@@ -82,7 +82,7 @@ class Watch:
             self._tell()
 
     def layer_done(self) -> None:
-        """A layer is whole and on the disk; may be called from any thread."""
+        """Count a layer that is complete and on the disk. Any thread may call this."""
         with self._lock:
             self._finished += 1
         self._tell()

@@ -1,8 +1,8 @@
 """Shards on their way from the device to the disk, behind the walk.
 
-What a shard holds stays on the device until another thread has copied it out in small pieces, hashed and written them,
-made the file durable and noted it in the journal: no shard ever lies in host memory as a whole. Two shards may be on
-their way; a third one waits.
+The tensors of a shard stay on the device until another thread has copied them out in small pieces, hashed and written
+the pieces, made the file durable and recorded it in the journal. Host memory never contains a complete shard. Two
+shards may be on their way, and a third one waits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ShardWriter:
     """Writes the shards of decoder layers.
 
     Args:
-        folder: where the shards grow.
+        folder: in which the shards grow.
     """
 
     def __init__(self, folder: Path, device: torch.device, trace: Trace) -> None:
@@ -52,11 +52,11 @@ class ShardWriter:
     def submit(
         self, shard: PlannedShard, made: Mapping[str, Tensor], kept: Mapping[str, Tensor], done: Callable[[str], None]
     ) -> None:
-        """Write a shard in another thread; waits while two shards are being written.
+        """Write a shard in another thread. Wait while two shards are being written.
 
         Args:
             made: tensors that belong to the shard alone, by output name, on the device or the host.
-            kept: tensors that will be overwritten by later work of this thread's stream: they are copied first.
+            kept: tensors that later work of this thread's stream will overwrite, so they are copied first.
             done: called in the writing thread with the shard's sha256 when it is durable under its name.
         Raises:
             InputError: an earlier shard could not be written.
@@ -79,7 +79,7 @@ class ShardWriter:
         self._writes.append(self._pool.submit(self._write, shard, tensors, event, done))
 
     def check(self) -> None:
-        """Raise what went wrong in a write that has ended."""
+        """Raise the error of a write that has ended."""
         for write in [write for write in self._writes if write.done()]:
             self._writes.remove(write)
             write.result()
@@ -88,7 +88,7 @@ class ShardWriter:
         """Wait for all writes.
 
         Raises:
-            InputError: one of them could not be done.
+            InputError: one of them failed.
         """
         for write in self._writes:
             write.result()
@@ -110,7 +110,7 @@ class ShardWriter:
             self._room.release()
 
     def _pieces(self, tensor: Tensor) -> Iterator[memoryview]:
-        """A tensor's bytes; each piece is valid until the next is asked for, and the one after it is on its way."""
+        """A tensor's bytes. Each piece is valid until the next is requested, while the one after it is on its way."""
         flat = tensor.detach().reshape(-1).view(torch.uint8)
         pieces = flat.split(PIECE_BYTES)
         if not flat.is_cuda:
@@ -157,12 +157,12 @@ class _Pinned:
 def copy_shard(
     source: Checkpoint, plan: Plan, folder: Path, shard: PlannedShard, yield_to: Callable[[float], None]
 ) -> str:
-    """Copy the tensors of a shard that holds nothing quantized, byte for byte; returns its sha256.
+    """Copy the tensors of a shard without quantized tensors, byte for byte, and return its sha256.
 
     Args:
-        yield_to: called after each piece with a number of seconds, for which more urgent reading may go first.
+        yield_to: called after each piece with a number of seconds, for which more urgent reading has priority.
     Raises:
-        InputError: a source shard vanished, changed or cannot be read; the disk is full or cannot be written to.
+        InputError: a source shard vanished, changed or cannot be read. The disk is full or not writable.
     """
 
     def contents(entry: TensorEntry) -> Iterator[memoryview]:

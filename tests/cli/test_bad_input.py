@@ -53,7 +53,7 @@ def refused(nvquant: Command, here: Path) -> Refused:
         assert [line for line in lines if line.startswith("Error: ")] == lines[-1:]
         assert lines[-1].endswith(".")
         assert lines[-1].count(". ") <= 1
-        if "layers are whole and kept" in lines[-1]:  # and nothing else is left
+        if "layers are complete and kept" in lines[-1]:  # and nothing else is left
             shutil.rmtree(next(here.glob("*.partial")))
         assert contents(here.parent) == before
         assert list(here.iterdir()) == []
@@ -227,22 +227,22 @@ def test_options_out_of_range_are_named(nvquant: Command, model: Path, here: Pat
 def test_an_output_folder_that_is_not_ours(refused: Refused, model: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("text")
-    assert f"{tmp_path / 'out'} exists and was not made by nvquant" in refused(2, model, "-o", tmp_path / "out")
+    assert f"{tmp_path / 'out'} exists, but nvquant did not write it" in refused(2, model, "-o", tmp_path / "out")
 
 
 def test_a_partial_folder_that_is_not_ours(refused: Refused, model: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.tex").write_text("text")
-    assert "out.partial exists and was not made by nvquant" in refused(2, model, "-o", tmp_path / "out")
+    assert "out.partial exists, but nvquant did not write it" in refused(2, model, "-o", tmp_path / "out")
 
 
 def test_the_source_as_output(refused: Refused, model: Path) -> None:
     for output in (model, model.parent, f"{model}/", os.path.relpath(model)):
-        assert "is the source itself, or holds it" in refused(2, model, "-o", output)
+        assert "is the source itself, or contains it" in refused(2, model, "-o", output)
 
 
 def test_an_output_inside_of_a_file(refused: Refused, model: Path) -> None:
-    assert "cannot be made" in refused(2, model, "-o", model / "config.json" / "out", *WEIGHT_ONLY)
+    assert "cannot be created" in refused(2, model, "-o", model / "config.json" / "out", *WEIGHT_ONLY)
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_a_rank_killed_in_the_middle_ends_the_run_and_one_process_finishes_it(de
     assert "Traceback" not in first.stderr
     (error,) = [line for line in first.stderr.splitlines() if line.startswith("Error: ")]
     assert error.startswith("Error: one of the 2 ranks ended (rank 0 lost its connection)")
-    assert "of 16 layers are whole and kept" in error
+    assert "of 16 layers are complete and kept" in error
     assert not (tmp_path / "out").exists()
     resumed = alone(command, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -143,7 +143,7 @@ def test_an_interrupt_of_one_rank_ends_all_and_says_how_to_go_on(deep: Path, tmp
     assert [rank.code for rank in ended] == [130, 130], ended
     for rank in ended:
         assert rank.stderr.count("Stopped after layer ") == rank.stderr.count("Error: ") == 1
-        assert "run the same command again to continue." in rank.stderr
+        assert "To resume, run the same command again." in rank.stderr
         assert rank.stdout == "" and "Traceback" not in rank.stderr
     assert (tmp_path / "out.partial").is_dir()
 
@@ -159,6 +159,6 @@ def test_ranks_that_do_not_find_each_other_say_so(tiny: TinyModels, ids: Path, t
         env=environment | {"MASTER_PORT": "99999"},
     )
     assert ended.returncode == 3, ended.stderr
-    assert ended.stderr.splitlines()[-1].startswith("Error: the ranks do not find each other (port must have value")
+    assert ended.stderr.splitlines()[-1].startswith("Error: the ranks cannot connect (port must have value")
     assert "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []

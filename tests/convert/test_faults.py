@@ -34,7 +34,7 @@ from support.conversions import calibration_of, contents, planned, random_sample
 from support.tiny_models import tiny_llama
 
 LAYERS = 12
-KEPT = re.compile(rf"\b(\d+) of {LAYERS} layers are whole and kept: the same command goes on from there\.$")
+KEPT = re.compile(rf"\b(\d+) of {LAYERS} layers are complete and kept: the same command resumes the run\.$")
 Fault = Callable[[Path], None]
 
 
@@ -255,7 +255,7 @@ def test_an_output_folder_that_becomes_a_file(
     error = refused(lambda: run(source, output, recipe, once(after_a_layer, replace)))
     assert re.match(rf"{output}.partial/.* cannot be written \(Not a directory\): ", error)
     assert partial_folder(output).read_text() == "in its place"
-    assert "was not made by nvquant" in refused(lambda: run(source, output, recipe))
+    assert "nvquant did not write it" in refused(lambda: run(source, output, recipe))
     partial_folder(output).unlink()
     moved.rename(partial_folder(output))
     assert run(source, output, recipe).layers_resumed >= 1
@@ -266,7 +266,7 @@ def test_an_output_below_a_file_is_refused_before_work(source: Path, tmp_path: P
     (tmp_path / "file").write_text("not a folder")
     plan = planned(source, "nvfp4-a16")
     error = refused(lambda: convert(plan, ConvertOptions(tmp_path / "file" / "out", "rtn"), None))
-    assert error == f"{tmp_path}/file/out.partial cannot be made (Not a directory): choose another folder with -o."
+    assert error == f"{tmp_path}/file/out.partial cannot be created (Not a directory): choose another folder with -o."
 
 
 def touch(shard: Path) -> None:
@@ -395,7 +395,7 @@ def test_a_gpu_whose_memory_ends_while_matrices_are_quantized_is_told_in_one_sen
     with pytest.raises(EnvironmentLack) as caught:
         run(source, output)
     assert re.match(
-        r"the GPU's memory does not hold the quantization of layer \d: end what else uses it", str(caught.value)
+        r"the GPU ran out of memory for the quantization of layer \d: end other programs that use it", str(caught.value)
     )
     assert "\n" not in str(caught.value)
     monkeypatch.undo()

@@ -155,7 +155,7 @@ def test_a_run_that_the_network_ended_goes_on_and_fetches_no_finished_layer_agai
     shard = plan.source.files[last[0]]
     ranges = [(plan.source.info(name).begin, plan.source.info(name).end) for name in last]
     hub.on_request = lambda request: end_the_network(hub, request, ranges if low_disk else None, shard)
-    with pytest.raises(InputError, match=r"2 of 3 layers are whole and kept|Hub cannot be reached|refused"):
+    with pytest.raises(InputError, match=r"2 of 3 layers are complete and kept|Hub cannot be reached|refused"):
         run(tmp_path / "out", low_disk)
     records = [read_json(path, "") for path in partial_folder(tmp_path / "out").glob(f"{STATE_FOLDER}/model*.json")]
     whole = [record["layer"]["layer"] for record in records if record["layer"] is not None]

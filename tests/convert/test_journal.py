@@ -74,7 +74,7 @@ def test_a_shard_with_other_bytes_is_named(journal: Journal) -> None:
         journal.note(shard, write(journal, shard), NOTE)
     write(journal, OTHER_LAYER, b"date")
     assert set(journal.records(SHARDS)) == {LAYER.file, OTHER_LAYER.file}
-    with pytest.raises(CheckFailed, match=rf"{OTHER_LAYER.file} is damaged \(its sha256 is not the recorded one\)"):
+    with pytest.raises(CheckFailed, match=rf"{OTHER_LAYER.file} is damaged \(its sha256 differs from the journal's\)"):
         journal.done(SHARDS)
 
 

@@ -53,14 +53,14 @@ def test_an_output_deep_in_folders_yet_to_be_made_is_fine(tmp_path: Path, source
 
 def test_a_folder_that_is_not_ours_is_refused_and_kept(tmp_path: Path, source: Path) -> None:
     output = filled(tmp_path / "out", "thesis.tex")
-    with pytest.raises(InputError, match=r"-o .*out exists and was not made by nvquant"):
+    with pytest.raises(InputError, match=r"-o .*out exists, but nvquant did not write it"):
         check_output(output, 1000, source)
     assert (output / "thesis.tex").exists()
 
 
 def test_a_file_is_refused(tmp_path: Path, source: Path) -> None:
     (tmp_path / "out").write_text("text")
-    with pytest.raises(InputError, match="was not made by nvquant"):
+    with pytest.raises(InputError, match="nvquant did not write it"):
         check_output(tmp_path / "out", 1000, source)
 
 
@@ -99,7 +99,7 @@ def test_a_partial_folder_without_records_is_emptied(
 def test_a_partial_folder_of_another_run_is_refused_and_kept_without_restart(tmp_path: Path) -> None:
     partial = left_by(tmp_path / "out.partial", {"nvquant": "1"}, "model-00001-of-00004.safetensors")
     with locked_partial(tmp_path / "out") as locked:
-        with pytest.raises(InputError, match=r"out\.partial holds a run that is not this one \(nvquant is 1 there, 2"):
+        with pytest.raises(InputError, match=r"out\.partial contains another run \(nvquant is 1 there, 2"):
             open_partial(locked, {"nvquant": "2"}, restart=False)
         assert (partial / "model-00001-of-00004.safetensors").exists()
         open_partial(locked, {"nvquant": "2"}, restart=True)
@@ -109,7 +109,7 @@ def test_a_partial_folder_of_another_run_is_refused_and_kept_without_restart(tmp
 
 def test_a_partial_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
     with locked_partial(tmp_path / "out"):
-        with pytest.raises(InputError, match=r"out\.partial is being filled by another run"):
+        with pytest.raises(InputError, match=r"another run is writing to \S*out\.partial: "):
             with locked_partial(tmp_path / "out"):
                 pass
     with locked_partial(tmp_path / "out"):
@@ -132,7 +132,9 @@ def test_a_finished_output_is_known_by_its_identity(tmp_path: Path) -> None:
     assert check_finished(output, {"nvquant": "1"}, restart=False)
     assert not check_finished(output, {"nvquant": "1"}, restart=True)
     assert not check_finished(output, {"nvquant": "2"}, restart=True)
-    with pytest.raises(InputError, match=r"holds a finished checkpoint of another run \(nvquant is 1 there, 2 here\)"):
+    with pytest.raises(
+        InputError, match=r"contains the finished checkpoint of another run \(nvquant is 1 there, 2 here\)"
+    ):
         check_finished(output, {"nvquant": "2"}, restart=False)
 
 
@@ -175,7 +177,7 @@ def test_a_partial_folder_is_removed_but_for_nothing(tmp_path: Path) -> None:
 
 def test_a_foreign_partial_folder_is_refused_and_kept(tmp_path: Path, source: Path) -> None:
     partial = filled(tmp_path / "out.partial", "thesis.tex")
-    with pytest.raises(InputError, match=r"out\.partial exists and was not made by nvquant"):
+    with pytest.raises(InputError, match=r"out\.partial exists, but nvquant did not write it"):
         check_output(tmp_path / "out", 1000, source)
     assert (partial / "thesis.tex").exists()
 
@@ -202,7 +204,7 @@ def test_the_source_and_what_holds_it_are_refused_by_every_name(
 ) -> None:
     filled(source, MANIFEST_NAME)
     filled(source.parent, MANIFEST_NAME)
-    with pytest.raises(InputError, match="is the source itself, or holds it"):
+    with pytest.raises(InputError, match="is the source itself, or contains it"):
         check_output(name_it(source, tmp_path), 1000, source)
 
 
@@ -246,7 +248,7 @@ def test_publishing_through_a_link_keeps_the_link(tmp_path: Path) -> None:
 
 def test_a_partial_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
-    with pytest.raises(InputError, match=r"out\.partial cannot be made \(Not a directory\)"):
+    with pytest.raises(InputError, match=r"out\.partial cannot be created \(Not a directory\)"):
         with locked_partial(tmp_path / "file" / "out"):
             pass
 
@@ -305,7 +307,7 @@ def test_restart_replaces_no_output_with_something_foreign_in_it(tmp_path: Path,
 
 def test_a_foreign_folder_under_the_name_for_replaced_outputs_is_kept(tmp_path: Path, source: Path) -> None:
     foreign = filled(tmp_path / ".out.nvquant-replaced", "precious")
-    with pytest.raises(InputError, match="nvquant-replaced exists and was not made by nvquant"):
+    with pytest.raises(InputError, match="nvquant-replaced exists, but nvquant did not write it"):
         check_output(tmp_path / "out", 1000, source)
     publish(left_by(tmp_path / "out.partial", {}, MANIFEST_NAME, "model.safetensors"), tmp_path / "out")
     assert (foreign / "precious").exists()

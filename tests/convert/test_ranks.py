@@ -106,7 +106,7 @@ def test_a_killed_rank_ends_all_and_the_next_run_finishes(
         if rank != killed:
             assert other.code == 3, ended
             assert f"one of the {size} ranks ended (rank {rank} lost its connection)" in other.error
-            assert "Run the same command again to continue." in other.error
+            assert "To resume, run the same command again." in other.error
     assert not output.exists()
     assert partial_folder(output).is_dir()
     kept = len(written_layers(output))
@@ -184,7 +184,7 @@ def test_a_nan_in_a_weight_that_one_rank_quantizes_ends_all_with_its_sentence(
     name = f"model.layers.1.{module}.weight"
     ended = launch(2, **job(with_a_nan(tmp_path / "source", name), tmp_path, ids, recipe=recipe))
     assert len(set(codes(ended))) == 1 and ended[0].code in (1, 2), ended
-    (sentence,) = {re.sub(r"^rank \d: | \d of 3 layers are whole and kept.*$", "", rank.error) for rank in ended}
+    (sentence,) = {re.sub(r"^rank \d: | \d of 3 layers are complete and kept.*$", "", rank.error) for rank in ended}
     assert "NaN or an infinity" in sentence and "model.layers.1." in sentence
     assert not (tmp_path / "out").exists()
 
@@ -204,7 +204,7 @@ def test_a_nan_that_only_one_ranks_sequences_meet_ends_all_with_the_same_sentenc
 def test_ranks_that_are_not_alike_are_told(launch: WarmRanks, tiny: TinyModels, tmp_path: Path, ids: Path) -> None:
     ended = launch(3, **job(tiny("llama"), tmp_path, ids, quantizer="rtn", others={"quantizer": "mse"}))
     assert codes(ended) == [2, 2, 2], ended
-    assert "the ranks are not alike (quantizer is rtn there, mse here)" in ended[1].error
+    assert "the ranks differ (quantizer is rtn there, mse here)" in ended[1].error
     assert ended[0].error == ended[2].error == f"rank 1: {ended[1].error}"
 
 
@@ -214,7 +214,7 @@ def test_a_rank_that_does_not_see_the_folder_is_named(
     elsewhere = tmp_path / "elsewhere" / "out"
     ended = launch(2, **job(tiny("llama"), tmp_path, ids, others={"output": elsewhere}))
     assert codes(ended) == [2, 2], ended
-    assert ended[1].error.startswith(f"rank 1 does not see {elsewhere}.partial: ")
+    assert ended[1].error.startswith(f"rank 1 cannot see {elsewhere}.partial: ")
     assert ended[0].error == f"rank 1: {ended[1].error}"
 
 
@@ -230,7 +230,7 @@ def test_a_folder_that_another_run_fills_is_refused_on_all_ranks(
     finally:
         os.close(descriptor)
     assert codes(ended) == [2, 2], ended
-    assert "is being filled by another run" in ended[0].error
+    assert "another run is writing to " in ended[0].error
     assert ended[1].error == f"rank 0: {ended[0].error}"
 
 
@@ -263,7 +263,7 @@ def test_a_rank_that_never_comes_is_not_waited_for_without_end(
 ) -> None:
     ended = launch(2, **job(tiny("llama"), tmp_path, ids, absent=absent, meeting_seconds=1))
     assert ended[1 - absent].code == 3, ended
-    assert ended[1 - absent].error.startswith("the ranks do not find each other (")
+    assert ended[1 - absent].error.startswith("the ranks cannot connect (")
     assert list(tmp_path.glob("out*")) == []
 
 
@@ -307,5 +307,5 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -
 def test_a_number_of_ranks_that_is_none_is_a_fault_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(EnvironmentLack, match="WORLD_SIZE is 'two', which is no number"):
+    with pytest.raises(EnvironmentLack, match="WORLD_SIZE is 'two', which is not a number"):
         join_ranks("cpu")

@@ -193,7 +193,9 @@ def test_a_manifest_that_contradicts_a_scalar_is_refused_and_its_absence_is_not(
     tensors = load_file(shard)
     tensors[f"{UP}.weight_global_scale"] *= 1.5
     save_file(tensors, shard, {"format": "pt"})
-    with pytest.raises(InputError, match=f"{UP}.weight_global_scale is .* not what {MANIFEST_NAME} says"):
+    with pytest.raises(
+        InputError, match=f"{UP}.weight_global_scale is .*, which differs from the amax in {MANIFEST_NAME}"
+    ):
         laid_out(source, MODELOPT, tmp_path / "out")
     (source / MANIFEST_NAME).unlink()
     assert laid_out(source, MODELOPT, tmp_path / "out").scalars == "reciprocal"
@@ -240,7 +242,7 @@ def _both_layouts(tensors: dict[str, Tensor]) -> None:
         (_fp8_matrix, r"gate_proj.weight \(F8_E4M3\) belongs to another quantization"),
         (_quantized_head, r"lm_head in NVFP4 \(head\)"),
         (_dead_scale, "gate_proj.weight_global_scale is 0.0, which has no reciprocal"),
-        (_narrow_scales, r"weight_scale is F8_E4M3 \[128, 3\] where NVFP4 has F8_E4M3 \[128, 4\]"),
+        (_narrow_scales, r"weight_scale is F8_E4M3 \[128, 3\], but NVFP4 stores F8_E4M3 \[128, 4\]"),
         (_both_layouts, "in both layouts"),
     ],
 )
@@ -256,12 +258,12 @@ def test_what_the_other_layout_cannot_hold_is_refused_before_anything_is_written
 def test_what_is_no_nvfp4_checkpoint_is_refused_by_what_it_is(
     tiny: TinyModels, conversions: Conversions, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="is not quantized: use `nvquant convert`"):
+    with pytest.raises(InputError, match="is not quantized: convert it with `nvquant convert --format`"):
         laid_out(tiny("llama"), MODELOPT, tmp_path / "out")
     fp8 = edit_config(shutil.copytree(tiny("llama"), tmp_path / "fp8"), quantization_config={"quant_method": "fp8"})
     with pytest.raises(InputError, match=r"quant_method fp8\), but not in NVFP4"):
         laid_out(fp8, MODELOPT, tmp_path / "out")
-    with pytest.raises(InputError, match="is in the modelopt layout already"):
+    with pytest.raises(InputError, match="is already in the modelopt layout"):
         laid_out(conversions("llama", layout=MODELOPT), MODELOPT, tmp_path / "out")
 
 
@@ -269,14 +271,14 @@ def test_a_kv_cache_other_than_fp8_is_refused(conversions: Conversions, tmp_path
     source = foreign(conversions("llama"), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())["quantization_config"]
     edit_config(source, quantization_config={**config, "kv_cache_scheme": {"num_bits": 4, "type": "float"}})
-    with pytest.raises(InputError, match="KV cache in another way than FP8"):
+    with pytest.raises(InputError, match="does not quantize the KV cache in FP8"):
         laid_out(source, MODELOPT, tmp_path / "out")
 
 
 def test_an_output_that_is_not_ours_is_left_alone(conversions: Conversions, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="was not made by nvquant"):
+    with pytest.raises(InputError, match="nvquant did not write it"):
         laid_out(conversions("llama"), MODELOPT, tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 

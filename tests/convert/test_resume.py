@@ -194,7 +194,7 @@ def test_a_run_of_other_files_or_choices_is_refused_with_what_differs_unless_res
     llama.end_early()
     before = contents(llama.partial)
     change(llama.source)
-    sentence = rf"out\.partial holds a run that is not this one \({field} is \S.* there, \S.* here\): .*--restart"
+    sentence = rf"out\.partial contains another run \({field} is \S.* there, \S.* here\): .*--restart"
     with pytest.raises(InputError, match=sentence):
         llama.run(**choices)
     assert contents(llama.partial) == before
@@ -249,7 +249,7 @@ def test_a_finished_output_of_an_equal_run_is_left_as_it_is(llama: Conversion) -
 def test_a_finished_output_of_another_run_is_replaced_only_with_restart(llama: Conversion) -> None:
     llama.run()
     before = contents(llama.output)
-    sentence = r"out holds a finished checkpoint of another run \(quantizer is rtn there, mse here\).*--restart"
+    sentence = r"out contains the finished checkpoint of another run \(quantizer is rtn there, mse here\).*--restart"
     with pytest.raises(InputError, match=sentence):
         llama.run(quantizer="mse")
     assert contents(llama.output) == before
@@ -276,7 +276,7 @@ def test_a_second_run_of_an_output_is_refused_while_the_first_one_lives(llama: C
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         for restart in (False, True):
-            with pytest.raises(InputError, match=r"out\.partial is being filled by another run: wait for it"):
+            with pytest.raises(InputError, match=r"another run is writing to \S*out\.partial: wait until it ends"):
                 llama.run(restart=restart)
         assert contents(llama.partial) == before
         other.kill()
@@ -365,7 +365,7 @@ def change_a_weight(source: Path, layer: int) -> None:
 def test_a_weight_that_changed_unnoticed_is_found_when_its_layer_is_replayed(llama: Conversion) -> None:
     llama.end_early(2)
     change_a_weight(llama.source, 1)
-    with pytest.raises(InputError, match=r"source: the weights of layer 1 are not those that the earlier run read"):
+    with pytest.raises(InputError, match=r"source: the weights of layer 1 changed since the earlier run"):
         llama.run()
     change_a_weight(llama.source, 1)
     assert llama.run().layers_resumed == 2

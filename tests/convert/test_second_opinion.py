@@ -266,7 +266,7 @@ def test_missing_package_is_named_with_its_install_line(
     [
         (MODELOPT, {}, "writes the compressed-tensors layout only"),
         (None, {"quantizer": "mse"}, "its own observers, which do not include nvquant's mse: use --quantizer rtn"),
-        (None, {"batch_size": 2}, "one sequence at a time: leave --batch-size out"),
+        (None, {"batch_size": 2}, "one sequence at a time: drop --batch-size"),
     ],
 )
 def test_what_it_does_not_do_is_refused(
@@ -326,10 +326,10 @@ def _infinite_scale(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_changed_norm, f"{NORM} with other values than the source's"),
-        (_wide_norm, rf"{NORM} as F32 \[64\] where the plan has BF16 \[64\]"),
+        (_changed_norm, f"{NORM}, but its values differ from the source's"),
+        (_wide_norm, rf"{NORM} as F32 \[64\], but the plan has BF16 \[64\]"),
         (_lost_norm, f"did not save {NORM}"),
-        (_unquantized_matrix, rf"{UP}.weight as BF16 \[128, 64\] where the plan has nothing"),
+        (_unquantized_matrix, rf"{UP}.weight as BF16 \[128, 64\], but the plan has nothing"),
         (_infinite_scale, f"{UP}.input_global_scale as inf"),
     ],
 )

@@ -107,7 +107,7 @@ def test_a_signal_ends_the_run_in_order_and_the_same_command_goes_on(
     assert stderr.count(HEARD.decode()) == 1
     last = stderr.splitlines()[-1]
     found = re.fullmatch(
-        rf"(?:Error: )?Stopped after layer (\d+) of {LAYERS}; run the same command again to continue\.", last
+        rf"(?:Error: )?Stopped after layer (\d+) of {LAYERS}\. To resume, run the same command again\.", last
     )
     assert found, stderr
     assert "Traceback" not in stderr

@@ -241,7 +241,7 @@ def test_added_time_is_not_the_main_threads(tmp_path: Path) -> None:
     assert spans_of(events) == []
     assert list(phases["main_thread"]) == [UNACCOUNTED]
     assert phases["phases"]["import"]["count"] == 1
-    assert "loading Python packages" in text
+    assert "load Python packages" in text
 
 
 def test_the_phases_may_be_asked_for_while_threads_add_new_ones() -> None:

@@ -162,7 +162,7 @@ def manifest_cut_off(folder: Path) -> str:
 def manifest_without_a_recipe(folder: Path) -> str:
     with edit_json(folder / MANIFEST) as manifest:
         del manifest["recipe"]
-    return "lacks or misstates a key (recipe is missing)"
+    return "has a missing or wrong key (recipe is missing)"
 
 
 @fault("manifest")
