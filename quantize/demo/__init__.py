@@ -1,1 +1,1 @@
-"""The embedded default: a real model from a package, through the whole chain."""
+"""The demo runs the complete chain on a real model from a package."""

@@ -1,4 +1,4 @@
-"""The demo: plan, convert and verify SmolLM2-135M-Instruct, and say what came out."""
+"""The demo plans, converts and verifies SmolLM2-135M-Instruct, and reports the results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ STEPS = 5
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found."""
+    """Results of the demo."""
 
     plan: dict[str, Any]
     converted: ConvertResult
@@ -60,7 +60,7 @@ class DemoResult:
 
 @dataclass(frozen=True)
 class Display:
-    """Where the demo shows its progress.
+    """The functions that show the progress of the demo.
 
     Attributes:
         say: prints a line.
@@ -84,12 +84,12 @@ class Display:
 def run_demo(
     folder: Path, recipe_name: str, format_name: str, display: Display, samples: int = HELD_OUT_SAMPLES
 ) -> DemoResult:
-    """Run the whole chain in a folder.
+    """Run the complete chain in a folder.
 
     Args:
-        folder: holds the BF16 source (made once) and the output.
+        folder: for the BF16 source (made once) and the output.
         display: shows the steps, their progress and their seconds.
-        samples: held-out sequences that the numbers are measured on.
+        samples: number of held-out sequences for the numbers.
     Raises:
         EnvironmentLack: the packages of the `demo` extra are missing.
     """
@@ -106,7 +106,7 @@ def run_demo(
         converted = _convert(plan, output, sink)
     with display.step(4, f"Verify every byte, and measure {samples} x {HELD_OUT_LENGTH} held-out tokens"):
         verified = _verify(output, source, samples, display.measuring)
-    with display.step(5, "Write the report, and ask the checkpoint for one token"):
+    with display.step(5, "Write the report, and compute one token with the checkpoint"):
         report = next(path for path in write_report(verified, folder / "report") if path.suffix == ".html")
         answer = _answer(output)
     memory = forecast_memory(plan, SAMPLES, SEQUENCE_LENGTH, 1, gpu=False)
@@ -122,7 +122,7 @@ def _verify(output: Path, source: Path, samples: int, progress: Progress) -> Rep
 
 
 def _answer(output: Path) -> str:
-    """What the checkpoint's weights hold for the likeliest token after the prompt, inputs in full precision."""
+    """The most likely token after the prompt, by the checkpoint's weights and inputs in full precision."""
     tokenizer = load_tokenizer(output)
     ids = tokenizer(PROMPT)["input_ids"]
     return str(tokenizer.decode([likeliest_next(open_subject(output), ids, "weight_only")]))

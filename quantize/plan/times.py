@@ -137,8 +137,8 @@ def pipeline_seconds(
 
 
 def _stages(work: Work, quantizer: str, machine: Machine, rates: Rates) -> _Stages:
-    """Where inputs are observed every process walks all layers, with its share of sequences and matrices; else each
-    has its share of the layers."""
+    """With calibration every process walks all layers, with its share of samples and matrices. Without it each
+    process has its share of the layers."""
     ranks, speed, disk = machine.count, machine.speed, machine.disk
     layers = work.layers if work.samples else work.layers[::ranks]
     sharing = ranks if work.samples else 1
@@ -157,7 +157,7 @@ def _stages(work: Work, quantizer: str, machine: Machine, rates: Rates) -> _Stag
 
 
 def _forward_seconds(work: Work, layer: LayerWork, machine: Machine, rates: Rates) -> float:
-    """Of one layer on one of the processes: the GPU's time, or that of the launches where it is longer."""
+    """Of one layer on one of the processes: the GPU's time, or that of the launches if it is longer."""
     sequences = ceil(work.samples / machine.count)
     batches = ceil(sequences / work.batch_size)
     flop = sequences * (layer.linear_flop * work.sequence_length + layer.attention_flop)
@@ -165,8 +165,8 @@ def _forward_seconds(work: Work, layer: LayerWork, machine: Machine, rates: Rate
 
 
 def _arrivals(work: Work, layers: Sequence[LayerWork], machine: Machine) -> list[float]:
-    """When the files that hold each layer have been downloaded, in the order in which they are needed; 0 where none
-    is, or where ranges come as they are read."""
+    """The times at which the files of each layer have been downloaded, in the order of need, or 0 without downloads and
+    with reads by ranges."""
     if not machine.network_bytes or machine.low_disk:
         return [0.0] * len(layers)
     come: dict[str, float] = {}
@@ -179,8 +179,8 @@ def _arrivals(work: Work, layers: Sequence[LayerWork], machine: Machine) -> list
 
 
 def _disk_seconds(work: Work, machine: Machine) -> float:
-    """Of all that is read from the disk and written to it: the source by each process that walks it, the output, and
-    what of a source from the Hub is kept."""
+    """Of all reads and writes of the disk: the source by each process that walks it, the output, and the kept files of
+    a source on the Hub."""
     disk = machine.disk
     times = machine.count if work.samples else 1
     read = times * work.layer_bytes + work.copied_bytes
@@ -192,7 +192,7 @@ def _disk_seconds(work: Work, machine: Machine) -> float:
 
 
 def disk_bytes(work: Work, machine: Machine) -> int:
-    """Bytes that must be free: the output's, and what of a source from the Hub is kept at the same time."""
+    """Bytes that must be free: those of the output, and of the kept files of a source on the Hub."""
     if not machine.network_bytes:
         return work.written_bytes
     return work.written_bytes + (work.outer_bytes if machine.low_disk else sum(work.shards.values()))

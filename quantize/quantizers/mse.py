@@ -64,7 +64,7 @@ def sweep_scales(blocks: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
     """The best block scale of each block.
 
     Args:
-        blocks: float32 [16, n], the elements of n blocks: whole rows of the matrix.
+        blocks: float32 [16, n], the elements of n blocks: complete rows of the matrix.
         scale: float32 scalar, the global scale (divisor).
         importance: float32 [16, blocks a row].
     Returns:

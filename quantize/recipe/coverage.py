@@ -1,8 +1,8 @@
-"""Patterns that name what is quantized and what is not, as a config needs them: whole blocks, fused names included, no
-list of modules.
+"""Patterns that name what is quantized and what is not, as a config needs them: complete blocks, fused names included,
+and no list of modules.
 
-A list of modules goes wrong where vLLM fuses: Gemma 4's full-attention layers have no v_proj, and vLLM refuses
-a config that names only q_proj and k_proj there.
+A list of modules fails where vLLM fuses: Gemma 4's full-attention layers have no v_proj, and vLLM refuses a config that
+names only q_proj and k_proj there.
 """
 
 from __future__ import annotations

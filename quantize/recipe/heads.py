@@ -1,8 +1,8 @@
 """The head of a model and its embedding: their tensors, and whether both are the same tensor.
 
-A class ties its head where its own config says so, and each class has its own default: Without an entry, Gemma 3 is
+A class ties its head where its own config says so, and each class has its own default: without an entry, Gemma 3 is
 tied and Llama is not. `tie_word_embeddings` belongs to the config of the class that has the head, which for a composite
-model is the top of config.json; a few classes also look into the text config. If the file alone does not decide,
+model is the top of config.json. A few classes also look into the text config. If the file alone does not decide,
 transformers does. vLLM reads the flag from the same place.
 Source: transformers 5.17, `PreTrainedModel.get_expanded_tied_weights_keys`; vLLM 0.32, `VllmConfig.with_hf_config`.
 """

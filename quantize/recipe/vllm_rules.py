@@ -1,13 +1,13 @@
-"""vLLM's own rules for which layers of a checkpoint are quantized, so that config and tensors can be held against each
-other without vLLM.
+"""vLLM's own rules for which layers of a checkpoint are quantized, so that nvquant can compare config and tensors
+without vLLM.
 
-A layer here is what vLLM builds: fused (qkv_proj, gate_up_proj) where the model fuses. vLLM renames modules of
-multimodal models before it matches, and maps exact entries along but not regular expressions; which name applies
-depends on the model class that serves. So a verdict is asked for under every name that a layer may have, and must be
-the same under all.
+A layer here is one that vLLM builds, fused (qkv_proj, gate_up_proj) where the model fuses. vLLM renames modules of
+multimodal models before it matches, and renames exact entries too, but not regular expressions. The name depends on the
+model class that serves. So these rules give a verdict for every name that a layer may have, and all verdicts must be
+equal.
 Source: vLLM 0.32.0 and 0.33.0, vllm/model_executor/layers/quantization/compressed_tensors/utils.py
 (`should_ignore_layer`, `find_matched_target`), .../modelopt.py (`is_layer_excluded`), .../utils/quant_utils.py
-(`is_layer_skipped`); behaviour rewritten here.
+(`is_layer_skipped`). The behaviour is rewritten here.
 """
 
 from __future__ import annotations
@@ -58,12 +58,11 @@ def compressed_tensors_verdict(module: str, config: Mapping[str, object], member
     Args:
         module: the layer by its name in the checkpoint, fused where vLLM fuses.
         config: `quantization_config` of the checkpoint.
-        members: last parts of the names that the layer is fused of, see `Fusions.members`; by default as most models
-            fuse a layer of its name.
+        members: last parts of the names that the layer is fused of, see `Fusions.members`. By default they are those of
+            most models for a layer of its name.
     Returns:
-        the name of a config group, "unquantized", or "refused" (vLLM raises: members of a fused layer differ; or the
-        verdict depends on the
-        name under which the model is built).
+        the name of a config group, "unquantized", or "refused" (vLLM raises because members of a fused layer differ, or
+        the verdict depends on the name under which the model is built).
     """
     ignore = _entries(config.get("ignore"))
     groups = config.get("config_groups")
@@ -84,8 +83,8 @@ def compressed_tensors_verdict(module: str, config: Mapping[str, object], member
 
 
 def modelopt_verdict(module: str, config: Mapping[str, object], members: Sequence[str] | None = None) -> str:
-    """The algorithm that vLLM gives a layer, "unquantized" or "refused"; arguments as in
-    `compressed_tensors_verdict`."""
+    """The algorithm that vLLM gives a layer, "unquantized" or "refused". The arguments are those
+    of `compressed_tensors_verdict`."""
     exclude = _entries(config.get("ignore") or config.get("exclude_modules"))
     algorithm = str(config.get("quant_algo"))
 
@@ -119,13 +118,13 @@ def _equal_or_regex(name: str, entry: str, at: int) -> bool:
 
 
 def _shards(name: str, members: Sequence[str] | None) -> list[str]:
-    """Names of the members of a fused layer; empty where a layer stands alone."""
+    """Names of the members of a fused layer, or nothing if a layer stands alone."""
     parent, _, leaf = name.rpartition(".")
     return [f"{parent}.{member}" for member in (members_called(leaf) if members is None else members)]
 
 
 def _shards_agree(name: str, shards: Sequence[str], matches: Callable[[str], bool]) -> bool | None:
-    """Whether a layer is matched, by its fused name or by all of its members; None where only some members are."""
+    """Whether a layer is matched, by its fused name or by all of its members, or None if only some members are."""
     if matches(name):
         return True
     found = [matches(shard) for shard in shards]
