@@ -27,7 +27,7 @@ from support.conversions import TinyModels, random_samples, write_ids
 
 SECONDS, MEGABYTES = 50, 2000
 CASES = 24  # of each kind
-UNFORESEEN = "An error came up that nvquant does not know"
+UNFORESEEN = "An unexpected error occurred"
 ODD: list[Any] = [
     *(
         None,

@@ -1,4 +1,4 @@
-"""What a CI system shows beside a run: written by the command itself into a file, never read out of a log."""
+"""Annotations that a CI system shows beside a run: the command writes them into a file, and no program parses a log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TITLE = "nvquant verify"
 
 
 class AnnotatedCommand(click.Command):
-    """A command that notes its refusal, of its options too, in the file that $NVQUANT_ANNOTATIONS names."""
+    """A command that writes its errors, also those of its options, to the file that $NVQUANT_ANNOTATIONS names."""
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         """See click."""
@@ -40,9 +40,9 @@ class AnnotatedCommand(click.Command):
 
 
 def write_annotations(commands: Iterable[str]) -> bool:
-    """Append workflow commands to the file that $NVQUANT_ANNOTATIONS names; False where it names none.
+    """Append workflow commands to the file that $NVQUANT_ANNOTATIONS names. Return False if it names none.
 
-    The file is for GitHub's runner alone: the action prints it when nothing else may speak any more.
+    The file is for GitHub's runner alone. The action prints it after all other output.
     """
     name = os.environ.get(VARIABLE)
     if not name:

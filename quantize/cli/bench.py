@@ -182,7 +182,7 @@ def _setting(values: dict[str, Any]) -> tuple[Setting, dict[str, Any]]:
 
 
 def _server_and_generator(values: dict[str, Any]) -> tuple[LoadGenerator, ServeOptions, tuple[str, ...]]:
-    """With --url, --vllm names the vLLM whose load generator is taken."""
+    """The server and the load generator. With --url, --vllm names the vLLM whose load generator runs."""
     from ..bench.guidellm_load import find_guidellm
     from ..bench.vllm_load import bench_command
     from ..serving.command import find_vllm
@@ -194,12 +194,12 @@ def _server_and_generator(values: dict[str, Any]) -> tuple[LoadGenerator, ServeO
     if is_running:
         if dtypes != ("auto",):
             raise InputError(
-                "--url measures a server that runs already, whose KV cache is what it is: drop --kv-cache-dtype."
+                "--url measures a running server, whose KV cache nvquant cannot change: drop --kv-cache-dtype."
             )
         values["vllm"] = None
     options = take_serve_options(values)
     if values["load_generator"] == "guidellm" and values["dataset"] != "random":
-        raise InputError("guidellm is used for random prompts only: drop --dataset, or --load-generator guidellm.")
+        raise InputError("guidellm sends random prompts only: drop --dataset, or --load-generator guidellm.")
     takes_guidellm, guidellm = values.pop("load_generator") == "guidellm", values.pop("guidellm")
     if guidellm and not takes_guidellm:
         raise InputError("--guidellm has no effect without --load-generator guidellm.")
@@ -212,7 +212,7 @@ def _grid(values: Mapping[str, Any]) -> Grid:
     from ..bench.load import RANDOM
 
     if values["dataset"] != RANDOM and not values["dataset_path"]:
-        raise InputError(f"--dataset {values['dataset']} needs --dataset-path, the file or name of the data set.")
+        raise InputError(f"--dataset {values['dataset']} requires --dataset-path, the file or name of the data set.")
     return Grid(
         values["contexts"],
         values["users"],

@@ -181,7 +181,7 @@ def _default_output(source: str, recipe: str) -> Path:
 
 
 def _where_it_began(remote: HubModel, output: Path | None, recipe: str, resume: bool) -> HubModel:
-    """The model at the commit at which a run that ended early began, though its branch may mean another one by now."""
+    """The model at the commit of an unfinished run, although its branch may have moved."""
     if not resume or remote.revision == remote.commit:
         return remote
     from ..checkpoint.hub.repository import find_model
@@ -197,7 +197,7 @@ def _where_it_began(remote: HubModel, output: Path | None, recipe: str, resume: 
 
 
 def _places(plan: Plan, target: Path, device: str, low_disk: bool) -> tuple[str, Ranks]:
-    """The device and the ranks of this run, when it is sure that its output and its downloads have room."""
+    """The device and the ranks of this run, after a check that its output and its downloads fit on the disk."""
     from ..convert.output import check_cache, check_output
     from ..convert.ranks import join_ranks
 
@@ -253,7 +253,7 @@ def _load(plan: Plan, run: Mapping[str, Any], is_first: bool) -> CalibrationSet:
 
 
 def _run(plan: Plan, options: ConvertOptions, loaded: CalibrationSet | None, engine: str) -> ConvertResult:
-    """Convert with an engine, and show how far it is."""
+    """Convert with an engine, and show its progress."""
     if engine == "llmcompressor":
         from ..convert.second_opinion import convert_with_llmcompressor as run
     else:
@@ -292,9 +292,9 @@ def _finish(
 
 def _tell(result: Mapping[str, Any], profile: Path | None) -> None:
     if profile is not None:
-        say(f"profile: {profile / 'phases.txt'}, and {profile / 'trace.json'} for ui.perfetto.dev")
+        say(f"Profile: {profile / 'phases.txt'}, and {profile / 'trace.json'} for ui.perfetto.dev")
     if result["was_finished"]:
-        say("An equal run has already made this output. Use --restart to make it again.")
+        say("An equal run has already written this output. To rebuild it, use --restart.")
     if result["marlin_flushed_blocks"]:
         from ..format.marlin import RULE_READ_FROM
 

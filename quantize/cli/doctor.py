@@ -53,5 +53,5 @@ def command(checkpoint: Path | None, context: int | None, kv_cache_dtype: str, v
         emit_json(document(doctor, findings))
     lacking = [finding.name for finding in findings if finding.status == "lacks"]
     if lacking and not as_json:
-        tell(f"Lacking: {', '.join(dict.fromkeys(lacking))}.")
+        tell(f"Missing: {', '.join(dict.fromkeys(lacking))}.")
     return LACKS if lacking else 0

@@ -84,12 +84,12 @@ def machine_options(function: F) -> F:
 def read_machine(
     on: str | None, disk: Disk | None, network: float | None, low_disk: bool, price: float | None, from_hub: bool
 ) -> Machine | None:
-    """The machine that the options name; None where there is no --on.
+    """The machine that the options name, or None without --on.
 
     Args:
         from_hub: whether MODEL is on the Hub.
     Raises:
-        InputError: an option that means nothing without another, or beside another.
+        InputError: an option has no effect without another one, or contradicts another one.
     """
     given = {"--disk": disk, "--network": network, "--low-disk": low_disk or None, "--price": price}
     if on is None:

@@ -1,4 +1,4 @@
-"""`nvquant`: the group of commands. Imports nothing heavy; a command's module is imported when the command runs."""
+"""`nvquant`: the group of commands. It imports nothing heavy, and a command's module only when the command runs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit with its code; whatever goes wrong is one sentence on stderr."""
+    """Run the command line and exit with its code. Every error is one sentence on stderr."""
     _open_missing_streams()
     given = sys.argv[1:] if args is None else args
     code = _run(given, "--debug" in given)
@@ -84,7 +84,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str], debug: bool) -> int:
-    """The exit code of a command; every error has been told."""
+    """Run a command, print its error if one ends it, and return the exit code."""
     try:
         return _invoke(args)
     except NvquantError as error:
@@ -100,14 +100,14 @@ def _run(args: list[str], debug: bool) -> int:
             return _lost_stream(error)
         return _tell(_unexpected(error), LACKING if _is_lack(error) else WRONG, debug)
     except MemoryError:
-        return _tell("The memory of this machine does not suffice: free some, or use a larger machine.", LACKING, debug)
+        return _tell("This machine ran out of memory: free some, or use a larger machine.", LACKING, debug)
     except Exception as error:
         return _tell(_unexpected(error), WRONG, debug)
 
 
 def _invoke(args: list[str]) -> int:
     """Run a command. As click's own `main`, but that takes any broken pipe for that of the results, and ends in 1."""
-    if "_NVQUANT_COMPLETE" in os.environ:  # a shell asks how a word may go on
+    if "_NVQUANT_COMPLETE" in os.environ:  # a shell requests completions
         cli.main(args=args, prog_name="nvquant")
     try:
         with cli.make_context("nvquant", list(args)) as context:
@@ -139,23 +139,23 @@ def _tell(message: str | Callable[[], None], code: int, debug: bool) -> int:
 
 
 def _shortened(message: str) -> str:
-    """A message without its middle, where it repeats more of a file than anybody reads; its end is the way out."""
+    """A message without its middle if it is too long to read. Its end, the way out, stays."""
     end = MOST_MESSAGE // 3
     return message if len(message) <= MOST_MESSAGE else f"{message[: MOST_MESSAGE - end]} … {message[-end:]}"
 
 
 def _unexpected(error: Exception) -> str:
-    """A sentence for an error that no code foresaw; where it came up and how it calls itself."""
+    """A sentence for an error that no code expects: its place, its class and its text."""
     if isinstance(error, OSError) and error.strerror:
         files = [repr(str(name)) for name in (error.filename, error.filename2) if name is not None]
         where = f"{' and '.join(files)}: " if files else ""
-        return f"{where}{error.strerror}. Mend that and run the command again; --debug shows where it came up."
+        return f"{where}{error.strerror}. Correct this and run the command again (--debug prints the traceback)."
     last = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" at {last[0].filename.rpartition('/')[2]}:{last[0].lineno}" if last else ""
     words = quoted_message(" ".join(str(error)[:1000].split()))[:200]
     return (
-        f"An error came up that nvquant does not know ({type(error).__name__}{where}{words and ': '}{words}): check "
-        f"the input files, and report what the command shows with --debug."
+        f"An unexpected error occurred ({type(error).__name__}{where}{words and ': '}{words}): check the input files, "
+        f"and report the output of the command with --debug."
     )
 
 
@@ -164,7 +164,7 @@ def _is_lack(error: OSError) -> bool:
 
 
 def _open_missing_streams() -> None:
-    """Open /dev/null for each standard stream that the caller closed: else the next file would take its place."""
+    """Open /dev/null for each standard stream that the caller closed, or the next file would take its place."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -182,7 +182,9 @@ def _lost_stream(error: Exception) -> int:
     if not isinstance(error, BrokenPipeError):
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "the stream is closed"
         with contextlib.suppress(OSError, ValueError):
-            os.write(2, f"Error: The results cannot be written ({reason}): give a place with room.\n".encode())
+            os.write(
+                2, f"Error: The results cannot be written ({reason}): write them to a place with free space.\n".encode()
+            )
     nothing = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

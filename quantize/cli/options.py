@@ -1,4 +1,4 @@
-"""Options that several commands share, and the opening of what they name."""
+"""Options that several commands share, and functions that open the models and devices that they name."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def json_option(function: F) -> F:
 
 
 def debug_option(function: F) -> F:
-    """`--debug`, so that it may also stand behind the command; `main` looks for it."""
+    """`--debug`, which `main` reads, also after the name of the command."""
     return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(function)
 
 
@@ -71,7 +71,7 @@ def device_option(function: F) -> F:
 
 
 def resolve_device(device: str) -> str:
-    """The device that `--device` names, for torch; a GPU where there is one.
+    """The device that `--device` names, for torch. By default it is a GPU if there is one.
 
     Raises:
         EnvironmentLack: `cuda` is requested, and torch sees no GPU.
@@ -132,7 +132,7 @@ def open_model(
         low_disk: read the weights of a model on the Hub by ranges, and keep none.
         pin: may choose another commit of a model on the Hub.
     Raises:
-        InputError: neither is there, it is no safetensors model, or an option fits only the other kind.
+        InputError: neither exists, it is not a safetensors model, or an option fits only the other kind.
     """
     remote = find_remote(model, revision)
     if remote is None:
@@ -145,10 +145,11 @@ def open_model(
 
 
 def find_remote(model: str, revision: str | None = None) -> HubModel | None:
-    """The model on the Hub that a name means; None for a folder, or for what can be nothing else.
+    """The model on the Hub that a name means, or None for a folder and for a name that only a folder can have.
 
     Raises:
-        InputError: the Hub has no such model or revision, or cannot be reached; two revisions; one of a folder.
+        InputError: the Hub has no such model or revision, or cannot be reached. Two revisions are given, or one of a
+            folder.
     """
     from ..checkpoint.hub.errors import HubError
     from ..checkpoint.hub.repository import find_model, hub_name
@@ -188,12 +189,12 @@ def make_plan(
     name = model.rstrip("/") if source.hub is None else source.hub.repo
     adapter = adapter_beside(names_in(source.folder) if source.hub is None else source.hub.files)
     if adapter is not None:
-        say(f"{name} also holds a LoRA adapter ({adapter}), which nvquant neither merges nor converts.")
+        say(f"{name} also contains a LoRA adapter ({adapter}), which nvquant neither merges nor converts.")
     return compute_plan(source, recipe, LAYOUTS[format_name], name), recipe
 
 
 def named(plan: Plan) -> str:
-    """What is converted, with the commit of a model on the Hub."""
+    """The model of a plan by its name, with the commit of a model on the Hub."""
     hub = plan.source.hub
     return plan.model if hub is None else f"{hub.repo} at {hub.commit[:12]}"
 

@@ -1,4 +1,4 @@
-"""What commands say: results on stdout, words about them on stderr, progress that suits the stream."""
+"""The output of commands: results on stdout, messages on stderr, and progress in the form that fits the stream."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ TABLE_CELLS = 300  # no column is cut, however narrow the terminal is
 
 
 def emit_json(document: Mapping[str, Any]) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     click.echo(json_text(document))
 
 
 def tell(text: str = "") -> None:
-    """Lines on stdout; whatever they name, they hold no control character, no secret and no command to a CI system."""
+    """Print lines on stdout, without control characters, secrets and commands to a CI system."""
     click.echo(lines(text))
 
 
 def say(text: str) -> None:
-    """`tell` on stderr."""
+    """Print lines on stderr, as `tell` does on stdout."""
     click.echo(lines(text), err=True)
 
 
 class _Log(logging.Handler):
-    """Shows nvquant's own warnings as `say` does, where nobody else takes them: Python's last resort would show what
-    they name as it stands."""
+    """Shows nvquant's own warnings as `say` does if no other handler takes them. Python's last resort would print them
+    unquoted."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers:
@@ -42,7 +42,7 @@ class _Log(logging.Handler):
 
 
 def send_warnings_to_stderr() -> None:
-    """Let the warnings of nvquant's loggers appear on stderr, quoted; again and again has no further effect."""
+    """Let the warnings of nvquant's loggers appear on stderr, quoted. Further calls have no effect."""
     logger = logging.getLogger("nvquant")
     if not any(isinstance(handler, _Log) for handler in logger.handlers):
         logger.addHandler(_Log(logging.WARNING))
@@ -54,7 +54,7 @@ def gigabytes(size: int) -> str:
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout; plain where stdout is no terminal."""
+    """Print a table on stdout, as plain text if stdout is not a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -71,7 +71,7 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def stage_reporter() -> Callable[[int, int, str], None]:
-    """`progress_reporter` for what counts its work in each phase, as verify does."""
+    """A `progress_reporter` for work that is counted in phases, as in verify."""
     report = progress_reporter()
     return lambda done, total, phase: report(done, total, f"{phase}: {done} of {total}" if total else phase)
 
@@ -110,7 +110,7 @@ def progress_reporter() -> Callable[[int, int, str], None]:
 
 
 def _bar(done: int, total: int) -> str:
-    """A progress bar for a terminal; empty where the total is unknown."""
+    """A progress bar for a terminal, empty if the total is unknown."""
     if total <= 0:
         return ""
     filled = round(BAR_CELLS * min(done, total) / total)

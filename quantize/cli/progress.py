@@ -27,7 +27,7 @@ Clock = Callable[[], float]
 def progress_display(
     stream: TextIO | None = None, *, console: Console | None = None, clock: Clock = time.monotonic
 ) -> AbstractContextManager[ProgressSink]:
-    """Show what the sink is told, from any thread, until the block ends.
+    """Show the states that the sink receives, from any thread, until the block ends.
 
     On a terminal a live block, gone at the end however that comes. Elsewhere plain lines without escape sequences: one
     at once for each new phase, one a layer but at most one every 10 s, and a last one when the block ends without an
@@ -36,7 +36,7 @@ def progress_display(
     Args:
         stream: where to write, `sys.stderr` by default.
         console: a rich console that shows the live block, whatever the stream is.
-        clock: seconds, from any beginning; for tests.
+        clock: seconds, from any beginning, for tests.
     """
     stream = stream if stream is not None else sys.stderr
     if console is None and stream.isatty():
@@ -63,7 +63,7 @@ class _Rates:
             samples.append(progress)
 
     def of(self, progress: Progress, whole_run: bool = False) -> tuple[float, float, float] | None:
-        """(bytes read, bytes written, tokens) a second; None where no time has passed."""
+        """(bytes read, bytes written, tokens) a second, or None before any time has passed."""
         since = Progress("") if whole_run else self._samples[0]
         seconds = progress.seconds - since.seconds
         if seconds <= 0:
@@ -76,7 +76,7 @@ class _Rates:
 
 
 class _Display(AbstractContextManager[ProgressSink]):
-    """What both displays share: the latest state, speeds, and a remaining time that counts down between layers."""
+    """The base of both displays: the latest state, speeds, and a remaining time that counts down between layers."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -87,7 +87,7 @@ class _Display(AbstractContextManager[ProgressSink]):
         self._eta_since = 0.0
 
     def _take(self, progress: Progress) -> bool:
-        """Note a state; False for one that another thread's report has overtaken. Call with the lock held."""
+        """Store a state. Return False if another thread's report has overtaken it. The caller must have the lock."""
         latest = self._latest
         if latest is not None and progress.seconds < latest.seconds:
             return False
@@ -102,7 +102,7 @@ class _Display(AbstractContextManager[ProgressSink]):
 
 
 class _Plain(_Display):
-    """Lines of `key=value`, as few as tell how far the run is."""
+    """Lines of `key=value` that report the progress, as few as necessary."""
 
     def __init__(self, stream: TextIO, clock: Clock) -> None:
         super().__init__(clock)
@@ -153,7 +153,7 @@ class _Plain(_Display):
 
 
 class _Live(_Display):
-    """A block of three lines that rich redraws in a thread of its own, so that time goes on while a layer takes long.
+    """A block of three lines that rich redraws in a thread of its own, so that time advances during a long layer.
 
     The cursor stays visible: a process that the system kills could not give it back.
     """
@@ -243,7 +243,7 @@ def _live_rates(speeds: tuple[float, float, float] | None, has_tokens: bool) -> 
 
 
 def _fetched(progress: Progress, space: str = "") -> str:
-    """How much of what comes from the Hub is there; nothing where nothing has to come."""
+    """The fetched share of the files from the Hub, or nothing if there are no such files."""
     if not progress.bytes_to_fetch:
         return ""
     return f"{_size(progress.bytes_fetched, space)}{space}/{space}{_size(progress.bytes_to_fetch, space)}"
@@ -259,7 +259,7 @@ def _size(size: float, space: str = "") -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    """`41s`, `12m05s`, `1h12m`; nothing where it is not known."""
+    """`41s`, `12m05s`, `1h12m`, or nothing if it is unknown."""
     if seconds is None:
         return ""
     whole = round(seconds)

@@ -1,4 +1,4 @@
-"""What `convert --push-to` and `push` share: the refusal before work, the proof with its progress, and the result."""
+"""Shared code of `convert --push-to` and `push`: the check before work, the proof with its progress, the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_push(repo: str) -> None:
-    """Refuse a push that cannot be, before hours of work.
+    """Refuse an impossible push before hours of work.
 
     Raises:
         InputError: see `publish.target.check_rights`.
@@ -27,19 +27,19 @@ def check_push(repo: str) -> None:
 
 
 def proved(checkpoint: Path, source: Checkpoint | None, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What verify finds of a checkpoint that is to be published, shown as it comes; see `publish.proof.prove`."""
+    """The results of verify for a checkpoint that is to be published, shown as they come. See `publish.proof.prove`."""
     from ..publish.proof import prove
 
     return prove(checkpoint, source, earlier, stage_reporter(), resolve_device("auto"))
 
 
 def push_made(checkpoint: Path, source: Checkpoint, repo: str) -> PushResult:
-    """Prove and publish what was just converted. The numbers need the source's weights: where none was kept, only the
-    structure is proved.
+    """Prove and publish a new checkpoint. The numbers require the source's weights. Without them, only the structure is
+    proved.
 
     Raises:
-        CheckFailed: the proof failed; the checkpoint stays.
-        InputError: the Hub, or the network.
+        CheckFailed: the proof failed. The checkpoint stays.
+        InputError: the Hub or the network failed.
     """
     from ..checkpoint.hub.shards import RemoteShards
     from ..publish.push import PushRequest, push

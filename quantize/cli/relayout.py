@@ -35,13 +35,13 @@ def command(checkpoint: str, format_name: str, output: Path, as_json: bool) -> N
     result = relayout(open_model(checkpoint), LAYOUTS[format_name], output)
     if result.unequal_groups:
         say(
-            f"{result.unequal_groups} fused groups do not share their global scales. vLLM takes the largest stored "
-            f"value of each, so their weights are wrong, and differently in each layout."
+            f"{result.unequal_groups} fused groups do not share their global scales. vLLM uses the largest stored "
+            f"value of each group, so their weights are wrong, and differ between the layouts."
         )
     if as_json:
         emit_json(result.as_json())
         return
-    how = "computed from the recorded amaxes" if result.scalars == "exact" else "inverted, right to an ulp"
+    how = "computed from the recorded amaxes" if result.scalars == "exact" else "inverted, exact to one ulp"
     tell(
         f"{result.output}: {result.tensors} tensors, {gigabytes(result.tensor_bytes)}, {result.quantized} matrices in "
         f"the {result.format} layout in {result.seconds:.1f} s, global scales {how}."

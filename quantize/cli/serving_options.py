@@ -16,7 +16,7 @@ NAMES = ("vllm", "url", "tensor_parallel", "max_model_len", "kv_cache_dtype", "v
 
 
 def serving_options(function: F) -> F:
-    """`--vllm` or `--url`, and how the server is to run; `take_serve_options` collects their values."""
+    """`--vllm` or `--url`, and the settings of the server. `take_serve_options` collects their values."""
     for option in reversed(
         (
             click.option(

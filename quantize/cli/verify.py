@@ -175,7 +175,7 @@ def _options(stages: tuple[str, ...], measured: dict[str, Any], log_folder: Path
 
 
 def _refuse_links(report_folder: Path | None, junit: Path | None) -> None:
-    """Refuse, before hours of work, a report that would be written through a link."""
+    """Refuse a report that would be written through a link, before hours of work."""
     if report_folder is not None:
         for name in REPORT_NAMES:
             refuse_link(report_folder / name)
@@ -184,7 +184,7 @@ def _refuse_links(report_folder: Path | None, junit: Path | None) -> None:
 
 
 def _check_writable(folder: Path | None) -> None:
-    """Refuse, before hours of work, a place where nothing can be written."""
+    """Refuse a folder that is not writable, before hours of work."""
     if folder is None:
         return
     there = folder

@@ -52,7 +52,7 @@ def points_of(folder: Path) -> list[dict[str, Any]]:
         (["--against", "./no-such-folder"], "./no-such-folder is neither a folder nor the address of a server"),
         (["--url", "http://127.0.0.1:9", "--kv-cache-dtype", "auto,fp8"], "drop --kv-cache-dtype"),
         (["--kv-cache-dtype", ","], "--kv-cache-dtype is empty"),
-        (["--dataset", "sharegpt"], "needs --dataset-path"),
+        (["--dataset", "sharegpt"], "requires --dataset-path"),
         (["--guidellm", "guidellm"], "no effect without --load-generator guidellm"),
         (["--load-generator", "guidellm", "--dataset", "sharegpt"], "random prompts only"),
         (["--vllm", "/no/such/vllm"], "/no/such/vllm does not exist or is not executable"),

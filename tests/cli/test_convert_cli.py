@@ -182,7 +182,7 @@ def test_an_equal_run_finds_its_output_whole(nvquant: Command, tiny: TinyModels,
     again = nvquant(*command)
     assert again.code == 0, again.stderr
     assert json.loads(again.stdout)["was_finished"]
-    assert "An equal run has already made this output." in again.stderr
+    assert "An equal run has already written this output." in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 

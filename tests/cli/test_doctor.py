@@ -47,7 +47,7 @@ def test_without_gpu_and_vllm_it_says_how_to_get_one(nvquant: Command) -> None:
     assert lines[0].startswith("warning  GPU") and "CPU build emulates NVFP4" in lines[0]
     assert any(line.startswith("lacks    vLLM") for line in lines)
     assert "integrations/vllm_cpu/README.md" in ended.stdout
-    assert lines[-1] == "Lacking: vLLM."
+    assert lines[-1] == "Missing: vLLM."
 
 
 def test_a_cpu_with_a_vllm_for_it_has_all_that_is_needed(nvquant: Command, tiny: TinyModels) -> None:

@@ -36,7 +36,7 @@ ERRORS: dict[str, tuple[BaseException, int, str]] = {
     "a file": (PermissionError(errno.EACCES, "Permission denied", "some/file"), 2, "Error: 'some/file': Permission"),
     "two files": (OSError(errno.EXDEV, "Cross-device link", "a", None, "b"), 2, "Error: 'a' and 'b': Cross-device"),
     "no room for a file": (OSError(errno.ENOSPC, "No space left on device", "out/x"), 3, "Error: 'out/x': No space"),
-    "no memory": (MemoryError(), 3, "The memory of this machine does not suffice"),
+    "no memory": (MemoryError(), 3, "This machine ran out of memory"),
     "a message without end": (InputError("x" * 100_000 + ": give another file."), 2, "x: give another file."),
 }
 
