@@ -89,7 +89,7 @@ def test_a_full_disk_behind_the_results_is_one_sentence(model: Path) -> None:
         done = shell('"$@" > /dev/full', *words)
         assert done.returncode == 3
         assert done.stderr == (
-            "Error: The results cannot be written (No space left on device): give a place with room.\n"
+            "Error: The results cannot be written (No space left on device): write them to a place with free space.\n"
         )
 
 
