@@ -279,7 +279,7 @@ def assert_holds_plan(plan: Plan, written: Checkpoint) -> None:
         if planned.get(name) != TensorEntry(name, info.dtype, info.shape):
             what = f"{planned[name].dtype} {list(planned[name].shape)}" if name in planned else "nothing"
             raise CheckFailed(
-                f"llm-compressor saved {name} as {info.dtype} {list(info.shape)} but the plan has {what}."
+                f"llm-compressor saved {name} as {info.dtype} {list(info.shape)}, but the plan has {what}."
             )
     for name, origin in plan.origins.items():
         if name not in written.files:
