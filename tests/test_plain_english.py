@@ -21,8 +21,9 @@ PAGES = sorted(
     ]
 )
 ROOMS = sorted(path.parent.name for path in (ROOT / "quantize").glob("*/__init__.py"))
-# Calls that take a message: errors by their names' ends, and the functions that print.
-TAKES_MESSAGE = re.compile(r"echo|say|\w*(?:Error|Lack|CheckFailed|BadParameter)")
+LEAST_WORDS = 4  # of a text that counts as a message
+# Modules whose texts are programs, style sheets, lines of vLLM's log, or prose that a model reads.
+NO_MESSAGES = {"publish/chart.py", "calibrate/template.py", "serving/log.py", "verify/served_tokens.py"}
 
 TOLD = re.compile(r"\b(?:is|are|was|were|be|been)(?: not| never| only)? (?:told|asked|held|said)\b", re.IGNORECASE)
 # A clause that begins with "what" and has it as its subject or object: no question ends it.
@@ -64,19 +65,14 @@ def message_of(node: ast.expr) -> str:
 
 
 def messages_of(source: str) -> list[str]:
-    """The texts that a module gives to its errors and to its printing functions."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if TAKES_MESSAGE.fullmatch(name):
-                given = [*node.args, *(word.value for word in node.keywords)]
-                texts = [message_of(value) for value in given]
-                texts += [
-                    message_of(part) for value in given for part in ast.walk(value) if isinstance(part, ast.IfExp)
-                ]
-                found += [text for text in texts if text]
-    return found
+    """The texts of a module that a user may read: all of some words that are no docstring and no part of another."""
+    tree = ast.parse(source)
+    skipped = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.JoinedStr, ast.BinOp, ast.IfExp)) and message_of(node):
+            skipped |= {id(part) for part in ast.walk(node) if part is not node}
+    texts = [message_of(node) for node in ast.walk(tree) if isinstance(node, ast.expr) and id(node) not in skipped]
+    return [text for text in texts if len(text.split()) >= LEAST_WORDS]
 
 
 def every_command() -> Iterator[tuple[str, click.Command]]:
@@ -112,10 +108,11 @@ def test_help_is_plain(name: str, command: click.Command) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_messages_are_plain(room: str) -> None:
-    folder = ROOT / "quantize" / room
-    found = [text for path in sorted(folder.rglob("*.py")) for text in messages_of(path.read_text(encoding="utf-8"))]
-    assert found or room in ("format", "report"), "the search finds nothing"
-    assert [fault for text in found for fault in faults_of(text, semicolons=True)] == []
+    modules = [path for path in sorted((ROOT / "quantize" / room).rglob("*.py"))]
+    for path in modules:
+        if str(path.relative_to(ROOT / "quantize")) not in NO_MESSAGES:
+            for text in messages_of(path.read_text(encoding="utf-8")):
+                assert faults_of(text, semicolons=True) == [], f"{path}: {text}"
 
 
 @pytest.mark.parametrize(
@@ -137,12 +134,19 @@ def test_each_rule_finds_its_faults(text: str, is_plain: bool) -> None:
 
 
 def test_messages_are_found_in_every_form() -> None:
-    source = """
-raise InputError(f"{name}: gone; " + "look" if name else "none; at all")
-click.echo("a; b")
-say(f"{x} c; {y}")
-output.note("not a message; of ours")
-"""
-    assert sorted(messages_of(source)) == sorted(
-        ["VALUE: gone; look\nnone; at all", "VALUE: gone; look\nnone; at all", "a; b", "VALUE c; VALUE"]
-    )
+    source = '''
+"""A docstring; of a module."""
+HINT = "a hint; kept as data"
+raise InputError(f"{name}: it is gone; " + "look there" if name else "there is none; at all")
+click.echo("a line; of output")
+log.warning("%s is late; wait", name)
+say(f"{x} and more; {y}")
+key = "a; b"
+'''
+    assert sorted(messages_of(source)) == [
+        "%s is late; wait",
+        "VALUE and more; VALUE",
+        "VALUE: it is gone; look there\nthere is none; at all",
+        "a hint; kept as data",
+        "a line; of output",
+    ]

@@ -111,7 +111,7 @@ def _listing(repo: str, revision: str | None, endpoint: str | None, cache: Path 
             cached = _cached(repo, revision, cache)
             if cached is None:
                 raise
-    logger.warning("The Hub cannot be reached; taking data set %s from the local cache", repo)
+    logger.warning("The Hub cannot be reached: using data set %s of the local cache", repo)
     return cached.name, [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
 
 

@@ -133,8 +133,9 @@ def _chats(
         raise InputError(
             f"The model's chat template cannot render a question and an answer ({refusal}): repair chat_template.jinja."
         ) from refusal
-    remark = f"; the chat template refused {chats.refused} documents ({chats.reason})" if chats.refused else ""
+    remark = ""
     if chats.refused:
+        remark = f" (the chat template refused {chats.refused} documents: {chats.reason})"
         logger.warning("The chat template refused %d documents: %s", chats.refused, chats.reason)
     return [torch.tensor(ids, dtype=torch.int64) for ids in chats.samples], remark
 

@@ -134,8 +134,8 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
         raise _damaged(path, f"has a header whose entry {name!r} lacks dtype, shape or data_offsets") from error
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise InputError(
-            f"{path.name}: tensor {name} has the dtype {quoted(dtype)}, which is not known here; sources are BF16, "
-            f"F16 or F32."
+            f"{path.name}: tensor {name} has the dtype {quoted(dtype)}, which nvquant does not read: convert the "
+            f"model to BF16, F16 or F32 first."
         )
     if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
         raise _damaged(path, f"has a header whose entry {name!r} has a shape or an offset that is not a natural number")

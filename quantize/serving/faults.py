@@ -114,7 +114,7 @@ KNOWN_FAULTS: tuple[KnownFault, ...] = (
     ),
     KnownFault(
         "vLLM may report that this GPU has no native support for FP4: it has, but only W4A4 checkpoints use it",
-        "issues 27471, 47749; PRs 48199, 56603",
+        "issues 27471 and 47749, PRs 48199 and 56603",
         lambda s: s.is_blackwell and s.arithmetics == {"weight_only"},
     ),
     KnownFault(
@@ -216,7 +216,7 @@ START_FAILURES: tuple[StartFailure, ...] = (
         "the ignore list names only some of q, k, v (or of gate, up): name all or none, and for Gemma 4, whose "
         "full-attention layers have no v_proj on disk, the absent v_proj too (`nvquant verify --stage structure` "
         "lists them)",
-        "seen, 0.32.0; issue 47473, PR 47507",
+        "seen in 0.32.0, issue 47473, PR 47507",
     ),
     StartFailure(
         r"NotImplementedError in tie_weights",
@@ -233,7 +233,7 @@ START_FAILURES: tuple[StartFailure, ...] = (
         r"no module or parameter named '[^']*(input_scale|weight_scale|weight_packed|global_scale)",
         "a layer is quantized on disk, but vLLM builds it unquantized: leave it in BF16, or remove it from the ignore "
         "list",
-        "PRs 45132, 44571; vllm-project/llm-compressor 2714",
+        "PRs 45132 and 44571, vllm-project/llm-compressor 2714",
     ),
     StartFailure(
         r"no module or parameter named",
@@ -321,7 +321,7 @@ START_FAILURES: tuple[StartFailure, ...] = (
     StartFailure(
         r"FlashAttention only support fp16 and bf16|No module named '?cutlass",
         "this build chose FlashAttention where it cannot run: use --vllm-flag=--attention-backend=TRITON_ATTN",
-        "issue 51828, PR 52980; seen, 0.24.0",
+        "issue 51828, PR 52980, seen in 0.24.0",
     ),
     StartFailure(
         r"No supported CUDA architectures found for major versions \[12\]",

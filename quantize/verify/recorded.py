@@ -42,7 +42,7 @@ def check_manifest(subject: Subject) -> Finding:
     if manifest.format != subject.layout.name:
         faults.append(f"format is {manifest.format}, but the tensors are named as {subject.layout.name} does")
     if manifest.quantizer not in QUANTIZERS:
-        faults.append(f"quantizer {manifest.quantizer} is unknown; known are {', '.join(QUANTIZERS)}")
+        faults.append(f"quantizer {manifest.quantizer} is unknown (known: {', '.join(QUANTIZERS)})")
     faults += _unlike_recipe(subject, manifest)
     if (manifest.framing is not None) != any(group.scheme == W4A4 for group in manifest.groups.values()):
         faults.append("calibration is recorded for weight-only groups, or missing for others")

@@ -137,5 +137,5 @@ def check_marlin(subject: Subject) -> Finding:
         if group.name in recorded and recorded[group.name].marlin_flushed_blocks != count:
             told = recorded[group.name].marlin_flushed_blocks
             faults.append(f"{group.name}: {count:,} blocks, but the manifest records {told:,}")
-    source = "" if recorded else "; no manifest to compare with"
+    source = "" if recorded else ", without a manifest to compare with"
     return Finding(f"{flushed:,} of {blocks:,} blocks flushed to zero (rule of {RULE_READ_FROM}){source}", faults)

@@ -116,7 +116,12 @@ LIES: list[tuple[str, object, int, str]] = [
     ("long name", {"x" * 100_000: tensor("U8", [1], 0, 1)}, 1, "a name of 100,000 characters"),
     ("negative offset", {"a": tensor("U8", [4], -4, 0)}, 0, "is not a natural number"),
     ("reversed", {"a": tensor("U8", [4], 4, 0)}, 4, "offsets that do not fit its shape [4] and dtype U8"),
-    ("unknown dtype", {"a": tensor("BF17", [1], 0, 2)}, 2, "tensor a has the dtype 'BF17', which is not known here"),
+    (
+        "unknown dtype",
+        {"a": tensor("BF17", [1], 0, 2)},
+        2,
+        "tensor a has the dtype 'BF17', which nvquant does not read",
+    ),
     ("dtype a list", {"a": {**GOOD["a"], "dtype": ["U8"]}}, 4, "tensor a has the dtype ['U8']"),
     ("dtype an object", {"a": {**GOOD["a"], "dtype": {}}}, 4, "tensor a has the dtype {}"),
     ("dtype null", {"a": {**GOOD["a"], "dtype": None}}, 4, "tensor a has the dtype None"),

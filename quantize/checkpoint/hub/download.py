@@ -90,7 +90,7 @@ def download(model: HubModel, name: str, closed: threading.Event | None = None, 
         _remove(path)
         if model.is_offline or attempt:
             break
-    raise InputError(f"Hub model {model.repo}: {name} {fault}: the download is damaged; try again later.")
+    raise InputError(f"Hub model {model.repo}: {name} {fault}: the download is damaged: try again later.")
 
 
 def _fetch(model: HubModel, name: str, closed: threading.Event, counter: Counter) -> Path:

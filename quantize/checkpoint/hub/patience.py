@@ -48,7 +48,7 @@ class Patience:
         seconds = doubling if asked is None else min(LONGEST_ASKED_SECONDS, asked)
         status = status_of(error)
         reason = type(error).__name__ if status is None else f"HTTP {status}"
-        logger.warning("%s: %s; trying again in %.0f s", doing, reason, seconds)
+        logger.warning("%s: %s, retrying in %.0f s", doing, reason, seconds)
         if self._closed.wait(seconds):
             raise InputError("the run has ended.") from error
 

@@ -109,7 +109,7 @@ def find_model(
             cached = _cached(repo, revision, endpoint, cache)
             if cached is None:
                 raise
-            logger.warning("The Hub cannot be reached; taking %s at %s from the local cache", repo, cached.commit[:12])
+            logger.warning("The Hub cannot be reached: using %s at %s of the local cache", repo, cached.commit[:12])
             return cached
     where = f"Hub model {repo}"
     name = repo_of(found.id, where)
