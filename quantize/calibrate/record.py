@@ -127,10 +127,22 @@ class _Log:
         """Take note of a layer's call; returns what the layer hands on."""
         if self.hidden is None:
             self.hidden = hidden = hidden if self.given is None else self.given
-        self.is_chain = self.is_chain and hidden is self.hidden
+        self.is_chain = self.is_chain and _are_same(hidden, self.hidden)
         self.hands_more |= any(_holds_handed(value) for value in (*call.args, *call.kwargs.values()))
         self.calls.append(call)
         return hidden
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, or whole views of one: transformers 5.24 slices Gemma 4's by the tokens to keep, which
+    are all of them."""
+    if one is other:
+        return True
+    return (
+        isinstance(one, Tensor)
+        and (one.data_ptr(), one.dtype) == (other.data_ptr(), other.dtype)
+        and (one.shape, one.stride()) == (other.shape, other.stride())
+    )
 
 
 def _holds_handed(value: Any) -> bool:

@@ -48,7 +48,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
         for mine, other in zip(ours, theirs, strict=True):
             assert_same(mine, other)
     elif isinstance(theirs, UserDict):
-        assert type(ours) is UserDict
+        assert type(ours) is type(theirs)
     else:
         assert ours == theirs
 
