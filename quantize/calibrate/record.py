@@ -134,8 +134,10 @@ class _Log:
 
 
 def _are_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one, or whole views of one: transformers 5.24 slices Gemma 4's by the tokens to keep, which
-    are all of them."""
+    """Whether two tensors are one, or complete views of one.
+
+    transformers 5.24 slices the hidden state of Gemma 4 by the tokens to keep, which are all tokens here.
+    """
     if one is other:
         return True
     return (
