@@ -6,7 +6,7 @@
 
 A pattern is matched with the path that was asked for, without query. The host to which the Hub redirects for files of
 Git LFS counts as `/cdn/` + the path that redirected there, so `*/resolve/*` means both hosts and `/cdn/*` one of them.
-Faults of a body (Drop, Truncate, Corrupt, IgnoreRange, StallBody) wait for an answer that has one: a success
+Faults of a body (Drop, Truncate, Corrupt, IgnoreRange, StallBody, Drip) wait for an answer that has one: a success
 that is no redirect and does not answer HEAD.
 """
 
@@ -151,6 +151,21 @@ class StallBody(Fault):
                 piece, waited = piece[cut:], True
             sent += len(piece)
             yield piece
+
+
+@dataclass(frozen=True)
+class Drip(Fault):
+    """The body comes a few bytes at a time, with that many seconds between them."""
+
+    seconds: float
+    bytes: int = 1
+    of_body: ClassVar[bool] = True
+
+    def body(self, pieces: Iterator[bytes], wait: Wait) -> Iterator[bytes]:
+        for piece in pieces:
+            for start in range(0, len(piece), self.bytes):
+                wait(self.seconds)
+                yield piece[start : start + self.bytes]
 
 
 def _first(pieces: Iterator[bytes], count: int) -> Iterator[bytes]:

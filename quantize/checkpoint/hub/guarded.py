@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,6 +15,8 @@ from .forms import commit_of, etag_of, size_of
 SILENCE_SECONDS = 60.0  # between two pieces of an answer; a request with a limit of its own keeps that
 MOST_ANSWER_BYTES = 256 << 20  # of what the Hub tells: the largest repositories list some ten megabytes
 MOST_ANSWER_SECONDS = 300.0
+PACE_SECONDS = 300.0  # of waiting for the pieces of a file, in which the mean pace may be slow
+LEAST_BYTES_PER_SECOND = 1_000  # of a file: at this pace, a shard of 5 GB takes two months
 _PORTS = {"http": 80, "https": 443}
 _SECRET_HEADERS = ("authorization", "cookie", "proxy-authorization")
 _COMMIT, _LINKED_ETAG, _LINKED_SIZE = "x-repo-commit", "x-linked-etag", "x-linked-size"
@@ -94,28 +96,65 @@ def _hold_headers(response: Any) -> None:
 
 
 def _bound(response: Any) -> None:
-    """Let an answer of the Hub's interface end, in bytes and in time; files have bounds of their own.
+    """Bound an answer of the Hub's interface in bytes and in time, and a file in its pace.
 
     The client reads the body only after the hooks, through the stream that is put here in the place of its own.
+
+    Raises:
+        InputError: an answer of the interface is compressed.
     """
-    if not response.request.url.path.startswith("/api/"):
-        return
     import httpx
 
     inner, where = response.stream, f"The answer of {response.request.url.host}"
-    if response.headers.get("content-encoding", "identity") != "identity":
+    is_file = not response.request.url.path.startswith("/api/")
+    if not is_file and response.headers.get("content-encoding", "identity") != "identity":
         raise InputError(f"{where} is compressed, which nobody asked for: check HF_ENDPOINT and the network.")
+    pieces = _paced if is_file else _ending
 
     class Bounded(httpx.SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
-            begun, size = time.monotonic(), 0
-            for piece in inner:
-                size += len(piece)
-                if size > MOST_ANSWER_BYTES or time.monotonic() - begun > MOST_ANSWER_SECONDS:
-                    raise InputError(f"{where} has no end ({size:,} bytes so far): check HF_ENDPOINT and the network.")
-                yield piece
+            return pieces(inner, where)
 
         def close(self) -> None:
             inner.close()
 
     response.stream = Bounded()
+
+
+def _ending(inner: Iterable[bytes], where: str) -> Iterator[bytes]:
+    """The pieces of an answer of the interface.
+
+    Raises:
+        InputError: they are too many, or come for too long.
+    """
+    begun, size = time.monotonic(), 0
+    for piece in inner:
+        size += len(piece)
+        if size > MOST_ANSWER_BYTES or time.monotonic() - begun > MOST_ANSWER_SECONDS:
+            raise InputError(f"{where} has no end ({size:,} bytes so far): check HF_ENDPOINT and the network.")
+        yield piece
+
+
+def _paced(inner: Iterable[bytes], where: str) -> Iterator[bytes]:
+    """The pieces of a file. The time that the reader of the pieces takes does not count.
+
+    Raises:
+        InputError: they come so slowly that the file would never be complete.
+    """
+    waited, size = 0.0, 0
+    pieces = iter(inner)
+    while True:
+        begun = time.monotonic()
+        piece = next(pieces, None)
+        waited += time.monotonic() - begun
+        if piece is None:
+            return
+        size += len(piece)
+        if waited > PACE_SECONDS:
+            if size < LEAST_BYTES_PER_SECOND * waited:
+                raise InputError(
+                    f"{where} brings {size:,} bytes of a file in {waited:.0f} s, too few to complete it: check "
+                    f"HF_ENDPOINT and the network, and run the same command again to resume."
+                )
+            waited, size = 0.0, 0
+        yield piece

@@ -22,7 +22,7 @@ from nvquant.checkpoint.hub.guarded import guard_client, may_have_token
 from nvquant.checkpoint.hub.ranges import RangeReader
 from nvquant.checkpoint.hub.repository import find_model
 from nvquant.errors import InputError
-from support.hub_faults import Headers
+from support.hub_faults import Drip, Headers
 from support.hub_server import HubServer
 
 NAME = "Org/Tiny-Llama"
@@ -276,3 +276,29 @@ def test_a_file_has_no_more_bytes_than_were_published(hub: HubServer) -> None:
     short = replace(model, files={**model.files, FIRST: replace(model.files[FIRST], size=1000)})
     with pytest.raises(InputError, match="more than the 1,000 bytes that were published"):
         download(short, FIRST)
+
+
+def test_a_file_that_drips_for_ever_ends_the_run(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = find_model(NAME)
+    monkeypatch.setattr(guarded, "PACE_SECONDS", 0.2)
+    hub.fail(f"*/{FIRST}", Drip(0.02), times=99)
+    with pytest.raises(InputError, match=r"bytes of a file in \d s, too few to complete it"):
+        download(model, FIRST)
+    with pytest.raises(InputError, match=r"bytes of a file in \d s, too few to complete it"):
+        RangeReader(model).read_into(FIRST, 0, memoryview(bytearray(900)))
+
+
+def test_a_reader_that_takes_its_time_makes_no_file_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(guarded.time, "monotonic", lambda: now[0])
+
+    def sent(seconds: float) -> Iterator[bytes]:
+        for _ in range(4):
+            now[0] += seconds
+            yield b"x" * 100
+
+    for piece in guarded._paced(sent(1.0), "It"):
+        now[0] += 1e6
+        assert len(piece) == 100
+    with pytest.raises(InputError, match="It brings 200 bytes of a file in 400 s"):
+        list(guarded._paced(sent(200.0), "It"))
