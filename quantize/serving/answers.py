@@ -5,10 +5,11 @@ Source of the forms: vLLM 0.32.0 (`entrypoints/openai`), and llama.cpp's server 
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ..checkpoint.json_text import parse_json
 
 MOST_NAME_CHARACTERS, MOST_WORD_CHARACTERS = 4096, 100
 MOST_COUNT = 1 << 48  # tokens of a context or a cache, bytes of a file
@@ -115,8 +116,8 @@ def parse(form: type[Form], content: bytes) -> Form:
         WrongForm: it is no JSON, or JSON in another form.
     """
     try:
-        parsed: Any = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        parsed: Any = parse_json(content)
+    except ValueError as error:
         raise WrongForm("did not answer with JSON") from error
     if not isinstance(parsed, dict):
         raise WrongForm("did not answer with JSON in vLLM's form")
