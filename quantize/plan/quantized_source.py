@@ -42,7 +42,7 @@ def refuse_quantized(source: Checkpoint, model: str) -> None:
     """
     claim = _claim(source)
     infos = source.infos().values()
-    proof = next((found for found in map(_proof, infos) if found is not None), None)
+    proof = next((found for find in (_odd_dtype, _odd_name) for info in infos if (found := find(info))), None)
     way_out = "convert from the original BF16 model"
     if claim is None:
         if proof is not None:
@@ -86,13 +86,17 @@ def _configs(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [("", config), *((place, part) for place, part in parts if isinstance(part, Mapping))]
 
 
-def _proof(info: TensorInfo) -> str | None:
-    """Why a tensor can only be of a quantized model; None where it need not be."""
-    if info.dtype.startswith("F8_") and len(info.shape) > 1:
-        return f"{info.name} is stored as {info.dtype}"
+def _odd_dtype(info: TensorInfo) -> str | None:
+    """Why a tensor's dtype can only be that of a quantized matrix; None if it need not be."""
+    if len(info.shape) < 2 or info.dtype in _FLOATS:
+        return None
+    is_quantized = info.dtype.startswith("F8_") or info.name.endswith(".weight")
+    return f"{info.name} is stored as {info.dtype}" if is_quantized else None
+
+
+def _odd_name(info: TensorInfo) -> str | None:
+    """Why a tensor's name can only be that of a part of a quantized matrix; None if it need not be."""
     for mark, method in _MARKS:
         if mark.search(info.name) and not (method == "MXFP4" and info.dtype != "U8"):
             return f"{info.name} is a tensor of {method}"
-    if info.dtype not in _FLOATS and len(info.shape) > 1 and info.name.endswith(".weight"):
-        return f"{info.name} is stored as {info.dtype}"
     return None
