@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, get_session, hf_hub_download, snapshot_download
 from nvquant.calibrate.datasets import HubDataset, find_dataset
 from nvquant.calibrate.text import Columns, Source, read_documents
 from nvquant.errors import InputError
@@ -176,9 +176,7 @@ def test_the_server_speaks_to_the_real_client_about_models_too(hub: HubServer, t
 
 
 def test_the_server_sends_byte_ranges(hub: HubServer) -> None:
-    import httpx
-
     hub.add("model", "org/model", {"a": bytes(range(100))})
-    response = httpx.get(f"{hub.endpoint}/org/model/resolve/main/a", headers={"Range": "bytes=10-19"})
+    response = get_session().get(f"{hub.endpoint}/org/model/resolve/main/a", headers={"Range": "bytes=10-19"})
     assert response.status_code == 206 and response.content == bytes(range(10, 20))
     assert response.headers["Content-Range"] == "bytes 10-19/100"

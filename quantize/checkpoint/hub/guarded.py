@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -103,15 +104,15 @@ def _bound(response: Any) -> None:
     Raises:
         InputError: an answer of the interface is compressed.
     """
-    import httpx
-
+    # huggingface_hub 1 uses httpx, and 2 uses httpx2.
+    stream: Any = import_module(type(response).__module__.partition(".")[0]).SyncByteStream
     inner, where = response.stream, f"The answer of {response.request.url.host}"
     is_file = not response.request.url.path.startswith("/api/")
     if not is_file and response.headers.get("content-encoding", "identity") != "identity":
         raise InputError(f"{where} is compressed, which nobody asked for: check HF_ENDPOINT and the network.")
     pieces = _paced if is_file else _ending
 
-    class Bounded(httpx.SyncByteStream):
+    class Bounded(stream):  # type: ignore[misc]
         def __iter__(self) -> Iterator[bytes]:
             return pieces(inner, where)
 
