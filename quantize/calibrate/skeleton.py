@@ -329,7 +329,7 @@ def _check_tensors(skeleton: Skeleton) -> None:
         if source.info(name).shape != shape:
             raise InputError(
                 f"{source.where}: {name} has shape {list(source.info(name).shape)}, but config.json describes "
-                f"{list(shape)}: config and weights must be of the same model."
+                f"{list(shape)}: use the config and weights of one model."
             )
 
 

@@ -1,5 +1,5 @@
-"""The sizes that a config.json states, held against the tensors before anything is built of them: a config of a few
-bytes must not make a model of a billion layers."""
+"""The sizes in a config.json, compared with the tensors before nvquant builds a model: a config of a few bytes must not
+make a model of a billion layers."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _NOT_BUILT = frozenset({"quantization_config", "id2label", "label2id", "task_spe
 
 
 def check_sizes(config: Mapping[str, Any], infos: Iterable[TensorInfo]) -> None:
-    """Hold every size and count of a config, in its parts too, against what the tensors can be part of.
+    """Compare every size and count of a config, also of its parts, with the sizes of the tensors.
 
     Args:
         config: config.json.
         infos: all tensors of the checkpoint.
     Raises:
-        InputError: one is far beyond all tensors; names its key.
+        InputError: one is far beyond all tensors. The message names its key.
     """
     tensors = [info for info in infos if info.nbytes]
     longest = max((axis for info in tensors for axis in info.shape), default=0)
@@ -50,14 +50,14 @@ def check_sizes(config: Mapping[str, Any], infos: Iterable[TensorInfo]) -> None:
     ]
     for part, key, value in _numbers(config):
         if key == "num_hidden_layers" and part in _TEXT:
-            _refuse_beyond(layers + SPARE_LAYERS, part, key, value, f"the tensors are of {layers} layers")
+            _refuse_beyond(layers + SPARE_LAYERS, part, key, value, f"the weights have {layers} layers")
         elif _COUNTS_LAYERS.search(key):
-            _refuse_beyond(max(layers, LEAST_LAYERS), part, key, value, f"the tensors are of {layers} layers")
+            _refuse_beyond(max(layers, LEAST_LAYERS), part, key, value, f"the weights have {layers} layers")
         elif _IS_SIZE.search(key) or _COUNTS_PARTS.search(key):
             words = f"no tensor has an axis of more than {longest:,}"
             _refuse_beyond(max(longest, LEAST_SIZE), part, key, value, words)
         elif _IS_POSITIONS.search(key) and part in _TEXT:
-            words = f"the tables of positions have {max(positions, default=0):,} rows"
+            words = f"the position tables have {max(positions, default=0):,} rows"
             _refuse_beyond(max(positions) + SPARE_LAYERS if positions else MOST, part, key, value, words)
 
 
@@ -65,12 +65,12 @@ def _refuse_beyond(most: int, part: str, key: str, value: int, words: str) -> No
     if value > most:
         where = f"{part}.{key}" if part else key
         raise InputError(
-            f"config.json: {where} is {quoted(value)}, but {words}: config and weights must be of the same model."
+            f"config.json: {where} is {quoted(value)}, but {words}: use the config and weights of one model."
         )
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
-    """Each whole number of a config that describes something to build, with its part and key; of a list, each."""
+    """Each whole number of a config, or of a list in it, that describes something to build, with its part and key."""
     waiting: list[tuple[str, Mapping[str, Any]]] = [("", config)]
     while waiting:
         part, values = waiting.pop()

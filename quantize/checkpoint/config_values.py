@@ -1,5 +1,5 @@
-"""Numbers of a config.json, which anybody may have written: a value of another kind, or beyond all reason, is refused
-by the name of its key."""
+"""Numbers of a config.json, which anybody may have written. An error names the key of a value that has another type or
+is beyond all reason."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _BOUNDS = {"num_hidden_layers": MOST_LAYERS, "num_kv_shared_layers": MOST_LAYERS
 
 
 def config_int(config: Mapping[str, Any], key: str, default: int = 0, *, minimum: int = 0) -> int:
-    """A whole number of a config; the default where it is absent, null or 0, as transformers' configs use 0.
+    """A whole number of a config, or the default where it is absent, null or 0, as transformers' configs use 0.
 
     Args:
         config: config.json, or a part of it.
         minimum: the least that a given number may be.
     Raises:
-        InputError: it is no whole number, or not from `minimum` to what the largest models have.
+        InputError: it is not a whole number, or outside the range from `minimum` to the sizes of the largest models.
     """
     return _checked(config.get(key), key, minimum) or default
 
@@ -35,10 +35,10 @@ def config_largest(config: Mapping[str, Any], key: str, default: int = 0) -> int
 
 
 def config_kinds(config: Mapping[str, Any], key: str = "layer_types") -> list[str]:
-    """A config's list of words, one for each layer; empty where there is none.
+    """A config's list of words, one for each layer, empty where there is none.
 
     Raises:
-        InputError: it is no list of words.
+        InputError: it is not a list of words.
     """
     value = config.get(key)
     if value is None:
@@ -49,7 +49,7 @@ def config_kinds(config: Mapping[str, Any], key: str = "layer_types") -> list[st
 
 
 def config_part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A map inside of a config; empty where there is none, or something else."""
+    """A map inside a config, empty where the config has none or another type."""
     value = config.get(key)
     return value if isinstance(value, Mapping) else {}
 

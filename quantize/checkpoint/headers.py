@@ -1,6 +1,6 @@
 """Safetensors headers, read without reading a weight.
 
-A header is untrusted input: every way in which it can lie is refused with a sentence of its own.
+A header is untrusted input: each contradiction in it raises an error with a message of its own.
 Source: the safetensors format, README of huggingface/safetensors, section "Format".
 """
 
@@ -30,7 +30,7 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in its file.
+    """The place of a tensor in its file.
 
     Attributes:
         dtype: the format's name, as "BF16".
@@ -51,10 +51,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of one shard; tensors are in the order of their data.
+    """The header of one shard, with the tensors in the order of their data.
 
     Attributes:
-        mtime_ns: when the file was last modified, as the header was read; 0 where that is not known.
+        mtime_ns: the file's time of modification when the header was read, 0 where it is unknown.
     """
 
     path: Path
@@ -73,7 +73,7 @@ def read_header(path: Path) -> Header:
     """
     with open_regular(path, path.parent, _AGAIN) as file:
         try:
-            status = os.fstat(file.fileno())  # before anything is read: what changes later is noticed
+            status = os.fstat(file.fileno())  # before the first read, so that later changes are noticed
             file_bytes = status.st_size
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
@@ -85,7 +85,7 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(path: Path, blob: bytes, file_bytes: int) -> Header:
-    """Check the JSON part of a header against the file's size; see `read_header`."""
+    """Check the JSON part of a header against the file's size, as `read_header` does."""
     try:
         entries = parse_json(blob, unique=True)
     except ValueError as error:
@@ -105,18 +105,19 @@ def parse_header(path: Path, blob: bytes, file_bytes: int) -> Header:
             raise _damaged(
                 path,
                 f"has a header whose tensor {tensor.name} "
-                f"{'overlaps another' if tensor.begin < position else 'leaves a hole'}",
+                f"{'overlaps another' if tensor.begin < position else 'leaves a gap'}",
             )
         position = tensor.end
     if position != file_bytes:
         raise InputError(
-            f"{path.name} ends at byte {file_bytes:,} but its header promises {position:,}: download the shard again."
+            f"{path.name} ends at byte {file_bytes:,} but its header describes {position:,} bytes: "
+            "download the shard again."
         )
     return Header(path, {tensor.name: tensor for tensor in tensors}, metadata, start, file_bytes)
 
 
 def check_name(name: str) -> str | None:
-    """What is wrong with the name of a tensor, as the end of a sentence; None where nothing is."""
+    """The fault in the name of a tensor, as the end of a sentence, or None."""
     if not name or not name.isprintable():
         return f"{quoted(name)} for the name of a tensor"
     if len(name) > MOST_NAME:
@@ -140,7 +141,7 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
         raise _damaged(path, f"has a header whose entry {name!r} has a shape or an offset that is not a natural number")
     if len(shape) > MOST_AXES or math.prod(n or 1 for n in shape) >= 2**63:
-        raise _damaged(path, f"has a header whose tensor {name} has a shape that no tensor has ({len(shape):,} axes)")
+        raise _damaged(path, f"has a header whose tensor {name} has an impossible shape ({len(shape):,} axes)")
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise _damaged(
             path,

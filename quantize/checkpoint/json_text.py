@@ -1,6 +1,6 @@
-"""JSON that strangers wrote, parsed within bounds: of size, depth and memory, without what JSON does not have.
+"""Untrusted JSON, parsed strictly and within bounds of size, depth and memory.
 
-Python's parser takes more than JSON and knows no bounds: NaN and Infinity, 1e999 as infinity, halves of surrogate
+Python's parser accepts more than JSON and has no bounds: NaN and Infinity, 1e999 as infinity, halves of surrogate
 pairs that no file can hold, numbers of any length, a million values in a few kilobytes each.
 """
 
@@ -30,14 +30,14 @@ def parse_json(data: bytes, *, unique: bool = False, with_mark: bool = False) ->
     """The value of a JSON text.
 
     Args:
-        unique: refuse a map with two equal names; else the last counts, as in every other reader.
-        with_mark: let the text begin with a byte order mark.
+        unique: refuse a map with two equal names. Without it the last one counts, as in every other reader.
+        with_mark: accept a byte order mark at the start of the text.
     Raises:
-        ValueError: it is no JSON in UTF-8, or beyond the bounds; the message is half a sentence for the user.
+        ValueError: it is not JSON in UTF-8, or beyond the bounds. The message is half a sentence for the user.
     """
     text = _decoded(data, with_mark)
     if sum(map(text.count, ",[{")) > MOST_VALUES:
-        raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+        raise ValueError(f"it contains more than {MOST_VALUES:,} values")
     try:
         value = json.loads(
             text,
@@ -57,7 +57,7 @@ def parse_json(data: bytes, *, unique: bool = False, with_mark: bool = False) ->
 
 
 def quoted(value: object, most: int = MOST_QUOTED) -> str:
-    """A name or a value that a stranger wrote, as a message can repeat it: in quotes where it is text, on one line,
+    """An untrusted name or value in a form that a message can repeat: in quotes where it is text, on one line,
     without control characters, at most some `most` characters long."""
     whole = repr(value[: most + 1]) if isinstance(value, str) else reprlib.repr(value)
     return whole if len(whole) <= most + 2 else f"{whole[:most]}…"
@@ -76,15 +76,15 @@ def read_json(
     """Read a JSON object from a file of a checkpoint's folder.
 
     Args:
-        hint: what a missing file is for, as the end of a sentence.
-        folder: where the file must lie, behind all links; by default the folder of its name.
+        hint: the purpose of a missing file, as the end of a sentence.
+        folder: where the file must lie after all links are followed. The default is the folder of its name.
         is_named: the user named this very file, so that its links are followed.
-        unique: see `parse_json`.
-        most: bytes that it may have.
-        way_out: what to do with a damaged file, as the end of a sentence.
+        unique: as for `parse_json`.
+        most: the largest size of the file in bytes.
+        way_out: the remedy for a damaged file, as the end of a sentence.
     Raises:
-        MissingFile: there is none.
-        InputError: it is no regular file of the folder, no JSON object, or beyond the bounds.
+        MissingFile: the file does not exist.
+        InputError: it is not a regular file of the folder, not a JSON object, or beyond the bounds.
     """
     try:
         data = read_regular(path, None if is_named else folder or path.parent, way_out, most)
@@ -116,19 +116,19 @@ def _decoded(data: bytes, with_mark: bool) -> str:
 
 def _whole_number(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
-        raise ValueError(f"it holds a number of {len(digits):,} digits")
+        raise ValueError(f"it contains a number of {len(digits):,} digits")
     return int(digits)
 
 
 def _float(digits: str) -> float:
     value = float(digits) if len(digits) <= MOST_CHARACTERS_OF_A_FLOAT else math.inf
     if not math.isfinite(value):
-        raise ValueError("it holds a number that no computer's float can hold")
+        raise ValueError("it contains a number beyond the range of a float")
     return value
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which JSON does not have")
+    raise ValueError(f"it contains {name}, which JSON does not allow")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _inner(value: Any) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    """Refuse what is nested deeper than whoever walks it with a function that calls itself could follow."""
+    """Refuse a value that is nested too deep for a recursive function."""
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MOST_DEPTH):
         level = [inner for outer in level for inner in _inner(outer) if isinstance(inner, (dict, list)) and inner]
@@ -161,6 +161,6 @@ def _refuse_halves(value: Any) -> None:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise ValueError("it holds half of a surrogate pair, which is no character") from error
+                raise ValueError("it contains half of a surrogate pair, which is not a character") from error
         if isinstance(found, (dict, list)):
             waiting += _inner(found)

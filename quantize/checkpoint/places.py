@@ -1,4 +1,4 @@
-"""Where nvquant writes: a file of its own in the folder that was named, never through a link.
+"""Files that nvquant writes: new files in the folder that the user named, never behind a link.
 
 A link in an output folder may lead to any file of the machine, and may have come with the folder.
 """
@@ -18,20 +18,22 @@ def refuse_link(path: Path, what: str = "") -> None:
     Args:
         what: the option that names it, for the message.
     Raises:
-        InputError: it is one.
+        InputError: it is a link.
     """
     if path.is_symlink():
         named = f"{what} {path}" if what else str(path)
-        raise InputError(f"{named} is a link, and nvquant writes through none: remove it, or choose another place.")
+        raise InputError(
+            f"{named} is a link, which nvquant does not write through: remove it, or choose another place."
+        )
 
 
 def new_file(path: Path) -> BinaryIO:
-    """A new file under this name, open for writing; what had the name before loses it, and is not written to.
+    """Open a new file under this name for writing. A file that had the name before loses it and keeps its content.
 
-    Its mode follows the umask.
+    The mode follows the umask.
 
     Raises:
-        OSError: see the system; a folder has the name.
+        OSError: the system cannot create it, or a folder has the name.
     """
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -39,7 +41,7 @@ def new_file(path: Path) -> BinaryIO:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file under a temporary name and rename it; a link in its place is replaced, not followed.
+    """Write a small file under a temporary name and rename it, which replaces a link in its place.
 
     Raises:
         InputError: it cannot be written.

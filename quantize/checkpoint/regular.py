@@ -1,7 +1,7 @@
-"""Files that strangers made are opened here, and nowhere else.
+"""The only place that opens untrusted files.
 
-A link in a downloaded folder could lead anywhere on the machine, and what it leads to would be copied or uploaded; a
-pipe or a device has no end. So a file must be a regular file, and one that belongs to a folder must lie in that folder,
+A link in a downloaded folder could lead to any file of the machine, which would then be copied or uploaded. A pipe or
+a device has no end. So a file must be a regular file, and one that belongs to a folder must lie in that folder,
 or be a blob of the same repository of the Hub's cache, whose snapshots are folders of links
 (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
 """
@@ -31,14 +31,15 @@ class MissingFile(InputError):
 
 
 def open_regular(path: Path, folder: Path | None = None, hint: str = "restore the file and try again") -> BinaryIO:
-    """Open a file for reading; never waits, as a pipe would.
+    """Open a file for reading, without waiting as for a pipe.
 
     Args:
-        folder: where the file must lie, behind all links; None for a file that the user named: its links are followed.
+        folder: where the file must lie after all links are followed. None allows any place, for a file that the user
+            named.
         hint: the way out for a file that is missing or cannot be read, as the end of a sentence.
     Raises:
-        MissingFile: there is none; a link that leads nowhere is something else.
-        InputError: it is no regular file, lies elsewhere, or cannot be read.
+        MissingFile: the file does not exist. A link that leads nowhere raises InputError.
+        InputError: it is not a regular file, lies elsewhere, or cannot be read.
     """
     try:
         real = regular_path(path, folder, hint)
@@ -54,11 +55,11 @@ def open_regular(path: Path, folder: Path | None = None, hint: str = "restore th
 
 
 def regular_path(path: Path, folder: Path | None = None, hint: str = "restore the file and try again") -> Path:
-    """The path behind all links of a file that another library opens; see `open_regular`.
+    """The path behind all links of a file that another library opens, checked as by `open_regular`.
 
     Raises:
-        MissingFile: there is none; a link that leads nowhere is something else.
-        InputError: it is no regular file, lies elsewhere, or cannot be read.
+        MissingFile: the file does not exist. A link that leads nowhere raises InputError.
+        InputError: it is not a regular file, lies elsewhere, or cannot be read.
     """
     try:
         real = path.resolve(strict=True)
@@ -71,9 +72,9 @@ def regular_path(path: Path, folder: Path | None = None, hint: str = "restore th
 
 
 def is_file(path: Path) -> bool:
-    """Whether something has this name that `open_regular` can judge; False where the system refuses the name itself.
+    """Whether this name belongs to a file for `open_regular`, False where the system refuses the name itself.
 
-    A link is there too, wherever it leads: it is refused when it is opened, not passed over.
+    A link counts as a file, wherever it leads. `open_regular` refuses it if necessary.
     """
     try:
         return path.is_symlink() or (path.exists() and not path.is_dir())
@@ -87,13 +88,13 @@ def read_regular(
     hint: str = "restore the file and try again",
     most: int = MOST_SMALL_BYTES,
 ) -> bytes:
-    """All bytes of a small file; see `open_regular`.
+    """All bytes of a small file, opened by `open_regular`.
 
     Args:
-        most: how many there may be.
+        most: the largest size in bytes.
     Raises:
-        MissingFile: there is none; a link that leads nowhere is something else.
-        InputError: it is no regular file, lies elsewhere, is too large, or cannot be read.
+        MissingFile: the file does not exist. A link that leads nowhere raises InputError.
+        InputError: it is not a regular file, lies elsewhere, is too large, or cannot be read.
     """
     with open_regular(path, folder, hint) as file:
         try:
@@ -106,7 +107,7 @@ def read_regular(
 
 
 def unreadable(path: Path, error: Exception, hint: str) -> InputError:
-    """What to raise for an error of opening or reading a file; an `InputError` stays itself."""
+    """The exception to raise for an error while a file is opened or read. An `InputError` is returned unchanged."""
     if isinstance(error, InputError):
         return error
     if isinstance(error, FileNotFoundError):

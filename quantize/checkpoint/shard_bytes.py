@@ -1,4 +1,4 @@
-"""Where the bytes of a checkpoint's shards come from: files of a folder here; other places in `hub`."""
+"""Sources of a checkpoint's shards: files of a folder here, other places in `hub`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ READ_CHUNK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class ReadingOrder:
-    """What a run is going to read, told before it begins.
+    """The tensors that a run will read, listed before it begins.
 
     Attributes:
         layers: the names of each layer's tensors, in the order of the walk.
         copies: the names that are copied, beside the walk.
-        outer: those of them that the calibration reads too, before its first layer.
-        written: where other outer tensors lie that an earlier run copied, byte for byte: file and place by name.
-        spool: a folder for what must be kept for a while.
+        outer: the names of `copies` that the calibration reads too, before its first layer.
+        written: file and place, by name, of other outer tensors that an earlier run copied byte for byte.
+        spool: a folder for tensors that the run keeps for a while.
     """
 
     layers: Sequence[Sequence[str]]
@@ -35,10 +35,10 @@ class ReadingOrder:
 
 
 class ShardBytes(Protocol):
-    """A place that shards are read from; safe to use from several threads.
+    """A source of shards, safe to use from several threads.
 
     Attributes:
-        integrity: what is proved of every byte that it gives, in words; empty where nothing is.
+        integrity: the proof for every byte that it returns, in words, empty where there is none.
     """
 
     @property
@@ -53,28 +53,28 @@ class ShardBytes(Protocol):
         """
 
     def begin(self, order: ReadingOrder, places: Mapping[str, Header]) -> None:
-        """A run is going to read in this order; `places` has the header of each tensor's shard by the tensor's name."""
+        """Prepare to be read in this order. `places` has the header of each tensor's shard by the tensor's name."""
 
     def recorded(self) -> None:
         """The calibration has read what it needs before its first layer."""
 
     def copied(self, name: str) -> None:
-        """A tensor's copy is whole and on the disk."""
+        """A tensor's copy is complete and on the disk."""
 
     def fetched(self) -> tuple[int, int]:
-        """Bytes of this run's files that have come from afar, of how many; zeros where none is waited for."""
+        """Bytes of this run's files downloaded so far, and in all. Both are 0 where the run waits for none."""
 
     def end(self) -> None:
-        """Nothing more is read in this run, and nobody waits for anything."""
+        """End the run: it reads nothing more, and nothing waits."""
 
 
 class LocalBytes:
-    """Shards that are files, read where their headers were read."""
+    """Shards that are local files, read where their headers were read."""
 
     integrity = ""
 
     def fill(self, name: str, header: Header, begin: int, buffer: memoryview) -> None:
-        """See `ShardBytes`; refuses a file that changed since its header was read."""
+        """See `ShardBytes`. Refuse a file that changed since its header was read."""
         read_range(header.path, begin, buffer, header)
 
     def begin(self, order: ReadingOrder, places: Mapping[str, Header]) -> None:
@@ -87,7 +87,7 @@ class LocalBytes:
         """Nothing to drop."""
 
     def fetched(self) -> tuple[int, int]:
-        """Nothing comes from afar."""
+        """Nothing to download."""
         return 0, 0
 
     def end(self) -> None:
@@ -95,11 +95,11 @@ class LocalBytes:
 
 
 def read_range(path: Path, begin: int, buffer: memoryview, known: Header | None = None) -> None:
-    """Fill `buffer` from the file's byte `begin` on, with pread: what is read does not count as the process's memory
-    twice.
+    """Fill `buffer` from the file's byte `begin` on, with pread, which does not count the bytes twice as the process's
+    memory.
 
     Args:
-        known: the file's header as it was read before; the file must still have its size and time of modification.
+        known: the file's header from before. The file must still have its size and time of modification.
     Raises:
         InputError: the file vanished, changed or cannot be read.
     """
@@ -112,7 +112,7 @@ def read_range(path: Path, begin: int, buffer: memoryview, known: Header | None 
             while done < len(buffer):
                 got = uncached.read(descriptor, buffer[done : done + READ_CHUNK_BYTES], begin + done)
                 if not got:
-                    raise InputError(f"{path} ended early, at byte {begin + done:,}: the file changed during the run.")
+                    raise InputError(f"{path} changed during the run and ended at byte {begin + done:,}: restore it.")
                 done += got
         finally:
             os.close(descriptor)
@@ -125,5 +125,5 @@ def read_range(path: Path, begin: int, buffer: memoryview, known: Header | None 
 def _refuse_changed(path: Path, now: os.stat_result, known: Header) -> None:
     if known.mtime_ns and (now.st_size, now.st_mtime_ns) != (known.file_bytes, known.mtime_ns):
         raise InputError(
-            f"{path} changed while it was being read: let whatever writes it finish, and run the command again."
+            f"{path} changed while it was being read: wait until nothing writes it, and run the command again."
         )

@@ -41,7 +41,7 @@ def side_files(folder: Path) -> list[str]:
     """Names (relative to the folder, sorted) of the side files that a checkpoint has.
 
     Raises:
-        InputError: one is a link out of the folder or to nowhere, or no file; or the folder cannot be read.
+        InputError: one is not a file, or a link out of the folder or to nowhere, or the folder cannot be read.
     """
     try:
         found = [path for path in folder.iterdir() if any(fnmatch(path.name, known) for known in SIDE_FILE_PATTERNS)]
@@ -56,7 +56,7 @@ def side_files(folder: Path) -> list[str]:
 
 
 def flat_side_files(folder: Path) -> list[str]:
-    """`side_files` that lie in the folder itself: all of them but the files of the template folder."""
+    """`side_files` that lie in the folder itself: all except those of the template folder."""
     return [name for name in side_files(folder) if "/" not in name]
 
 
@@ -64,7 +64,7 @@ def read_side_file(folder: Path, name: str) -> bytes:
     """All bytes of a side file.
 
     Raises:
-        InputError: it is no regular file of the folder, is too large, or cannot be read.
+        InputError: it is not a regular file of the folder, is too large, or cannot be read.
     """
     return read_regular(folder / name, folder)
 

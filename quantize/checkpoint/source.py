@@ -39,11 +39,11 @@ class Checkpoint:
     """An opened checkpoint.
 
     Attributes:
-        config: the JSON of config.json as it stands.
+        config: the JSON of config.json, unchanged.
         shards: header of each shard, by file name, in the order of the names.
         files: file name of each tensor.
-        content: where the shards are read from.
-        hub: the model on the Hub that this is; None for a folder.
+        content: the source of the shards' bytes.
+        hub: the model on the Hub, None for a folder.
     """
 
     folder: Path
@@ -60,11 +60,11 @@ class Checkpoint:
 
     @property
     def where(self) -> str:
-        """As messages name it: `org/name` of a model on the Hub, else the path of the folder."""
+        """The name in messages: `org/name` of a model on the Hub, else the path of the folder."""
         return str(self.folder) if self.hub is None else self.hub.repo
 
     def info(self, name: str) -> TensorInfo:
-        """Where the tensor lies in its shard; KeyError where there is none."""
+        """The tensor's place in its shard. Raises KeyError where there is none."""
         return self.shards[self.files[name]].tensors[name]
 
     def path(self, name: str) -> Path:
@@ -88,11 +88,11 @@ class Checkpoint:
         self.content.fill(name, self.shards[self.files[name]], info.begin + begin, buffer)
 
     def begin(self, order: ReadingOrder) -> None:
-        """Say what a run is going to read, so that it can be fetched ahead; `content.end` ends the run."""
+        """Announce the tensors that a run reads, so that `content` fetches them ahead. `content.end` ends the run."""
         self.content.begin(order, {name: self.shards[file] for name, file in self.files.items()})
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most 16 MiB, read one ahead; each is valid until the next is asked for.
+        """The tensor's bytes in pieces of at most 16 MiB, read one ahead. Each is valid until the next is requested.
 
         Raises:
             InputError: the shard vanished, changed or cannot be read.
@@ -133,7 +133,7 @@ class Checkpoint:
     def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Only some rows (along the first axis), in the given order.
 
-        Rows that lie near each other are read at once with what lies between, and several threads read.
+        Rows that lie near each other are read at once, with the rows between them. Several threads read.
 
         Raises:
             IndexError: there is no such row.
@@ -158,10 +158,10 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a folder with config.json and safetensors shards; reads headers only.
+    """Open a folder with config.json and safetensors shards, reading only headers.
 
     Raises:
-        InputError: anything missing, damaged or contradictory, each in one sentence.
+        InputError: something is missing, damaged or contradictory. The message is one sentence.
     """
     if not _is_folder(folder):
         raise InputError(no_folder(folder))
@@ -169,7 +169,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not os.path.lexists(folder / "config.json"):
         raise InputError(no_config(str(folder), names))
     config = read_json(folder / "config.json", "every Hugging Face model folder has one")
-    side_files(folder)  # what is no file is refused now, not when it is copied hours later
+    side_files(folder)  # refuses now, not hours later when it copies them
     index_path = folder / INDEX_NAME
     if is_file(index_path):
         files = read_index(index_path)
@@ -187,7 +187,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, without a copy where it is contiguous; writing to them writes to the tensor."""
+    """The bytes of a tensor on the CPU, without a copy where it is contiguous. Writes to them change the tensor."""
     import torch
 
     if not tensor.numel():
@@ -238,7 +238,7 @@ def _near_rows(rows: torch.Tensor, row_bytes: int) -> list[tuple[int, int]]:
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether there is such a folder; False too where the system refuses the name itself, as one that is too long."""
+    """Whether the folder exists, False also where the system refuses the name itself, as one that is too long."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -246,10 +246,10 @@ def _is_folder(path: Path) -> bool:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor, as an index tells it.
+    """The file of each tensor, as an index lists it.
 
     Raises:
-        InputError: it is damaged, or names what is no safetensors file of its folder.
+        InputError: it is damaged, or names something else than a safetensors file of its folder.
     """
     weight_map = read_json(path, "it lists the shards", unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -260,13 +260,13 @@ def read_index(path: Path) -> dict[str, str]:
             raise InputError(f"{path} has {fault}: download it again.")
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
             raise InputError(
-                f"{path}: the index places tensor {tensor} in {quoted(name)}, outside of the folder: the index is not "
-                f"trustworthy."
+                f"{path}: the index places tensor {tensor} in {quoted(name)}, outside of the folder: download the "
+                f"model from a source that you trust."
             )
         if not name.isprintable() or len(os.fsencode(name)) > MOST_FILE_NAME_BYTES:
             raise InputError(
-                f"{path}: the index places tensor {tensor} in {quoted(name)}, which is no name of a shard: the index "
-                f"is not trustworthy."
+                f"{path}: the index places tensor {tensor} in {quoted(name)}, which is not the name of a shard: "
+                f"download the model from a source that you trust."
             )
         if not name.endswith(".safetensors"):
             raise InputError(
@@ -277,21 +277,19 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def check_index(folder: str, files: Mapping[str, str], shards: Mapping[str, Header]) -> None:
-    """Hold an index against the headers, in both directions.
+    """Compare an index with the headers, in both directions.
 
     Raises:
         InputError: they contradict each other.
     """
     for tensor, name in files.items():
         if tensor not in shards[name].tensors:
-            raise InputError(
-                f"{folder}: the index says that {name} holds {tensor}, but it does not: download the shard again."
-            )
+            raise InputError(f"{folder}: the index lists {tensor} in {name}, which lacks it: download the shard again.")
     for name, header in shards.items():
         for tensor in header.tensors:
             if tensor not in files:
                 raise InputError(
-                    f"{folder}: {name} holds {tensor}, which the index does not list: download the index again."
+                    f"{folder}: {name} contains {tensor}, which the index does not list: download the index again."
                 )
             if files[tensor] != name:
                 raise InputError(

@@ -1,4 +1,4 @@
-"""Writing shards whose layout is known beforehand, under a temporary name, made durable before they get their own."""
+"""Shards whose layout is known beforehand, written under a temporary name and renamed once they are durable."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def build_header(entries: Sequence[TensorEntry]) -> bytes:
 def write_shard(
     path: Path, entries: Sequence[TensorEntry], contents: Callable[[TensorEntry], Iterable[memoryview]]
 ) -> str:
-    """Write a shard; it appears under its name only when it is whole and on the disk.
+    """Write a shard, which appears under its name only when it is complete and on the disk.
 
     Args:
         path: its final name.
-        entries: what it holds, in the order of the data.
-        contents: gives the bytes of an entry, in pieces.
+        entries: its tensors, in the order of the data.
+        contents: returns the bytes of an entry, in pieces.
     Returns:
         sha256 of the file, hexadecimal.
     Raises:
@@ -94,14 +94,12 @@ def write_shard(
                 size += len(piece)
                 put(piece)
             if size != entry.nbytes:
-                raise CheckFailed(
-                    f"{path.name}: {entry.name} came with {size:,} bytes where the plan has {entry.nbytes:,}."
-                )
+                raise CheckFailed(f"{path.name}: {entry.name} has {size:,} bytes, but the plan has {entry.nbytes:,}.")
     return digest.hexdigest()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON, indented by two, keys in the order given, with a final newline; see `write_bytes`."""
+    """Write JSON, indented by two, keys in the order given, with a final newline, by `write_bytes`."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -126,7 +124,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[int]:
-    """The descriptor of a file that gets its name when it is whole and on the disk; after an error nothing is left."""
+    """The descriptor of a file that gets its name when it is complete and on the disk. An error leaves no file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with new_file(temporary) as file:

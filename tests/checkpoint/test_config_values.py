@@ -61,7 +61,7 @@ def test_numbers_of_experts_are_numbers() -> None:
 
 
 BEYOND: list[tuple[dict[str, Any], str]] = [
-    ({"num_hidden_layers": 2000}, "num_hidden_layers is 2000, but the tensors are of 2 layers"),
+    ({"num_hidden_layers": 2000}, "num_hidden_layers is 2000, but the weights have 2 layers"),
     ({"text_config": {"num_hidden_layers": 10**9}}, "text_config.num_hidden_layers is 1000000000"),
     ({"vision_config": {"depth": 10**6}}, "vision_config.depth is 1000000"),
     ({"num_layers": 10**9}, "num_layers is 1000000000"),
@@ -71,7 +71,7 @@ BEYOND: list[tuple[dict[str, Any], str]] = [
     ({"num_labels": 10**9}, "num_labels is 1000000000"),
     ({"intermediate_size": [128, 10**10]}, "intermediate_size is 10000000000"),
     ({"a": {"b": {"hidden_size": 10**8}}}, "b.hidden_size is 100000000"),
-    ({"n_positions": 10**6}, "n_positions is 1000000, but the tables of positions have 64 rows"),
+    ({"n_positions": 10**6}, "n_positions is 1000000, but the position tables have 64 rows"),
 ]
 
 
@@ -108,5 +108,5 @@ def test_a_folder_with_such_a_config_is_not_opened(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
-    with pytest.raises(InputError, match="num_hidden_layers is 1000000000, but the tensors are of"):
+    with pytest.raises(InputError, match="num_hidden_layers is 1000000000, but the weights have"):
         open_checkpoint(folder)

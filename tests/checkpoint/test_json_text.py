@@ -11,10 +11,10 @@ from nvquant.checkpoint.regular import MissingFile
 from nvquant.errors import InputError
 
 REFUSED = {
-    "NaN": (b'{"a": NaN}', "it holds NaN, which JSON does not have"),
-    "infinity": (b"[-Infinity]", "it holds -Infinity, which JSON does not have"),
-    "a float beyond floats": (b'{"a": 1e999}', "a number that no computer's float can hold"),
-    "a float without end": (b"[0." + b"3" * 1_000_000 + b"]", "a number that no computer's float can hold"),
+    "NaN": (b'{"a": NaN}', "it contains NaN, which JSON does not allow"),
+    "infinity": (b"[-Infinity]", "it contains -Infinity, which JSON does not allow"),
+    "a float beyond floats": (b'{"a": 1e999}', "a number beyond the range of a float"),
+    "a float without end": (b"[0." + b"3" * 1_000_000 + b"]", "a number beyond the range of a float"),
     "a number of 41 digits": (b"[" + b"9" * 41 + b"]", "a number of 41 digits"),
     "a number beyond Python's limit": (b"[" + b"9" * 5000 + b"]", "a number of 5,000 digits"),
     "half of a surrogate pair": (rb'{"a": ["\ud800"]}', "half of a surrogate pair"),
@@ -70,7 +70,7 @@ def test_a_file_names_itself_and_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match=r"config\.json is missing: every model has one\.$"):
         read_json(path, "every model has one")
     path.write_text("[NaN]")
-    with pytest.raises(InputError, match=r"config\.json is not readable JSON \(it holds NaN.*\): download it again\.$"):
+    with pytest.raises(InputError, match=r"not readable JSON \(it contains NaN.+\): download it again\.$"):
         read_json(path)
     path.write_text("[]")
     with pytest.raises(InputError, match=r"config\.json is not a JSON object: write it anew\.$"):

@@ -255,7 +255,7 @@ def test_a_shard_that_changes_during_the_run_is_refused_at_the_next_read(
         lambda: list(checkpoint.pieces("h.conv")),
     ]
     for read in reads:
-        with pytest.raises(InputError, match=r"00002\.safetensors changed while it was being read: let .* again\.$"):
+        with pytest.raises(InputError, match=r"00002\.safetensors changed while it was being read: wait .* again\.$"):
             read()
     assert torch.equal(checkpoint.read("a.weight"), tensors()["a.weight"])  # the other shard is as it was
 
@@ -268,7 +268,9 @@ def test_a_shard_touched_before_it_is_opened_is_read(folder: Path) -> None:
 def test_a_file_that_ends_early_or_vanishes_is_told(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     size = (folder / SECOND).stat().st_size
-    with pytest.raises(InputError, match=r"00002\.safetensors ended early, at byte [\d,]+: the file changed"):
+    with pytest.raises(
+        InputError, match=r"00002\.safetensors changed during the run and ended at byte [\d,]+: restore it"
+    ):
         read_range(folder / SECOND, size - 4, memoryview(bytearray(8)))
     (folder / SECOND).unlink()
     with pytest.raises(InputError, match=r"00002\.safetensors cannot be read \(No such file or directory\)"):
@@ -303,7 +305,7 @@ def test_the_index_must_name_files(folder: Path, target: object) -> None:
 def test_a_name_that_no_shard_has_is_refused_on_one_line(folder: Path, target: str) -> None:
     edit_index(folder, lambda weight_map: weight_map.update({"a.weight": target}))
     message = refused(folder)
-    assert "tensor a.weight" in message and "which is no name of a shard" in message
+    assert "tensor a.weight" in message and "which is not the name of a shard" in message
     assert message.isprintable() and len(message) < 500
 
 
@@ -329,11 +331,11 @@ def test_an_index_without_a_weight_map_is_refused(folder: Path, content: str) ->
 def test_what_index_and_shards_hold_must_agree(folder: Path) -> None:
     edit_index(folder, lambda weight_map: weight_map.pop("b.weight"))
     assert refused(folder) == (
-        f"{folder}: {FIRST} holds b.weight, which the index does not list: download the index again."
+        f"{folder}: {FIRST} contains b.weight, which the index does not list: download the index again."
     )
     edit_index(folder, lambda weight_map: weight_map.update({"b.weight": SECOND}))
     assert refused(folder) == (
-        f"{folder}: the index says that {SECOND} holds b.weight, but it does not: download the shard again."
+        f"{folder}: the index lists b.weight in {SECOND}, which lacks it: download the shard again."
     )
 
 

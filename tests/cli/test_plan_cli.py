@@ -195,7 +195,7 @@ def test_plan_speaks_of_no_other_recipe_than_the_one_asked_for(nvquant: Command,
     [
         ({"hidden_act": "no such function"}, 3, "cannot build LlamaForCausalLM"),
         ({"architectures": ["UnheardOfForCausalLM"]}, 3, "does not know the architecture UnheardOfForCausalLM"),
-        ({"intermediate_size": 96}, 2, "config and weights must be of the same model"),
+        ({"intermediate_size": 96}, 2, "use the config and weights of one model"),
         ({"num_hidden_layers": 2}, 2, "describes fewer decoder layers"),
         ({"num_hidden_layers": 4}, 2, r"lacks model.layers.3."),
     ],

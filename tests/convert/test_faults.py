@@ -300,7 +300,7 @@ def put_a_circle_of_links(shard: Path) -> None:
     aside.rename(shard)
 
 
-CHANGED, UNREADABLE = "changed while it was being read: let whatever", "cannot be read ({}): restore the file"
+CHANGED, UNREADABLE = "changed while it was being read: wait until", "cannot be read ({}): restore the file"
 FAULTS: list[tuple[Fault, str]] = [
     (touch, CHANGED),
     (rewrite, CHANGED),

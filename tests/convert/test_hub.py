@@ -139,7 +139,7 @@ def test_a_shard_with_a_wrong_hash_ends_the_run_before_anything_is_made_of_it(
     hub.add("model", NAME, tiny("llama"))
     plan_of()
     hub.fail("/cdn/*", Corrupt(at=-1 + 50_000), times=99, method="GET")
-    with pytest.raises(InputError, match=r"has the hash .*, the Hub published"):
+    with pytest.raises(InputError, match=r"has the hash .*, but the Hub published"):
         run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -259,9 +259,9 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, source: Path, name: s
     link = tmp_path / name
     link.parent.mkdir(exist_ok=True)
     link_to(elsewhere, link)
-    with pytest.raises(InputError, match="is a link, and nvquant writes through none"):
+    with pytest.raises(InputError, match="is a link, which nvquant does not write through"):
         check_output(tmp_path / "out", 1000, source)
-    with pytest.raises(InputError, match="is a link, and nvquant writes through none"):
+    with pytest.raises(InputError, match="is a link, which nvquant does not write through"):
         with locked_partial(tmp_path / "out") as partial:
             open_partial(partial, {"nvquant": "1"}, restart=True)
             check_output(tmp_path / "out", 1000, source)

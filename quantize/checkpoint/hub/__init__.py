@@ -1,1 +1,1 @@
-"""Models on the Hugging Face Hub: found, pinned to a commit, and read whole or by ranges of bytes."""
+"""Models on the Hugging Face Hub: found, pinned to a commit, and read as complete files or by ranges of bytes."""

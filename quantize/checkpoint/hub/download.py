@@ -1,4 +1,4 @@
-"""Files of a Hub model in the local cache: downloaded once, and proved by their published hash before they are used."""
+"""Files of a Hub model in the local cache: downloaded once and compared with their published hash before use."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .repository import OTHERWISE, HubFile, HubModel
 logger = logging.getLogger("nvquant.checkpoint.hub")
 
 _HASH_CHUNK_BYTES = 16 << 20
-MOST_UNSIZED_BYTES = 100_000_000  # of a file whose size nobody tells
+MOST_UNSIZED_BYTES = 100_000_000  # of a file whose size is unknown
 _MARKS = ".nvquant"  # beside the cache's own blobs, refs and snapshots
 
 
 @dataclass
 class Counter:
-    """Counts the bytes of a download as they come; read by other threads.
+    """Counts the bytes of a download as they come, for other threads.
 
     Attributes:
-        most: as many as may come; None for no limit.
+        most: the largest number of bytes that may come, None for no limit.
     """
 
     bytes: int = 0
     most: int | None = None
 
     def bar(self) -> type[Any]:
-        """What huggingface_hub takes for the class of its progress bars: one that shows nothing and counts here."""
+        """A class of progress bars for huggingface_hub that shows nothing and counts here."""
         counter = self
         base: Any = import_module("huggingface_hub.utils.tqdm").tqdm
 
@@ -49,7 +49,7 @@ class Counter:
                 counter.bytes += int(n or 0)
                 if counter.most is not None and counter.bytes > counter.most:
                     raise InputError(
-                        f"A file of the Hub came with more than the {counter.most:,} bytes that were published: check "
+                        f"The Hub sent more than the {counter.most:,} bytes that it published for a file: check "
                         f"HF_ENDPOINT and the network."
                     )
                 return None
@@ -58,7 +58,7 @@ class Counter:
 
 
 def cached_path(model: HubModel, name: str) -> Path | None:
-    """Where the cache has a file of this commit whole; None where it has not."""
+    """The path of a complete file of this commit in the cache, None where the cache lacks it."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(model.repo, name, cache_dir=model.cache, revision=model.commit)
@@ -66,16 +66,16 @@ def cached_path(model: HubModel, name: str) -> Path | None:
 
 
 def download(model: HubModel, name: str, closed: threading.Event | None = None, counter: Counter | None = None) -> Path:
-    """Path of a file in the cache, downloaded if it is not there yet; its content is what the Hub published.
+    """Path of a file in the cache, downloaded if it is not there yet, with the content that the Hub published.
 
-    What fails in a way that may pass is asked for again, and goes on where it stopped. A file is hashed when it comes
-    in and, by a note beside it, not again for as long as it is not touched.
+    After a passing failure the download is retried and resumes where it stopped. A file is hashed when it arrives.
+    A note beside it avoids another hash until the file changes.
 
     Args:
-        closed: set by whoever no longer needs the file; ends the waiting.
+        closed: an event that ends the waiting, for callers that no longer need the file.
         counter: follows the bytes.
     Raises:
-        InputError: no such file, no access, no network, no room on the disk, or a content that twice was not the
+        InputError: no such file, no access, no network, no room on the disk, or twice a content other than the
             published one.
     """
     file = model.file(name)
@@ -115,31 +115,31 @@ def _fetch(model: HubModel, name: str, closed: threading.Event, counter: Counter
             except (network_error(), LocalEntryNotFoundError) as error:
                 if model.is_offline:
                     raise
-                # "Not in the cache" is what is told of every refusal; the refusal itself stands behind it.
+                # Every refusal is raised as "not in the cache". The refusal itself is its cause.
                 behind = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
                 patience.wait_after(behind or error, f"{name} of {model.repo}")
             except (OSError, RuntimeError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise InputError(
-                        f"{name} of {model.repo} cannot be kept in the cache ({error.strerror}): free space there, or "
-                        f"set HF_HOME to a larger disk."
+                        f"{name} of {model.repo} cannot be stored in the cache ({error.strerror}): free space there, "
+                        f"or set HF_HOME to a larger disk."
                     ) from error
                 patience.wait_after(_as_network(error), f"{name} of {model.repo}")
 
 
 def _as_network(error: Exception) -> Exception:
-    """What huggingface_hub tells as a plain OSError (a download of the wrong size) or RuntimeError (of the Xet client)
-    fails like a lost connection."""
+    """A network error in place of huggingface_hub's plain OSError (a download of the wrong size) or RuntimeError (of
+    the Xet client), since both may pass like a lost connection."""
     lost = network_error()(type(error).__name__)
     lost.__cause__ = error
     return lost
 
 
 def _fault(file: HubFile, path: Path) -> str | None:
-    """What is wrong with a cached file; None where its content has the published hash."""
+    """The fault of a cached file, or None where its content has the published hash."""
     status = path.stat()
     if file.size is not None and status.st_size != file.size:
-        return f"has {status.st_size:,} bytes, the Hub published {file.size:,}"
+        return f"has {status.st_size:,} bytes, but the Hub published {file.size:,}"
     if file.etag is None:
         return None
     mark = _mark(path, file.etag)
@@ -149,7 +149,7 @@ def _fault(file: HubFile, path: Path) -> str | None:
             return None
     digest = content_hash(path, file)
     if digest != file.etag:
-        return f"has the hash {digest[:12]}…, the Hub published {file.etag[:12]}…"
+        return f"has the hash {digest[:12]}…, but the Hub published {file.etag[:12]}…"
     with suppress(OSError):  # a cache that cannot be written to is read once more next time
         mark.parent.mkdir(exist_ok=True)
         mark.write_text(json.dumps(stamp), encoding="utf-8")
@@ -157,7 +157,7 @@ def _fault(file: HubFile, path: Path) -> str | None:
 
 
 def note_revision(model: HubModel) -> None:
-    """Let the cache learn which commit the revision's name means, for times without the Hub; nothing if that fails."""
+    """Note in the cache which commit the revision's name means, for use without the Hub. A failure is ignored."""
     from huggingface_hub import hf_hub_download
 
     if model.is_offline or model.revision == model.commit:
@@ -180,7 +180,7 @@ def content_hash(path: Path, file: HubFile) -> str:
 
 
 def _mark(path: Path, etag: str) -> Path:
-    """The note that a blob was proved: in the model's folder of the cache, which holds `snapshots/COMMIT/…`."""
+    """The note that a blob has its published hash, in the model's cache folder, which contains `snapshots/COMMIT/…`."""
     snapshots = next((parent for parent in path.parents if parent.name == "snapshots"), path.parent)
     return snapshots.parent / _MARKS / etag
 

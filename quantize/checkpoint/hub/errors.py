@@ -1,4 +1,4 @@
-"""What the Hub said in many words, in one sentence that says what to do. No address and no token gets into it."""
+"""Errors of the Hub as one sentence with a way out. It contains no address and no token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import InputError
 
-# What was refused or lost this way may succeed when it is asked for again.
+# A request that fails this way may succeed when it is retried.
 PASSING_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 
@@ -22,7 +22,7 @@ def hub_errors(what: str, repo: str, revision: str | None = None, otherwise: str
 
     Args:
         what: `model` or `data set`.
-        otherwise: what to do where the Hub refuses for no reason that is known here, or cannot be reached.
+        otherwise: the way out where the Hub refuses for an unknown reason, or cannot be reached.
     Raises:
         HubError: in place of each.
     """
@@ -50,15 +50,15 @@ def hub_errors(what: str, repo: str, revision: str | None = None, otherwise: str
     except (network_error(), errors.OfflineModeIsEnabled) as error:
         raise HubError(_unreachable(what, where, otherwise)) from error
     except errors.HFValidationError as error:
-        raise HubError(f"{repo} is not a name that the Hub can have: give it as org/name.") from error
+        raise HubError(f"{repo} is not a valid name on the Hub: give it as org/name.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HubError(
-            f"Hub {what} {where}: the server's answer is not of the Hub's form: check HF_ENDPOINT and the network."
+            f"Hub {what} {where}: the server's answer does not have the Hub's form: check HF_ENDPOINT and the network."
         ) from error
 
 
 def network_error() -> type[Exception]:
-    """The base class of what the installed huggingface_hub's HTTP library raises; its releases use different ones."""
+    """The base class of the errors of huggingface_hub's HTTP library, which differs between its releases."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
@@ -76,9 +76,11 @@ def _unreachable(what: str, where: str, otherwise: str) -> str:
 
 def _refused(where: str, what: str, status: int | None, otherwise: str) -> str:
     if status == 401:
-        return f"{where}: the Hub does not know this token (HTTP 401): run `hf auth login` again, or unset HF_TOKEN."
+        return f"{where}: the Hub does not accept this token (HTTP 401): run `hf auth login` again, or unset HF_TOKEN."
     if status == 403:
-        return f"{where}: the token may not do this (HTTP 403): make one with that right, and run `hf auth login`."
+        return f"{where}: the token does not permit this (HTTP 403): create one that does, and run `hf auth login`."
     if status == 429:
-        return f"{where}: the Hub asks to go slower (HTTP 429): wait a few minutes, and run the same command again."
+        return (
+            f"{where}: the Hub limits the request rate (HTTP 429): wait some minutes, and run the same command again."
+        )
     return f"The Hub refused {what} (HTTP {status or 'without status'}): try again, or {otherwise}."

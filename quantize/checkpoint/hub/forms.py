@@ -1,6 +1,6 @@
 """The forms of values that the Hub or a mirror sends. nvquant checks each value before it uses it.
 
-huggingface_hub makes paths of commits, ETags and names, so a mirror could have any file of the machine written.
+huggingface_hub makes paths of commits, ETags and names, so a mirror could overwrite any file of the machine.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def commit_of(value: object, where: str) -> str:
     """A commit: 40 hexadecimal digits.
 
     Args:
-        where: who told it, as `Hub model org/name`.
+        where: the sender, as `Hub model org/name`.
     Raises:
-        InputError: it is none.
+        InputError: it is not a commit.
     """
     if not isinstance(value, str) or _COMMIT.fullmatch(value) is None:
         raise _refused(where, "a commit", value)
@@ -35,10 +35,10 @@ def commit_of(value: object, where: str) -> str:
 
 
 def hash_of(value: object, where: str) -> str | None:
-    """The published hash of a file, sha1 or sha256; None where none is published.
+    """The published hash of a file, sha1 or sha256, or None where none is published.
 
     Raises:
-        InputError: it is something else.
+        InputError: it has another form.
     """
     if value is None:
         return None
@@ -48,10 +48,10 @@ def hash_of(value: object, where: str) -> str | None:
 
 
 def etag_of(value: str, where: str) -> str:
-    """An ETag as it stands in a header, from which the name of a file in the cache is made.
+    """An ETag as it stands in a header. It becomes the name of a file in the cache.
 
     Raises:
-        InputError: no name can be made of it.
+        InputError: it cannot be a name.
     """
     if _ETAG.fullmatch(value.removeprefix("W/").strip('"')) is None:
         raise _refused(where, "an ETag", value)
@@ -59,10 +59,10 @@ def etag_of(value: str, where: str) -> str:
 
 
 def size_of(value: object, where: str) -> int | None:
-    """The size of a file in bytes; None where the Hub sends none.
+    """The size of a file in bytes, or None where the Hub sends none.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a size.
     """
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
         value = int(value)
@@ -77,7 +77,7 @@ def repo_of(value: object, where: str) -> str:
     """`org/name`.
 
     Raises:
-        InputError: it is something else.
+        InputError: it has another form.
     """
     if not isinstance(value, str) or _REPO.fullmatch(value) is None or ".." in value:
         raise _refused(where, "a name", value)
@@ -88,7 +88,7 @@ def file_name_of(value: object, where: str) -> str:
     """The name of a file in a repository: relative, and inside of it.
 
     Raises:
-        InputError: it is something else.
+        InputError: it has another form.
     """
     if not isinstance(value, str) or _HIDDEN.search(value) or not 0 < len(value.encode()) <= MOST_NAME_BYTES:
         raise _refused(where, "the name of a file", value)
@@ -99,10 +99,10 @@ def file_name_of(value: object, where: str) -> str:
 
 
 def siblings_of(found: Any, where: str) -> list[Any]:
-    """The entries for a repository's files, as many as one can have.
+    """The entries for a repository's files.
 
     Raises:
-        InputError: there are more.
+        InputError: there are more than nvquant reads.
     """
     siblings = list(found.siblings or ())
     if len(siblings) > MOST_FILES:
@@ -113,6 +113,4 @@ def siblings_of(found: Any, where: str) -> list[Any]:
 def _refused(where: str, what: str, value: object) -> InputError:
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
-    return InputError(
-        f"{where}: the server gave {shown} for {what}, which has another form: check HF_ENDPOINT and the network."
-    )
+    return InputError(f"{where}: the server sent {shown} in place of {what}: check HF_ENDPOINT and the network.")

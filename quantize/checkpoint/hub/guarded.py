@@ -1,5 +1,5 @@
-"""The HTTP client of huggingface_hub, guarded: a token goes to the Hub alone, and each header that becomes a path has
-its form checked."""
+"""The HTTP client of huggingface_hub, guarded: it sends a token to the Hub alone, and checks the form of each header
+that becomes a path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...errors import InputError
 from .forms import commit_of, etag_of, size_of
 
 SILENCE_SECONDS = 60.0  # between two pieces of an answer; a request with a limit of its own keeps that
-MOST_ANSWER_BYTES = 256 << 20  # of what the Hub tells: the largest repositories list some ten megabytes
+MOST_ANSWER_BYTES = 256 << 20  # of an answer of the API: the largest repositories list some ten megabytes
 MOST_ANSWER_SECONDS = 300.0
 PACE_SECONDS = 300.0  # of waiting for the pieces of a file, in which the mean pace may be slow
 LEAST_BYTES_PER_SECOND = 1_000  # of a file: at this pace, a shard of 5 GB takes two months
@@ -33,7 +33,7 @@ def origin_of(address: str) -> tuple[str, str, int | None]:
 
 
 def guard_client(endpoint: str | None = None) -> None:
-    """Let every client of huggingface_hub keep its token for the Hub's own scheme, host and port.
+    """Restrict the token of every client of huggingface_hub to the Hub's own scheme, host and port.
 
     Args:
         endpoint: address of the Hub; None for the usual one.
@@ -66,7 +66,7 @@ def may_have_token(address: str) -> bool:
 
 
 def _guard_request(request: Any) -> None:
-    """Take the token from a request that leaves the Hub; each redirect is a request of its own.
+    """Remove the token from a request to another host than the Hub. Each redirect is a request of its own.
 
     API answers come uncompressed, because a few compressed bytes can be gigabytes.
     """
@@ -78,10 +78,10 @@ def _guard_request(request: Any) -> None:
 
 
 def _hold_headers(response: Any) -> None:
-    """Hold what huggingface_hub makes paths and sizes of to its form.
+    """Check the form of the headers that become paths and sizes in huggingface_hub.
 
     Raises:
-        InputError: something has another form.
+        InputError: one has another form.
     """
     _bound(response)
     headers = response.headers
@@ -97,19 +97,19 @@ def _hold_headers(response: Any) -> None:
 
 
 def _bound(response: Any) -> None:
-    """Bound an answer of the Hub's interface in bytes and in time, and a file in its pace.
+    """Limit an answer of the Hub's API in bytes and in time, and a file in its pace.
 
-    The client reads the body only after the hooks, through the stream that is put here in the place of its own.
+    The client reads the body only after the hooks, through the stream that replaces its own here.
 
     Raises:
-        InputError: an answer of the interface is compressed.
+        InputError: an answer of the API is compressed.
     """
     # huggingface_hub 1 uses httpx, and 2 uses httpx2.
     stream: Any = import_module(type(response).__module__.partition(".")[0]).SyncByteStream
     inner, where = response.stream, f"The answer of {response.request.url.host}"
     is_file = not response.request.url.path.startswith("/api/")
     if not is_file and response.headers.get("content-encoding", "identity") != "identity":
-        raise InputError(f"{where} is compressed, which nobody asked for: check HF_ENDPOINT and the network.")
+        raise InputError(f"{where} is compressed without a request for it: check HF_ENDPOINT and the network.")
     pieces = _paced if is_file else _ending
 
     class Bounded(stream):  # type: ignore[misc]
@@ -123,7 +123,7 @@ def _bound(response: Any) -> None:
 
 
 def _ending(inner: Iterable[bytes], where: str) -> Iterator[bytes]:
-    """The pieces of an answer of the interface.
+    """The pieces of an answer of the API.
 
     Raises:
         InputError: they are too many, or come for too long.

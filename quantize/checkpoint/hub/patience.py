@@ -1,4 +1,4 @@
-"""How often and how long to wait for a network that fails, before giving up."""
+"""Retries after network failures: how many, and how long to wait between them."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ logger = logging.getLogger("nvquant.checkpoint.hub")
 MOST_FAILURES = 8  # in a row, without a byte between them: with the waits below some four minutes
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
-LONGEST_ASKED_SECONDS = 600.0  # that a server may ask for
+LONGEST_ASKED_SECONDS = 600.0  # that a server may request
 _RESETS_IN = re.compile(r"\bt=(\d+)")  # in the Hub's RateLimit header, as `"api";r=0;t=55`
 
 
 class Patience:
-    """Waits that double from failure to failure, or as long as the server asks for.
+    """Waits that double from failure to failure, or last as long as the server requests.
 
     Args:
-        closed: set by whoever no longer needs what is waited for.
+        closed: an event that ends the waiting, for callers that no longer need the file.
     """
 
     def __init__(self, closed: threading.Event) -> None:
         self._closed, self._failures = closed, 0
 
     def progressed(self) -> None:
-        """Something came: the next failure is the first again."""
+        """Note progress: the next failure counts as the first again."""
         self._failures = 0
 
     def wait_after(self, error: BaseException, doing: str) -> None:
         """Wait after a failure that may pass.
 
         Raises:
-            InputError: nobody needs it any more.
-            The error itself: it does not pass, or there were too many in a row.
+            InputError: the caller no longer needs it.
+            The error itself: a retry cannot help, or there were too many failures in a row.
         """
         self._failures += 1
         if not may_pass(error) or self._failures > MOST_FAILURES:
@@ -54,13 +54,13 @@ class Patience:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether asking again may help: lost connections, timeouts, full and failing servers."""
+    """Whether a retry may help: lost connections, timeouts, full and failing servers."""
     status = status_of(error)
     return isinstance(error, network_error()) if status is None else status in PASSING_STATUS
 
 
 def _retry_after(error: Any) -> float | None:
-    """Seconds that the server asked for; it may give a date in their place, which the doubling stands for."""
+    """Seconds that the server requested, None for none or for a date, where the doubling applies."""
     response = getattr(error, "response", None)
     if response is None:
         return None

@@ -1,5 +1,5 @@
-"""Addresses in what huggingface_hub logs: those of the stores behind the Hub are signed, and whoever reads one may read
-the file."""
+"""Addresses in the log of huggingface_hub: those of the stores behind the Hub are signed, so that anybody who knows one
+can read the file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")
 
 
 def without_signatures(text: str) -> str:
-    """A text whose addresses end at their question mark."""
+    """A text with its addresses cut at their question mark."""
     return _QUERY.sub(r"\1?…", text)
 
 
 def hide_signatures() -> None:
-    """Let huggingface_hub's own messages, wherever they go, name addresses without what follows the question mark."""
+    """Cut the addresses in huggingface_hub's own messages at the question mark, wherever the messages go."""
     from huggingface_hub.utils import logging as _  # noqa: F401  makes the handlers
 
     for handler in logging.getLogger("huggingface_hub").handlers:

@@ -1,7 +1,7 @@
-"""Byte ranges of a Hub model's files at its commit, straight into memory: nothing of them is kept on the disk.
+"""Byte ranges of a Hub model's files at its commit, read straight into memory and never kept on the disk.
 
-The Hub answers a request for a file with the address of its content, which holds for a while; ranges are asked for
-there. A range that breaks off goes on behind the last byte that came, so that no byte is fetched twice.
+The Hub answers a request for a file with the address of its content, which is valid for a while. Ranges are requested
+there. A range that breaks off resumes after the last byte that came, so that no byte is fetched twice.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .guarded import origin_of
 from .patience import Patience
 from .repository import OTHERWISE, HubModel
 
-# An address that has expired is answered like this by the stores behind the Hub.
+# The stores behind the Hub answer like this to an expired address.
 _EXPIRED = frozenset({400, 401, 403, 410})
 _TIMEOUT_SECONDS = 30.0
 
 
 class RangeReader:
-    """Reads ranges of one model's files; safe to use from several threads."""
+    """Reads ranges of one model's files, and is safe to use from several threads."""
 
     def __init__(self, model: HubModel) -> None:
         self.model = model
@@ -31,7 +31,7 @@ class RangeReader:
         self._lock = threading.Lock()
 
     def end(self) -> None:
-        """Whoever waits for the network now stops waiting; who reads later is not concerned."""
+        """End all present waits for the network. Later reads are not affected."""
         self._ended.set()
         self._ended = threading.Event()
 
@@ -39,7 +39,7 @@ class RangeReader:
         """Fill `buffer` from the byte `begin` of a file on.
 
         Raises:
-            InputError: the Hub refuses or cannot be reached, has other content than it published for the commit, or
+            InputError: the Hub refuses, cannot be reached or has other content than it published for the commit, or
                 `end` was called.
         """
         ended, done = self._ended, 0
@@ -59,7 +59,7 @@ class RangeReader:
                         patience.wait_after(error, f"{doing} at byte {begin + done:,}")
 
     def _pieces(self, name: str, begin: int, end: int) -> Iterator[bytes]:
-        """What comes of the bytes `begin` to `end`, in order; it may end early."""
+        """The bytes `begin` to `end` as they come, in order. They may end early."""
         from huggingface_hub import get_session, get_token, hf_raise_for_status
 
         address = self._address(name)
@@ -86,18 +86,18 @@ class RangeReader:
             return
         if response.status_code != 206:
             raise InputError(
-                f"Hub model {self.model.repo}: {name} is not given out in ranges (HTTP {response.status_code}): go "
-                f"without --low-disk, or download it first."
+                f"Hub model {self.model.repo}: the server does not send {name} in ranges (HTTP "
+                f"{response.status_code}): run without --low-disk, or download the model first."
             )
         first, _, total = stated.removeprefix("bytes ").partition("/")
         if not first.startswith(f"{begin}-") or (total.isdigit() and size is not None and int(total) != size):
             raise InputError(
-                f"Hub model {self.model.repo}: {name} came as another range than asked for ({stated or 'none'} of "
-                f"{size}): something between here and the Hub changes what it sends."
+                f"Hub model {self.model.repo}: the server sent another range of {name} than requested "
+                f"({stated or 'none'} of {size}): check HF_ENDPOINT and the network."
             )
 
     def _address(self, name: str) -> str:
-        """Where the content lies now; the Hub's ETag and commit must be the published ones."""
+        """The present address of the content. The Hub's ETag and commit must be the published ones."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         with self._lock:
@@ -114,7 +114,7 @@ class RangeReader:
             return self._addresses[name]
 
     def _has_expired(self, name: str, error: Exception) -> bool:
-        """Whether an address that worked has expired; the next read asks for a new one."""
+        """Whether an address that worked has expired, so that the next read requests a new one."""
         with self._lock:
             address = self._addresses.get(name)
             if address is None or self._is_the_hub(address) or status_of(error) not in _EXPIRED:

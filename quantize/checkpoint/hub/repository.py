@@ -1,4 +1,4 @@
-"""A model on the Hub: its true name, the commit that a revision means now, and what the Hub publishes of its files."""
+"""A model on the Hub: its true name, the commit that a revision means now, and the published sizes and hashes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HubFile:
     """A file as the Hub publishes it.
 
     Attributes:
-        size: in bytes; None where only the cache tells of the file.
+        size: in bytes, None where only the cache lists the file.
         etag: sha256 of a large file's content, or git's blob id (sha1) of a small one's.
     """
 
@@ -37,7 +37,7 @@ class HubFile:
 
     @property
     def sha256(self) -> str | None:
-        """The published sha256 of the content; None for a small file."""
+        """The published sha256 of the content, None for a small file."""
         return self.etag if self.etag and _SHA256.fullmatch(self.etag) else None
 
 
@@ -52,7 +52,7 @@ class HubModel:
         revision: the name under which the commit was found, None for the default branch.
         endpoint: address of the Hub.
         cache: folder of the Hub's cache, None for the usual one.
-        is_offline: the Hub could not be reached; what the cache holds is all there is.
+        is_offline: the Hub could not be reached, so that only the files of the cache are available.
     """
 
     repo: str
@@ -64,10 +64,10 @@ class HubModel:
     is_offline: bool = False
 
     def file(self, name: str) -> HubFile:
-        """What is published of a file.
+        """The published facts of a file.
 
         Raises:
-            InputError: there is none of that name.
+            InputError: the model has no file of that name.
         """
         if name not in self.files:
             raise InputError(f"Hub model {self.repo} has no file {name} at commit {self.commit[:12]}.")
@@ -75,7 +75,7 @@ class HubModel:
 
 
 def hub_name(text: str) -> tuple[str, str | None] | None:
-    """`org/name[@revision]` taken apart; None for what cannot be one."""
+    """The two parts of `org/name[@revision]`, None for a text of another form."""
     match = _NAME.fullmatch(text)
     return None if match is None else (match["repo"], match["revision"])
 
@@ -85,11 +85,11 @@ def find_model(
 ) -> HubModel:
     """Resolve a model's name, whatever its case, and pin its revision to the commit that it means now.
 
-    Without the Hub (HF_HUB_OFFLINE, no network) a model that the cache holds is taken from there.
+    Without the Hub (HF_HUB_OFFLINE, no network) the model comes from the cache, if it is there.
 
     Args:
-        repo: `org/name`; a name that was given up leads to the new one.
-        revision: commit, branch or tag; None for the default branch.
+        repo: `org/name`. A former name leads to the new one.
+        revision: commit, branch or tag, None for the default branch.
         endpoint, cache: None for the usual ones.
     Raises:
         InputError: no such model or revision, no access, Hub unreachable and nothing cached.
@@ -109,7 +109,7 @@ def find_model(
             cached = _cached(repo, revision, endpoint, cache)
             if cached is None:
                 raise
-            logger.warning("The Hub cannot be reached: using %s at %s of the local cache", repo, cached.commit[:12])
+            logger.warning("The Hub cannot be reached: using %s at %s from the local cache", repo, cached.commit[:12])
             return cached
     where = f"Hub model {repo}"
     name = repo_of(found.id, where)
@@ -119,10 +119,10 @@ def find_model(
 
 
 def published_files(found: Any, where: str) -> dict[str, HubFile]:
-    """What the answer to `model_info` with `files_metadata` says of the files, by name.
+    """The files in the answer to `model_info` with `files_metadata`, by name.
 
     Args:
-        where: whose answer it is, as `Hub model org/name`.
+        where: the sender, as `Hub model org/name`.
     Raises:
         InputError: a name, a size or a hash has another form.
     """
@@ -131,7 +131,7 @@ def published_files(found: Any, where: str) -> dict[str, HubFile]:
 
 
 def _ask(repo: str, revision: str | None, endpoint: str) -> Any:
-    """What the Hub says of a model; asked again under the right spelling where it knows the name in another case."""
+    """The Hub's answer for a model, requested again in the right spelling where the Hub has another case."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -155,7 +155,7 @@ def _published(sibling: Any, where: str) -> HubFile:
 
 
 def _cached(repo: str, revision: str | None, endpoint: str, cache: Path | None) -> HubModel | None:
-    """The model as far as the cache holds it; the cache names each file's content by its published hash."""
+    """The files of the model that the cache contains. It names each file's content by its published hash."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

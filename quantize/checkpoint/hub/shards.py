@@ -1,4 +1,4 @@
-"""Shards of a Hub model as a run reads them: downloaded whole ahead of the walk, or by ranges and never kept."""
+"""Shards of a Hub model as a run reads them: complete files downloaded ahead of the walk, or ranges, never kept."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .download import Counter, cached_path, download
 from .ranges import RangeReader
 from .repository import HubModel
 
-WORKERS = 2  # files that are downloaded at once; each is fetched over several connections where the Hub has Xet
+WORKERS = 2  # files downloaded at once, each over several connections where the Hub has Xet
 SPOOL_READERS = 4
 SPOOL_PIECE_BYTES = 16 << 20
 _TELL_SECONDS = 0.5
 
 
 class DownloadedShards:
-    """Each shard is downloaded into the Hub's cache, proved, and read there; the next ones come meanwhile."""
+    """Downloads each shard into the Hub's cache, compares its hash and reads it there, while the next ones come."""
 
-    integrity = "the published sha256 of every whole file"
+    integrity = "the published sha256 of every complete file"
 
     def __init__(self, model: HubModel) -> None:
         self._model = model
@@ -36,14 +36,14 @@ class DownloadedShards:
         self._counters: list[Counter] = []
 
     def fill(self, name: str, header: Header, begin: int, buffer: memoryview) -> None:
-        """See `ShardBytes`; waits until the shard is there."""
+        """See `ShardBytes`. Waits until the shard is there."""
         read_range(self.path(header.path.name), begin, buffer)
 
     def path(self, file: str) -> Path:
-        """Where the shard lies, when it is there.
+        """The path of the shard, once it is there.
 
         Raises:
-            InputError: see `download`; or the run has ended.
+            InputError: as of `download`, or the run has ended.
         """
         return self._coming(file, is_urgent=True).result()
 
@@ -86,13 +86,13 @@ class DownloadedShards:
         """Nothing to drop."""
 
     def fetched(self) -> tuple[int, int]:
-        """See `ShardBytes`; what an earlier run left half done counts when its download goes on."""
+        """See `ShardBytes`. The bytes of an incomplete earlier download count once it resumes."""
         with self._lock:
             done = sum(counter.bytes for counter in self._counters)
             return done, sum(self._model.file(file).size or 0 for file in self._files)
 
     def end(self) -> None:
-        """Give up what is still on its way; what came of it stays in the cache, and who asks later goes on there."""
+        """Stop all downloads. The bytes that came stay in the cache, and a later download resumes there."""
         with self._lock:
             self._closed.set()
             self._closed = threading.Event()
@@ -115,7 +115,7 @@ class DownloadedShards:
             return self._files[file]
 
     def _hire(self) -> None:
-        """Daemons, since a program that ends does not wait for gigabytes."""
+        """Start a daemon thread, since a program that ends does not wait for gigabytes."""
         if self._workers < WORKERS:
             self._workers += 1
             threading.Thread(target=self._work, args=(self._closed,), name="download", daemon=True).start()
@@ -151,13 +151,13 @@ class DownloadedShards:
 
 
 class RemoteShards:
-    """Ranges are fetched as they are read, each once; nothing is kept but what the run reads twice.
+    """Fetches ranges as they are read, each once, and keeps only the tensors that the run reads twice.
 
-    Of the tensors around the layers the calibration reads some, and later all are copied: these are kept in the run's
-    spool until both is done.
+    The calibration reads some tensors around the layers, and the run copies them later: they stay in the run's spool
+    until both is done.
 
     Attributes:
-        names_read: the tensors of which something was read.
+        names_read: the tensors that were read at least in part.
     """
 
     integrity = "commit and ETag of every range, and its length"
@@ -185,7 +185,7 @@ class RemoteShards:
             self._reader.read_into(header.path.name, begin, buffer)
 
     def begin(self, order: ReadingOrder, places: Mapping[str, Header]) -> None:
-        """Note what will be read twice; whatever an earlier run left in the spool is removed."""
+        """Note the tensors to be read twice, and remove files of an earlier run from the spool."""
         self._written = order.written
         twice = sorted(order.outer & set(order.copies))
         assert order.spool is not None or not twice
@@ -196,7 +196,7 @@ class RemoteShards:
             self._kept = {name: _Kept(order.spool / f"{at:04d}") for at, name in enumerate(twice)}
 
     def recorded(self) -> None:
-        """Drop what was copied before the calibration had read it."""
+        """Drop the tensors that were copied before the calibration read them."""
         with self._lock:
             self._recorded = True
             for name in self._copied:
@@ -210,11 +210,11 @@ class RemoteShards:
                 self._drop(name)
 
     def fetched(self) -> tuple[int, int]:
-        """Nothing is waited for but what is read, which the reader counts."""
+        """Nothing to wait for except reads, which the reader counts."""
         return 0, 0
 
     def end(self) -> None:
-        """Stop waiting for the network, and drop all that is kept."""
+        """Stop waiting for the network, and drop all kept tensors."""
         self._reader.end()
         for kept in self._kept.values():
             kept.drop()
@@ -225,7 +225,7 @@ class RemoteShards:
 
 
 class _Kept:
-    """A tensor in the spool, fetched whole when it is first read."""
+    """A tensor in the spool, fetched as a whole at the first read."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock, self._is_there = path, threading.Lock(), False
@@ -237,7 +237,7 @@ class _Kept:
                     self._fetch(reader, file, info)
                 except OSError as error:
                     raise InputError(
-                        f"{info.name} cannot be kept in {self._path.parent} ({error.strerror}): free {info.nbytes:,} "
+                        f"{info.name} cannot be stored in {self._path.parent} ({error.strerror}): free {info.nbytes:,} "
                         f"bytes there, and run the same command again."
                     ) from error
                 self._is_there = True

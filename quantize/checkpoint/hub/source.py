@@ -1,4 +1,4 @@
-"""A model on the Hub opened as a checkpoint: small files in the cache, headers by ranges, weights when read."""
+"""A model on the Hub opened as a checkpoint: small files in the cache, headers by ranges, weights on demand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .ranges import RangeReader
 from .repository import HubModel
 from .shards import DownloadedShards, RemoteShards
 
-# Beside the side files: what says how a checkpoint is made, and the card, whose data a new card keeps.
+# Beside the side files: descriptions of the checkpoint, and the card, whose data a new card keeps.
 DESCRIPTIONS = ("config.json", INDEX_NAME, "hf_quant_config.json", "nvquant_*.json", "README.md")
 MOST_SMALL_BYTES = 100_000_000  # a tokenizer has at most some tens of megabytes
 _READERS = 8
@@ -30,12 +30,12 @@ _FIRST_READ_SHARE = 512  # but of a small file no more than this part of it
 
 
 def open_hub_checkpoint(model: HubModel, low_disk: bool = False) -> Checkpoint:
-    """Open a model on the Hub; fetches its small files and the headers of its shards, no weight.
+    """Open a model on the Hub: fetch its small files and the headers of its shards, no weight.
 
     Args:
-        low_disk: read weights by ranges and keep none; else each shard is downloaded whole when it is needed.
+        low_disk: read weights by ranges and keep none. Without it each shard is downloaded as a whole on demand.
     Raises:
-        InputError: no safetensors model, anything damaged or contradictory, or the network.
+        InputError: no safetensors model, damaged or contradictory files, or a failing network.
     """
     folder = fetch_small_files(model)
     config = read_json(folder / "config.json", "every Hugging Face model has one")
@@ -55,10 +55,10 @@ def open_hub_checkpoint(model: HubModel, low_disk: bool = False) -> Checkpoint:
 
 
 def fetch_small_files(model: HubModel) -> Path:
-    """Download the config, the index, the side files and the card; returns the snapshot's folder in the cache.
+    """Download the config, the index, the side files and the card. Returns the snapshot's folder in the cache.
 
     Raises:
-        InputError: there is no config.json, or see `download`.
+        InputError: there is no config.json, or as of `download`.
     """
     if "config.json" not in model.files:
         raise InputError(no_config(f"Hub model {model.repo}", model.files))
@@ -80,7 +80,7 @@ def read_headers(reader: RangeReader, folder: Path, names: list[str]) -> Mapping
     """The headers of shards, by range requests where the cache does not have the shards.
 
     Raises:
-        InputError: a shard is not there, or its header is damaged.
+        InputError: a shard is missing, or its header is damaged.
     """
     missing = missing_shards(f"Hub model {reader.model.repo}", names, reader.model.files)
     if missing is not None:
@@ -99,7 +99,7 @@ def read_remote_header(reader: RangeReader, folder: Path, name: str) -> Header:
     Args:
         folder: of the model's snapshot in the cache.
     Raises:
-        InputError: it is damaged, or the network.
+        InputError: the header is damaged, or the network fails.
     """
     path = cached_path(reader.model, name)
     if path is not None:

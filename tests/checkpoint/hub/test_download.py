@@ -73,7 +73,7 @@ def test_a_wrong_content_is_fetched_again_and_then_right(hub: HubServer, folder:
 
 def test_a_content_that_stays_wrong_is_refused_and_not_kept(hub: HubServer, tmp_path: Path) -> None:
     hub.fail(f"/cdn/*{FIRST}", Corrupt(at=4711), times=9, method="GET")
-    with pytest.raises(InputError, match=rf"{FIRST} has the hash [0-9a-f]+…, the Hub published [0-9a-f]+…"):
+    with pytest.raises(InputError, match=rf"{FIRST} has the hash [0-9a-f]+…, but the Hub published [0-9a-f]+…"):
         download(find_model(NAME), FIRST)
     blobs = (tmp_path / "cache").rglob("*")
     assert max((path.stat().st_size for path in blobs if path.is_file()), default=0) < 100_000
@@ -82,10 +82,10 @@ def test_a_content_that_stays_wrong_is_refused_and_not_kept(hub: HubServer, tmp_
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [
-        (401, r"does not know this token \(HTTP 401\)"),
-        (403, r"may not do this \(HTTP 403\)"),
+        (401, r"does not accept this token \(HTTP 401\)"),
+        (403, r"does not permit this \(HTTP 403\)"),
         (404, r"refused model .* \(HTTP 404\)"),
-        (429, r"asks to go slower \(HTTP 429\)"),
+        (429, r"limits the request rate \(HTTP 429\)"),
         (500, r"refused model .* \(HTTP 500\)"),
     ],
 )

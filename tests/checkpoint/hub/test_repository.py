@@ -56,8 +56,8 @@ def test_a_branch_that_moves_does_not_move_what_was_found(hub: HubServer, folder
         ("Org/Private", None, "Org/Private does not exist or is private: check the name"),
         (NAME, "v2", "has no revision v2: give a commit, branch or tag"),
         ("Org/Down", None, r"The Hub refused model Org/Down \(HTTP 500\): try again"),
-        ("Org/Slow", None, r"asks to go slower \(HTTP 429\)"),
-        ("Org/Forbidden", None, r"the token may not do this \(HTTP 403\)"),
+        ("Org/Slow", None, r"limits the request rate \(HTTP 429\)"),
+        ("Org/Forbidden", None, r"the token does not permit this \(HTTP 403\)"),
     ],
 )
 def test_what_the_hub_refuses_is_one_sentence(hub: HubServer, name: str, revision: str | None, sentence: str) -> None:

@@ -71,7 +71,7 @@ def test_code_that_auto_map_names_comes_with_its_imports_alone(hub: HubServer, f
         ({SECOND: b"\xff" * 64}, f"{SECOND} of Org/Broken is not a safetensors file"),
         ({SECOND: (64).to_bytes(8, "little") + b"{" * 64}, "has a header that is not JSON"),
         ({INDEX: b"[]"}, "is not a JSON object"),
-        ({INDEX: json.dumps({"weight_map": {"a": FIRST}}).encode()}, "the index says that .* holds a, but it does not"),
+        ({INDEX: json.dumps({"weight_map": {"a": FIRST}}).encode()}, "the index lists a in .*, which lacks it"),
         ({"config.json": b"{"}, "config.json is not readable JSON"),
     ],
 )
