@@ -1,4 +1,4 @@
-"""Data sets on the Hub: which files they have, and one file after the other as they are needed."""
+"""Data sets on the Hub: the list of their files, and each file when it is needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .rows import TABLE_SUFFIXES, TEXT_SUFFIX, data_suffix
 
 logger = logging.getLogger("nvquant.calibrate.datasets")
 
-# Files that describe a data set and are no part of it.
+# Files that describe a data set and contain none of its data.
 DESCRIPTIONS = ("readme", "dataset_infos", "dataset_dict", "licen", "state.json", "croissant")
 
 OTHERWISE = "calibrate with the shipped set `offline` or a local file"
@@ -32,8 +32,8 @@ class HubDataset:
         commit: 40 hexadecimal digits.
         files: the chosen files in the order in which they are read.
         revision: the name under which the commit was found, None for the default branch.
-        endpoint: address of the Hub, None for the usual one.
-        cache: folder of the Hub's cache, None for the usual one.
+        endpoint: address of the Hub, None for the default.
+        cache: folder of the Hub's cache, None for the default.
     """
 
     repo: str
@@ -55,7 +55,7 @@ class HubDataset:
             hf_hub_download, self.repo, file, repo_type="dataset", endpoint=self.endpoint, cache_dir=self.cache
         )
         with hub_errors("data set", self.repo, self.revision, OTHERWISE):
-            # By the name first: only so does the cache learn which commit the name means, for times without the Hub.
+            # By the name first: only this notes in the cache which commit the name means, for use without the Hub.
             path = Path(fetch(revision=self.revision))
             return path if self.commit in path.parts else Path(fetch(revision=self.commit))
 
@@ -68,15 +68,16 @@ def find_dataset(
     endpoint: str | None = None,
     cache: Path | None = None,
 ) -> HubDataset:
-    """Resolve a revision to its commit and choose the files to read; no data is downloaded.
+    """Resolve a revision to its commit and choose the files to read, without downloading data.
 
-    Without the Hub (HF_HUB_OFFLINE, no network) the files of the local cache are all there is.
+    Without the Hub (HF_HUB_OFFLINE, no network) only the files of the local cache are available.
 
     Args:
         repo: `org/name`.
-        revision: commit, branch or tag; None for the default branch.
-        patterns: globs of the files to read, `*` matching `/` too; without any, the training files of one kind.
-        endpoint, cache: see HubDataset.
+        revision: commit, branch or tag, None for the default branch.
+        patterns: globs of the files to read, where `*` matches `/` too. The default is the training files of one
+            kind.
+        endpoint, cache: as of HubDataset.
 
     Raises:
         InputError: no such data set or revision, no access, no readable file, Hub unreachable and nothing cached.
@@ -111,7 +112,7 @@ def _listing(repo: str, revision: str | None, endpoint: str | None, cache: Path 
             cached = _cached(repo, revision, cache)
             if cached is None:
                 raise
-    logger.warning("The Hub cannot be reached: using data set %s of the local cache", repo)
+    logger.warning("The Hub cannot be reached: using data set %s from the local cache", repo)
     return cached.name, [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
 
 

@@ -1,4 +1,4 @@
-"""Which character separates the columns of a CSV file: spreadsheets of many languages write semicolons."""
+"""The character that separates the columns of a CSV file. Spreadsheets in many languages write semicolons."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _STATED = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)  # Excel's own first line
 def delimiter_of(text: str) -> tuple[str, str]:
     """A CSV's delimiter, and its text from the header line on.
 
-    A first line `sep=;` states the delimiter. Else it is the one that divides the header line into the most columns,
-    the comma where several do.
+    A first line `sep=;` states the delimiter. Otherwise it is the one that divides the header line into the most
+    columns, or the comma where several do.
     """
     stated = _STATED.match(text)
     if stated:
@@ -25,7 +25,7 @@ def delimiter_of(text: str) -> tuple[str, str]:
 
 
 def _columns(header: str, delimiter: str) -> int:
-    """Number of columns in the first line; 0 where it cannot be read so."""
+    """Number of columns in the first line, 0 where it cannot be read with this delimiter."""
     try:
         return len(next(csv.reader(io.StringIO(header, newline=""), delimiter=delimiter), []))
     except csv.Error:

@@ -1,8 +1,8 @@
-"""Where the hidden states of all calibration batches wait between two layers: on the device, in host memory, on disk.
+"""Storage of the hidden states of all calibration batches between two layers: on the device, in host memory, on disk.
 
-Each batch has one place, given when it is recorded: the device while the budget lasts, then host memory (page-locked
-for a GPU), then a file. What does not wait on the device is brought there ahead of need, while the batch before it is
-computed, and taken away behind it.
+Each batch gets one place when it is recorded: the device while the budget lasts, then host memory (page-locked for a
+GPU), then a file. Hidden states from host memory or disk are copied to the device ahead of need, while the batch before
+is computed, and copied back after it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class HiddenBudget:
-    """How many bytes of hidden states may wait where.
+    """The bytes of hidden states that each kind of memory may hold.
 
     Attributes:
         device_bytes: on the device.
         host_bytes: in host memory (for a CPU, which has no other memory, both count as one).
-        folder: where a file for the rest may be made; it is gone at the end.
+        folder: the folder of a file for the rest, which is removed at the end.
     """
 
     device_bytes: int
@@ -41,12 +41,12 @@ class HiddenBudget:
 
 
 class HiddenStates:
-    """The hidden states of all batches; each is [sequences, tokens, hidden size].
+    """The hidden states of all batches, each [sequences, tokens, hidden size].
 
     Attributes:
-        device: where they are computed.
+        device: the device that computes them.
 
-    Used as: `append` in the order of the batches, then for every layer `fetch` and `store` in that order.
+    Call `append` in the order of the batches, then for every layer `fetch` and `store` in that order.
     """
 
     def __init__(self, device: torch.device, budget: HiddenBudget) -> None:
@@ -63,7 +63,7 @@ class HiddenStates:
         return len(self._places)
 
     def append(self, hidden: Tensor) -> None:
-        """Take in the next batch, on any device; a copy is made only where it is moved.
+        """Add the next batch, from any device, with a copy only where it moves.
 
         Raises:
             InputError: it has to wait on disk, and the disk is full or cannot be written to.
@@ -81,14 +81,14 @@ class HiddenStates:
             self._places.append(_OnDisk(self._file, hidden))
 
     def reserve(self, size: int) -> None:
-        """Let the GPU's allocator take so many bytes at once, as far as they may wait there; a hundred allocations of
-        its own, one a batch, cost half a second."""
+        """Let the GPU's allocator take so many bytes at once, within the budget. A hundred separate allocations, one a
+        batch, cost half a second."""
         if self.device.type == "cuda":
             with suppress(torch.OutOfMemoryError):
                 torch.empty(min(size, self._device_left), dtype=torch.uint8, device=self.device)
 
     def fetch(self, at: int) -> Tensor:
-        """A batch's hidden state on the device; the next one is brought meanwhile."""
+        """A batch's hidden state on the device, while the next one is on its way."""
         coming = self._coming.pop(at, None) or self._bring(at)
         if at + 1 < len(self._places) and at + 1 not in self._coming:
             self._coming[at + 1] = self._bring(at + 1)
@@ -102,13 +102,13 @@ class HiddenStates:
         """Replace a batch's hidden state by the one that a layer returned.
 
         Raises:
-            InputError: it is of another shape or dtype than before; or it waits on disk, and an earlier write failed.
+            InputError: its shape or dtype changed, or it waits on disk and an earlier write failed.
         """
         if (tuple(hidden.shape), hidden.dtype) != self._shapes[at]:
             shape, dtype = self._shapes[at]
             raise InputError(
-                f"a decoder layer makes {list(hidden.shape)} in {hidden.dtype} of a hidden state of {list(shape)} in "
-                f"{dtype}, which the layer-by-layer walk cannot follow: use a weight-only recipe."
+                f"a decoder layer turns a hidden state of {list(shape)} in {dtype} into {list(hidden.shape)} in "
+                f"{hidden.dtype}, which the layer-by-layer walk does not support: use a weight-only recipe."
             )
         place = self._places[at]
         self._coming.pop(at, None)  # what it was before
@@ -121,8 +121,8 @@ class HiddenStates:
             place.put(hidden)
 
     def spill(self) -> bool:
-        """Move what waits on a GPU to host memory, or to disk where the budget has none left; False where nothing of it
-        waits there. Called when the GPU's memory ran out."""
+        """Move the hidden states on a GPU to host memory, or to disk once the budget is used up, after the GPU ran out
+        of memory. Return False where none were on the GPU."""
         is_gpu = self.device.type == "cuda"
         moved = [at for at, place in enumerate(self._places) if is_gpu and isinstance(place, _OnDevice)]
         self._coming.clear()
@@ -169,7 +169,7 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class _Coming:
-    """A hidden state on its way to the device, there when the event has happened (None: there already)."""
+    """A hidden state on its way to the device, there when the event has happened (None: already there)."""
 
     hidden: Tensor | Future[Tensor]
     event: torch.cuda.Event | None
@@ -189,7 +189,7 @@ class _OnDevice:
 
 
 class _InHostMemory:
-    """Page-locked; copies run in the calling stream's order."""
+    """Page-locked memory. Copies run in the calling stream's order."""
 
     def __init__(self, hidden: Tensor) -> None:
         self._memory = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
@@ -203,7 +203,7 @@ class _InHostMemory:
 
 
 class _OnDisk:
-    """A range of the file; one thread reads and writes, in the order of the calls."""
+    """A range of the file. One thread reads and writes, in the order of the calls."""
 
     def __init__(self, file: _File, hidden: Tensor) -> None:
         self._file, self._shape, self._dtype = file, hidden.shape, hidden.dtype
@@ -224,7 +224,7 @@ class _OnDisk:
 
 
 class _File:
-    """A file without a name, so that nothing is left of it however the run ends."""
+    """A file without a name, which disappears however the run ends."""
 
     MOST_WAITING = 4
 
@@ -276,6 +276,6 @@ class _File:
 
     def _failed(self, error: OSError) -> InputError:
         return InputError(
-            f"hidden states cannot be kept in {self._folder} ({error.strerror}): free space, use fewer --samples, or "
+            f"hidden states cannot be stored in {self._folder} ({error.strerror}): free space, use fewer --samples, or "
             f"give a larger --memory-budget."
         )

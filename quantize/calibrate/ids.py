@@ -22,22 +22,22 @@ INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 
 def holds_ids(path: Path) -> bool:
-    """Whether a file gives token ids rather than text: by its suffix, or by the first row of a table."""
+    """Whether a file contains token ids, not text, judged by its suffix or the first row of a table."""
     if path.suffix == IDS_SUFFIX:
         return True
     return data_suffix(path.name) in (".jsonl", ".parquet") and "input_ids" in next(read_rows(path, None))[1]
 
 
 def read_id_samples(path: Path, config: Mapping[str, Any], *, samples: int, sequence_length: int) -> list[torch.Tensor]:
-    """The first rows of a file in the file's order: who brings ids has chosen them, so the seed has no say.
+    """The first rows of a file in the file's order, whatever the seed: the user has chosen the ids.
 
-    Each row is cut to what its `attention_mask` attends to, which must be one run. Without a mask, runs of the config's
-    `pad_token_id` at either end are padding; where that id is also an end of text, one is kept at the end, and where it
-    is also BOS, one at the front. Then the row is cut to `sequence_length`.
+    Each row is cut to the tokens that its `attention_mask` attends to, which must be one run. Without a mask, runs of
+    the config's `pad_token_id` at either end are padding. Where that id is also an end of text, one is kept at the end.
+    Where it is also BOS, one is kept at the front. Then the row is cut to `sequence_length`.
 
     Args:
         path: `.jsonl` or `.parquet` with a list a row, or `.safetensors` with integers [N, S].
-        config: the model's config.json, for its special ids; a composite model's are looked up in `text_config` too.
+        config: the model's config.json, for its special ids. A composite model may have them in `text_config`.
         samples: how many rows.
         sequence_length: in tokens.
 
@@ -51,7 +51,7 @@ def read_id_samples(path: Path, config: Mapping[str, Any], *, samples: int, sequ
     result = [_unpadded(ids, mask, config, where)[:sequence_length] for where, ids, mask in rows]
     for index, ids in enumerate(result, 1):
         if len(ids) < 2:
-            raise InputError(f"{path.name}, row {index} has {len(ids)} tokens besides padding: a sample needs two.")
+            raise InputError(f"{path.name}, row {index} has {len(ids)} tokens besides padding: give at least two.")
     bos_id = config_value(config, "bos_token_id")
     without_bos = sum(int(ids[0]) != bos_id for ids in result)
     if isinstance(bos_id, int) and without_bos:
@@ -60,17 +60,17 @@ def read_id_samples(path: Path, config: Mapping[str, Any], *, samples: int, sequ
 
 
 def config_value(config: Mapping[str, Any], key: str) -> Any:
-    """A setting of the language model: that of `text_config` where a composite model has one, else the top level's."""
+    """A setting of the language model: the value of `text_config` where it has one, else that of the top level."""
     text = config.get("text_config")
     value = text.get(key) if isinstance(text, Mapping) else None
     return config.get(key) if value is None else value
 
 
 def check_vocabulary(samples: list[torch.Tensor], config: Mapping[str, Any], origin: str) -> None:
-    """Refuse ids that the embedding has no row for.
+    """Refuse ids for which the embedding has no row.
 
     Raises:
-        InputError: names the first sample and id at fault.
+        InputError: an id has no row. The message names the first sample and id.
     """
     size = config_value(config, "vocab_size")
     if not isinstance(size, int) or not 0 < size <= MOST_ID:
@@ -104,7 +104,7 @@ def _vector(value: object, where: str) -> torch.Tensor:
     try:
         return torch.tensor(value, dtype=torch.int64)
     except (OverflowError, RuntimeError, ValueError) as error:
-        raise InputError(f"{where} holds a number beyond 64 bits: write token ids.") from error
+        raise InputError(f"{where} contains a number beyond 64 bits: write token ids.") from error
 
 
 def _safetensors_rows(path: Path, samples: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
@@ -131,7 +131,7 @@ def _safetensors_rows(path: Path, samples: int) -> Iterator[tuple[str, torch.Ten
                     )
             tensors = {name: file.get_slice(name)[:samples].long() for name in present}
     except SafetensorError as error:
-        raise InputError(f"{path.name} is not a whole safetensors file ({error}): write it again.") from error
+        raise InputError(f"{path.name} is not a complete safetensors file ({error}): write it again.") from error
     ids, mask = tensors["input_ids"], tensors.get("attention_mask")
     for row in range(len(ids)):
         yield f"{path.name}, row {row + 1}", ids[row], None if mask is None else mask[row]
@@ -148,7 +148,7 @@ def _unpadded(ids: torch.Tensor, mask: torch.Tensor | None, config: Mapping[str,
         return ids[:0]
     first, last = int(attended[0]), int(attended[-1])
     if last - first + 1 != len(attended):
-        raise InputError(f"{where}: attention_mask has a hole: only padding at the ends can be cut off.")
+        raise InputError(f"{where}: attention_mask has a gap: mask only padding at the ends.")
     return ids[first : last + 1]
 
 

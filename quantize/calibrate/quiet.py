@@ -14,7 +14,7 @@ _descriptors = threading.RLock()
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Errors only, no progress bars, no warnings; as before afterwards."""
+    """Let transformers print errors only, no warnings and no progress bars, until the context ends."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -32,9 +32,9 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_descriptors() -> Iterator[None]:
-    """Discard everything that is written to stdout and stderr, also by compiled code. Keep it to short calls.
+    """Discard all output to stdout and stderr, also of compiled code. Use it for short calls only.
 
-    The tokenizers library prints settings that it does not know, and where it panics.
+    The tokenizers library prints unknown settings and the place of a panic.
     """
     with _descriptors, open(os.devnull, "wb") as nowhere, contextlib.ExitStack() as stack:  # noqa: PTH123
         for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):

@@ -1,8 +1,8 @@
-"""Find out how a model calls each of its decoder layers, by running its own forward with every layer replaced by a
+"""Record how a model calls each of its decoder layers, by running its own forward with every layer replaced by a
 recorder.
 
-Masks, rotary tables, per-layer inputs and shared key/value stores come out as the model makes them; nothing of any
-model's loop is written here.
+Masks, rotary tables, per-layer inputs and shared key/value stores are those that the model makes. This module contains
+no part of any model's loop.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RecordedBatch:
     """A batch before its walk.
 
     Attributes:
-        hidden: [sequences, tokens, hidden size] on the model's device, what enters the first layer.
+        hidden: the input of the first layer, [sequences, tokens, hidden size] on the model's device.
         calls: one for each layer.
     """
 
@@ -77,12 +77,12 @@ class TensorPool:
 
 
 class _Handed:
-    """Stands for what a layer gives beside the hidden state: attention weights that nobody asked for, as a rule, and in
-    some models a state that the next layer takes."""
+    """A placeholder for further outputs of a layer: usually attention weights that are not used, in some models a state
+    that the next layer takes."""
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: notes its arguments and hands the hidden state on untouched."""
+    """A replacement of a decoder layer that notes its arguments and passes the hidden state on unchanged."""
 
     def __init__(self, layer: nn.Module, log: _Log) -> None:
         super().__init__()
@@ -106,13 +106,13 @@ class _Recorder(nn.Module):
 
 
 class _Log:
-    """What the recorders saw.
+    """The observations of the recorders.
 
     Attributes:
-        form: of how many values a layer's output is made; 0 for the hidden state itself.
-        given: takes the place of what enters the first layer.
+        form: the number of values in a layer's output, 0 for the hidden state itself.
+        given: replaces the input of the first layer.
         output: of the model.
-        hands_more: a layer was given what the one before it gave beside the hidden state.
+        hands_more: a layer received an output of the one before it besides the hidden state.
     """
 
     def __init__(self, form: int, given: Tensor | None) -> None:
@@ -124,7 +124,7 @@ class _Log:
         self.error: Exception | None = None
 
     def note(self, hidden: Tensor, call: LayerCall) -> Tensor:
-        """Take note of a layer's call; returns what the layer hands on."""
+        """Note a layer's call, and return the output that the layer passes on."""
         if self.hidden is None:
             self.hidden = hidden = hidden if self.given is None else self.given
         self.is_chain = self.is_chain and _are_same(hidden, self.hidden)
@@ -156,8 +156,8 @@ def _holds_handed(value: Any) -> bool:
 def record_batches(skeleton: Skeleton, batches: Sequence[Tensor]) -> Iterator[RecordedBatch]:
     """Record the layer calls of every batch.
 
-    Two batches of a shape are recorded by the whole model. Where both were called alike and began with nothing but the
-    embedding, the other batches of that shape only pass the embedding.
+    The complete model records two batches of a shape. Where both had equal calls and began with the embedding alone,
+    the other batches of that shape only pass the embedding.
 
     Args:
         batches: int64 [sequences, tokens] each, without padding. `load_outer` has been called with all of their ids.
@@ -185,10 +185,10 @@ def record_batches(skeleton: Skeleton, batches: Sequence[Tensor]) -> Iterator[Re
 
 
 class _Shape:
-    """What the batches of a shape have in common.
+    """The common properties of the batches of a shape.
 
     Attributes:
-        is_settled: their calls are known to be equal, and what enters the first layer to be the embedding alone.
+        is_settled: their calls are known to be equal, and the input of the first layer is the embedding alone.
     """
 
     def __init__(self) -> None:
@@ -218,7 +218,7 @@ class _Shape:
 
 def are_alike(calls: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
     """Whether two batches' calls, from one pool, are the same: the same tensors, empty stores of the same type, equal
-    constants; what may be none of these counts as different."""
+    constants. Any other value counts as different."""
 
     def alike(one: Any, other: Any) -> bool:
         if type(one) is not type(other):
@@ -255,13 +255,13 @@ _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def finish_batch(skeleton: Skeleton, batch: Tensor, hidden: Tensor) -> Tensor:
-    """What the model's own forward makes of what the last decoder layer gave: its final norm, as a rule.
+    """The result of the model's own forward after the last decoder layer: usually the final norm.
 
     Args:
-        batch: int64 [sequences, tokens]; `load_outer` has been called with its ids.
+        batch: int64 [sequences, tokens]. `load_outer` has been called with its ids.
         hidden: [sequences, tokens, hidden size], on the model's device.
     Returns:
-        [sequences, tokens, hidden size], what the head multiplies.
+        [sequences, tokens, hidden size], the input of the head.
     Raises:
         InputError: the model computes between its layers.
     """
@@ -271,7 +271,7 @@ def finish_batch(skeleton: Skeleton, batch: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _placeholder_ids(skeleton: Skeleton) -> set[int]:
-    """Ids at which a model may do something of its own, such as the place of an image."""
+    """Ids that a model may treat specially, such as the place of an image."""
     ids = set()
     for config in (skeleton.source.config, text_config(skeleton.source.config)):
         for key, value in config.items():
@@ -289,7 +289,7 @@ def _embed(skeleton: Skeleton, batch: Tensor) -> Tensor:
 
 
 def _run_chain(skeleton: Skeleton, batch: Tensor, form: int = 0, given: Tensor | None = None) -> _Log:
-    """Run the model with recorders for layers, whose output has the form that its loop takes apart."""
+    """Run the model with recorders for layers, with outputs in the form that its loop expects."""
     log = _run(skeleton, batch, form, given)
     for other in range(form + 1, MOST_OUTPUTS + 1):
         if log.is_chain:
@@ -298,13 +298,13 @@ def _run_chain(skeleton: Skeleton, batch: Tensor, form: int = 0, given: Tensor |
     name = type(skeleton.decoder).__name__
     if log.hands_more:
         raise InputError(
-            f"{name} hands more than a hidden state from one decoder layer to the next, which the layer-by-layer walk "
-            f"cannot follow: use a weight-only recipe."
+            f"{name} passes more than a hidden state from one decoder layer to the next, which the layer-by-layer walk "
+            f"does not support: use a weight-only recipe."
         )
     if not log.is_chain or log.hidden is None or len(log.calls) != len(skeleton.layers):
         raise InputError(
-            f"{name} computes between its decoder layers, which the layer-by-layer walk cannot follow: use "
-            f"a weight-only recipe."
+            f"{name} computes between its decoder layers, which the layer-by-layer walk does not support: "
+            f"use a weight-only recipe."
         ) from log.error
     return log
 

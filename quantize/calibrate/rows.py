@@ -1,6 +1,6 @@
 """Rows of a data file in an order drawn from the seed.
 
-Tables are `.parquet`, `.jsonl`, `.json` and `.csv`; texts are `.txt`. All but Parquet may be packed, as `.jsonl.xz`
+Tables are `.parquet`, `.jsonl`, `.json` and `.csv`; texts are `.txt`. All except Parquet may be packed, as `.jsonl.xz`
 or `.csv.gz`.
 """
 
@@ -35,7 +35,7 @@ _UNREADABLE = (UnicodeDecodeError, lzma.LZMAError, EOFError, OSError, zlib.error
 
 
 def data_suffix(name: str) -> str:
-    """What a file holds by its name: `.jsonl` for `a.jsonl` and `a.jsonl.xz`, empty for a name that says nothing."""
+    """The format of a file by its name: `.jsonl` for `a.jsonl` and `a.jsonl.xz`, empty for an unknown name."""
     suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
     if suffixes and suffixes[-1] in PACKED_SUFFIXES:
         suffixes.pop()
@@ -43,16 +43,16 @@ def data_suffix(name: str) -> str:
 
 
 def seeded_order(count: int, seed: int) -> list[int]:
-    """A permutation of range(count) that depends on nothing but the seed: the order of sha256("seed:index")."""
+    """A permutation of range(count) that depends only on the seed: the order of sha256("seed:index")."""
     return sorted(range(count), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
 
 
 def read_rows(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, Row]]:
-    """Rows of a table file with their numbers, counted from 1; lazily, so that a caller who stops early reads little.
+    """Rows of a table file with their numbers, counted from 1, read lazily: a caller who stops early reads little.
 
     Args:
         source: a file, or a packaged resource.
-        seed: the order's seed; None keeps the order of the file. Parquet is shuffled by row groups, then within each.
+        seed: the order's seed, None for the order of the file. Parquet is shuffled by row groups, then within each.
 
     Raises:
         InputError: missing, empty or damaged file.
@@ -72,7 +72,7 @@ def read_rows(source: Path | Traversable, seed: int | None) -> Iterator[tuple[in
 
 
 def read_text(source: Path | Traversable) -> str:
-    """The whole of a text file, UTF-8 with or without a byte-order mark.
+    """A complete text file, UTF-8 with or without a byte-order mark.
 
     Raises:
         InputError: missing, empty or not UTF-8.
@@ -89,7 +89,7 @@ def read_text(source: Path | Traversable) -> str:
 
 
 def _bytes_of(source: Path | Traversable) -> IO[bytes]:
-    """A seekable stream; packed files are unpacked into memory, since seeking in them means reading again."""
+    """A seekable stream. Packed files are unpacked into memory, since seeking in them requires reading again."""
     suffix = PurePosixPath(source.name).suffix.lower()
     plain: IO[bytes] = open_regular(source) if isinstance(source, Path) else source.open("rb")
     if suffix not in PACKED_SUFFIXES:
@@ -108,11 +108,11 @@ def _check_is_file(source: Path | Traversable) -> None:
 
 
 def _whole(stream: IO[bytes] | lzma.LZMAFile | gzip.GzipFile, source: Path | Traversable) -> bytes:
-    """All that is left of a stream, unpacked; a small file may unpack to more than any memory has."""
+    """The rest of a stream, unpacked. A small file may unpack to more than any memory can hold."""
     data = stream.read(MOST_WHOLE_BYTES + 1)
     if len(data) > MOST_WHOLE_BYTES:
         raise InputError(
-            f"{source.name} holds more than {MOST_WHOLE_BYTES:,} bytes: split it, or give it as .jsonl or .parquet."
+            f"{source.name} contains more than {MOST_WHOLE_BYTES:,} bytes: split it, or give it as .jsonl or .parquet."
         )
     return data
 
@@ -136,7 +136,7 @@ def _order(count: int, seed: int | None) -> list[int]:
 
 
 def _json_lines(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, Row]]:
-    """Only the lines that are asked for are parsed; a first pass notes where each begins."""
+    """Parse only the requested lines. A first pass notes where each begins."""
     with _bytes_of(source) as stream:
         if seed is None:
             for number, line in enumerate(_lines(stream, source), 1):
@@ -195,7 +195,7 @@ def _csv(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, Ro
 
 
 def _parquet(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, Row]]:
-    """One row group in memory at a time: files of data sets hold gigabytes."""
+    """Read one row group at a time: files of data sets have gigabytes."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -213,5 +213,5 @@ def _parquet(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int
                     yield first + index, rows.slice(index, 1).to_pylist()[0]
         except pyarrow.ArrowInvalid as error:
             raise InputError(
-                f"{source.name} is not a whole Parquet file ({error}): download or write it again."
+                f"{source.name} is not a complete Parquet file ({error}): download or write it again."
             ) from error

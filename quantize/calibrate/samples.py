@@ -33,15 +33,15 @@ LEAST_PIECE_CHARACTERS = 4000
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """What a model is calibrated with.
+    """The samples that calibrate a model.
 
     Attributes:
         name: for the manifest: a shipped set's or spec's name, `org/name@commit`, or a file's name without its folder.
         samples: int64 vectors of 2 to `sequence_length` token ids, none of them padding.
         tokens: sum of their lengths.
-        sha256: of lengths and ids, little-endian int64, in order; equal if and only if the samples are.
+        sha256: of lengths and ids, little-endian int64, in order. It is equal if and only if the samples are.
         framing: `prose` (BOS and packed text), `chat` (the model's own template) or `ids` (as given).
-        sequence_length, seed: what was asked for, so that the same can be asked again.
+        sequence_length, seed: the requested values, to repeat the request.
     """
 
     name: str
@@ -53,14 +53,14 @@ class CalibrationSet:
     seed: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """What results say of it."""
+        """The entry for manifests and reports."""
         return {"name": self.name, "samples": len(self.samples), "tokens": self.tokens, "sha256": self.sha256}
 
 
 def load_calibration(
     name: str, *, model_folder: Path, config: Mapping[str, Any], samples: int, sequence_length: int, seed: int
 ) -> CalibrationSet:
-    """Make the calibration samples that `name` stands for.
+    """Make the calibration samples that `name` names.
 
     Models with a chat template get conversations in it, the others packed text. For models that have a BOS token,
     position 0 is BOS and position 1 is not. With token ids no tokenizer is loaded, and the rows are the file's first,
@@ -71,7 +71,7 @@ def load_calibration(
         model_folder: where the tokenizer and its chat template are.
         config: the model's config.json.
         samples: how many.
-        sequence_length: tokens in each, at most; exactly that many in packed text.
+        sequence_length: tokens in each, at most. Packed text has exactly that many.
         seed: of the order of the documents.
 
     Raises:
@@ -80,9 +80,9 @@ def load_calibration(
         EnvironmentLack: Parquet without pyarrow.
     """
     if samples < 1:
-        raise InputError(f"--samples {samples} is too few: calibration needs one at least.")
+        raise InputError(f"--samples {samples} is too few: give at least 1.")
     if sequence_length < 2:
-        raise InputError(f"--sequence-length {sequence_length} is too short: a sample needs two tokens at least.")
+        raise InputError(f"--sequence-length {sequence_length} is too short: give at least 2.")
     path = _as_file(name)
     if path is not None and holds_ids(path):
         title, remark = path.name, ""
@@ -107,7 +107,7 @@ def prose_samples(
 ) -> list[list[int]]:
     """Documents one after the other, a blank line between them, cut into samples of exactly `sequence_length` tokens.
 
-    Each sample begins with BOS if the model has one, and has no other. Fewer come back when the documents run out.
+    Each sample begins with BOS if the model has one, and has no other. Fewer are returned when the documents run out.
     """
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     length = sequence_length - len(bos)
@@ -126,7 +126,7 @@ def prose_samples(
 def _chats(
     tokenizer: ModelTokenizer, documents: Iterable[Document], samples: int, sequence_length: int
 ) -> tuple[list[torch.Tensor], str]:
-    """Samples of a chat model, and what to add to an error about their number."""
+    """Samples of a chat model, and a remark for an error about their number."""
     try:
         chats = chat_samples(tokenizer, documents, samples=samples, sequence_length=sequence_length)
     except ChatTemplateError as refusal:
@@ -148,7 +148,7 @@ def _packed(
 
 
 def _as_file(name: str) -> Path | None:
-    """The file that `name` is the path of; None for a shipped set, which wins over a file of that name, or a Hub id."""
+    """The file with the path `name`, None for a Hub id or a shipped set, which wins over a file of that name."""
     if name in shipped_names():
         return None
     path = Path(name).expanduser()
@@ -163,7 +163,7 @@ def _as_file(name: str) -> Path | None:
 
 
 def _sources(name: str, path: Path | None) -> tuple[str, list[Source]]:
-    """Title and sources of the text that `name`, or the file `path`, stands for."""
+    """Title and sources of the text that `name`, or the file `path`, names."""
     if path is not None:
         if path.suffix not in SPEC_SUFFIXES:
             return path.name, [Source(path)]
@@ -189,7 +189,9 @@ def _spec_sources(spec: CalibrationSpec) -> tuple[str, list[Source]]:
             continue
         shipped = shipped_folder() / str(part.bundled)
         if not shipped.is_file():
-            raise InputError(f"{spec.name}: nvquant ships no text {part.bundled}: name a shipped one or a Hub set.")
+            raise InputError(
+                f"{spec.name}: nvquant ships no text {part.bundled}: name a shipped text or a Hub data set."
+            )
         sources.append(Source(shipped, Columns(part.messages, part.text, kind="kind"), part.weight))
     return spec.name, sources
 
@@ -197,11 +199,11 @@ def _spec_sources(spec: CalibrationSpec) -> tuple[str, list[Source]]:
 def _too_few(title: str, available: int, samples: int, sequence_length: int, remark: str) -> InputError:
     if available == 0:
         return InputError(
-            f"--calibration {title} holds too little for one sample of {sequence_length} tokens{remark}: "
+            f"--calibration {title} has too little text for one sample of {sequence_length} tokens{remark}: "
             "use a shorter --sequence-length or a larger set."
         )
     return InputError(
-        f"--calibration {title} gives {available} samples of {sequence_length} tokens, not {samples}{remark}: "
+        f"--calibration {title} has only {available} samples of {sequence_length} tokens, not {samples}{remark}: "
         f"use --samples {available} or a larger set."
     )
 

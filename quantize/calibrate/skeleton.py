@@ -1,8 +1,8 @@
 """The source model without its weights: built on the meta device from its config, filled one decoder layer at a time.
 
 Names: a tensor's name in the checkpoint and in the model's state dict differ at most in what precedes the decoder
-(`model.language_model.`, `model.`, nothing); inside of the decoder they are equal, or transformers describes how the
-stored ones become the model's (see `stored_form`), or the model is refused.
+(`model.language_model.`, `model.`, nothing); inside the decoder they are equal, or transformers describes how the
+stored ones become the model's (see `stored_form`). Other models are refused.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Skeleton:
 
     Attributes:
         full: the model with its head.
-        model: what is called in the recording pass: the base model, without a head.
+        model: the base model, without a head, which the recording pass calls.
         decoder: the text decoder.
         layers: its decoder layers.
-        root: what precedes the decoder's own names in the checkpoint, with a final dot; empty for nothing.
-        layer_prefix: what precedes a layer's number in the checkpoint; its last part is what the decoder calls them.
-        joined: layers' parameters that the checkpoint stores in another form, by layer and name inside of it.
+        root: the prefix of the decoder's own names in the checkpoint, with a final dot, or empty.
+        layer_prefix: the prefix of a layer's number in the checkpoint. Its last part is the decoder's name for them.
+        joined: layers' parameters that the checkpoint stores in another form, by layer and name inside it.
     """
 
     source: Checkpoint
@@ -58,7 +58,7 @@ class Skeleton:
     _lookups: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list, repr=False)
 
     def layer_tensors(self, layer: int) -> dict[str, str]:
-        """Names inside of a layer to names in the checkpoint, for every parameter and buffer that it stores as such."""
+        """Names inside a layer to names in the checkpoint, for every parameter and buffer that it stores unchanged."""
         joined = self.joined.get(layer, {})
         return {
             name: f"{self.layer_prefix}.{layer}.{name}"
@@ -71,11 +71,11 @@ def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype:
     """Build the model of a checkpoint on the meta device and check that the checkpoint has all that its decoder needs.
 
     Args:
-        prefix: what precedes a layer's number in the checkpoint's names (`recipe.decoder.decoder_prefix`).
-        dtype: in which the model computes; rotary tables stay float32.
+        prefix: the prefix of a layer's number in the checkpoint's names (`recipe.decoder.decoder_prefix`).
+        dtype: of the model's computation. Rotary tables stay float32.
     Raises:
         EnvironmentLack: the installed transformers does not know the architecture, or cannot build it from the config.
-        InputError: the model's code or names are not as the walk needs them.
+        InputError: the walk does not support the model's code or names.
     """
     skeleton = _assemble(source, prefix, device, dtype)
     _check_tensors(skeleton)
@@ -90,8 +90,7 @@ def _assemble(source: Checkpoint, prefix: str, device: torch.device, dtype: torc
     layers = getattr(decoder, container, None)
     if not isinstance(layers, nn.ModuleList):
         raise InputError(
-            f"{source.where}: {type(decoder).__name__} has no list of decoder layers: nvquant cannot walk this "
-            f"architecture."
+            f"{source.where}: {type(decoder).__name__} has no list of decoder layers: use a weight-only recipe."
         )
     root = prefix.removesuffix(container)
     # Some classes name a base model that they do not have; their base model is then the whole.
@@ -100,17 +99,17 @@ def _assemble(source: Checkpoint, prefix: str, device: torch.device, dtype: torc
 
 
 def wanted_shapes(source: Checkpoint, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that the model's decoder has, by its name in the checkpoint; arguments and errors as of
-    `build_skeleton`, which refuses a checkpoint that lacks one."""
+    """Shape of every tensor that the model's decoder has, by its name in the checkpoint. Arguments and errors are
+    those of `build_skeleton`, which refuses a checkpoint that lacks one."""
     return _wanted(_assemble(source, prefix, torch.device("cpu"), torch.float32))
 
 
 def load_outer(skeleton: Skeleton, token_ids: Tensor) -> None:
-    """Fill what surrounds the decoder's layers: small tensors whole, embeddings only with the rows that `token_ids`
-    needs. May be called again, for other ids.
+    """Fill the tensors around the decoder's layers: small ones completely, embeddings only with the rows for
+    `token_ids`. It may be called again, for other ids.
 
     Args:
-        token_ids: int64, any shape: every id that calibration will embed.
+        token_ids: int64, any shape, with every id that calibration will embed.
     Raises:
         InputError: an id beyond the embedding's rows.
     """
@@ -137,7 +136,7 @@ def load_outer(skeleton: Skeleton, token_ids: Tensor) -> None:
 
 @contextlib.contextmanager
 def loaded_layer(skeleton: Skeleton, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """A decoder layer with its weights; without them again afterwards.
+    """A decoder layer with its weights, which are removed afterwards.
 
     Args:
         tensors: the layer's tensors by their names in the checkpoint, on the device, in their stored dtype.
@@ -179,7 +178,7 @@ def _move_tables(module: nn.Module, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def computing_on(device: torch.device) -> Iterator[None]:
-    """Let models say that they are on this device: they go by their first weight, which may be one without a value."""
+    """Let models report this device: they use that of their first weight, which may have no value."""
     import transformers
 
     model_class: Any = transformers.PreTrainedModel
@@ -195,7 +194,7 @@ def computing_on(device: torch.device) -> Iterator[None]:
 
 
 def import_model_code(source: Checkpoint) -> None:
-    """Import what `build_skeleton` needs, which takes seconds.
+    """Import the modules that `build_skeleton` needs, which takes seconds.
 
     Raises:
         EnvironmentLack: the installed transformers does not know the architecture.
@@ -216,7 +215,7 @@ def _made_with(source: Checkpoint) -> tuple[str, str]:
 
 
 def embedding_rows(source: Checkpoint) -> int | None:
-    """Rows of the token embedding that the model's class builds from config.json, which may be more than `vocab_size`;
+    """Rows of the token embedding that the model's class builds from config.json, possibly more than `vocab_size`, or
     None where transformers cannot build it."""
     try:
         return len(_on_meta(source, torch.float32).get_input_embeddings().weight)
@@ -244,7 +243,7 @@ def _model_class(source: Checkpoint) -> Any:
         here = f"{source.where}: transformers {transformers.__version__} does not know the architecture {architecture}"
         if source.config.get("auto_map"):
             raise EnvironmentLack(
-                f"{here}, and nvquant runs none of the code that auto_map names: convert with a weight-only recipe, "
+                f"{here}, and nvquant does not run the code that auto_map names: convert with a weight-only recipe, "
                 f"and verify with --stage structure or --stage serve."
             )
         raise EnvironmentLack(
@@ -334,7 +333,7 @@ def _check_tensors(skeleton: Skeleton) -> None:
 
 
 def _find_joined(skeleton: Skeleton, missing: list[str]) -> None:
-    """Note how the layers' parameters that are not stored as such are made of what is stored."""
+    """Note how the stored tensors make the layers' parameters that are not stored unchanged."""
     source, prefix = skeleton.source, skeleton.layer_prefix
     path = next(name for name, module in skeleton.full.named_modules() if module is skeleton.layers)
     stored = [name for name in source.files if name.startswith(f"{prefix}.")]
@@ -351,13 +350,12 @@ def _find_joined(skeleton: Skeleton, missing: list[str]) -> None:
 
 
 def _load_embedding_rows(skeleton: Skeleton, name: str, embedding: nn.Embedding, token_ids: Tensor) -> None:
-    """Give an embedding only the rows it will be asked for, and let it look ids up among them."""
+    """Load only the rows of an embedding that are needed, and let it look up ids among them."""
     rows = skeleton.source.info(name).shape[0]
     largest = int(token_ids.max())
     if largest >= rows:
         raise InputError(
-            f"calibration holds the token id {largest}, but {name} has {rows} rows: the ids belong to another "
-            f"tokenizer."
+            f"calibration contains the token id {largest}, but {name} has {rows} rows: use the model's own tokenizer."
         )
     # On the device: sixteen threads of the CPU beside those that read and hash took 200 ms for it.
     known = torch.unique(torch.cat([token_ids.flatten(), _padding_id(skeleton, rows)]).to(skeleton.device))
@@ -368,13 +366,13 @@ def _load_embedding_rows(skeleton: Skeleton, name: str, embedding: nn.Embedding,
     def look_up(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows = torch.searchsorted(known, args[0]).clamp_(max=len(known) - 1)
         if not torch.equal(known[rows], args[0]):
-            raise InputError(f"{name} looks up ids that calibration does not have. Use a weight-only recipe.")
+            raise InputError(f"{name} looks up ids that calibration does not have: use a weight-only recipe.")
         return rows, *args[1:]
 
     skeleton._lookups.append(embedding.register_forward_pre_hook(look_up))
 
 
 def _padding_id(skeleton: Skeleton, rows: int) -> Tensor:
-    """The padding id, int64 [1], or nothing, int64 [0]: multimodal models embed it where a medium would stand."""
+    """The padding id, int64 [1], or none, int64 [0]. Multimodal models embed it in the place of a medium."""
     padding = getattr(skeleton.decoder.config, "pad_token_id", None)
     return torch.tensor([padding] if isinstance(padding, int) and 0 <= padding < rows else [], dtype=torch.int64)

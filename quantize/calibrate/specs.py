@@ -36,9 +36,9 @@ class Part(BaseModel):
     Attributes:
         hub: id of a Hub data set, `org/name`.
         bundled: file name of a text shipped with nvquant.
-        revision: commit, branch or tag of the Hub data set; a commit makes the set the same for ever.
-        files: glob patterns of its files; by default the training files of the kind that is read best.
-        messages, text: column of the dialogues or of the text, where the usual names do not tell.
+        revision: commit, branch or tag of the Hub data set. A commit makes the set reproducible.
+        files: glob patterns of its files. The default is the training files of the preferred kind.
+        messages, text: column of the dialogues or of the text, where it has an unusual name.
         weight: share of the text taken from this part, relative to the other parts.
     """
 
@@ -82,12 +82,12 @@ class CalibrationSpec(BaseModel):
 
 
 def shipped_folder() -> Traversable:
-    """Where the shipped texts and specs lie."""
+    """The folder of the shipped texts and specs."""
     return resources.files(SHIPPED_PACKAGE)
 
 
 def shipped_names(folder: Traversable | None = None) -> tuple[str, ...]:
-    """Names that `--calibration` takes without anything else: the YAML files of the package, sorted."""
+    """Names that `--calibration` accepts on their own: the YAML files of the package, sorted."""
     entries = (folder or shipped_folder()).iterdir()
     return tuple(sorted(PurePosixPath(entry.name).stem for entry in entries if entry.name.endswith(".yaml")))
 

@@ -1,7 +1,7 @@
-"""What calibration learns about the inputs of quantized matrices, and the input global scale that follows.
+"""Statistics of the inputs of quantized matrices from calibration, and the input global scale that follows.
 
-Nothing depends on the order or the grouping of sequences: amax by max, mean squares as one float64 vector a sequence,
-summed in the order of the samples, percentiles by a histogram over BF16 bit patterns. Source of the head-room rule:
+No result depends on the order or the grouping of sequences: amax by max, mean squares as one float64 vector a sequence,
+summed in the order of the samples, percentiles by a histogram over BF16 bit patterns. Source of the headroom rule:
 docs/calibration.md, section "Input scales".
 """
 
@@ -33,9 +33,9 @@ class InputStatistics:
 
     Attributes:
         amax: the largest magnitude seen (float32 value).
-        low: the first percentile of the largest magnitudes of non-zero blocks (a BF16 value); 0 where every block was
+        low: the first percentile of the largest magnitudes of non-zero blocks (a BF16 value), 0 where every block was
             zero.
-        mean_square: float64 [cols], mean over tokens of each channel's square; None where the quantizer does not use
+        mean_square: float64 [cols], mean over tokens of each channel's square, None where the quantizer does not use
             it.
         tokens: number of tokens seen.
     """
@@ -48,13 +48,13 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class ObserverPartial:
-    """What one observer gathered, as plain data for other processes.
+    """The data of one observer, in plain form for other processes.
 
     Attributes:
-        amax: float32 scalar, the largest magnitude; None where nothing was observed.
+        amax: float32 scalar, the largest magnitude, None where nothing was observed.
         histogram: int64 [32768], counts of block amaxes by BF16 bit pattern.
-        squares: float64 [sequences, cols], each sequence's sums of squares, in the order of observation; None where
-            they are not wanted or nothing was observed.
+        squares: float64 [sequences, cols], each sequence's sums of squares, in the order of observation, None where
+            they are not needed or nothing was observed.
         tokens: number of tokens seen.
     """
 
@@ -67,8 +67,8 @@ class ObserverPartial:
 class InputObserver:
     """Gathers the statistics of one fused group's input, batch by batch.
 
-    A batch counts once it is committed: one that ran out of memory half-way is discarded and observed again. Nothing
-    waits for the device before `partial` or `result`.
+    A batch counts once it is committed. A batch that ran out of memory is discarded and observed again. No method waits
+    for the device before `partial` or `result`.
     """
 
     def __init__(self, name: str, wants_mean_square: bool) -> None:
@@ -84,11 +84,11 @@ class InputObserver:
         self._tokens = 0
 
     def observe(self, inputs: Tensor) -> None:
-        """Take in an input of a batch; it counts from `commit` on.
+        """Observe an input of a batch, which counts from `commit` on.
 
         Args:
             inputs: [sequences, tokens, cols] or [tokens, cols], any float dtype, device and strides; cols divisible by
-                16. Holds no padding; is only read.
+                16. It has no padding, and is not changed.
         """
         inputs = inputs.detach()
         shaped = inputs if inputs.ndim == 3 else inputs.reshape(1, -1, inputs.shape[-1])
@@ -101,7 +101,7 @@ class InputObserver:
         self._batch.append(_Gathered(amax, squares, tokens, tokens * (shaped.shape[2] // BLOCK)))
 
     def commit(self) -> None:
-        """Count what was observed since the last `commit` or `discard`."""
+        """Count the observations since the last `commit` or `discard`."""
         if not self._batch or self._counts is None:
             return
         blocks = sum(gathered.blocks for gathered in self._batch)
@@ -122,20 +122,20 @@ class InputObserver:
         self.discard()
 
     def discard(self) -> None:
-        """Forget what was observed since the last `commit`."""
+        """Forget the observations since the last `commit`."""
         self._batch = []
         if self._counts is not None:
             self._counts.zero_()
 
     def partial(self) -> ObserverPartial:
-        """What was committed, on the CPU."""
+        """The committed data, on the CPU."""
         part = self._committed()
         amax = None if part.amax is None else part.amax.cpu()
         squares = None if part.squares is None else part.squares.cpu()
         return ObserverPartial(amax, part.histogram.cpu(), squares, part.tokens)
 
     def _committed(self) -> ObserverPartial:
-        """What was committed, on the device."""
+        """The committed data, on the device."""
         if self._amax is None or self._recent is None or self._histogram is None:
             return ObserverPartial(None, torch.zeros(_BF16_PATTERNS, dtype=torch.int64), None, 0)
         squares = torch.cat(self._squares) if self._squares else None
@@ -145,7 +145,7 @@ class InputObserver:
         """The statistics of everything committed.
 
         Raises:
-            CheckFailed: nothing was committed, or something that is not finite.
+            CheckFailed: nothing was committed, or a value is not finite.
         """
         return merge_partials(self.name, [self._committed()])
 
@@ -159,13 +159,13 @@ class _Gathered:
 
 
 def merge_partials(name: str, parts: Sequence[ObserverPartial]) -> InputStatistics:
-    """The statistics that one observer would have had that saw what the observers of `parts` saw, in their order.
+    """The statistics of one observer that had seen all inputs of the observers of `parts`, in their order.
 
     Args:
         name: of the fused group, for errors.
-        parts: one a process; those that observed nothing count for nothing.
+        parts: one a process. Those without observations have no effect.
     Raises:
-        CheckFailed: nothing was observed, or something that is not finite.
+        CheckFailed: nothing was observed, or a value is not finite.
     """
     found = [part.amax for part in parts if part.amax is not None]
     if not found:
@@ -173,7 +173,7 @@ def merge_partials(name: str, parts: Sequence[ObserverPartial]) -> InputStatisti
     amax = float(torch.stack(found).amax())
     if not math.isfinite(amax):
         raise CheckFailed(
-            f"calibration met a NaN or an infinity at the input of {name}: check the model, or calibrate with other "
+            f"calibration found a NaN or an infinity at the input of {name}: check the model, or calibrate with other "
             f"samples."
         )
     tokens = sum(part.tokens for part in parts)
@@ -193,8 +193,8 @@ def gather(inputs: Tensor, histogram: Tensor, wants_squares: bool) -> tuple[Tens
 
     Args:
         inputs: [sequences, tokens, cols], any float dtype, device and strides; cols divisible by 16.
-        histogram: int32 [copies, 32768]; every block's amax is counted under its BF16 bit pattern, in any copy.
-        wants_squares: whether sums of squares are taken.
+        histogram: int32 [copies, 32768]. Every block's amax is counted under its BF16 bit pattern, in any copy.
+        wants_squares: whether to compute sums of squares.
     Returns:
         the largest magnitude (float32 scalar), and each sequence's sums of squares (float64 [sequences, cols]) or None.
     """
@@ -233,8 +233,7 @@ def block_amax(inputs: Tensor) -> Tensor:
     Returns:
         [..., cols / 16], the same dtype.
 
-    A reduction over so short an axis is slow everywhere: pooling is the fast way on the CPU, halving four times on a
-    GPU.
+    A reduction over so short an axis is slow everywhere. Pooling is fast on the CPU, halving four times on a GPU.
     """
     largest = inputs.abs()
     if largest.device.type == "cpu":
@@ -252,7 +251,7 @@ def low_percentile(histogram: Tensor, share: float = PERCENTILE) -> float:
         histogram: int64 [32768], counts by BF16 bit pattern.
         share: 0.01 for the first percentile.
     Returns:
-        a BF16 value; 0.0 where all counts are at zero.
+        a BF16 value, 0.0 where all counts are at zero.
     """
     counts = histogram.to("cpu", torch.int64).clone()
     counts[0] = 0
@@ -265,11 +264,11 @@ def low_percentile(histogram: Tensor, share: float = PERCENTILE) -> float:
 
 
 def headroom_exponent(amax: float, low: float) -> int:
-    """k of the head-room 2^k: max(2, floor(log2(16384 * low / amax))).
+    """k of the headroom 2^k: max(2, floor(log2(16384 * low / amax))).
 
     Args:
         amax: the largest magnitude observed.
-        low: the first percentile of block amaxes; for 0 (nothing but zeros seen) k is 2.
+        low: the first percentile of block amaxes. For 0 (only zeros seen) k is 2.
     """
     if amax <= 0 or low <= 0:
         return SMALLEST_EXPONENT
@@ -277,7 +276,7 @@ def headroom_exponent(amax: float, low: float) -> int:
 
 
 def calibrated_amax(amax: float, low: float, headroom: str | float = "auto") -> float:
-    """The amax that the stored input scale is made from: observed amax times a power of two, which changes no
-    code in E4M3's normal range."""
+    """The amax for the stored input scale: observed amax times a power of two, which changes no code
+    in E4M3's normal range."""
     factor = 2.0 ** headroom_exponent(amax, low) if isinstance(headroom, str) else headroom
     return amax * factor

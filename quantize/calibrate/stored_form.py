@@ -1,7 +1,7 @@
-"""Tensors that a checkpoint stores in another form than the model has them: experts one by one, other names.
+"""Tensors that a checkpoint stores in another form than the model's: experts one by one, other names.
 
-transformers describes for each architecture how stored tensors become the model's parameters; a decoder layer is
-assembled by these descriptions. Nothing of any architecture is written here.
+transformers describes for each architecture how stored tensors become the model's parameters. These descriptions
+assemble a decoder layer. This module contains no code for a single architecture.
 Source: transformers 5.17, conversion_mapping.py (`get_model_conversion_mapping`) and core_model_loading.py.
 """
 
@@ -22,7 +22,7 @@ class Joined:
 
     Attributes:
         parts: names in the checkpoint, by the pattern that they match, in the order in which they are joined.
-        converter: transformers' description; None for a tensor that only has another name.
+        converter: transformers' description, None for a tensor that only has another name.
     """
 
     parts: Mapping[str, tuple[str, ...]]
@@ -34,7 +34,7 @@ class Joined:
         return [name for names in self.parts.values() for name in names]
 
     def make(self, tensors: Mapping[str, Tensor], parameter: str, model: Any) -> Tensor | None:
-        """The parameter's value; None where the description gives none of its name.
+        """The parameter's value, None where the description has none of its name.
 
         Args:
             tensors: by their names in the checkpoint, on any one device.
@@ -61,10 +61,10 @@ class Joined:
 
 
 def joined_parameters(model: Any, names: Iterable[str]) -> dict[str, Joined]:
-    """How the parameters of a model are made of a checkpoint's tensors, by their names in the model.
+    """The parameters of a model that are made of a checkpoint's tensors, by their names in the model.
 
     Args:
-        model: a PreTrainedModel; on the meta device, as a rule.
+        model: a PreTrainedModel, usually on the meta device.
         names: names in the checkpoint.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -88,7 +88,7 @@ def joined_parameters(model: Any, names: Iterable[str]) -> dict[str, Joined]:
 
 
 def joined_shape(joined: Joined, shapes: Mapping[str, tuple[int, ...]], parameter: str, model: Any) -> list[int] | None:
-    """The shape of a parameter, from the shapes of its parts; None where they do not make it."""
+    """The shape of a parameter, from the shapes of its parts, None where they do not fit."""
     try:
         tensors = {name: torch.empty(shapes[name], device="meta") for name in joined.stored}
         made = joined.make(tensors, parameter, model)

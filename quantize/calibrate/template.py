@@ -1,4 +1,4 @@
-"""A model's chat template, rendered in a process of its own that can be ended: see `template_worker`."""
+"""A model's chat template, rendered by `template_worker` in a process of its own, which can be ended."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PROGRAM = (
 
 
 class ChatTemplateError(Exception):
-    """The chat template raised on a conversation: a role it does not know, turns that do not alternate."""
+    """The chat template raised on a conversation: an unknown role, turns that do not alternate."""
 
 
 class ChatTemplate:
@@ -57,7 +57,7 @@ class ChatTemplate:
 
         Raises:
             ChatTemplateError: the template cannot render these turns.
-            InputError: it takes more time or memory, or writes more, than any template needs.
+            InputError: it exceeds the bounds of time, memory or output.
             EnvironmentLack: the process for it cannot be started.
         """
         if not self._is_jinja():
@@ -68,7 +68,7 @@ class ChatTemplate:
         except Exception as error:  # none of several templates is the default one
             raise ChatTemplateError(str(error)[:300] or type(error).__name__) from error
         if not isinstance(template, str):
-            raise ChatTemplateError("it is no text")
+            raise ChatTemplateError("it is not a text")
         given = len(json.dumps(list(messages), default=str))
         request = {
             "template": template,
@@ -92,7 +92,7 @@ class ChatTemplate:
         return own is PreTrainedTokenizerBase.apply_chat_template
 
     def _by_library(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        """For tokenizers that frame chats in a library's code, as Mistral's does; nothing of it is a stranger's."""
+        """Render with a tokenizer whose library frames chats in its own trusted code, as Mistral's does."""
         try:
             return str(
                 self._tokenizer.apply_chat_template(
@@ -148,7 +148,7 @@ class ChatTemplate:
         return self._process
 
     def _answer(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
-        """The next line of the process; TimeoutError or EOFError where none comes."""
+        """The next line of the process. Raises TimeoutError or EOFError where none comes."""
         assert process.stdout is not None
         until = time.monotonic() + seconds
         pieces = [self._pending]

@@ -1,7 +1,7 @@
-"""The process in which a model's chat template is rendered: a template is a program of a stranger, and may never end or
-take all memory. It reads a request a line on stdin and writes an answer a line to stdout, both JSON.
+"""The process that renders a model's chat template, which is an untrusted program and may never end or take all memory.
+It reads a request a line from stdin and writes an answer a line to stdout, both JSON.
 
-Only `template.py` starts it. It has no token of the user's in its environment, opens no file, and ends with its stdin.
+Only `template.py` starts it. Its environment contains no token of the user. It opens no file and ends with its stdin.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _answer(render: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """What became of a request: `text`, or why there is none: `refused` by the template, or `beyond` a bound."""
+    """The answer to a request: `text`, or the reason for none: `refused` by the template, or `beyond` a bound."""
     try:
         rendered, _ = render(
             conversations=[request["messages"]],
@@ -57,7 +57,7 @@ def _limit_memory() -> None:
 
 
 def _limit_time() -> None:
-    """For the case that nobody is there any more who would end this process."""
+    """Limit the time of this process, in case the process that would end it is gone."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     seconds = int(usage.ru_utime + usage.ru_stime) + 2 * MOST_SECONDS
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))

@@ -1,4 +1,4 @@
-"""Documents: what a row of any source becomes, in an order drawn from the seed."""
+"""Documents, made of the rows of any source, in an order drawn from the seed."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Document:
 
     Attributes:
         kind: documents of one kind may share a chat: `prose`, `code`, `dialogue`, …
-        text: the text; empty for a dialogue.
-        turns: the dialogue's turns, each with `role` and `content` (a string); empty for a text.
+        text: the text, empty for a dialogue.
+        turns: the dialogue's turns, each with `role` and `content` (a string), empty for a text.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds the dialogues or the text (both None: found by the usual names), and which the kind."""
+    """The columns of the dialogues or the text (both None: found by the usual names) and of the kind."""
 
     messages: str | None = None
     text: str | None = None
@@ -57,7 +57,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Source:
-    """One source of documents: a local file, a shipped one, or the files of a Hub data set; `weight` is its share."""
+    """One source of documents: a local file, a shipped one, or the files of a Hub data set. `weight` is its share."""
 
     origin: Path | Traversable | HubDataset
     columns: Columns = field(default_factory=Columns)
@@ -65,18 +65,18 @@ class Source:
 
 
 def read_documents(sources: Sequence[Source], *, seed: int, piece_characters: int) -> Iterator[Document]:
-    """Documents of all sources, mixed by weight; files are opened, and downloaded, only when their turn comes.
+    """Documents of all sources, mixed by weight. Files are downloaded and opened only when their turn comes.
 
-    The next document is always of the source that has given the fewest characters for its weight so far; when one runs
-    dry the others go on.
+    The next document is always of the source with the fewest characters for its weight so far. When one source is
+    exhausted, the others continue.
 
     Args:
         sources: at least one.
         seed: of the order within each source.
-        piece_characters: longer texts are cut into pieces of at most this, so that one book is not the whole set.
+        piece_characters: the longest piece of a text. Longer texts are cut, so that one book does not fill the set.
 
     Raises:
-        InputError: a file without usable columns, or that cannot be read.
+        InputError: a file has no usable columns or cannot be read.
     """
     streams = [_documents_of(source, seed, piece_characters) for source in sources]
     spent = [(0.0, index) for index in range(len(streams))]
@@ -108,13 +108,13 @@ def split_text(text: str, limit: int) -> list[str]:
 
 
 def document_of(row: Row, columns: Columns, where: str) -> Document | None:
-    """What a row holds; None for one that is empty or not only text (an image, a tool call without words).
+    """The document in a row, None for one that is empty or not only text (an image, a tool call without words).
 
     Without named columns: `messages` or `conversations`, then `prompt` with `completion`, then `text`, then the only
     column of strings.
 
     Raises:
-        InputError: none of these; messages that are no list of turns.
+        InputError: none of these, or messages that are not a list of turns.
     """
     kind = str(row.get(columns.kind, "")) if columns.kind else ""
     for column in (columns.messages,) if columns.messages else () if columns.text else DIALOGUE_COLUMNS:
@@ -197,7 +197,7 @@ def _exchange(prompt: object, completion: object, where: str) -> tuple[Turn, ...
 
 
 def _turns(value: object, where: str) -> tuple[Turn, ...]:
-    """Turns as templates know them; empty when a turn holds anything but text."""
+    """Turns in the form of templates, empty when a turn contains anything but text."""
     if isinstance(value, str) and value.lstrip().startswith("["):  # the only way that CSV has
         try:
             value = parse_json(value.encode())
@@ -210,15 +210,15 @@ def _turns(value: object, where: str) -> tuple[Turn, ...]:
 
 
 def _turn(item: object, where: str) -> Turn | None:
-    """One turn with ShareGPT's `from` and `value` renamed and other keys kept for the template; None: not only text."""
+    """One turn with ShareGPT's `from` and `value` renamed and other keys kept, or None for more than text."""
     if not isinstance(item, dict):
-        raise InputError(f"{where} holds {_kind_of(item)} where a turn {{role, content}} should be.")
+        raise InputError(f"{where} contains {_kind_of(item)}, not a turn: write {{role, content}}.")
     turn = dict(item)
     for theirs, ours in (("from", "role"), ("value", "content")):
         if ours not in turn and theirs in turn:
             turn[ours] = turn.pop(theirs)
     if not isinstance(turn.get("role"), str) or "content" not in turn:
-        raise InputError(f"{where} holds a turn with {columns_of(item)}, not role and content.")
+        raise InputError(f"{where} contains a turn with {columns_of(item)}: write role and content.")
     lowered = turn["role"].strip().lower()
     turn["role"] = ROLES.get(lowered, lowered if lowered in _OWN_ROLES else turn["role"])
     content = turn["content"]
@@ -231,7 +231,7 @@ def _turn(item: object, where: str) -> Turn | None:
 
 
 def _joined(parts: Iterable[object]) -> str | None:
-    """Text of a content given in parts; None when one of them is an image or a sound."""
+    """Text of a content given in parts, None when one of them is an image or a sound."""
     texts = []
     for part in parts:
         if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
@@ -241,7 +241,7 @@ def _joined(parts: Iterable[object]) -> str | None:
 
 
 def columns_of(row: Row) -> str:
-    """The names of a row's columns, as a message can repeat them; `none` without any."""
+    """The names of a row's columns, as a message can repeat them, `none` without any."""
     names = sorted(row)
     shown = [name if name.isprintable() and 0 < len(name) <= 60 else quoted(name, 60) for name in names[:MOST_COLUMNS]]
     more = [f"{len(names) - MOST_COLUMNS} more"] if len(names) > MOST_COLUMNS else []

@@ -1,4 +1,4 @@
-"""The model's own tokenizer, held to two rules: no raw text becomes a special token, and nothing is added unasked."""
+"""The model's own tokenizer, under two rules: no raw text becomes a special token, and no token is added by itself."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class ModelTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Load the tokenizer of `folder`; nothing is downloaded and no code of the model is run.
+        """Load the tokenizer of `folder`, without a download and without code of the model.
 
         Raises:
-            InputError: no tokenizer there that transformers can load.
+            InputError: the folder has no tokenizer that transformers can load.
         """
         self._folder = folder
         self._tokenizer = load_tokenizer(folder)
@@ -64,11 +64,11 @@ class ModelTokenizer:
         return "".join((*pieces, text[done:]))
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of raw text: none of them special, no BOS in front."""
+        """Token ids of raw text, none of them special, without BOS."""
         return [index for index in self.encode_rendered(self.harmless(text)) if index not in self._never_in_text]
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of a rendered chat, whose special tokens are meant; none is added, since the template wrote BOS."""
+        """Token ids of a rendered chat with its special tokens. None is added, since the template wrote BOS."""
         # `verbose` is about lengths beyond model_max_length: every sequence is cut later on.
         return encoded(self._tokenizer, text, self._folder, add_special_tokens=False)
 
@@ -82,7 +82,7 @@ class ModelTokenizer:
 
         Raises:
             ChatTemplateError: the template cannot render these turns.
-            InputError: it takes more time or memory, or writes more, than any template needs.
+            InputError: it exceeds the bounds of time, memory or output.
         """
         return self._template.render(messages, generation_prompt=generation_prompt, **switches)
 
@@ -93,7 +93,7 @@ def encoded(tokenizer: Any, text: str, folder: Path, **options: bool) -> list[in
     Args:
         folder: of the model, for messages.
     Raises:
-        InputError: it cannot; a tokenizer that was loaded may still have settings that no text passes.
+        InputError: the tokenizer cannot encode it. A loaded tokenizer may have settings that fail on every text.
     """
     try:
         return [int(token) for token in tokenizer(text, verbose=False, **options)["input_ids"]]
@@ -106,7 +106,7 @@ def encoded(tokenizer: Any, text: str, folder: Path, **options: bool) -> list[in
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer object of transformers, which is imported only now: it takes seconds.
+    """The tokenizer object of transformers, imported only now because it takes seconds.
 
     Raises:
         InputError: there is none that transformers can load, a package for it is missing, or its ids are too large.

@@ -21,7 +21,7 @@ from .statistics import InputObserver
 
 Span = Callable[[str], AbstractContextManager[Any]]
 Watch = Callable[[int, Tensor, Tensor, LayerCall], None]
-"""Is told of each batch that went through a layer: its number, the hidden state before and after, the call."""
+"""Called after each batch of a layer, with its number, the hidden state before and after, and the call."""
 
 
 def _no_span(_phase: str) -> AbstractContextManager[Any]:
@@ -33,12 +33,12 @@ class Walk:
 
     Args:
         batches: int64 [sequences, tokens] each, as `make_batches` gives them.
-        budget: where hidden states may wait between layers.
-        span: told of the phases `record` and `forward`, each a context.
-        before_batch: called before each batch of each layer, with its number of tokens; may raise to end the walk.
-        keeps_last: whether what the last layer gives is wanted too; calibration has no use for it.
+        budget: of the hidden states between layers.
+        span: called with the phases `record` and `forward`, returns a context for each.
+        before_batch: called before each batch of each layer, with its number of tokens. It may raise to end the walk.
+        keeps_last: whether to keep the output of the last layer, which calibration does not use.
     Raises:
-        InputError: see `record_batches`.
+        InputError: as of `record_batches`.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class Walk:
         """Send every batch through a layer.
 
         Args:
-            layer: its number; layers are walked in order.
+            layer: its number. Layers are walked in order.
             tensors: its tensors by their names in the checkpoint, on the device.
-            groups: the fused groups of this layer whose inputs are wanted; none to bring the hidden states on.
+            groups: the fused groups of this layer whose inputs are observed. Without any, only hidden states advance.
             watch: see `Watch`.
         Returns:
-            what was observed, by the group's name.
+            the observations by the group's name.
         Raises:
             InputError: not even one batch fits the device's memory.
         """
@@ -126,7 +126,7 @@ class Walk:
     def _run_within_memory(
         self, module: nn.Module, at: int, call: LayerCall, observers: Mapping[str, InputObserver]
     ) -> Tensor:
-        """Run a batch; where the GPU's memory runs out, hidden states leave it first, then the run ends."""
+        """Run a batch. Where the GPU runs out of memory, hidden states leave it first, then the run ends."""
         try:
             return run_layer(module, self.hidden.fetch(at), call)
         except torch.OutOfMemoryError:
@@ -160,7 +160,7 @@ class Walk:
 
 
 def run_layer(module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
-    """Call a layer as the model would have; returns the hidden state."""
+    """Call a layer as the model would, and return the hidden state."""
     output: Any = module(hidden, *call.args, **call.kwargs)
     result = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(result, Tensor) or result.shape != hidden.shape:
@@ -169,8 +169,8 @@ def run_layer(module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
 
 
 def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Tensor]:
-    """Batches of neighbouring sequences of equal length, int64 [sequences, tokens]; nothing is padded and the
-    order is kept."""
+    """Batches of neighbouring sequences of equal length, int64 [sequences, tokens], without padding and in
+    order."""
     batches: list[Tensor] = []
     start = 0
     for end in range(1, len(samples) + 1):
@@ -181,7 +181,7 @@ def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Tensor]:
 
 
 class _SeenAll(Exception):
-    """Nothing that the rest of a layer's forward would give is wanted."""
+    """Signals that the rest of a layer's forward is not needed."""
 
 
 @contextmanager
@@ -192,11 +192,11 @@ def _observed(
     observers: Mapping[str, InputObserver],
     ends_early: bool,
 ) -> Iterator[None]:
-    """Let observers see the inputs of a layer's quantized matrices; an input that members of a group share is
-    seen once.
+    """Let observers see the inputs of a layer's quantized matrices, an input that members of a group share only
+    once.
 
     Args:
-        ends_early: raise _SeenAll as soon as every matrix has been called: nobody asks for the layer's output.
+        ends_early: raise _SeenAll once every matrix has been called, because the layer's output is not needed.
     """
     seen: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     to_come = {member for group in groups for member in group.members}

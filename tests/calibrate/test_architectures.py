@@ -121,7 +121,7 @@ def test_a_state_that_layers_hand_on_is_refused_by_the_models_name(tmp_path: Pat
     write("RwkvForCausalLM", config, tmp_path / "model")
     (ids,) = random_samples((20,))
     with pytest.raises(
-        InputError, match=r"^RwkvModel hands more than a hidden state from one decoder layer to the next"
+        InputError, match=r"^RwkvModel passes more than a hidden state from one decoder layer to the next"
     ):
         Walk(skeleton_of(tmp_path / "model"), [ids[None]], IN_MEMORY)
 

@@ -28,9 +28,7 @@ PLENTY = 1 << 30
 SHAPE = (2, 3, 16)
 SIZE = 2 * 3 * 16 * 4
 DESCRIPTORS = Path("/proc/self/fd")
-SAYS = (
-    r"^hidden states cannot be kept in .+ \(.+\): free space, use fewer --samples, or give a larger --memory-budget\.$"
-)
+SAYS = r"^hidden states cannot be stored in .+: free space, use fewer --samples, or give a larger --memory-budget\.$"
 
 
 def numbered(number: float) -> Tensor:
@@ -218,7 +216,7 @@ def test_a_state_of_another_shape_or_dtype_is_refused_and_overwrites_nothing(
     tmp_path: Path, budget: int, other: Tensor
 ) -> None:
     with waiting(HiddenBudget(0, budget, tmp_path), [numbered(0), numbered(1)]) as hidden:
-        with pytest.raises(InputError, match=r"a decoder layer makes .* of \[2, 3, 16\] in torch\.float32, which"):
+        with pytest.raises(InputError, match=r"a decoder layer turns .* of \[2, 3, 16\] in torch\.float32 into"):
             hidden.store(0, other)
         assert [float(state[0, 0, 0]) for state in hidden.on_host()] == [0, 1]
 

@@ -99,7 +99,7 @@ def test_padding_without_a_mask_is_known_by_its_id(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"input_ids": [1, 2, 3, 4], "attention_mask": [1, 0, 1, 1]}, "row 1: attention_mask has a hole"),
+        ({"input_ids": [1, 2, 3, 4], "attention_mask": [1, 0, 1, 1]}, "row 1: attention_mask has a gap"),
         ({"input_ids": [1, 2], "attention_mask": [1, 1, 1]}, "must have a 0 or 1 for each of the 2 ids"),
         ({"input_ids": [1, 2], "attention_mask": [1, 2]}, "must have a 0 or 1 for each"),
         ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "row 1 has 0 tokens besides padding"),
@@ -109,7 +109,7 @@ def test_padding_without_a_mask_is_known_by_its_id(
         ({"input_ids": [1, 2.5]}, "row 1 is not a flat list of integers"),
         ({"input_ids": [1, True]}, "row 1 is not a flat list of integers"),
         ({"input_ids": "1 2"}, "row 1 is not a flat list of integers"),
-        ({"input_ids": [1, 2**70]}, "row 1 holds a number beyond 64 bits"),
+        ({"input_ids": [1, 2**70]}, "row 1 contains a number beyond 64 bits"),
         ({"input_ids": [1, 100]}, "sample 1 has token id 100, but the model's vocabulary has 100 entries"),
         ({"input_ids": [1, -1]}, "sample 1 has token id -1"),
     ],
@@ -127,7 +127,7 @@ def test_a_row_without_ids_among_others_is_refused(tmp_path: Path) -> None:
 
 def test_too_few_rows_names_their_number(tmp_path: Path) -> None:
     path = write_tensors(tmp_path / "a.safetensors", input_ids=[[1, 2], [3, 4]])
-    with pytest.raises(InputError, match="gives 2 samples of 8 tokens, not 3: use --samples 2"):
+    with pytest.raises(InputError, match="has only 2 samples of 8 tokens, not 3: use --samples 2"):
         load(path, samples=3)
 
 
@@ -149,7 +149,7 @@ def test_wrong_tensors_are_refused(tensors: dict[str, object], message: str, tmp
 def test_a_truncated_tensor_file_is_refused(tmp_path: Path) -> None:
     path = write_tensors(tmp_path / "a.safetensors", input_ids=[[1, 2]])
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(InputError, match=r"a\.safetensors is not a whole safetensors file"):
+    with pytest.raises(InputError, match=r"a\.safetensors is not a complete safetensors file"):
         load(path)
 
 

@@ -186,10 +186,10 @@ def test_too_few_samples_names_how_many_there_are(models: Path, tmp_path: Path) 
     (tmp_path / "short.txt").write_text(stdlib_text()[:1000], encoding="utf-8")
     with pytest.raises(InputError) as error:
         load(tmp_path / "short.txt", models / "llama-base", samples=50)
-    available = int(re.search(r"gives (\d+) samples of 64 tokens, not 50", str(error.value))[1])
+    available = int(re.search(r"has only (\d+) samples of 64 tokens, not 50", str(error.value))[1])
     assert f"--samples {available}" in str(error.value)
     assert len(load(tmp_path / "short.txt", models / "llama-base", samples=available).samples) == available
-    with pytest.raises(InputError, match="too little for one sample of 4096 tokens"):
+    with pytest.raises(InputError, match="too little text for one sample of 4096 tokens"):
         load(tmp_path / "short.txt", models / "llama-base", samples=1, sequence_length=4096)
 
 

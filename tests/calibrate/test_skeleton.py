@@ -134,7 +134,7 @@ def test_learned_positions_are_no_token_embedding(tmp_path: Path) -> None:
     ("changes", "sentence"),
     [
         ({"architectures": ["UnheardOfForCausalLM"]}, "does not know the architecture UnheardOfForCausalLM"),
-        ({"architectures": ["X"], "auto_map": {"AutoModel": "m.X"}}, "runs none of the code that auto_map names"),
+        ({"architectures": ["X"], "auto_map": {"AutoModel": "m.X"}}, "does not run the code that auto_map names"),
         ({"architectures": ["LlamaConfig"]}, "does not know the architecture LlamaConfig"),
         ({"architectures": []}, "does not know the architecture none"),
         ({"model_type": "unheard_of"}, r"cannot build LlamaForCausalLM from config\.json"),

@@ -195,8 +195,8 @@ def test_rows_without_words_or_with_more_than_words_are_left_out(row: dict[str, 
         ({"text": 3}, "the text is a number, not a string"),
         ({"messages": "hello"}, "row 1: messages is a string, not a list of turns"),
         ({"messages": {"role": "user"}}, "row 1: messages is an object, not a list of turns"),
-        ({"messages": ["hello"]}, "row 1: messages holds a string where a turn"),
-        ({"messages": [{"speaker": "me"}]}, "holds a turn with speaker, not role and content"),
+        ({"messages": ["hello"]}, "row 1: messages contains a string, not a turn"),
+        ({"messages": [{"speaker": "me"}]}, "contains a turn with speaker: write role and content"),
         ({"prompt": "x", "completion": 3}, "row 1: completion is a number, not a list of turns"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_column_named_in_the_spec_must_exist() -> None:
         ("a.jsonl.xz", lzma.compress(lines(ROWS))[:-20], r"a\.jsonl\.xz cannot be read"),
         ("a.jsonl.gz", gzip.compress(lines(ROWS))[:-20], r"a\.jsonl\.gz cannot be read"),
         ("a.jsonl.gz", lines(ROWS), r"a\.jsonl\.gz cannot be read"),
-        ("a.parquet", b"PAR1", r"a\.parquet is not a whole Parquet file"),
+        ("a.parquet", b"PAR1", r"a\.parquet is not a complete Parquet file"),
     ],
 )
 def test_damaged_files_are_refused_by_name(name: str, data: bytes, message: str, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_what_unpacks_to_more_than_any_file_holds_is_refused(
     monkeypatch.setattr(rows, "MOST_WHOLE_BYTES", 1_000_000)
     pack = gzip.compress if name.endswith("gz") else lzma.compress
     (tmp_path / name).write_bytes(pack(b" " * 5_000_000))
-    with pytest.raises(InputError, match=rf"{name} holds more than 1,000,000 bytes: split it"):
+    with pytest.raises(InputError, match=rf"{name} contains more than 1,000,000 bytes: split it"):
         documents(Source(tmp_path / name))
 
 

@@ -184,7 +184,7 @@ def test_no_tokenizer_where_calibration_needs_one(refused: Refused, model: Path,
         ("short.jsonl", '{"input_ids": [5]}\n', "short.jsonl, row 1 has 1 tokens besides padding"),
         ("beyond.jsonl", '{"input_ids": [1, 2, 512]}\n', "token id 512, but the model's vocabulary has 512 entries"),
         ("negative.jsonl", '{"input_ids": [1, 2, -1]}\n', "negative.jsonl"),
-        ("few.jsonl", '{"input_ids": [1, 2, 3]}\n', "few.jsonl gives 1 samples of 64 tokens, not 2"),
+        ("few.jsonl", '{"input_ids": [1, 2, 3]}\n', "few.jsonl has only 1 samples of 64 tokens, not 2"),
         ("unknown.pdf", "text", "unknown.pdf"),
     ],
 )

@@ -200,8 +200,8 @@ def test_a_disk_without_room_for_the_hidden_states(
     sink = once(lambda progress: progress.phase == "record", fill_behind_the_copy)
     error = refused(lambda: run(source, output, sink=sink, memory=1))
     assert error == (
-        f"hidden states cannot be kept in {folder} (No space left on device): free space, use fewer --samples, or give "
-        f"a larger --memory-budget."
+        f"hidden states cannot be stored in {folder} (No space left on device): free space, use fewer --samples, or "
+        f"give a larger --memory-budget."
     )
     assert not output.exists() and not partial_folder(output).exists()
     (disk / "filler").unlink()

@@ -198,7 +198,7 @@ def test_a_nan_that_only_one_ranks_sequences_meet_ends_all_with_the_same_sentenc
     ended = launch(2, **job(source, tmp_path, write_ids(tmp_path / "ids.jsonl", samples)))
     assert codes(ended) == [1, 1], ended
     assert ended[0].error == ended[1].error
-    assert "calibration met a NaN or an infinity at the input of model.layers.0." in ended[0].error
+    assert "calibration found a NaN or an infinity at the input of model.layers.0." in ended[0].error
 
 
 def test_ranks_that_are_not_alike_are_told(launch: WarmRanks, tiny: TinyModels, tmp_path: Path, ids: Path) -> None:

@@ -107,7 +107,7 @@ def test_sentences_name_the_option_that_the_user_gave(base: Path, tmp_path: Path
 def test_what_does_not_suffice_says_so(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text(stdlib_text()[:2000])
-    with pytest.raises(InputError, match=r"--text .*short\.txt gives \d+ samples of 50 tokens, not 300"):
+    with pytest.raises(InputError, match=r"--text .*short\.txt has only \d+ samples of 50 tokens, not 300"):
         load(path, base, samples=300)
 
 
