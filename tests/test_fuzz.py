@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from nvquant.cli.main import main
 from support.conversions import TinyModels, random_samples, write_ids
 
@@ -197,6 +198,7 @@ def run(arguments: list[str], work: Path) -> tuple[int, str]:
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(work / name, os.O_WRONLY | os.O_CREAT, 0o600), number)
         os.environ["HF_HUB_OFFLINE"] = "1"
+        torch.set_num_threads(1)  # a pool of threads does not survive the fork, and its first use waits for ever
         code: Any = 99
         try:
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
