@@ -322,7 +322,7 @@ def _check_tensors(skeleton: Skeleton) -> None:
         raise InputError(
             f"{source.where} lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors that "
             f"{type(skeleton.decoder).__name__} needs): "
-            "the checkpoint is incomplete, or stores the model in a form that nvquant cannot walk."
+            "download the checkpoint again, or use a weight-only recipe if it is complete."
         )
     for name, shape in wanted.items():
         if source.info(name).shape != shape:

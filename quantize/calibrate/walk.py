@@ -164,7 +164,9 @@ def run_layer(module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     output: Any = module(hidden, *call.args, **call.kwargs)
     result = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(result, Tensor) or result.shape != hidden.shape:
-        raise CheckFailed(f"{type(module).__name__} returned something that is not a hidden state.")
+        raise CheckFailed(
+            f"{type(module).__name__} returned something that is not a hidden state: use a weight-only recipe."
+        )
     return result
 
 

@@ -192,12 +192,14 @@ def assert_as_planned(plan: Plan, folder: Path) -> None:
     try:
         written = open_checkpoint(folder)
     except NvquantError as error:
-        raise CheckFailed(f"the output is not readable ({error})") from error
+        raise CheckFailed(
+            f"the output is not readable ({str(error).rstrip('.')}): run the same command with --restart."
+        ) from error
     for shard in plan.shards:
         found = [(info.name, info.dtype, info.shape) for info in written.shards[shard.file].tensors.values()]
         planned = [(entry.name, entry.dtype, entry.shape) for entry in shard.entries]
         if found != planned:
-            raise CheckFailed(f"the tensors of {shard.file} differ from the plan.")
+            raise CheckFailed(f"the tensors of {shard.file} differ from the plan: run the same command with --restart.")
 
 
 def _leave(plan: Plan, options: ConvertOptions, journal: Journal, error: BaseException) -> None:

@@ -388,4 +388,4 @@ def _check_written(partial: Path, planned: list[PlannedShard]) -> None:
     for shard in planned:
         found = [TensorEntry(info.name, info.dtype, info.shape) for info in written.shards[shard.file].tensors.values()]
         if found != list(shard.entries):
-            raise CheckFailed(f"the tensors of {shard.file} differ from the plan.")
+            raise CheckFailed(f"the tensors of {shard.file} differ from the plan: run the same command again.")

@@ -184,7 +184,10 @@ def quantize_and_save(
     except NvquantError:
         raise
     except Exception as error:  # whatever it raises; the traceback is shown with --debug
-        raise NvquantError(f"llm-compressor {version} failed ({type(error).__name__}: {error}).") from error
+        raise NvquantError(
+            f"llm-compressor {version} failed ({type(error).__name__}: {error}): run the command with --debug for its "
+            f"traceback, or use --engine nvquant."
+        ) from error
     finally:
         gc.collect()  # its session and observers hold the model in cycles
 

@@ -245,7 +245,7 @@ def test_stdout_is_one_json_document_with_the_keys_of_the_other_engine(tiny: Tin
 def test_its_failure_is_one_sentence_and_leaves_nothing(tiny: TinyModels, tmp_path: Path) -> None:
     beyond = torch.tensor([1, 10**6, 2])
     calibration = CalibrationSet("beyond.jsonl", (beyond,), 3, "0" * 64, "ids")
-    with pytest.raises(NvquantError, match=r"llm-compressor \S+ stopped \(IndexError: index out of range"):
+    with pytest.raises(NvquantError, match=r"llm-compressor \S+ failed \(IndexError: index out of range"):
         convert_with_llmcompressor(planned(tiny("llama")), ConvertOptions(tmp_path / "out", "rtn"), calibration)
     assert list(tmp_path.iterdir()) == []
 

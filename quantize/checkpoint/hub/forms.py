@@ -106,7 +106,10 @@ def siblings_of(found: Any, where: str) -> list[Any]:
     """
     siblings = list(found.siblings or ())
     if len(siblings) > MOST_FILES:
-        raise InputError(f"{where} lists {len(siblings):,} files, more than the {MOST_FILES:,} that nvquant reads.")
+        raise InputError(
+            f"{where} lists {len(siblings):,} files, more than the {MOST_FILES:,} that nvquant reads: choose another "
+            f"repository."
+        )
     return siblings
 
 

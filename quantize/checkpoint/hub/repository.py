@@ -70,7 +70,9 @@ class HubModel:
             InputError: the model has no file of that name.
         """
         if name not in self.files:
-            raise InputError(f"Hub model {self.repo} has no file {name} at commit {self.commit[:12]}.")
+            raise InputError(
+                f"Hub model {self.repo} has no file {name} at commit {self.commit[:12]}: choose another revision."
+            )
         return self.files[name]
 
 
