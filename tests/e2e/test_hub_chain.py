@@ -101,6 +101,6 @@ def test_a_token_that_may_only_read_is_refused_before_any_work(run: Run, hub: Hu
     hub.users[TOKEN] = User("me", write=False)
     done = run("convert", SOURCE, *OPTIONS, "--push-to", REPO)
     assert done.code == 2
-    assert "may only read" in done.stderr
+    assert "is read-only" in done.stderr
     assert TOKEN not in done.stderr
     assert hub.bytes_sent(SOURCE) == 0
