@@ -207,7 +207,8 @@ class Doctor:
     def _vllm(self) -> Iterator[Finding]:
         found = self.found
         if isinstance(found, str):
-            yield Finding("vLLM", "lacks", found.rstrip(".").split(": ", 1)[0], found.rstrip(".").partition(": ")[2])
+            problem, _, way_out = found.rstrip(".").rpartition(": ")
+            yield Finding("vLLM", "lacks", problem or way_out, way_out if problem else "")
             return
         environment = self.environment
         beside = {name: value for name, value in (environment.versions if environment else {}).items() if value}

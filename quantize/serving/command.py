@@ -99,7 +99,10 @@ def _split(given: str) -> list[str]:
             "--vllm is empty: give a command, such as vllm, or the Python of an environment that has vLLM."
         )
     if shutil.which(words[0]) is None:
-        raise InputError(f"--vllm: {words[0]} does not exist or is not executable.")
+        raise InputError(
+            f"--vllm {words[0]} does not exist or is not executable: give a command, such as vllm, or the Python of an "
+            f"environment that has vLLM."
+        )
     return words
 
 

@@ -342,4 +342,6 @@ def _refuse_taken(port: int) -> None:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """A hint as a sentence. Names such as vLLM and config.json keep their letters."""
+    first = text.split(maxsplit=1)[0]
+    return text[:1].upper() + text[1:] if first.isalpha() and first.islower() else text

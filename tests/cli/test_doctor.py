@@ -169,7 +169,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(nvquant: Command, tmp_path: P
 def test_a_vllm_that_is_not_there_lacks(nvquant: Command) -> None:
     ended = nvquant("doctor", "--vllm", "/no/such/vllm")
     assert ended.code == 3
-    assert "/no/such/vllm does not exist or is not executable" in ended.stdout
+    assert "--vllm /no/such/vllm does not exist or is not executable" in ended.stdout
 
 
 def test_it_loads_nothing_heavy(tmp_path: Path, tiny: TinyModels) -> None:

@@ -286,3 +286,15 @@ def test_a_key_in_the_command_is_shown_nowhere(checkpoint: Path, small_server: s
         with server.log.open("a") as log:
             log.write(f"non-default args: {{'api_key': ['{SECRET}']}}\n")
     assert SECRET not in server.log.read_text() and "non-default args" in server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("hint", "sentence"),
+    [
+        ("use --vllm-flag", "Use --vllm-flag."),
+        ("vLLM 0.33 has the mend", "vLLM 0.33 has the mend."),
+        ("config.json names it", "config.json names it."),
+    ],
+)
+def test_a_hint_is_a_sentence_and_names_keep_their_letters(hint: str, sentence: str) -> None:
+    assert str(ServerDied("stopped", "no room", hint, Path("log"))) == f"vLLM stopped: no room. {sentence}"
