@@ -6,6 +6,7 @@ comparison with the index to a check.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.config_sizes import check_sizes
+from ..checkpoint.diagnosis import names_in, no_config, no_folder, no_weights
 from ..checkpoint.headers import Header, TensorInfo, read_header
 from ..checkpoint.hub.repository import HubModel
 from ..checkpoint.hub.shards import RemoteShards
@@ -216,7 +218,10 @@ def open_subject(folder: Path, progress: Progress | None = None, hub: HubModel |
         InputError: no checkpoint, or none that is quantized to NVFP4 alone.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give the path of a checkpoint.")
+        raise InputError(no_folder(folder))
+    names = names_in(folder)
+    if not os.path.lexists(folder / "config.json"):
+        raise InputError(no_config(str(folder), names))
     config = read_json(folder / "config.json", "every checkpoint has one")
     side_files(folder)
     headers: dict[str, Header] = {}
@@ -227,7 +232,7 @@ def open_subject(folder: Path, progress: Progress | None = None, hub: HubModel |
         except InputError as error:
             damaged.append(str(error))
     if not headers and not damaged:
-        raise InputError(f"{folder} contains no .safetensors file: give the folder of a checkpoint.")
+        raise InputError(no_weights(str(folder), names))
     subject = Subject(folder, config, headers, tuple(damaged), progress or tell_nobody, hub=hub)
     if not damaged:
         check_sizes(config, subject.infos.values())

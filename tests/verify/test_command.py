@@ -207,7 +207,7 @@ def test_wrong_input_exits_with_2_and_one_sentence(
 ) -> None:
     for arguments, words in (
         ([tmp_path / "nowhere"], "is not a folder"),
-        ([tmp_path], "config.json is missing"),
+        ([tmp_path], "holds no config.json"),
         ([models["llama"]], "is not quantized"),
         ([good("llama-ct"), "--against", tmp_path / "nowhere"], "is not a folder"),
         ([good("llama-ct"), "--against", good("llama-mo")], "is quantized already"),
