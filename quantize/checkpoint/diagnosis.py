@@ -13,6 +13,7 @@ from pathlib import Path
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+DOWNLOAD = "download the model's files"
 _SHOWN = 3
 # Weights that servers do not load as the model's own.
 _STRAYS = ("consolidated*.safetensors", "adapter*.safetensors", "optimizer*.safetensors")
@@ -65,24 +66,20 @@ def no_folder(path: Path) -> str:
     return f"{path} is not a folder: give the path of a model folder (with config.json) or a Hub id."
 
 
-def no_config(where: str, names: Collection[str]) -> str:
+def no_config(where: str, names: Collection[str], way_out: str = DOWNLOAD) -> str:
     """A sentence for a folder or repository without config.json.
 
     Args:
         where: the folder or the Hub model, as messages name it.
         names: of its files.
+        way_out: if the files show none.
     """
     found = None if _shards(names) else _other_weights(where, names)
-    return found or f"{where} holds no config.json, which every Hugging Face model has: {_inner_model(names)}."
+    return found or f"{where} holds no config.json, which every Hugging Face model has: {_inner_model(names, way_out)}."
 
 
-def no_weights(where: str, names: Collection[str]) -> str:
-    """A sentence for a model without model.safetensors and without an index.
-
-    Args:
-        where: the folder or the Hub model, as messages name it.
-        names: of its files.
-    """
+def no_weights(where: str, names: Collection[str], way_out: str = DOWNLOAD) -> str:
+    """A sentence for a model without model.safetensors and without an index; arguments as of `no_config`."""
     shards = _shards(names)
     if shards:
         return (
@@ -92,10 +89,13 @@ def no_weights(where: str, names: Collection[str]) -> str:
     unfinished = _matching(names, _UNFINISHED)
     if unfinished:
         return f"{where} holds an unfinished download ({unfinished[0]}) and no {SINGLE_NAME}: finish the download."
-    return _other_weights(where, names) or f"{where} holds no {SINGLE_NAME} and no {INDEX_NAME}: {_inner_model(names)}."
+    found = _other_weights(where, names)
+    return found or f"{where} holds no {SINGLE_NAME} and no {INDEX_NAME}: {_inner_model(names, way_out)}."
 
 
-def missing_shards(where: str, indexed: Iterable[str], names: Collection[str]) -> str | None:
+def missing_shards(
+    where: str, indexed: Iterable[str], names: Collection[str], way_out: str = "download it again"
+) -> str | None:
     """A sentence for an index that names shards that are missing; None if all are there.
 
     Weights that the index does not name belong to another build of the model. Then the missing shards may never have
@@ -105,6 +105,7 @@ def missing_shards(where: str, indexed: Iterable[str], names: Collection[str]) -
         where: the folder or the Hub model, as messages name it.
         indexed: the shards that the index names.
         names: of the files that are there.
+        way_out: if only shards are missing.
     """
     wanted, there = sorted(set(indexed)), set(names)
     missing = [name for name in wanted if name not in there]
@@ -118,7 +119,7 @@ def missing_shards(where: str, indexed: Iterable[str], names: Collection[str]) -
             f"holds the whole model."
         )
     count = f" ({len(missing)} of {len(wanted)} shards are)" if len(missing) > 1 else ""
-    return f"{where}: shard {missing[0]} is missing{count}, but the index names it: download it again."
+    return f"{where}: shard {missing[0]} is missing{count}, but the index names it: {way_out}."
 
 
 def adapter_beside(names: Collection[str]) -> str | None:
@@ -146,10 +147,10 @@ def _shards(names: Collection[str]) -> list[str]:
     return [name for name in _matching(names, ("*.safetensors",)) if name not in strays]
 
 
-def _inner_model(names: Collection[str]) -> str:
+def _inner_model(names: Collection[str], way_out: str) -> str:
     """The way out of a folder without a model: a folder inside that is one, if there is one."""
     inner = sorted(name.rpartition("/")[0] for name in names if name.count("/") == 1 and name.endswith("/config.json"))
-    return f"give the path of its folder {inner[0]}, which holds a model" if inner else "download the model's files"
+    return f"give the path of its folder {inner[0]}, which holds a model" if inner else way_out
 
 
 def _listed(names: list[str]) -> str:

@@ -25,6 +25,7 @@ from .shards import DownloadedShards, RemoteShards
 DESCRIPTIONS = ("config.json", INDEX_NAME, "hf_quant_config.json", "nvquant_*.json", "README.md")
 MOST_SMALL_BYTES = 100_000_000  # a tokenizer has at most some tens of megabytes
 _READERS = 8
+_OTHER = "choose another repository or revision"
 _FIRST_READ_BYTES = 256 << 10  # holds most headers whole
 _FIRST_READ_SHARE = 512  # but of a small file no more than this part of it
 
@@ -47,7 +48,7 @@ def open_hub_checkpoint(model: HubModel, low_disk: bool = False) -> Checkpoint:
         headers = read_headers(reader, folder, [SINGLE_NAME])
         files = dict.fromkeys(headers[SINGLE_NAME].tensors, SINGLE_NAME)
     else:
-        raise InputError(no_weights(f"Hub model {model.repo}", model.files))
+        raise InputError(no_weights(f"Hub model {model.repo}", model.files, _OTHER))
     check_index(model.repo, files, headers)
     check_sizes(config, (info for header in headers.values() for info in header.tensors.values()))
     content: ShardBytes = RemoteShards(reader) if low_disk else DownloadedShards(model)
@@ -61,7 +62,7 @@ def fetch_small_files(model: HubModel) -> Path:
         InputError: there is no config.json, or as of `download`.
     """
     if "config.json" not in model.files:
-        raise InputError(no_config(f"Hub model {model.repo}", model.files))
+        raise InputError(no_config(f"Hub model {model.repo}", model.files, _OTHER))
     names = [name for name in model.files if _is_small(model, name)]
     folder = _fetch(model, names)["config.json"].parent
     while code := [name for name in code_names(folder) if name not in names and _is_code(model, name)]:
@@ -82,7 +83,7 @@ def read_headers(reader: RangeReader, folder: Path, names: list[str]) -> Mapping
     Raises:
         InputError: a shard is missing, or its header is damaged.
     """
-    missing = missing_shards(f"Hub model {reader.model.repo}", names, reader.model.files)
+    missing = missing_shards(f"Hub model {reader.model.repo}", names, reader.model.files, _OTHER)
     if missing is not None:
         raise InputError(missing)
     with ThreadPoolExecutor(_READERS, "headers") as pool:

@@ -63,7 +63,7 @@ def test_code_that_auto_map_names_comes_with_its_imports_alone(hub: HubServer, f
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"config.json": None}, "holds no config.json, which every Hugging Face model has"),
+        ({"config.json": None}, "holds no config.json, which every Hugging Face model has: choose another repository"),
         ({INDEX: None}, f"holds {FIRST}, {SECOND}, but neither model.safetensors nor model.safetensors.index.json"),
         ({SECOND: None}, f"shard {SECOND} is missing, but the index names it"),
         ({INDEX: None, SECOND: None, FIRST: None, "m.gguf": b"GGUF"}, r"holds GGUF weights \(m.gguf\)"),
