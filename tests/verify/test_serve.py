@@ -324,7 +324,7 @@ def test_an_ignore_list_that_names_a_part_of_a_fused_layer(broken: Path, tmp_pat
 
 def test_a_command_that_does_not_exist_is_refused(tiny: Path, tmp_path: Path) -> None:
     options = ServeOptions(vllm="/no/such/vllm")
-    with pytest.raises(InputError, match="no program"):
+    with pytest.raises(InputError, match="does not exist or is not executable"):
         list(serve_checks(open_subject(tiny), options, None, None, tmp_path, lambda _: None))
 
 
