@@ -13,6 +13,7 @@ from ..config_sizes import check_sizes
 from ..custom_code import MOST_CODE_BYTES, code_names
 from ..diagnosis import missing_shards, no_config, no_weights
 from ..headers import HEADER_LIMIT_BYTES, Header, parse_header, read_header
+from ..regular import MOST_SMALL_BYTES
 from ..shard_bytes import ShardBytes
 from ..sidefiles import SIDE_FILE_PATTERNS, TEMPLATE_FOLDER
 from ..source import INDEX_NAME, SINGLE_NAME, Checkpoint, check_index, read_index, read_json
@@ -23,7 +24,6 @@ from .shards import DownloadedShards, RemoteShards
 
 # Beside the side files: descriptions of the checkpoint, and the card, whose data a new card keeps.
 DESCRIPTIONS = ("config.json", INDEX_NAME, "hf_quant_config.json", "nvquant_*.json", "README.md")
-MOST_SMALL_BYTES = 100_000_000  # a tokenizer has at most some tens of megabytes
 _READERS = 8
 _OTHER = "choose another repository or revision"
 _FIRST_READ_BYTES = 256 << 10  # holds most headers whole
