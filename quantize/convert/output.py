@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.hub.shards import DownloadedShards
-from ..checkpoint.places import refuse_link
+from ..checkpoint.places import own_folder, refuse_link
+from ..checkpoint.sidefiles import read_side_file, side_files
 from ..checkpoint.source import Checkpoint, read_json
-from ..checkpoint.writer import sync_folder
+from ..checkpoint.writer import sync_folder, write_bytes, write_json
 from ..errors import InputError
 from .journal import STATE_FOLDER, Journal
 from .manifest import MANIFEST_NAME, difference
@@ -242,3 +243,12 @@ def _existing_parent(path: Path) -> Path:
     while not parent.exists():
         parent = parent.parent
     return parent
+
+
+def write_side_files(source: Path, folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Copy the side files of the folder `source` (tokenizer, chat template, …) and write the output's own configs."""
+    for name in side_files(source):
+        own_folder((folder / name).parent)
+        write_bytes(folder / name, read_side_file(source, name))
+    for name, config in configs.items():
+        write_json(folder / name, config)

@@ -13,10 +13,9 @@ import torch
 
 from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import ATTENTION, import_model_code
-from ..checkpoint.places import own_folder
-from ..checkpoint.sidefiles import flat_side_files, read_side_file, side_files
+from ..checkpoint.sidefiles import flat_side_files
 from ..checkpoint.source import INDEX_NAME, open_checkpoint, read_json
-from ..checkpoint.writer import write_bytes, write_json
+from ..checkpoint.writer import write_json
 from ..errors import CheckFailed, InputError, NvquantError
 from ..plan.plan import Plan
 from ..quantizers import get_quantizer
@@ -37,6 +36,7 @@ from .output import (
     partial_folder,
     publish,
     remove_partial,
+    write_side_files,
 )
 from .stop import STOPPED, Stopped
 from .watch import Watch
@@ -166,21 +166,12 @@ def _finish(
     weight_map = {entry.name: shard.file for shard in plan.shards for entry in shard.entries}
     index = {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(partial / INDEX_NAME, index)
-    write_side_files(plan, partial, configs)
+    write_side_files(plan.source.folder, partial, configs)
     layers = [records[shard.file]["layer"] for shard in plan.shards if shard.layer is not None]
     files = {file: records[file]["sha256"] for file in sorted(records)}
     write_json(partial / MANIFEST_NAME, {**identity, "layers": layers, "files": files})
     assert_as_planned(plan, partial)
     publish(partial, output)
-
-
-def write_side_files(plan: Plan, folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Copy the source's side files (tokenizer, chat template, …) and write the output's own configs."""
-    for name in side_files(plan.source.folder):
-        own_folder((folder / name).parent)
-        write_bytes(folder / name, read_side_file(plan.source.folder, name))
-    for name, config in configs.items():
-        write_json(folder / name, config)
 
 
 def assert_as_planned(plan: Plan, folder: Path) -> None:

@@ -17,10 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checkpoint.places import own_folder
-from ..checkpoint.sidefiles import flat_side_files, read_side_file, side_files
+from ..checkpoint.sidefiles import flat_side_files
 from ..checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, read_json, tensor_bytes
-from ..checkpoint.writer import TensorEntry, order_entries, write_bytes, write_json, write_shard
+from ..checkpoint.writer import TensorEntry, order_entries, write_json, write_shard
 from ..errors import CheckFailed, InputError
 from ..format.layouts import LAYOUTS, Layout
 from ..plan.plan import Part, PlannedMatrix, PlannedShard, matrix_entries
@@ -32,7 +31,7 @@ from .config import QuantizedModel, output_configs
 from .manifest import MANIFEST_NAME, source_identity
 from .manifest_form import ManifestForm, held_to
 from .matrices import stored_scalar
-from .output import check_output, fresh_partial, publish
+from .output import check_output, fresh_partial, publish, write_side_files
 
 COPY_CHUNK_BYTES = 16 << 20
 HF_QUANT_CONFIG = "hf_quant_config.json"
@@ -375,11 +374,7 @@ def _write_other_files(
             partial / INDEX_NAME,
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
-    for name in side_files(source.folder):
-        own_folder((partial / name).parent)
-        write_bytes(partial / name, read_side_file(source.folder, name))
-    for name, config in configs.items():
-        write_json(partial / name, config)
+    write_side_files(source.folder, partial, configs)
 
 
 def _check_written(partial: Path, planned: list[PlannedShard]) -> None:

@@ -38,8 +38,7 @@ from ..recipe.roles import Role, text_config
 from .config import PRESETS, coverage_in_order, output_configs
 from .memory import available_host_bytes, peak_gpu_bytes, peak_host_bytes
 from .options import ConvertOptions, ConvertResult
-from .output import check_output, fresh_partial, publish
-from .pipeline import write_side_files
+from .output import check_output, fresh_partial, publish, write_side_files
 from .progress import Progress
 
 log = logging.getLogger("nvquant.convert")
@@ -78,7 +77,7 @@ def convert_with_llmcompressor(
         plan.source.content.fetch_all(plan.source.shards)
     with fresh_partial(options.output, {"engine": PACKAGE, "version": metadata.version(PACKAGE)}) as partial:
         quantize_and_save(plan, calibration, options, dtype, partial)
-        write_side_files(plan, partial, configs)
+        write_side_files(plan.source.folder, partial, configs)
         written = open_checkpoint(partial)
         assert_holds_plan(plan, written)
         flushed = _flushed_blocks(plan, written)
