@@ -18,7 +18,7 @@ from pathlib import Path
 
 import common
 from gemma4 import IDS_NAME, census
-from nvquant.convert.journal import file_sha256
+from nvquant.checkpoint.digest import file_sha256
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from ..checkpoint.config_values import config_int
 from ..errors import CheckFailed, InputError
 from ..recipe.groups import FusedGroup
 from ..recipe.roles import text_config
-from .hidden import HiddenBudget, HiddenStates
+from ..stream.hidden import HiddenBudget, HiddenStates
 from .record import LayerCall, record_batches
 from .skeleton import Skeleton, load_outer, loaded_layer
 from .statistics import InputObserver

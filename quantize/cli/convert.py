@@ -143,8 +143,8 @@ def command(
     pin = partial(_where_it_began, output=output, recipe=recipe.name, resume=run["resume"])
     plan, _ = make_plan(model, recipe_name, format_name, revision, low_disk, pin)
     from ..convert.stop import StopRequest
-    from ..convert.trace import Trace, prepare_folder
     from ..quantizers import get_quantizer
+    from ..stream.trace import Trace, prepare_folder
 
     chosen = get_quantizer(quantizer or recipe.quantizer).name
     target = output or _default_output(plan.source.name, recipe.name)

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calibrate.hidden import HiddenBudget
 from ..plan.forecast import fixed_memory
 from ..plan.plan import Plan
-from .memory import available_host_bytes
+from ..stream.hidden import HiddenBudget
+from ..stream.memory import available_host_bytes
 from .options import ConvertOptions
 
 UNKNOWN_HOST_BYTES = 8_000_000_000  # taken to be available where the system does not say

@@ -5,15 +5,13 @@ Without it, the first layer takes half a second longer or more. The preparation 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 import torch
 
 from ..calibrate.statistics import InputObserver
-from ..errors import EnvironmentLack
 from ..format.scales import global_scale
 from ..quantizers.base import Quantizer
 
@@ -35,22 +33,6 @@ class DeviceStart(AbstractContextManager[None]):
         self._pool.shutdown()
         if self._start is not None and kind is None:
             self._start.result()
-
-
-@contextmanager
-def telling_of_full_gpu(what: str) -> Iterator[None]:
-    """Name the data for which the GPU ran out of memory, in one sentence.
-
-    Raises:
-        EnvironmentLack: the block ran out of the GPU's memory.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise EnvironmentLack(
-            f"the GPU ran out of memory for {what}: end other programs that use it, leave fewer hidden states on it "
-            f"with a lower --memory-budget, or use --device cpu."
-        ) from error
 
 
 @torch.no_grad()

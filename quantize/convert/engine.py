@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +26,12 @@ from ..plan.plan import Plan, PlannedShard
 from ..quantizers.base import Quantizer
 from ..recipe.groups import FusedGroup
 from ..recipe.roles import Role
+from ..stream.manifest import GroupRecord, LayerRecord, ShardRecord
+from ..stream.memory import give_back_free_memory, telling_of_full_gpu
+from ..stream.reading import LayerReader, LoadedLayer
+from ..stream.trace import Trace
+from ..stream.writing import ShardWriter, copy_shard
 from .budget import hidden_budget
-from .device import telling_of_full_gpu
 from .journal import Journal
 from .matrices import (
     group_scalars,
@@ -38,14 +41,10 @@ from .matrices import (
     refuse_damaged,
     refuse_damaged_before,
 )
-from .memory import give_back_free_memory
 from .options import ConvertOptions
 from .ranks import Ranks
-from .reading import LayerReader, LoadedLayer
 from .snapshot import Snapshots
-from .trace import Trace
 from .watch import Watch
-from .writing import ShardWriter, copy_shard
 
 SPOOL_FOLDER = "source"  # in the run's own folder: what of a remote source is read twice
 
@@ -65,7 +64,7 @@ class Engine:
         quantizer: Quantizer,
         dtype: torch.dtype,
         journal: Journal,
-        done: Mapping[str, Mapping[str, Any]],
+        done: Mapping[str, ShardRecord],
         watch: Watch,
     ) -> None:
         self._plan, self._options, self._quantizer, self._dtype = plan, options, quantizer, dtype
@@ -178,8 +177,8 @@ class Engine:
             if loaded is None:
                 return
             record = self._done.get(self._shards[loaded.layer].file)
-            if record is not None and walk is not None:
-                self._replay(loaded, walk, record)
+            if record is not None and record.layer is not None and walk is not None:
+                self._replay(loaded, walk, record.layer)
             else:
                 self._make(loaded, walk, writer)
             behind = loaded.layer
@@ -249,20 +248,20 @@ class Engine:
                 for group in groups:
                     output.update(group_scalars(self._plan, group, records[group.name], self._quantizer))
                 rest = {entry.name: loaded.tensors[entry.name] for entry in shard.entries if entry.name not in output}
-                note = {
-                    "layer": loaded.layer,
-                    "file": shard.file,
-                    "source_sha256": loaded.sha256,
-                    "groups": {group.name: records[group.name] for group in groups},
-                }
+                note = LayerRecord(
+                    layer=loaded.layer,
+                    file=shard.file,
+                    source_sha256=loaded.sha256,
+                    groups={group.name: records[group.name] for group in groups},
+                )
                 writer.submit(shard, output, rest, lambda digest: self._note(shard, digest, note))
         loaded.release()
 
-    def _replay(self, loaded: LoadedLayer, walk: Walk, record: Mapping[str, Any]) -> None:
+    def _replay(self, loaded: LoadedLayer, walk: Walk, record: LayerRecord) -> None:
         """Run the hidden states through a layer that an earlier run finished."""
         self._watch.phase("replay")
         with self._trace.span("replay", f"layer {loaded.layer}"), self._lockstep.step():
-            if loaded.sha256 not in (None, record["layer"]["source_sha256"]):
+            if loaded.sha256 not in (None, record.source_sha256):
                 raise InputError(
                     f"{self._plan.model}: the weights of layer {loaded.layer} changed since the earlier run, although "
                     f"size and time of their files did not: restore the files, or begin anew with --restart."
@@ -272,7 +271,7 @@ class Engine:
 
     def _quantize(
         self, groups: list[FusedGroup], loaded: LoadedLayer, inputs: Mapping[str, InputStatistics]
-    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    ) -> tuple[dict[str, Tensor], dict[str, GroupRecord]]:
         """Packed codes and block scales of a layer, by output name, and the record of each group.
 
         Every rank quantizes its share of the groups. The layer's owner gets all groups, and all ranks get the records.
@@ -281,7 +280,7 @@ class Engine:
         sizes = {group.name: sum(plan.matrices[module].source_bytes for module in group.members) for group in groups}
         makers = ranks.share_out(sizes)
         made: dict[str, Tensor] = {}
-        own: dict[str, dict[str, Any]] = {}
+        own: dict[str, GroupRecord] = {}
         with (
             ranks.step(),
             timed(self._trace, "quantize", f"layer {loaded.layer}"),
@@ -306,7 +305,7 @@ class Engine:
     def _layers_on_disk(self) -> int:
         return sum(self._journal.has(shard) for shard in self._shards.values())
 
-    def _note(self, shard: PlannedShard, digest: str, layer: Mapping[str, Any] | None) -> None:
+    def _note(self, shard: PlannedShard, digest: str, layer: LayerRecord | None) -> None:
         self._journal.note(shard, digest, layer)
         if layer is not None:
             self._watch.layer_done()

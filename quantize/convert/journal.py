@@ -6,7 +6,6 @@ then renamed, like the shard. No record ever changes, so a run that ends at any 
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +13,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.digest import file_sha256
 from ..checkpoint.places import own_folder
 from ..checkpoint.source import read_json
 from ..checkpoint.writer import sync_folder, write_json
 from ..errors import CheckFailed, InputError
 from ..plan.plan import PlannedShard
-from .manifest_form import FileNames, ShardRecord, held_to
+from ..stream.manifest import FileNames, LayerRecord, ShardRecord, held_to
 
 STATE_FOLDER = "nvquant_run"
 CLEARED_FOLDER = "nvquant_run.cleared"
 IDENTITY_NAME = "identity.json"
 LIST_NAME = "files.json"
-_HASH_CHUNK_BYTES = 16 << 20
 _HASH_THREADS = 4
 
 
@@ -74,19 +73,19 @@ class Journal:
         write_json(self.folder / IDENTITY_NAME, identity)
         sync_folder(self.partial)
 
-    def note(self, shard: PlannedShard, sha256: str, layer: Mapping[str, Any] | None) -> None:
+    def note(self, shard: PlannedShard, sha256: str, layer: LayerRecord | None) -> None:
         """Write the record of a shard that is complete and on the disk.
 
         Args:
             layer: the manifest's entry for the layer in it, or None for the rest of the model.
         """
-        write_json(self._path(shard), {"sha256": sha256, "layer": layer})
+        write_json(self._path(shard), ShardRecord(sha256=sha256, layer=layer).as_json())
 
     def has(self, shard: PlannedShard) -> bool:
         """Whether the shard has a record."""
         return self._path(shard).exists()
 
-    def records(self, shards: Sequence[PlannedShard]) -> dict[str, dict[str, Any]]:
+    def records(self, shards: Sequence[PlannedShard]) -> dict[str, ShardRecord]:
         """The records of the complete shards, by file. A shard whose file was removed counts as not done.
 
         Raises:
@@ -95,7 +94,7 @@ class Journal:
         noted = [shard for shard in shards if self._path(shard).exists() and (self.partial / shard.file).exists()]
         return {shard.file: self._read(shard) for shard in noted}
 
-    def done(self, shards: Sequence[PlannedShard]) -> dict[str, dict[str, Any]]:
+    def done(self, shards: Sequence[PlannedShard]) -> dict[str, ShardRecord]:
         """`records`, after reading and hashing the bytes of every shard again.
 
         Raises:
@@ -106,7 +105,7 @@ class Journal:
         with ThreadPoolExecutor(_HASH_THREADS, "hash") as pool:
             found = list(pool.map(file_sha256, [self.partial / shard.file for shard in noted]))
         for shard, digest in zip(noted, found, strict=True):
-            if digest != records[shard.file]["sha256"]:
+            if digest != records[shard.file].sha256:
                 raise CheckFailed(
                     f"{self.partial / shard.file} is damaged (its sha256 differs from the journal's): remove this file "
                     f"and run the same command again, which rebuilds this file alone."
@@ -122,22 +121,12 @@ class Journal:
     def _path(self, shard: PlannedShard) -> Path:
         return self.folder / f"{shard.file}.json"
 
-    def _read(self, shard: PlannedShard) -> dict[str, Any]:
+    def _read(self, shard: PlannedShard) -> ShardRecord:
         path = self._path(shard)
         try:
-            record = read_json(path, "")
-            form = held_to(ShardRecord, record, str(path))
+            record = held_to(ShardRecord, read_json(path, ""), str(path))
         except InputError as error:
             raise CheckFailed(f"{path} is damaged: remove this file and run the same command again.") from error
-        if (form.layer is None) != (shard.layer is None):
+        if (record.layer is None) != (shard.layer is None):
             raise CheckFailed(f"{path} is damaged: remove this file and run the same command again.")
         return record
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_HASH_CHUNK_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from ..plan.plan import Plan, matrix_entries
 from ..quantizers.base import Quantizer
 from ..recipe.groups import FusedGroup
 from ..recipe.roles import Role
+from ..stream.manifest import GroupRecord, InputRecord
 
 _EMBEDDINGS = frozenset({Role.EMBEDDING, Role.PER_LAYER_INPUT})
 
@@ -35,7 +35,7 @@ class QuantizedGroup:
     """
 
     tensors: dict[str, Tensor]
-    record: dict[str, Any]
+    record: GroupRecord
 
 
 def refuse_damaged(weights: Mapping[str, Tensor]) -> None:
@@ -90,14 +90,6 @@ def quantize_group(
             f"{members[0].source} contains values near the limit of float32: use --quantizer rtn for this model."
         )
     mean_square = inputs.mean_square if inputs else None
-    record: dict[str, Any] = {"scheme": members[0].scheme, "members": list(group.members), "weight_amax": float(amax)}
-    if inputs is not None:
-        record["input"] = {
-            "observed_amax": inputs.amax,
-            "low_percentile": inputs.low,
-            "calibrated_amax": calibrated_amax(inputs.amax, inputs.low, plan.recipe.activations.headroom),
-            "tokens": inputs.tokens,
-        }
     tensors: dict[str, Tensor] = {}
     histogram = torch.zeros(256, dtype=torch.int64)
     for member in members:
@@ -106,19 +98,34 @@ def quantize_group(
         histogram += scale_histogram(quantized.scales)
         tensors[entries["packed"].name] = quantized.packed
         tensors[entries["scales"].name] = quantized.scales.view(torch.uint8)
-    record["marlin_flushed_blocks"] = count_flushed_blocks(histogram)
+    record = GroupRecord(
+        scheme=members[0].scheme,
+        members=group.members,
+        weight_amax=float(amax),
+        marlin_flushed_blocks=count_flushed_blocks(histogram),
+        **({} if inputs is None else {"input": _input_record(inputs, plan.recipe.activations.headroom)}),
+    )
     return QuantizedGroup(tensors, record)
 
 
-def group_scalars(plan: Plan, group: FusedGroup, record: Mapping[str, Any], quantizer: Quantizer) -> dict[str, Tensor]:
+def _input_record(inputs: InputStatistics, headroom: float | str) -> InputRecord:
+    return InputRecord(
+        observed_amax=inputs.amax,
+        low_percentile=inputs.low,
+        calibrated_amax=calibrated_amax(inputs.amax, inputs.low, headroom),
+        tokens=inputs.tokens,
+    )
+
+
+def group_scalars(plan: Plan, group: FusedGroup, record: GroupRecord, quantizer: Quantizer) -> dict[str, Tensor]:
     """The global scales that a fused group's members store, float32 on the CPU by output name, from its record."""
     tensors = {}
     for module in group.members:
         entries = matrix_entries(plan.matrices[module], plan.layout)
-        amax = record["weight_amax"] * quantizer.headroom
+        amax = record.weight_amax * quantizer.headroom
         tensors[entries["weight_global"].name] = stored_scalar(amax, plan.layout)
-        if "input" in record:
-            tensors[entries["input_global"].name] = stored_scalar(record["input"]["calibrated_amax"], plan.layout)
+        if record.input is not None:
+            tensors[entries["input_global"].name] = stored_scalar(record.input.calibrated_amax, plan.layout)
     return tensors
 
 

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..stream.trace import Trace
 from .progress import Progress, ProgressSink
 from .ranks import Ranks
 from .stop import StopRequest
-from .trace import Trace
 
 
 def _tell_nobody(_progress: Progress) -> None:

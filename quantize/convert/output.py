@@ -16,8 +16,9 @@ from ..checkpoint.sidefiles import read_side_file, side_files
 from ..checkpoint.source import Checkpoint, read_json
 from ..checkpoint.writer import sync_folder, write_bytes, write_json
 from ..errors import InputError
+from ..stream.manifest import MANIFEST_NAME
+from .identity import difference
 from .journal import STATE_FOLDER, Journal
-from .manifest import MANIFEST_NAME, difference
 from .ownership import is_ours, refuse_foreign, remove_own
 
 PARTIAL_SUFFIX = ".partial"

@@ -16,9 +16,8 @@ from ..checkpoint.custom_code import code_files
 from ..checkpoint.sidefiles import SIDE_FILE_PATTERNS, TEMPLATE_FOLDER
 from ..checkpoint.source import INDEX_NAME, SINGLE_NAME, read_json
 from ..errors import InputError
+from ..stream.manifest import MANIFEST_NAME, FileNames, held_to
 from .journal import CLEARED_FOLDER, STATE_FOLDER, Journal
-from .manifest import MANIFEST_NAME
-from .manifest_form import FileNames, held_to
 
 _RECORDS = (CLEARED_FOLDER, MANIFEST_NAME, STATE_FOLDER)  # one of them is in every folder of ours that is not empty
 _RECORDS_AND_INDEX = frozenset({*_RECORDS, "config.json", "hf_quant_config.json", INDEX_NAME})

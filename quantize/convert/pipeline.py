@@ -19,13 +19,13 @@ from ..checkpoint.writer import write_json
 from ..errors import CheckFailed, InputError, NvquantError
 from ..plan.plan import Plan
 from ..quantizers import get_quantizer
+from ..stream.manifest import MANIFEST_NAME, Manifest, Run, ShardRecord, held_to
+from ..stream.memory import peak_gpu_bytes, peak_host_bytes
 from .config import output_configs
 from .device import DeviceStart
 from .engine import Engine
+from .identity import difference, run_identity
 from .journal import Journal
-from .manifest import MANIFEST_NAME, difference, run_identity
-from .manifest_form import ManifestForm, held_to
-from .memory import peak_gpu_bytes, peak_host_bytes
 from .options import ConvertOptions, ConvertResult
 from .output import (
     check_finished,
@@ -62,7 +62,7 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
     started = time.monotonic()
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     configs = output_configs(plan)
-    identity = run_identity(plan, options.quantizer, calibration, _circumstances(options, dtype, calibration))
+    identity = run_identity(plan, options.quantizer, calibration, _circumstances(options, dtype, calibration)).as_json()
     with ExitStack() as held:
         begun = _begin(plan, options, identity, held)
         if not begun.is_finished:
@@ -76,7 +76,7 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
             except BaseException as error:
                 _leave(plan, options, begun.journal, error)
                 raise
-    made = held_to(ManifestForm, read_json(options.output / MANIFEST_NAME, ""), str(options.output / MANIFEST_NAME))
+    made = held_to(Manifest, read_json(options.output / MANIFEST_NAME, ""), str(options.output / MANIFEST_NAME))
     flushed = sum(group.marlin_flushed_blocks for layer in made.layers for group in layer.groups.values())
     return ConvertResult(
         output=str(options.output),
@@ -104,23 +104,24 @@ class _Begun:
     """
 
     journal: Journal
-    done: Mapping[str, Mapping[str, Any]]
+    done: Mapping[str, ShardRecord]
     is_finished: bool = False
 
 
-def _circumstances(options: ConvertOptions, dtype: torch.dtype, calibration: CalibrationSet | None) -> dict[str, Any]:
+def _circumstances(options: ConvertOptions, dtype: torch.dtype, calibration: CalibrationSet | None) -> Run:
     """The circumstances of this run, beside its files and versions, on which the output's bytes may depend."""
-    found: dict[str, Any] = {
-        "device": options.device.split(":")[0],
-        "dtype": str(dtype).removeprefix("torch."),
-        "attention": ATTENTION,
-        "batch_size": options.batch_size,
-    }
-    if calibration is not None:  # matrix products may differ in their last bits between processors
-        is_cpu = options.device == "cpu"
-        capability = torch.backends.cpu.get_cpu_capability() if is_cpu else torch.cuda.get_device_name(options.device)
-        found["processor"] = capability
-    return found
+    run = Run(
+        device=options.device.split(":")[0],
+        dtype=str(dtype).removeprefix("torch."),
+        attention=ATTENTION,
+        batch_size=options.batch_size,
+    )
+    if calibration is None:
+        return run
+    # Matrix products may differ in their last bits between processors.
+    is_cpu = options.device == "cpu"
+    capability = torch.backends.cpu.get_cpu_capability() if is_cpu else torch.cuda.get_device_name(options.device)
+    return Run(**run.as_json(), processor=capability)
 
 
 def _begin(plan: Plan, options: ConvertOptions, identity: Mapping[str, Any], held: ExitStack) -> _Begun:
@@ -167,9 +168,10 @@ def _finish(
     index = {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(partial / INDEX_NAME, index)
     write_side_files(plan.source.folder, partial, configs)
-    layers = [records[shard.file]["layer"] for shard in plan.shards if shard.layer is not None]
-    files = {file: records[file]["sha256"] for file in sorted(records)}
-    write_json(partial / MANIFEST_NAME, {**identity, "layers": layers, "files": files})
+    layers = [records[shard.file].layer for shard in plan.shards if shard.layer is not None]
+    files = {file: records[file].sha256 for file in sorted(records)}
+    manifest = Manifest(**identity, layers=tuple(layer for layer in layers if layer is not None), files=files)
+    write_json(partial / MANIFEST_NAME, manifest.as_json())
     assert_as_planned(plan, partial)
     publish(partial, output)
 
@@ -213,5 +215,5 @@ def _leave(plan: Plan, options: ConvertOptions, journal: Journal, error: BaseExc
         )
 
 
-def _layers_in(records: Mapping[str, Mapping[str, Any]]) -> int:
-    return sum(record["layer"] is not None for record in records.values())
+def _layers_in(records: Mapping[str, ShardRecord]) -> int:
+    return sum(record.layer is not None for record in records.values())

@@ -27,9 +27,9 @@ from ..quantizers import get_quantizer
 from ..recipe.groups import FusedGroup, Fusions
 from ..recipe.match import Selection, fusions_of
 from ..recipe.roles import QUANTIZABLE, Role, describe, roles_of, unused_tensors
+from ..stream.manifest import MANIFEST_NAME, Manifest, held_to
 from .config import QuantizedModel, output_configs
-from .manifest import MANIFEST_NAME, source_identity
-from .manifest_form import ManifestForm, held_to
+from .identity import source_identity
 from .matrices import stored_scalar
 from .output import check_output, fresh_partial, publish, write_side_files
 
@@ -108,7 +108,9 @@ def relayout(source: Checkpoint, target: Layout, output: Path) -> RelayoutResult
     planned = [PlannedShard(file, None, tuple(move.entry for move in moves)) for file, moves in shards.items()]
     check_output(output, sum(shard.file_bytes for shard in planned), source.folder)
     files = [*shards, *flat_side_files(source.folder)]
-    with fresh_partial(output, {"relayout": target.name, "source": source_identity(source)}, files) as partial:
+    with fresh_partial(
+        output, {"relayout": target.name, "source": source_identity(source).as_json()}, files
+    ) as partial:
         hashes = {file: _write_shard(source, partial / file, moves) for file, moves in shards.items()}
         _write_other_files(source, partial, planned, configs)
         if manifest:
@@ -201,7 +203,7 @@ def unequal_groups(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], la
     return found
 
 
-def recorded_amaxes(manifest: ManifestForm) -> dict[str, dict[Part, float]]:
+def recorded_amaxes(manifest: Manifest) -> dict[str, dict[Part, float]]:
     """The amaxes behind the global scales, by module and part, with headroom.
 
     Raises:
@@ -218,14 +220,14 @@ def recorded_amaxes(manifest: ManifestForm) -> dict[str, dict[Part, float]]:
     return amaxes
 
 
-def _read_manifest(source: Checkpoint, layout: Layout) -> tuple[dict[str, Any], ManifestForm] | None:
+def _read_manifest(source: Checkpoint, layout: Layout) -> tuple[dict[str, Any], Manifest] | None:
     """The manifest as JSON and parsed, or None without a manifest."""
     path = source.folder / MANIFEST_NAME
     if not path.exists():
         return None
     manifest = read_json(path, "nvquant writes one")
     try:
-        form = held_to(ManifestForm, manifest, str(path))
+        form = held_to(Manifest, manifest, str(path))
     except InputError as error:
         raise InputError(f"{str(error).rstrip('.')}: remove it, and relayout uses the tensors alone.") from error
     if form.format != layout.name:

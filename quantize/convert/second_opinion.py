@@ -35,8 +35,8 @@ from ..errors import CheckFailed, EnvironmentLack, InputError, NvquantError
 from ..format.marlin import count_flushed_blocks, scale_histogram
 from ..plan.plan import SHARD_LIMIT_BYTES, Plan, matrix_entries
 from ..recipe.roles import Role, text_config
+from ..stream.memory import available_host_bytes, peak_gpu_bytes, peak_host_bytes
 from .config import PRESETS, coverage_in_order, output_configs
-from .memory import available_host_bytes, peak_gpu_bytes, peak_host_bytes
 from .options import ConvertOptions, ConvertResult
 from .output import check_output, fresh_partial, publish, write_side_files
 from .progress import Progress

@@ -13,14 +13,15 @@ from collections.abc import Iterator
 
 import torch
 
-from ..calibrate.hidden import HiddenStates
+from ..checkpoint.digest import file_sha256
 from ..checkpoint.headers import read_header
 from ..checkpoint.shard_bytes import read_range
 from ..checkpoint.source import read_json, tensor_bytes, torch_dtype
 from ..checkpoint.writer import TensorEntry, write_json, write_shard
 from ..errors import InputError
-from .journal import Journal, file_sha256
-from .trace import Trace
+from ..stream.hidden import HiddenStates
+from ..stream.trace import Trace
+from .journal import Journal
 
 RECORD_NAME = "hidden.json"
 LEAST_SECONDS = 60.0

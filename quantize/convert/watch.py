@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .memory import gpu_bytes_now, host_bytes_now
+from ..stream.memory import gpu_bytes_now, host_bytes_now
 from .options import ConvertOptions
 from .progress import Progress
 from .stop import Stopped
 
 if TYPE_CHECKING:
-    from .reading import LayerReader
-    from .writing import ShardWriter
+    from ..stream.reading import LayerReader
+    from ..stream.writing import ShardWriter
 
 TELL_SECONDS = 0.25
 

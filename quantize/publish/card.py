@@ -13,7 +13,6 @@ from typing import Any
 
 from .. import __version__
 from ..checkpoint.sidefiles import side_files
-from ..convert.manifest import MANIFEST_NAME
 from ..quoting import code, fenced, one_line, shell
 from ..quoting import markdown as escaped
 from ..report.document import at
@@ -21,6 +20,7 @@ from ..report.markdown import table
 from ..report.page import page_of
 from ..report.parts import Page, Stage
 from ..report.words import size
+from ..stream.manifest import MANIFEST_NAME
 from .files import CHART_NAME
 from .frontmatter import card_data
 from .provenance import (

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ..checkpoint.digest import file_sha256
 from ..checkpoint.hub.repository import HubFile
 from ..checkpoint.regular import regular_path
 from ..checkpoint.sidefiles import side_files
 from ..checkpoint.source import INDEX_NAME, open_checkpoint
-from ..convert.journal import file_sha256
-from ..convert.manifest import MANIFEST_NAME
 from ..errors import InputError
+from ..stream.manifest import MANIFEST_NAME
 
 CARD_NAME = "README.md"
 VERIFY_NAME = "nvquant_verify.json"

@@ -11,13 +11,12 @@ from typing import Any
 from ..calibrate.specs import CalibrationSpec, load_spec, shipped_folder, shipped_names
 from ..checkpoint.hub.repository import hub_name
 from ..checkpoint.source import read_json
-from ..convert.manifest import MANIFEST_NAME
-from ..convert.manifest_form import ManifestForm, held_to
 from ..errors import InputError
 from ..quoting import argument, shell
 from ..report.document import at, rows
 from ..report.parts import Column, Table
 from ..report.words import ABSENT, number
+from ..stream.manifest import MANIFEST_NAME, Manifest, held_to
 
 HUB = "https://huggingface.co"
 FRAMINGS = {
@@ -38,7 +37,7 @@ class Provenance:
         commit: of the source. None for a local folder.
     """
 
-    form: ManifestForm | None
+    form: Manifest | None
     manifest: Mapping[str, Any]
     base_model: str | None
     commit: str | None
@@ -76,7 +75,7 @@ def read_provenance(folder: Path, base_model: str | None) -> Provenance:
         raise InputError(f"--base-model {base_model} is not a model's id. Give it as org/name.")
     path = folder / MANIFEST_NAME
     manifest = read_json(path, "nvquant writes one") if path.is_file() else {}
-    form = held_to(ManifestForm, manifest, str(path)) if manifest or path.is_file() else None
+    form = held_to(Manifest, manifest, str(path)) if manifest or path.is_file() else None
     known = None if form is None else form.source.hub
     if known is None:
         return Provenance(form, manifest, base_model, None)

@@ -14,8 +14,8 @@ from ..checkpoint.hub.guarded import guard_client
 from ..checkpoint.hub.patience import may_pass
 from ..checkpoint.hub.repository import HubFile, hub_name, published_files
 from ..checkpoint.sidefiles import SIDE_FILE_PATTERNS
-from ..convert.manifest import MANIFEST_NAME
 from ..errors import InputError
+from ..stream.manifest import MANIFEST_NAME
 from ..verify.files import OTHER_WEIGHTS
 from .files import CARD_NAME, GENERATED, LocalFile
 from .frontmatter import split_card

@@ -11,7 +11,7 @@ from ..checkpoint.source import read_json
 from ..errors import InputError
 from ..format.layouts import LAYOUTS
 from ..recipe.vllm_rules import UNQUANTIZED
-from .manifest import Manifest
+from ..stream.manifest import Manifest
 from .matrices import KV_SCALES, layouts_present, split_name
 from .report import Finding
 from .served import SCHEMES, W4A4, served_layers

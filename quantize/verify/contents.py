@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.digest import file_sha256
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import Checkpoint
-from ..convert.journal import file_sha256
-from ..convert.manifest import MANIFEST_NAME
 from ..recipe.roles import Role
-from .manifest import Manifest
+from ..stream.manifest import MANIFEST_NAME, Manifest
 from .subject import Subject
 
 
@@ -39,7 +38,7 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
         "layout": subject.layout.name,
         "recipe": None if manifest is None else manifest.recipe.name,
         "quantizer": None if manifest is None else manifest.quantizer,
-        "made_by": None if manifest is None else f"nvquant {manifest.version}",
+        "made_by": None if manifest is None else f"nvquant {manifest.nvquant}",
         "tensors": len(subject.infos),
         "bytes": sum(info.nbytes for info in subject.infos.values()),
         "matrices": len(subject.matrices),

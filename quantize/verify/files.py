@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
+from ..checkpoint.digest import file_sha256
 from ..checkpoint.source import INDEX_NAME, SINGLE_NAME, read_json
-from ..convert.journal import file_sha256
 from ..errors import InputError
-from .manifest import Manifest
+from ..stream.manifest import Manifest
 from .report import Finding, counted, not_applicable
 from .subject import Subject
 from .threads import map_in_threads

@@ -15,7 +15,7 @@ from ..quantizers import QUANTIZERS
 from ..quantizers.base import Quantizer
 from ..quantizers.mse import OFFSETS
 from ..recipe.match import select
-from .manifest import Manifest, RecordedGroup
+from ..stream.manifest import Manifest, RecordedGroup
 from .report import Finding, counted, not_applicable
 from .served import W4A4, WEIGHT_ONLY
 from .subject import Subject
@@ -44,7 +44,7 @@ def check_manifest(subject: Subject) -> Finding:
     if manifest.quantizer not in QUANTIZERS:
         faults.append(f"quantizer {manifest.quantizer} is unknown (known: {', '.join(QUANTIZERS)})")
     faults += _unlike_recipe(subject, manifest)
-    if (manifest.framing is not None) != any(group.scheme == W4A4 for group in manifest.groups.values()):
+    if (manifest.framing is not None) != any(group.record.scheme == W4A4 for group in manifest.groups.values()):
         faults.append("calibration is recorded for weight-only groups, or missing for others")
     stored = {group.name: group.members for group in subject.groups}
     faults += [f"{name} is recorded but not quantized" for name in manifest.groups if name not in stored]
@@ -78,12 +78,15 @@ def _unlike_recipe(subject: Subject, manifest: Manifest) -> list[str]:
 
 
 def _group_faults(subject: Subject, group: RecordedGroup, members: tuple[str, ...]) -> list[str]:
-    if sorted(group.members) != sorted(members):
-        return [f"{group.name} has the members {', '.join(members)}, but {', '.join(group.members)} are recorded"]
+    record = group.record
+    if sorted(record.members) != sorted(members):
+        return [f"{group.name} has the members {', '.join(members)}, but {', '.join(record.members)} are recorded"]
     schemes = {W4A4 if subject.matrices[module].has_input_scale else WEIGHT_ONLY for module in members}
-    faults = [] if schemes == {group.scheme} else [f"{group.name} is stored as {sorted(schemes)}, not {group.scheme}"]
-    if (group.input is not None) != (group.scheme == W4A4):
-        faults.append(f"{group.name}: input statistics do not fit scheme {group.scheme}")
+    faults = []
+    if schemes != {record.scheme}:
+        faults.append(f"{group.name} is stored as {sorted(schemes)}, not {record.scheme}")
+    if (record.input is not None) != (record.scheme == W4A4):
+        faults.append(f"{group.name}: input statistics do not fit scheme {record.scheme}")
     files = {subject.checkpoint.files[info.name] for m in members for info in subject.matrices[m].parts.values()}
     return faults if files == {group.file} else [*faults, f"{group.name} lies in {sorted(files)}, not in {group.file}"]
 
@@ -96,13 +99,13 @@ def check_input_scales(subject: Subject) -> Finding:
     faults = []
     looked_at = 0
     for group in manifest.groups.values():
-        if group.input is None:
+        if group.record.input is None:
             continue
         headroom = manifest.recipe.activations.headroom
-        calibrated = calibrated_amax(group.input.observed_amax, group.input.low_percentile, headroom)
-        if calibrated != group.input.calibrated_amax:
+        calibrated = calibrated_amax(group.record.input.observed_amax, group.record.input.low_percentile, headroom)
+        if calibrated != group.record.input.calibrated_amax:
             faults.append(
-                f"{group.name}: calibrated amax is {group.input.calibrated_amax!r}, follows as {calibrated!r}"
+                f"{group.name}: calibrated amax is {group.record.input.calibrated_amax!r}, follows as {calibrated!r}"
             )
         faults += _unequal_scalars(subject, group, "input_global", calibrated)
         looked_at += 1
@@ -118,7 +121,7 @@ def check_weight_scales(subject: Subject) -> Finding:
         return not_applicable("no manifest with weight amaxes of a quantizer known here")
     faults = []
     for group in manifest.groups.values():
-        faults += _unequal_scalars(subject, group, "weight_global", group.weight_amax * quantizer.headroom)
+        faults += _unequal_scalars(subject, group, "weight_global", group.record.weight_amax * quantizer.headroom)
         faults += _unreached_top(subject, group, quantizer)
     return Finding(f"{counted(len(manifest.groups), 'group')}, quantizer {quantizer.name}", faults)
 
@@ -131,11 +134,11 @@ def recorded_scalars(subject: Subject) -> dict[tuple[str, Part], float]:
     found: dict[tuple[str, Part], float] = {}
     if isinstance(manifest, Manifest) and quantizer is not None:
         for group in manifest.groups.values():
-            amaxes: dict[Part, float] = {"weight_global": group.weight_amax * quantizer.headroom}
-            if group.input is not None:
-                amaxes["input_global"] = group.input.calibrated_amax
+            amaxes: dict[Part, float] = {"weight_global": group.record.weight_amax * quantizer.headroom}
+            if group.record.input is not None:
+                amaxes["input_global"] = group.record.input.calibrated_amax
             values = {part: float(stored_scalar(amax, subject.layout)) for part, amax in amaxes.items()}
-            found.update({(module, part): value for module in group.members for part, value in values.items()})
+            found.update({(module, part): value for module in group.record.members for part, value in values.items()})
     return found
 
 
@@ -143,7 +146,7 @@ def _unequal_scalars(subject: Subject, group: RecordedGroup, part: Part, amax: f
     expected = float(stored_scalar(amax, subject.layout))
     found = {
         subject.sound[module].parts[part].name: subject.scalars[module, part]
-        for module in group.members
+        for module in group.record.members
         if (module, part) in subject.scalars
     }
     return [f"{name} is {value!r}, follows as {expected!r}" for name, value in found.items() if value != expected]
@@ -151,11 +154,11 @@ def _unequal_scalars(subject: Subject, group: RecordedGroup, part: Part, amax: f
 
 def _unreached_top(subject: Subject, group: RecordedGroup, quantizer: Quantizer) -> list[str]:
     """The block that holds the group's amax has one of the largest scales: about 448 / head-room."""
-    if not group.members or not all(module in subject.histograms for module in group.members):
+    if not group.record.members or not all(module in subject.histograms for module in group.record.members):
         return []
-    amax = torch.tensor(group.weight_amax, dtype=torch.float32)
+    amax = torch.tensor(group.record.weight_amax, dtype=torch.float32)
     nearest = int(block_scale_bytes(amax, global_scale(amax, quantizer.headroom)))
-    histogram = torch.stack([subject.histograms[module] for module in group.members]).sum(0)
+    histogram = torch.stack([subject.histograms[module] for module in group.record.members]).sum(0)
     present = histogram[:0x7F].nonzero()
     top = int(present[-1]) if len(present) else 0
     if top - nearest in BYTE_OFFSETS[quantizer.name]:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from ..checkpoint.hub.repository import HubModel
 from ..checkpoint.source import Checkpoint
-from ..convert.memory import give_back_gpu_memory
 from ..errors import EnvironmentLack, InputError
 from ..serving.server import ServeOptions
+from ..stream.memory import give_back_gpu_memory
 from .contents import describe_checkpoint
 from .loadable import COMPLETE, loading_checks
 from .numerics.emulated import emulated_logprobs

@@ -13,7 +13,7 @@ from ..plan.heads import HOW_READERS_TAKE_IT, equal_tensors, tied_pair
 from ..plan.plan import Part
 from ..recipe.decoder import LAYER
 from ..recipe.roles import QUANTIZABLE, Role, module_of
-from .manifest import Manifest
+from ..stream.manifest import Manifest
 from .recorded import recorded_scalars
 from .report import Finding, counted
 from .subject import Subject, pieces
@@ -134,8 +134,8 @@ def check_marlin(subject: Subject) -> Finding:
         count = count_flushed_blocks(histogram)
         flushed += count
         blocks += int(histogram.sum())
-        if group.name in recorded and recorded[group.name].marlin_flushed_blocks != count:
-            told = recorded[group.name].marlin_flushed_blocks
+        if group.name in recorded and recorded[group.name].record.marlin_flushed_blocks != count:
+            told = recorded[group.name].record.marlin_flushed_blocks
             faults.append(f"{group.name}: {count:,} blocks, but the manifest records {told:,}")
     source = "" if recorded else ", without a manifest to compare with"
     return Finding(f"{flushed:,} of {blocks:,} blocks flushed to zero (rule of {RULE_READ_FROM}){source}", faults)

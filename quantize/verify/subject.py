@@ -30,7 +30,7 @@ from ..format.marlin import scale_histogram
 from ..plan.plan import Part
 from ..recipe.groups import FusedGroup, Fusions
 from ..recipe.roles import Role, module_of, roles_of, unused_tensors
-from .manifest import Manifest, read_manifest
+from ..stream.manifest import Manifest, read_manifest
 from .matrices import Matrix, find_matrices, layouts_present
 from .threads import Progress, map_in_threads, tell_nobody
 

@@ -19,7 +19,7 @@ from ..checkpoint.sidefiles import TEMPLATE_FOLDER, side_files
 from ..checkpoint.source import read_json
 from ..errors import InputError
 from ..recipe.roles import text_config
-from .manifest import Manifest
+from ..stream.manifest import Manifest
 from .report import Finding, counted
 from .subject import Subject
 

@@ -19,7 +19,7 @@ from ..format.constants import BLOCK
 from ..format.scales import global_scale
 from ..quantizers import QUANTIZERS
 from ..quantizers.base import Quantizer
-from .manifest import Manifest
+from ..stream.manifest import Manifest
 from .matrices import Matrix
 from .recorded import BYTE_OFFSETS, own_quantizer
 from .report import Finding, counted
@@ -106,7 +106,7 @@ def _rule(subject: Subject, matrix: Matrix, quantizer: Quantizer | None) -> Rule
     group = subject.manifest.groups.get(subject.fusions.name(matrix.module))
     if group is None:
         return None
-    return Rule(global_scale(torch.tensor(group.weight_amax), quantizer.headroom), BYTE_OFFSETS[quantizer.name])
+    return Rule(global_scale(torch.tensor(group.record.weight_amax), quantizer.headroom), BYTE_OFFSETS[quantizer.name])
 
 
 def _exact_faults(matrix: Matrix, tally: Tally) -> list[str]:
@@ -148,7 +148,7 @@ def _amax_faults(subject: Subject, amaxes: dict[str, float]) -> list[str]:
     groups = subject.manifest.groups if isinstance(subject.manifest, Manifest) else {}
     return [
         f"{group.name}: the source's amax is {amaxes[group.name]:.6g}, the manifest has "
-        f"{groups[group.name].weight_amax:.6g}"
+        f"{groups[group.name].record.weight_amax:.6g}"
         for group in subject.sound_groups
-        if group.name in amaxes and group.name in groups and amaxes[group.name] != groups[group.name].weight_amax
+        if group.name in amaxes and group.name in groups and amaxes[group.name] != groups[group.name].record.weight_amax
     ]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from nvquant.calibrate.hidden import HiddenBudget
 from nvquant.calibrate.record import finish_batch
 from nvquant.calibrate.skeleton import Skeleton
 from nvquant.calibrate.walk import Walk
 from nvquant.errors import EnvironmentLack, InputError
 from nvquant.plan.forecast import forecast_memory
+from nvquant.stream.hidden import HiddenBudget
 from nvquant.verify.numerics.head import Head
 from support.conversions import layer_weights, planned, random_samples, skeleton_of
 from support.tiny_models import perturb, tiny_gemma2

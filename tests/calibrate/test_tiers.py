@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from nvquant.calibrate.hidden import HiddenBudget
 from nvquant.calibrate.statistics import InputStatistics
 from nvquant.calibrate.walk import Walk, make_batches
 from nvquant.errors import InputError
+from nvquant.stream.hidden import HiddenBudget
 from support.conversions import TinyModels, layer_weights, planned, random_samples, raw, recipe_for, skeleton_of
 from support.tiny_models import WRITERS
 

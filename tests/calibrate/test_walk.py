@@ -15,13 +15,13 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from nvquant.calibrate.hidden import HiddenBudget
 from nvquant.calibrate.record import LayerCall
 from nvquant.calibrate.skeleton import Skeleton
 from nvquant.calibrate.statistics import InputStatistics
 from nvquant.calibrate.walk import Walk, make_batches, run_layer
 from nvquant.errors import CheckFailed
 from nvquant.recipe.groups import Fusions
+from nvquant.stream.hidden import HiddenBudget
 from support.conversions import TinyModels, experts_in_bf16, layer_weights, planned, random_samples, skeleton_of
 from support.tiny_models import WRITERS
 from torch import Tensor, nn

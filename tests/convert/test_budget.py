@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from nvquant.calibrate.hidden import HiddenBudget
 from nvquant.calibrate.walk import make_batches
 from nvquant.convert.budget import UNKNOWN_HOST_BYTES, hidden_budget
-from nvquant.convert.memory import available_host_bytes
 from nvquant.convert.options import ConvertOptions
 from nvquant.convert.pipeline import convert
 from nvquant.convert.ranks import Ranks
 from nvquant.plan.forecast import fixed_memory
 from nvquant.plan.plan import Plan
+from nvquant.stream.hidden import HiddenBudget
+from nvquant.stream.memory import available_host_bytes
 from support.conversions import TinyModels, calibration_of, contents, planned, random_samples, write_ids
 from torch import Tensor
 

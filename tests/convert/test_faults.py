@@ -22,8 +22,9 @@ from typing import Any
 import nvquant.convert.engine
 import pytest
 import torch
+from nvquant.checkpoint.digest import file_sha256
 from nvquant.checkpoint.shard_bytes import read_range
-from nvquant.convert.journal import STATE_FOLDER, Journal, file_sha256
+from nvquant.convert.journal import STATE_FOLDER, Journal
 from nvquant.convert.options import ConvertOptions, ConvertResult
 from nvquant.convert.output import partial_folder
 from nvquant.convert.pipeline import convert

@@ -9,7 +9,7 @@ import pytest
 import torch
 from nvquant.convert.options import ConvertOptions
 from nvquant.convert.pipeline import convert
-from nvquant.convert.trace import Trace
+from nvquant.stream.trace import Trace
 from nvquant.verify.structure import verify_structure
 from support.conversions import (
     TinyModels,

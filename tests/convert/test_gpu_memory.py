@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvquant.calibrate.hidden import HiddenStates
 from nvquant.convert.options import ConvertOptions
 from nvquant.convert.pipeline import convert
 from nvquant.errors import InputError
+from nvquant.stream.hidden import HiddenStates
 from support.conversions import calibration_of, contents, planned, random_samples, write_ids
 from support.tiny_models import tiny_llama
 

@@ -18,7 +18,6 @@ from nvquant.checkpoint.hub.source import open_hub_checkpoint
 from nvquant.checkpoint.source import read_json
 from nvquant.convert.engine import SPOOL_FOLDER
 from nvquant.convert.journal import STATE_FOLDER
-from nvquant.convert.manifest import MANIFEST_NAME
 from nvquant.convert.options import ConvertOptions
 from nvquant.convert.output import check_cache, partial_folder
 from nvquant.convert.pipeline import convert
@@ -26,6 +25,7 @@ from nvquant.errors import InputError
 from nvquant.format.layouts import COMPRESSED_TENSORS
 from nvquant.plan.plan import Plan, compute_plan
 from nvquant.recipe.load import load_recipe
+from nvquant.stream.manifest import MANIFEST_NAME
 from support.conversions import TinyModels, calibration_of, contents, converted, random_samples, write_ids
 from support.hub_faults import Corrupt, Drop, Hangup, Status
 from support.hub_models import hub_for_this_process

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+from nvquant.checkpoint.digest import file_sha256
 from nvquant.checkpoint.writer import TensorEntry
-from nvquant.convert.journal import CLEARED_FOLDER, IDENTITY_NAME, STATE_FOLDER, Journal, file_sha256
+from nvquant.convert.journal import CLEARED_FOLDER, IDENTITY_NAME, STATE_FOLDER, Journal
 from nvquant.errors import CheckFailed
 from nvquant.plan.plan import PlannedShard
 

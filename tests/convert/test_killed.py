@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from nvquant.convert.manifest import MANIFEST_NAME
+from nvquant.stream.manifest import MANIFEST_NAME
 from support.conversions import contents, random_samples, write_ids
 from support.killing import Outcome, Run, Warm
 from support.tiny_models import tiny_gemma4, tiny_llama

@@ -11,7 +11,6 @@ import pytest
 from nvquant.checkpoint.places import write_whole
 from nvquant.checkpoint.writer import write_json
 from nvquant.convert.journal import CLEARED_FOLDER, IDENTITY_NAME, STATE_FOLDER, Journal
-from nvquant.convert.manifest import MANIFEST_NAME
 from nvquant.convert.output import (
     SLACK_BYTES,
     check_finished,
@@ -25,6 +24,7 @@ from nvquant.convert.output import (
     remove_partial,
 )
 from nvquant.errors import InputError
+from nvquant.stream.manifest import MANIFEST_NAME
 
 
 @pytest.fixture

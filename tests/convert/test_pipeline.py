@@ -16,11 +16,11 @@ import transformers
 from nvquant.calibrate.statistics import calibrated_amax
 from nvquant.checkpoint.headers import read_header
 from nvquant.checkpoint.sidefiles import side_files
-from nvquant.convert.manifest import MANIFEST_NAME
 from nvquant.convert.options import ConvertOptions
 from nvquant.convert.pipeline import assert_as_planned, convert
 from nvquant.convert.progress import Progress
 from nvquant.errors import CheckFailed, InputError
+from nvquant.stream.manifest import MANIFEST_NAME
 from support import emulation
 from support.conversions import (
     COMPRESSED_TENSORS,

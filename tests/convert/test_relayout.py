@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from nvquant.checkpoint.source import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from nvquant.cli.main import cli
 from nvquant.convert.config import output_configs
-from nvquant.convert.manifest import MANIFEST_NAME
 from nvquant.convert.relayout import HF_QUANT_CONFIG, RelayoutResult, relayout
 from nvquant.errors import InputError
 from nvquant.format.layouts import LAYOUTS
+from nvquant.stream.manifest import MANIFEST_NAME
 from safetensors.torch import load_file, save_file
 from support.conversions import (
     COMPRESSED_TENSORS,
@@ -307,7 +307,7 @@ from pathlib import Path
 import torch
 from nvquant.checkpoint.source import open_checkpoint
 from nvquant.checkpoint.writer import TensorEntry, build_header
-from nvquant.convert.memory import peak_host_bytes
+from nvquant.stream.memory import peak_host_bytes
 from nvquant.convert.relayout import relayout
 from nvquant.format.layouts import MODELOPT
 

@@ -12,15 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import nvquant.convert.manifest
+import nvquant.convert.identity
 import pytest
 from nvquant.convert.journal import STATE_FOLDER
-from nvquant.convert.manifest import MANIFEST_NAME
 from nvquant.convert.options import ConvertOptions, ConvertResult
 from nvquant.convert.output import partial_folder
 from nvquant.convert.pipeline import convert
 from nvquant.convert.progress import Progress
 from nvquant.errors import CheckFailed, InputError
+from nvquant.stream.manifest import MANIFEST_NAME
 from support.conversions import (
     COMPRESSED_TENSORS,
     MODELOPT,
@@ -206,7 +206,7 @@ def test_a_run_of_other_files_or_choices_is_refused_with_what_differs_unless_res
 
 def test_a_run_of_another_nvquant_is_refused(llama: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
     llama.end_early()
-    monkeypatch.setattr(nvquant.convert.manifest, "__version__", "99.0")
+    monkeypatch.setattr(nvquant.convert.identity, "__version__", "99.0")
     with pytest.raises(InputError, match=r"\(nvquant is \S+ there, 99\.0 here\)"):
         llama.run()
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from nvquant.calibrate.samples import CalibrationSet
 from nvquant.checkpoint.source import open_checkpoint
-from nvquant.convert.memory import available_host_bytes
 from nvquant.convert.options import ConvertOptions, ConvertResult
 from nvquant.convert.second_opinion import (
     PACKAGE,
@@ -31,6 +30,7 @@ from nvquant.format.blocks import dequantize_blocks
 from nvquant.format.constants import ZERO_BLOCK_BYTE
 from nvquant.format.e2m1 import unpack_codes
 from nvquant.recipe.schema import QuantizeEntry, Recipe
+from nvquant.stream.memory import available_host_bytes
 from safetensors.torch import load_file, save_file
 from support.conversions import (
     MODELOPT,

@@ -12,7 +12,6 @@ import nvquant.convert.snapshot
 import nvquant.convert.watch
 import pytest
 import torch
-from nvquant.calibrate.hidden import HiddenBudget, HiddenStates
 from nvquant.convert.journal import STATE_FOLDER, Journal
 from nvquant.convert.options import ConvertOptions, ConvertResult
 from nvquant.convert.output import partial_folder
@@ -20,7 +19,8 @@ from nvquant.convert.pipeline import convert
 from nvquant.convert.progress import Progress
 from nvquant.convert.snapshot import RECORD_NAME, Snapshots
 from nvquant.convert.stop import Stopped, StopRequest
-from nvquant.convert.trace import Trace
+from nvquant.stream.hidden import HiddenBudget, HiddenStates
+from nvquant.stream.trace import Trace
 from support.conversions import TinyModels, calibration_of, contents, planned, random_samples, write_ids
 from torch import Tensor
 

@@ -20,16 +20,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...calibrate.hidden import HiddenBudget
 from ...calibrate.record import LayerCall, finish_batch
 from ...calibrate.skeleton import Skeleton, build_skeleton, loaded_layer
 from ...calibrate.walk import Walk, make_batches, run_layer
 from ...checkpoint.source import Checkpoint
-from ...convert.memory import available_host_bytes, give_back_free_memory
-from ...convert.reading import LayerReader, LoadedLayer
-from ...convert.trace import Trace
 from ...errors import InputError
 from ...recipe.decoder import decoder_prefix, layer_index
+from ...stream.hidden import HiddenBudget
+from ...stream.memory import available_host_bytes, give_back_free_memory
+from ...stream.reading import LayerReader, LoadedLayer
+from ...stream.trace import Trace
 from ..threads import Progress
 from .errors import LayerError, StreamError, bfloat16_outputs, matrix_numbers
 from .served import Arithmetic, InputNumbers, InputRounding, ServedModel

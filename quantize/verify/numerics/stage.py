@@ -15,7 +15,7 @@ from ...calibrate.samples import CalibrationSet
 from ...checkpoint.source import Checkpoint
 from ...plan.quantized_source import refuse_quantized
 from ...recipe.decoder import layer_index
-from ..manifest import Manifest
+from ...stream.manifest import Manifest
 from ..report import Check, Finding, counted, not_applicable
 from ..subject import Subject
 from ..tally import RMSE_LIMIT

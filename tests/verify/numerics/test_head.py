@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from nvquant.calibrate.hidden import HiddenBudget
 from nvquant.calibrate.record import finish_batch
 from nvquant.calibrate.skeleton import Skeleton, load_outer
 from nvquant.calibrate.walk import Walk
 from nvquant.checkpoint.headers import Header
 from nvquant.errors import InputError
+from nvquant.stream.hidden import HiddenBudget
 from nvquant.verify.numerics import head as heads
 from nvquant.verify.numerics.head import Head
 from safetensors.torch import load_file, save_file

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvquant.calibrate.hidden import HiddenBudget
 from nvquant.checkpoint.source import open_checkpoint
 from nvquant.errors import InputError
+from nvquant.stream.hidden import HiddenBudget
 from nvquant.verify.numerics import measure as measuring
 from nvquant.verify.numerics.measure import FLOOR_ROWS, SideBySide, in_small_products
 from nvquant.verify.numerics.served import ServedModel

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.source import Checkpoint, tensor_bytes
+from ..checkpoint.source import Checkpoint
 from ..checkpoint.writer import TensorEntry, write_shard
 from ..plan.plan import Plan, PlannedShard
+from .staging import StagingByThread
 from .trace import Trace
 
 MOST_ON_THEIR_WAY = 2
-PIECE_BYTES = 16 << 20
 YIELD_SECONDS = 0.05  # how long a copied piece lets the walk's reading go first
 
 
@@ -40,7 +40,7 @@ class ShardWriter:
         self._room = threading.Semaphore(MOST_ON_THEIR_WAY)
         self._writes: list[Future[None]] = []
         self._lock = threading.Lock()
-        self._of_thread = threading.local()
+        self._staging = StagingByThread(device)
         self.bytes_written = 0
 
     def __enter__(self) -> ShardWriter:
@@ -96,7 +96,8 @@ class ShardWriter:
 
     def _write(self, shard: PlannedShard, tensors: dict[str, Tensor], event: Any, done: Callable[[str], None]) -> None:
         def contents(entry: TensorEntry) -> Iterator[memoryview]:
-            yield from self._pieces(tensors.pop(entry.name))
+            tensor = tensors.pop(entry.name).detach()
+            yield from self._staging().reading(tensor.reshape(-1).view(torch.uint8))
 
         try:
             with self._trace.span("write", shard.file):
@@ -108,50 +109,6 @@ class ShardWriter:
         finally:
             tensors.clear()
             self._room.release()
-
-    def _pieces(self, tensor: Tensor) -> Iterator[memoryview]:
-        """A tensor's bytes. Each piece is valid until the next is requested, while the one after it is on its way."""
-        flat = tensor.detach().reshape(-1).view(torch.uint8)
-        pieces = flat.split(PIECE_BYTES)
-        if not flat.is_cuda:
-            yield from map(tensor_bytes, pieces)
-            return
-        way = self._way()
-        for at, piece in enumerate(pieces):
-            if at == 0:
-                way.fetch(piece)
-            host = way.wait()
-            if at + 1 < len(pieces):
-                way.fetch(pieces[at + 1])
-            yield tensor_bytes(host)
-
-    def _way(self) -> _Pinned:
-        if not hasattr(self._of_thread, "way"):
-            self._of_thread.way = _Pinned(self._device)
-        way: _Pinned = self._of_thread.way
-        return way
-
-
-class _Pinned:
-    """Two pinned buffers of the host and a stream of one thread: one is used while the other is filled."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self._turn = 0
-        self._coming = self._buffers[0]
-
-    def fetch(self, piece: Tensor) -> None:
-        """Begin to copy a piece to the host."""
-        self._turn = 1 - self._turn
-        self._coming = self._buffers[self._turn][: len(piece)]
-        with torch.cuda.stream(self._stream):
-            self._coming.copy_(piece, non_blocking=True)
-
-    def wait(self) -> Tensor:
-        """The piece that was fetched last."""
-        self._stream.synchronize()
-        return self._coming
 
 
 def copy_shard(

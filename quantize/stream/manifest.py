@@ -1,20 +1,26 @@
-"""The forms of `nvquant_manifest.json` and of a run's journal. Each is checked when it is read.
+"""`nvquant_manifest.json` and the records of a run's journal: their forms, which are checked when they are read.
 
-A manifest comes with a checkpoint, so its author may have written anything into it. Behind this module its names are
-names, its hashes are hashes and its numbers are numbers.
+A manifest contains the inputs of a run, its observations, and the hash of every shard. It contains no time, host or
+path, so equal runs give equal files. A manifest comes with a checkpoint, so its author may have written anything into
+it. Behind this module its names are names, its hashes are hashes and its numbers are numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
+from ..checkpoint.json_text import read_json
 from ..errors import InputError
 from ..quoting import visible
 from ..recipe.schema import Recipe
 
+MANIFEST_NAME = "nvquant_manifest.json"
 MOST_NAME_CHARACTERS = 4096
 
 
@@ -43,6 +49,10 @@ Amax = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 class _Form(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
+    def as_json(self) -> dict[str, Any]:
+        """The keys that were given, in the order of the form."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
 
 class HubSource(_Form):
     """A source on the Hub."""
@@ -55,6 +65,7 @@ class SourceShard(_Form):
     """The recorded facts of a shard of the source: its header's hash for a folder, its ETag for a model on the Hub."""
 
     bytes: Natural | None = None
+    mtime_ns: int | None = None
     etag: Annotated[str, Field(pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?\z")] | None = None
     header_sha256: Sha256 | None = None
 
@@ -64,6 +75,7 @@ class Source(_Form):
 
     hub: HubSource | None = None
     integrity: Line | None = None
+    config_sha256: Sha256 | None = None
     shards: dict[FileName, SourceShard] = Field(default_factory=dict)
 
 
@@ -72,8 +84,9 @@ class Run(_Form):
 
     device: Word
     dtype: Word
-    processor: Line | None = None
+    attention: Line | None = None
     batch_size: Annotated[int, Field(ge=1, lt=1 << 31, strict=True)] | None = None
+    processor: Line | None = None
     versions: dict[Word, Word] = Field(default_factory=dict)
 
 
@@ -95,6 +108,7 @@ class InputRecord(_Form):
     observed_amax: Amax
     low_percentile: Amax
     calibrated_amax: Amax
+    tokens: Natural | None = None
 
 
 class GroupRecord(_Form):
@@ -108,14 +122,38 @@ class GroupRecord(_Form):
 
 
 class LayerRecord(_Form):
-    """A layer, and the shard that contains it."""
+    """A layer, and the shard that contains it.
 
+    Attributes:
+        source_sha256: of the layer's source (`stream.reading.layer_digest`).
+    """
+
+    layer: Natural | None = None
     file: FileName
+    source_sha256: Sha256 | None = None
     groups: dict[Line, GroupRecord]
 
 
-class ManifestForm(_Form):
-    """`nvquant_manifest.json`."""
+@dataclass(frozen=True)
+class RecordedGroup:
+    """The manifest's entry of a fused group.
+
+    Attributes:
+        file: the shard that contains it.
+    """
+
+    name: str
+    file: str
+    record: GroupRecord
+
+
+class Identity(_Form):
+    """All facts that determine the bytes of a run's output. A manifest begins with them.
+
+    Attributes:
+        nvquant: version of the nvquant that ran.
+        calibration: None without calibration.
+    """
 
     nvquant: Word
     source: Source
@@ -124,8 +162,36 @@ class ManifestForm(_Form):
     quantizer: Word
     run: Run
     calibration: CalibrationRecord | None
+
+    @field_serializer("recipe")
+    def _without_calibration(self, recipe: Recipe) -> dict[str, Any]:
+        """The recipe without its wish for a calibration, because `calibration` has that of the run."""
+        return recipe.model_dump(mode="json", exclude={"calibration"})
+
+
+class Manifest(Identity):
+    """`nvquant_manifest.json`.
+
+    Attributes:
+        files: sha256 of every shard, by file name.
+    """
+
     layers: tuple[LayerRecord, ...]
     files: dict[FileName, Sha256]
+
+    @property
+    def framing(self) -> str | None:
+        """How the calibration's samples were made. None without calibration."""
+        return None if self.calibration is None else self.calibration.framing
+
+    @cached_property
+    def groups(self) -> dict[str, RecordedGroup]:
+        """The fused groups by name."""
+        return {
+            name: RecordedGroup(name, layer.file, record)
+            for layer in self.layers
+            for name, record in layer.groups.items()
+        }
 
 
 class FileNames(_Form):
@@ -163,3 +229,17 @@ def held_to(form: type[Form], document: Mapping[str, Any], where: str) -> Form:
             wrong = _WORDS.get(first["type"], f"is wrong: {first['msg'].removeprefix('Value error, ')}")
             problem = f"{at} {wrong}"
         raise InputError(f"{where} has a missing or wrong key ({problem}).") from error
+
+
+def read_manifest(folder: Path) -> Manifest | str | None:
+    """Read the manifest of a checkpoint.
+
+    Returns:
+        None where there is none, or a sentence on why it cannot be used.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return None
+    try:
+        return held_to(Manifest, read_json(folder / MANIFEST_NAME, ""), MANIFEST_NAME)
+    except InputError as error:
+        return str(error)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from nvquant.checkpoint.source import MOST_READERS, Checkpoint
-from nvquant.convert import reading
-from nvquant.convert.reading import LayerReader, layer_digest
-from nvquant.convert.trace import Trace
 from nvquant.errors import InputError
 from nvquant.plan.plan import Plan
+from nvquant.stream import reading
+from nvquant.stream.reading import LayerReader, layer_digest
+from nvquant.stream.trace import Trace
 from support.conversions import TinyModels, planned, raw, recipe_for, tensors_in
 from support.raw_safetensors import read_raw, write_raw
 from support.tiny_models import WRITERS

@@ -17,8 +17,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nvquant.convert.trace import MAIN, PHASES, UNACCOUNTED, Trace, prepare_folder
 from nvquant.errors import InputError
+from nvquant.stream.trace import MAIN, PHASES, UNACCOUNTED, Trace, prepare_folder
 
 Json = dict[str, Any]
 # A tree of spans: (phase, whether it raises, the spans within it).
@@ -319,7 +319,7 @@ def test_gpu_spans_neither_load_torch_nor_start_cuda(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from nvquant.convert.trace import Trace
+from nvquant.stream.trace import Trace
 trace = Trace(keep_events=True)
 with trace.gpu_span("forward"):
     pass

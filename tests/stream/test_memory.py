@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvquant.convert.memory import peak_gpu_bytes, peak_host_bytes
 from nvquant.convert.options import ConvertResult
+from nvquant.stream.memory import peak_gpu_bytes, peak_host_bytes
 from support.conversions import edit_config, random_samples, write_ids
 from support.raw_safetensors import read_raw, write_raw
 from support.tiny_models import tiny_llama
@@ -92,7 +92,7 @@ def test_the_peak_counts_what_this_process_touched() -> None:
     # In a process of its own: here earlier tests have left memory that comes and goes.
     code = """
 import torch
-from nvquant.convert.memory import peak_host_bytes
+from nvquant.stream.memory import peak_host_bytes
 before = peak_host_bytes()
 block = torch.ones(512 << 20, dtype=torch.uint8)
 during = peak_host_bytes()

@@ -6,7 +6,11 @@ import ctypes
 import gc
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from ..errors import EnvironmentLack
 
 
 def peak_host_bytes() -> int:
@@ -71,3 +75,21 @@ def give_back_gpu_memory() -> None:
     if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def telling_of_full_gpu(what: str) -> Iterator[None]:
+    """Name the data for which the GPU ran out of memory, in one sentence.
+
+    Raises:
+        EnvironmentLack: the block ran out of the GPU's memory.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentLack(
+            f"the GPU ran out of memory for {what}: end other programs that use it, leave fewer hidden states on it "
+            f"with a lower --memory-budget, or use --device cpu."
+        ) from error

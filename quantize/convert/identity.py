@@ -1,5 +1,4 @@
-"""`nvquant_manifest.json`: the inputs of a run, its observations, and the hash of every file. It contains no time, host
-or path, so equal runs give equal files."""
+"""The identity of a run: all facts that determine its output's bytes. It begins the manifest."""
 
 from __future__ import annotations
 
@@ -15,66 +14,60 @@ from ..checkpoint.regular import read_regular
 from ..checkpoint.shard_bytes import read_range
 from ..checkpoint.source import Checkpoint
 from ..plan.plan import Plan
+from ..stream.manifest import CalibrationRecord, HubSource, Identity, Run, Source, SourceShard
 
-MANIFEST_NAME = "nvquant_manifest.json"
 
-
-def run_identity(
-    plan: Plan, quantizer: str, calibration: CalibrationSet | None, run: Mapping[str, Any]
-) -> dict[str, Any]:
+def run_identity(plan: Plan, quantizer: str, calibration: CalibrationSet | None, run: Run) -> Identity:
     """All facts that determine the output's bytes.
 
     Args:
-        run: device kind, dtype, attention implementation, batch size.
+        run: without the versions of packages, which this function adds.
     """
-    identity: dict[str, Any] = {
-        "nvquant": __version__,
-        "source": source_identity(plan.source),
-        "recipe": plan.recipe.model_dump(mode="json", exclude={"calibration"}),  # that of this run stands below
-        "format": plan.layout.name,
-        "quantizer": quantizer,
-        "run": {
-            **run,
-            "versions": {
-                name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "compressed-tensors")
-            },
-        },
-        "calibration": None,
-    }
-    if calibration is not None:
-        identity["calibration"] = {
-            "name": calibration.name,
-            "samples": len(calibration.samples),
-            "sequence_length": calibration.sequence_length,
-            "seed": calibration.seed,
-            "tokens": calibration.tokens,
-            "framing": calibration.framing,
-            "sha256": calibration.sha256,
-        }
-    return identity
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "compressed-tensors")}
+    return Identity(
+        nvquant=__version__,
+        source=source_identity(plan.source),
+        recipe=plan.recipe,
+        format=plan.layout.name,
+        quantizer=quantizer,
+        run=Run(**run.as_json(), versions=versions),
+        calibration=None if calibration is None else _calibration(calibration),
+    )
 
 
-def source_identity(source: Checkpoint) -> dict[str, Any]:
+def _calibration(calibration: CalibrationSet) -> CalibrationRecord:
+    return CalibrationRecord(
+        name=calibration.name,
+        samples=len(calibration.samples),
+        sequence_length=calibration.sequence_length,
+        seed=calibration.seed,
+        tokens=calibration.tokens,
+        framing=calibration.framing,
+        sha256=calibration.sha256,
+    )
+
+
+def source_identity(source: Checkpoint) -> Source:
     """The identity of the source. A model on the Hub has its name, its commit, its published hashes and the kind of
     integrity that was proved. A folder has each shard's size, modification time and header hash. Both have the hash of
     config.json.
     """
-    config = {"config_sha256": hashlib.sha256(read_regular(source.folder / "config.json", source.folder)).hexdigest()}
+    config = hashlib.sha256(read_regular(source.folder / "config.json", source.folder)).hexdigest()
     if source.hub is not None:
         files = {name: source.hub.files[name] for name in source.shards}
-        return {
-            "hub": {"id": source.hub.repo, "commit": source.hub.commit},
-            "integrity": source.content.integrity,
-            **config,
-            "shards": {name: {"bytes": file.size, "etag": file.etag} for name, file in files.items()},
-        }
+        return Source(
+            hub=HubSource(id=source.hub.repo, commit=source.hub.commit),
+            integrity=source.content.integrity,
+            config_sha256=config,
+            shards={name: SourceShard(bytes=file.size, etag=file.etag) for name, file in files.items()},
+        )
     shards = {}
     for name, header in source.shards.items():
         head = bytearray(header.data_start)
         read_range(header.path, 0, memoryview(head), header)
         digest = hashlib.sha256(head).hexdigest()
-        shards[name] = {"bytes": header.file_bytes, "mtime_ns": header.mtime_ns, "header_sha256": digest}
-    return {**config, "shards": shards}
+        shards[name] = SourceShard(bytes=header.file_bytes, mtime_ns=header.mtime_ns, header_sha256=digest)
+    return Source(config_sha256=config, shards=shards)
 
 
 def difference(found: Mapping[str, Any], identity: Mapping[str, Any], path: str = "") -> str | None:

@@ -7,7 +7,6 @@ complete layer. Several tensors are read in parallel, and each is hashed on the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import queue
@@ -21,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.source import MOST_READERS, Checkpoint, tensor_bytes, torch_dtype
+from ..checkpoint.source import MOST_READERS, Checkpoint, torch_dtype
 from ..errors import InputError
-from .device import telling_of_full_gpu
+from .memory import telling_of_full_gpu
+from .staging import PIECE_BYTES, StagingByThread
 from .trace import Trace
 
 SLOTS = 2
-PIECE_BYTES = 16 << 20
 ALIGNMENT = (
     512  # of tensors in a buffer; a product's bits may depend on it on some processors, so it is always the same
 )
@@ -57,6 +56,59 @@ def layer_digest(digests: dict[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+class TensorReader:
+    """Reads tensors into their places on the device, several at once, and hashes each on the way.
+
+    Attributes:
+        bytes_read: so far.
+    """
+
+    def __init__(self, source: Checkpoint, device: torch.device) -> None:
+        self._source, self._staging = source, StagingByThread(device)
+        self._pool = ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1), "read")
+        self._lock, self._is_given_up = threading.Lock(), threading.Event()
+        self.bytes_read = 0
+
+    def read_all(self, places: Mapping[str, Tensor], is_hashed: bool) -> dict[str, str]:
+        """Read tensors, the largest first.
+
+        Args:
+            places: uint8 [bytes of the tensor] on the device, by name.
+        Returns:
+            the sha256 of each tensor's bytes by name, or empty texts.
+        Raises:
+            InputError: a shard vanished, changed or cannot be read.
+        """
+        by_size = sorted(places, key=lambda name: -len(places[name]))
+        reads = {name: self._pool.submit(self._read, name, places[name], is_hashed) for name in by_size}
+        return {name: read.result() for name, read in reads.items()}
+
+    def give_up(self) -> None:
+        """End the reads that are under way."""
+        self._is_given_up.set()
+
+    def close(self) -> None:
+        """Wait for the end of the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _read(self, name: str, place: Tensor, is_hashed: bool) -> str:
+        digest, staging = hashlib.sha256(), self._staging()
+        try:
+            for at in range(0, len(place), PIECE_BYTES):
+                if self._is_given_up.is_set():
+                    raise InputError("the run has ended.")
+                target = place[at : at + PIECE_BYTES]
+                with staging.writing(target) as piece:
+                    self._source.read_into(name, piece, at)
+                    if is_hashed:
+                        digest.update(piece)
+                with self._lock:
+                    self.bytes_read += len(target)
+        finally:
+            staging.finish()
+        return digest.hexdigest() if is_hashed else ""
+
+
 class LayerReader:
     """Reads layers in the given order, one ahead of the one in use.
 
@@ -83,12 +135,9 @@ class LayerReader:
         self._ready: queue.Queue[LoadedLayer | BaseException] = queue.Queue()
         self._free: queue.Queue[_Slot | None] = queue.Queue()
         self._idle = threading.Event()
+        self._tensors = TensorReader(source, device)
         self._has_left = threading.Event()
-        self._pieces = threading.local()
-        self._pool = ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1), "read")
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
-        self._lock = threading.Lock()
-        self.bytes_read = 0
 
     def __enter__(self) -> LayerReader:
         self._thread.start()
@@ -96,9 +145,15 @@ class LayerReader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._has_left.set()
+        self._tensors.give_up()
         self._free.put(None)
         self._thread.join()
-        self._pool.shutdown(cancel_futures=True)
+        self._tensors.close()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+        return self._tensors.bytes_read
 
     def __iter__(self) -> Iterator[LoadedLayer]:
         """The layers, in order.
@@ -145,52 +200,21 @@ class LayerReader:
 
     def _read(self, layer: int, slot: _Slot) -> LoadedLayer:
         names = self._names[layer]
-        places, _ = _layout(self._source, names)
+        begins, _ = _layout(self._source, names)
+        infos = {name: self._source.info(name) for name in names}
+        places = {name: slot.buffer[begins[name] : begins[name] + infos[name].nbytes] for name in names}
         is_hashed = self._is_hashed(layer)
         with self._trace.span("read", f"layer {layer}"):
-            by_size = sorted(names, key=lambda name: -self._source.info(name).nbytes)
-            reads = {name: self._pool.submit(self._read_one, name, slot, places[name], is_hashed) for name in by_size}
-            digests = {name: read.result() for name, read in reads.items()}
-        tensors = {}
-        for name in names:
-            info = self._source.info(name)
-            flat = slot.buffer[places[name] : places[name] + info.nbytes]
-            tensors[name] = flat.view(torch_dtype(info.dtype)).view(info.shape)
+            digests = self._tensors.read_all(places, is_hashed)
+        tensors = {
+            name: place.view(torch_dtype(infos[name].dtype)).view(infos[name].shape) for name, place in places.items()
+        }
         digest = layer_digest(digests) if is_hashed else None
         return LoadedLayer(layer, tensors, digest, lambda: self._give_back(slot))
 
     def _give_back(self, slot: _Slot) -> None:
         slot.used()
         self._free.put(slot)
-
-    def _read_one(self, name: str, slot: _Slot, begin: int, is_hashed: bool) -> str:
-        """Read a tensor into its place, and return the sha256 of its bytes, or nothing."""
-        digest = hashlib.sha256()
-        size = self._source.info(name).nbytes
-        way = self._way()
-        try:
-            for at in range(0, size, PIECE_BYTES):
-                if self._has_left.is_set():
-                    raise InputError("the run has ended.")
-                count = min(PIECE_BYTES, size - at)
-                target = slot.buffer[begin + at : begin + at + count]
-                with way.through(target) as piece:
-                    self._source.read_into(name, piece, at)
-                    if is_hashed:
-                        digest.update(piece)
-                with self._lock:
-                    self.bytes_read += count
-        finally:
-            way.finish()
-        return digest.hexdigest() if is_hashed else ""
-
-    def _way(self) -> _Direct | _Pinned:
-        if self._device.type != "cuda":
-            return _Direct()
-        if not hasattr(self._pieces, "way"):
-            self._pieces.way = _Pinned(self._device)
-        way: _Pinned = self._pieces.way
-        return way
 
 
 class _Slot:
@@ -210,40 +234,6 @@ class _Slot:
         """Wait for the end of that work."""
         if self._event is not None:
             self._event.synchronize()
-
-
-class _Direct:
-    """Reads bytes directly into their place."""
-
-    @contextlib.contextmanager
-    def through(self, target: Tensor) -> Iterator[memoryview]:
-        yield tensor_bytes(target)
-
-    def finish(self) -> None:
-        pass
-
-
-class _Pinned:
-    """Two pinned buffers of the host and a stream of one thread: one is filled while the other is copied."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self._events = [torch.cuda.Event() for _ in self._buffers]
-        self._turn = 0
-
-    @contextlib.contextmanager
-    def through(self, target: Tensor) -> Iterator[memoryview]:
-        self._turn = 1 - self._turn
-        self._events[self._turn].synchronize()
-        piece = self._buffers[self._turn][: len(target)]
-        yield tensor_bytes(piece)
-        with torch.cuda.stream(self._stream):
-            target.copy_(piece, non_blocking=True)
-            self._events[self._turn].record()
-
-    def finish(self) -> None:
-        self._stream.synchronize()
 
 
 def _layout(source: Checkpoint, names: Sequence[str]) -> tuple[dict[str, int], int]:

@@ -17,9 +17,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvquant.calibrate.hidden import HiddenBudget, HiddenStates
 from nvquant.calibrate.walk import Walk, make_batches
 from nvquant.errors import InputError
+from nvquant.stream.hidden import HiddenBudget, HiddenStates
 from support.conversions import TinyModels, random_samples, raw, skeleton_of
 from torch import Tensor
 
@@ -268,7 +268,7 @@ def test_a_walk_that_ends_while_it_records_closes_the_file(tiny: TinyModels, tmp
 
 def test_a_process_that_is_killed_leaves_no_file(tmp_path: Path) -> None:
     code = (
-        "import os, sys, torch; from pathlib import Path; from nvquant.calibrate.hidden import *\n"
+        "import os, sys, torch; from pathlib import Path; from nvquant.stream.hidden import *\n"
         "hidden = HiddenStates(torch.device('cpu'), HiddenBudget(0, 0, Path(sys.argv[1])))\n"
         "hidden.append(torch.ones(1, 64, 64)); print(hidden.fetch(0).sum().item(), flush=True); os.kill(os.getpid(), 9)"
     )

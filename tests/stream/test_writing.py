@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from nvquant.checkpoint.writer import TensorEntry, build_header
-from nvquant.convert import writing
-from nvquant.convert.trace import Trace
-from nvquant.convert.writing import ShardWriter, copy_shard
 from nvquant.errors import InputError
 from nvquant.plan.plan import Plan, PlannedShard
+from nvquant.stream import staging, writing
+from nvquant.stream.trace import Trace
+from nvquant.stream.writing import ShardWriter, copy_shard
 from safetensors.torch import load_file
 from support.conversions import TinyModels, planned, raw, recipe_for, tensors_in
 from torch import Tensor
@@ -75,7 +75,7 @@ def threads() -> list[str]:
 def test_every_shard_has_exactly_the_planned_bytes(
     tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
 ) -> None:
-    monkeypatch.setattr(writing, "PIECE_BYTES", size)
+    monkeypatch.setattr(staging, "PIECE_BYTES", size)
     plan = plan_of(tiny, name)
     digests: dict[str, str] = {}
     wanted: dict[str, bytes] = {}
@@ -296,7 +296,7 @@ def test_a_copy_of_what_changed_or_onto_a_full_disk_is_told_with_the_file_named(
 def test_a_gpus_tensors_are_written_as_they_were_when_they_were_handed_over(
     tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr(writing, "PIECE_BYTES", size)
+    monkeypatch.setattr(staging, "PIECE_BYTES", size)
     plan, cuda = plan_of(tiny), torch.device("cuda")
     wanted = {}
     with ShardWriter(tmp_path, cuda, Trace()) as writer:
