@@ -12,13 +12,14 @@ from nvquant.checkpoint.writer import TensorEntry
 from nvquant.convert.journal import CLEARED_FOLDER, IDENTITY_NAME, STATE_FOLDER, Journal
 from nvquant.errors import CheckFailed
 from nvquant.plan.plan import PlannedShard
+from nvquant.stream.manifest import LayerRecord, ShardRecord
 
 ENTRIES = (TensorEntry("weight", "U8", (4,)),)
 LAYER = PlannedShard("model-00001-of-00003.safetensors", 0, ENTRIES)
 OTHER_LAYER = PlannedShard("model-00002-of-00003.safetensors", 1, ENTRIES)
 REST = PlannedShard("model-00003-of-00003.safetensors", None, ENTRIES)
 SHARDS = (LAYER, OTHER_LAYER, REST)
-NOTE = {"layer": 0, "file": LAYER.file, "source_sha256": "ab", "groups": {}}
+NOTE = LayerRecord(layer=0, file=LAYER.file, source_sha256="ab" * 32, groups={})
 
 
 @pytest.fixture
@@ -51,7 +52,10 @@ def test_identity_and_records_come_back_as_they_were_noted(journal: Journal) -> 
     journal.note(REST, rest, None)
     again = Journal(journal.partial)
     assert again.identity() == {"nvquant": "1"}
-    expected = {LAYER.file: {"sha256": layer, "layer": NOTE}, REST.file: {"sha256": rest, "layer": None}}
+    expected = {
+        LAYER.file: ShardRecord(sha256=layer, layer=NOTE),
+        REST.file: ShardRecord(sha256=rest, layer=None),
+    }
     assert again.records(SHARDS) == again.done(SHARDS) == expected
     assert {path.name for path in journal.folder.iterdir()} == {
         IDENTITY_NAME, f"{LAYER.file}.json", f"{REST.file}.json",
@@ -60,7 +64,7 @@ def test_identity_and_records_come_back_as_they_were_noted(journal: Journal) -> 
 
 def test_a_shard_without_a_record_or_a_record_without_a_shard_is_not_done(journal: Journal) -> None:
     write(journal, LAYER)
-    journal.note(OTHER_LAYER, "ab", NOTE)
+    journal.note(OTHER_LAYER, "ab" * 32, NOTE)
     assert journal.records(SHARDS) == journal.done(SHARDS) == {}
 
 
