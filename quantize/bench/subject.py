@@ -15,11 +15,10 @@ from ..format.layouts import LAYOUTS
 from ..recipe.heads import is_tied
 from ..recipe.roles import Role, role_of, text_config, unused_tensors
 from ..serving.faults import Capability, Situation
-from ..verify.matrices import Matrix, find_matrices, layouts_present
+from ..weights.stored import StoredMatrix, find_matrices, layouts_present
 from .ceiling import Ceiling, kv_bytes_per_value, read_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
-_DECODED = 4  # 16 bits for each 4
 _SPLIT_BY_COLUMNS = ("o_proj", "down_proj")
 
 
@@ -54,8 +53,12 @@ class Subject:
     @property
     def decoded_bytes(self) -> int:
         """The same with NVFP4 decoded to 16 bits, as the plugin for the CPU stores it."""
-        packed = {matrix.parts["packed"].name for matrix in self.matrices.values() if "packed" in matrix.parts}
-        return sum(info.nbytes * (_DECODED if name in packed else 1) for name, info in self.infos.items())
+        times = {
+            matrix.parts["codes"].name: 16 // matrix.scheme.bits
+            for matrix in self.matrices.values()
+            if "codes" in matrix.parts and matrix.scheme.has_block_scales
+        }
+        return sum(info.nbytes * times.get(name, 1) for name, info in self.infos.items())
 
     @cached_property
     def layout(self) -> str:
@@ -64,18 +67,15 @@ class Subject:
         return max(counts, key=lambda name: counts[name]) if counts else ""
 
     @cached_property
-    def matrices(self) -> dict[str, Matrix]:
-        """The NVFP4 matrices by module."""
+    def matrices(self) -> dict[str, StoredMatrix]:
+        """The quantized matrices by module."""
         return find_matrices(self.infos, LAYOUTS[self.layout]) if self.layout else {}
 
     @property
     def scheme(self) -> str:
         """Its scheme, for a table: `NVFP4 W4A4`, `NVFP4 weight-only`, `BF16`, or the method in its config."""
         if self.matrices:
-            kinds = {matrix.has_input_scale for matrix in self.matrices.values()}
-            return {frozenset({True}): "NVFP4 W4A4", frozenset({False}): "NVFP4 weight-only"}.get(
-                frozenset(kinds), "NVFP4 mixed"
-            )
+            return " + ".join(dict.fromkeys(matrix.scheme.words for matrix in self.matrices.values()))
         method = (self.config.get("quantization_config") or {}).get("quant_method")
         sizes: dict[str, int] = {}
         for info in self.infos.values():
@@ -117,7 +117,11 @@ class Subject:
             is_cpu=is_cpu,
             model_type=str(text.get("model_type") or ""),
             layout=self.layout,
-            arithmetics=frozenset("w4a4" if m.has_input_scale else "weight_only" for m in self.matrices.values()),
+            arithmetics=frozenset(
+                "w4a4" if matrix.has_input_scale else "weight_only"
+                for matrix in self.matrices.values()
+                if matrix.scheme.has_block_scales
+            ),
             is_tied=is_tied(self.config),
             has_experts=any(role_of(name, info.shape) is Role.EXPERT for name, info in self.infos.items()),
             kv_cache_dtype=kv_cache_dtype,

@@ -162,7 +162,7 @@ def command(
         else:
             _be_quiet(stop)
         loaded = None
-        if recipe.needs_calibration:
+        if plan.needs_calibration:
             with trace.span("samples"):
                 loaded = _load(plan, run, is_first)
         sizes = (run["batch_size"], run["memory_budget"])

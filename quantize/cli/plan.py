@@ -107,7 +107,7 @@ def command(
 
 def _missing_packages(plan: Plan) -> tuple[str, ...]:
     """Packages that this model's tokenizer requires for the recipe's calibration on text, and that are missing."""
-    found = missing_packages(plan.source.folder) if plan.recipe.needs_calibration else None
+    found = missing_packages(plan.source.folder) if plan.needs_calibration else None
     return found[1] if found else ()
 
 

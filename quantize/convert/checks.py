@@ -15,7 +15,7 @@ def check_conversion(plan: Plan) -> None:
         InputError: the recipe calibrates, but nvquant cannot walk the model layer by layer.
     """
     check_patterns(plan)
-    if plan.recipe.needs_calibration:
+    if plan.needs_calibration:
         import torch
 
         from ..calibrate.skeleton import build_skeleton

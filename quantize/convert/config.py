@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import CheckFailed
+from ..format.declared import ALGORITHMS, FORMATS, MIXED_ALGORITHM, MIXED_FORMAT, PRESETS, numbers_of
 from ..format.layouts import Layout
 from ..plan.plan import Plan
 from ..recipe.coverage import Coverage, coverage_of
@@ -17,10 +18,7 @@ from ..recipe.match import Selection, fusions_of
 from ..recipe.roles import Role, module_of
 from ..recipe.vllm_rules import UNQUANTIZED, compressed_tensors_verdict, modelopt_verdict
 
-PACKED_FORMAT = "nvfp4-pack-quantized"
 MODELOPT_PRODUCER = {"name": "modelopt", "version": "0.47.0"}  # whose layout it is; readers look at the name
-_ALGORITHM = {"nvfp4": "NVFP4", "nvfp4-a16": "W4A16_NVFP4"}
-PRESETS = {"nvfp4": "NVFP4", "nvfp4-a16": "NVFP4A16"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def quantization_config(subject: Plan | QuantizedModel) -> dict[str, Any]:
     model = described(subject)
     coverage = coverage_in_order(model)
     build = _modelopt if model.layout.name == "modelopt" else _compressed_tensors
-    config = build(coverage, model.kv_cache)
+    config = build(model, coverage)
     _refuse_disagreements(model, config)
     return config
 
@@ -90,16 +88,14 @@ def check_patterns(subject: Plan | QuantizedModel) -> None:
     model = described(subject)
     coverage = coverage_in_order(model)
     if model.layout.name == "modelopt":
-        _refuse_disagreements(model, _modelopt(coverage, model.kv_cache))
+        _refuse_disagreements(model, _modelopt(model, coverage))
         return
-    groups: dict[str, dict[str, Any]] = {
-        f"group_{at}": {
-            "targets": [pattern.regex() for pattern in patterns],
-            "input_activations": {} if scheme == "nvfp4" else None,
-        }
-        for at, (scheme, patterns) in enumerate(coverage.targets.items())
+    groups = {
+        f"group_{at}": {"targets": [pattern.regex() for pattern in patterns]}
+        for at, patterns in enumerate(coverage.targets.values())
     }
-    _refuse_disagreements(model, {"config_groups": groups, "ignore": coverage.ignore_regexes()})
+    config = {"config_groups": groups, "ignore": coverage.ignore_regexes()}
+    _refuse_disagreements(model, config)
 
 
 def _refuse_disagreements(model: QuantizedModel, config: Mapping[str, Any]) -> None:
@@ -128,19 +124,29 @@ def _natural(name: str) -> list[tuple[str, int]]:
 
 
 def disagreements(subject: Plan | QuantizedModel, config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Layers that vLLM would treat in another way than the plan: (layer, the plan's scheme, vLLM's scheme)."""
+    """Layers that vLLM would treat in another way than the plan: (layer, the plan's scheme, vLLM's scheme).
+
+    Schemes are named as in the config: by its groups, or by modelopt's algorithms.
+    """
     model = described(subject)
     verdict = modelopt_verdict if config.get("quant_method") == "modelopt" else compressed_tensors_verdict
     fusions = model.fusions
-    schemes = {fusions.name(module): scheme for module, scheme in model.selection.schemes.items()}
+    named = _names_in(model, config)
+    schemes = {fusions.name(module): named[scheme] for module, scheme in model.selection.schemes.items()}
     members = {fusions.name(module): fusions.members(module) for module in _linears(model)}
     result = []
     for layer in served_linears(model):
-        found = verdict(layer, config, members.get(layer, ()))
-        expected = _expected(schemes.get(layer), config)
+        found, expected = verdict(layer, config, members.get(layer, ())), schemes.get(layer, UNQUANTIZED)
         if found != expected:
             result.append((layer, expected, found))
     return result
+
+
+def _names_in(model: QuantizedModel, config: Mapping[str, Any]) -> Mapping[str, str]:
+    """The names of the model's schemes in a config: its groups are in the order of the patterns."""
+    if config.get("quant_method") == "modelopt":
+        return ALGORITHMS
+    return dict(zip(coverage_in_order(model).targets, config["config_groups"], strict=False))
 
 
 def served_linears(subject: Plan | QuantizedModel) -> list[str]:
@@ -167,17 +173,7 @@ def _linears(model: QuantizedModel) -> list[str]:
     ]
 
 
-def _expected(scheme: str | None, config: Mapping[str, Any]) -> str:
-    if scheme is None:
-        return UNQUANTIZED
-    if config.get("quant_method") == "modelopt":
-        return _ALGORITHM[scheme]
-    weight_only = scheme == "nvfp4-a16"
-    groups: Mapping[str, Mapping[str, Any]] = config["config_groups"]
-    return next(name for name, group in groups.items() if (group["input_activations"] is None) == weight_only)
-
-
-def _compressed_tensors(coverage: Coverage, kv_cache: str) -> dict[str, Any]:
+def _compressed_tensors(model: QuantizedModel, coverage: Coverage) -> dict[str, Any]:
     """A config from compressed-tensors' own classes, so that vLLM validates the output of its own library."""
     import compressed_tensors
     from compressed_tensors.quantization import (
@@ -190,14 +186,15 @@ def _compressed_tensors(coverage: Coverage, kv_cache: str) -> dict[str, Any]:
     groups = {}
     for at, (scheme, patterns) in enumerate(coverage.targets.items()):
         groups[f"group_{at}"] = preset_name_to_scheme(PRESETS[scheme], [pattern.regex() for pattern in patterns])
-        groups[f"group_{at}"].format = PACKED_FORMAT
+        groups[f"group_{at}"].format = FORMATS[scheme]
     kv_cache_scheme = None
-    if kv_cache == "fp8":
+    if model.kv_cache == "fp8":
         kv_cache_scheme = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
+    formats = {FORMATS[scheme] for scheme in coverage.targets}
     config = QuantizationConfig(
         config_groups=groups,
         ignore=coverage.ignore_regexes(),
-        format=PACKED_FORMAT,
+        format=formats.pop() if len(formats) == 1 else MIXED_FORMAT,
         quantization_status=QuantizationStatus.COMPRESSED,
         kv_cache_scheme=kv_cache_scheme,
     )
@@ -211,31 +208,67 @@ def _compressed_tensors(coverage: Coverage, kv_cache: str) -> dict[str, Any]:
     return dict(sorted(written.items()))
 
 
-def _modelopt(coverage: Coverage, kv_cache: str) -> dict[str, Any]:
+def _modelopt(model: QuantizedModel, coverage: Coverage) -> dict[str, Any]:
+    if len(coverage.targets) > 1:
+        return _modelopt_mixed(model, coverage)
     (scheme,) = coverage.targets
-    numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
-    group: dict[str, Any] = {"input_activations": dict(numbers)} if scheme == "nvfp4" else {}
-    group.update(weights=dict(numbers), targets=["Linear"])
     config: dict[str, Any] = {
-        "config_groups": {"group_0": group},
+        "config_groups": {"group_0": {**numbers_of(scheme), "targets": ["Linear"]}},
         "ignore": [*coverage.ignore_globs(), "*embed_tokens*"],
-        "quant_algo": _ALGORITHM[scheme],
+        "quant_algo": ALGORITHMS[scheme],
         "producer": MODELOPT_PRODUCER,
         "quant_method": "modelopt",
     }
-    if kv_cache == "fp8":
-        config["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
-    return config
+    return config | _modelopt_kv_cache(model)
+
+
+def _modelopt_mixed(model: QuantizedModel, coverage: Coverage) -> dict[str, Any]:
+    """A config that lists every quantized module, as Model Optimizer writes it for several schemes.
+
+    Modules that it does not list are unquantized. Readers check that every listed module exists.
+    """
+    modules: dict[str, list[str]] = {scheme: [] for scheme in coverage.targets}
+    for module in sorted(model.selection.schemes, key=_natural):
+        modules[model.selection.schemes[module]].append(module)
+    groups = {
+        f"group_{at}": {**numbers_of(scheme), "targets": listed} for at, (scheme, listed) in enumerate(modules.items())
+    }
+    config: dict[str, Any] = {
+        "config_groups": groups,
+        "ignore": [*coverage.ignore_globs(), "*embed_tokens*"],
+        "quant_algo": MIXED_ALGORITHM,
+        "quantized_layers": {
+            module: {"quant_algo": ALGORITHMS[scheme], **_group_size(scheme)}
+            for scheme, listed in modules.items()
+            for module in listed
+        },
+        "producer": MODELOPT_PRODUCER,
+        "quant_method": "modelopt",
+    }
+    return config | _modelopt_kv_cache(model)
+
+
+def _group_size(scheme: str) -> dict[str, int]:
+    size = numbers_of(scheme)["weights"].get("group_size")
+    return {} if size is None else {"group_size": size}
+
+
+def _modelopt_kv_cache(model: QuantizedModel) -> dict[str, Any]:
+    if model.kv_cache != "fp8":
+        return {}
+    return {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
 
 
 def _hf_quant_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same content in the older form that TensorRT-LLM prefers."""
-    return {
-        "producer": config["producer"],
-        "quantization": {
-            "quant_algo": config["quant_algo"],
-            "kv_cache_quant_algo": "FP8" if "kv_cache_scheme" in config else None,
-            "group_size": 16,
-            "exclude_modules": config["ignore"],
-        },
+    quantization: dict[str, Any] = {
+        "quant_algo": config["quant_algo"],
+        "kv_cache_quant_algo": "FP8" if "kv_cache_scheme" in config else None,
     }
+    sizes = {group["weights"].get("group_size") for group in config["config_groups"].values()} - {None}
+    if sizes:
+        quantization["group_size"] = sizes.pop()
+    quantization["exclude_modules"] = config["ignore"]
+    if "quantized_layers" in config:
+        quantization["quantized_layers"] = config["quantized_layers"]
+    return {"producer": config["producer"], "quantization": quantization}

@@ -12,8 +12,9 @@ from types import TracebackType
 import torch
 
 from ..calibrate.statistics import InputObserver
-from ..format.scales import global_scale
+from ..format.schemes import NVFP4
 from ..quantizers.base import Quantizer
+from ..recipe.matrices import Matrix
 
 TOKENS, COLS = 256, 1024  # divisible by 16, as Triton compiles for such sizes apart; large enough for the usual kernels
 
@@ -39,9 +40,10 @@ class DeviceStart(AbstractContextManager[None]):
 def start_gpu(device: torch.device, quantizer: Quantizer, is_calibrated: bool) -> None:
     """Run the operations of a conversion once, on little data."""
     weight = torch.ones((TOKENS, COLS), dtype=torch.bfloat16, device=device)
-    quantizer.quantize(weight, global_scale(weight.amax().float()))
+    matrix = Matrix("start", "start", NVFP4, TOKENS, COLS, "start", "start", "start")
+    quantizer.quantize([matrix], [weight], None)
     if is_calibrated:
-        observer = InputObserver("start", quantizer.uses_mean_square)
+        observer = InputObserver("start", "mean_square" in quantizer.needs)
         observer.observe(weight.unsqueeze(0) @ weight.t() @ weight)
         observer.commit()
         observer.result()

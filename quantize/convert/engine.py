@@ -36,7 +36,7 @@ from .journal import Journal
 from .matrices import (
     group_scalars,
     groups_of_layer,
-    packed_shapes,
+    made_shapes,
     quantize_group,
     refuse_damaged,
     refuse_damaged_before,
@@ -229,10 +229,12 @@ class Engine:
         self._watch.phase("layers")
         shard = self._shards[loaded.layer]
         groups = groups_of_layer(self._plan.groups, self._plan.prefix, loaded.layer)
-        ranks, squares = self._lockstep, self._quantizer.uses_mean_square
+        ranks, squares = self._lockstep, "mean_square" in self._quantizer.needs
         inputs: dict[str, InputStatistics] = {}
         if walk is not None:
-            calibrated = [group for group in groups if self._plan.matrices[group.members[0]].scheme == "nvfp4"]
+            calibrated = [
+                group for group in groups if self._plan.matrices[group.members[0]].scheme.inputs == "calibrated"
+            ]
             with ranks.step():
                 observers = walk.step(loaded.layer, loaded.tensors, calibrated, squares)
             with self._trace.span("gather") if ranks.size > 1 else nullcontext():
@@ -277,7 +279,9 @@ class Engine:
         Every rank quantizes its share of the groups. The layer's owner gets all groups, and all ranks get the records.
         """
         plan, ranks = self._plan, self._lockstep
-        sizes = {group.name: sum(plan.matrices[module].source_bytes for module in group.members) for group in groups}
+        sizes = {
+            group.name: sum(plan.source_bytes(plan.matrices[module]) for module in group.members) for group in groups
+        }
         makers = ranks.share_out(sizes)
         made: dict[str, Tensor] = {}
         own: dict[str, GroupRecord] = {}
@@ -296,7 +300,7 @@ class Engine:
             return made, own
         with self._trace.span("gather"):
             records = {name: record for part in ranks.exchange(own) for name, record in part.items()}
-            shapes = packed_shapes(plan, groups)
+            shapes = made_shapes(plan, groups)
             by_rank = {name: makers[group] for name, (group, _) in shapes.items()}
             owner = self._index[loaded.layer] % ranks.size
             flat = {name: shape for name, (_, shape) in shapes.items()}

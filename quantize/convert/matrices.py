@@ -1,36 +1,41 @@
-"""Quantize the matrices of a fused group: one global scale for all, before any block scale."""
+"""The matrices of a fused group: quantized parts, the record of the group, and the scalars that follow from it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..calibrate.statistics import InputStatistics, calibrated_amax
-from ..errors import InputError
+from ..calibrate.input_scales import stored_amax
+from ..calibrate.statistics import InputStatistics
+from ..checkpoint.headers import DTYPE_BYTES
+from ..checkpoint.writer import TensorEntry
 from ..format.blocks import weight_amax
-from ..format.constants import SCALE_RANGE, SMALLEST_WEIGHT_AMAX
-from ..format.layouts import Layout
 from ..format.marlin import count_flushed_blocks, scale_histogram
-from ..format.scales import global_scale
-from ..plan.plan import Plan, matrix_entries
+from ..format.schemes import Part, Scheme
+from ..plan.plan import Plan
+from ..quantizers import quantizer_for
 from ..quantizers.base import Quantizer
 from ..recipe.groups import FusedGroup
+from ..recipe.matrices import matrix_entries
 from ..recipe.roles import Role
 from ..stream.manifest import GroupRecord, InputRecord
+from ..stream.scalars import scalar_values
 
 _EMBEDDINGS = frozenset({Role.EMBEDDING, Role.PER_LAYER_INPUT})
 
 
 @dataclass(frozen=True)
-class QuantizedGroup:
+class GroupOutput:
     """A fused group's output.
 
     Attributes:
-        tensors: packed codes and block scales by output name, uint8, on the weights' device.
+        tensors: the bytes of all tensors but scalars, by output name, uint8 [..., bytes of the last axis], on the
+            weights' device.
         record: the manifest's entry for the group.
     """
 
@@ -57,7 +62,7 @@ def refuse_damaged_before(plan: Plan, layer: int) -> None:
         NonFiniteError: see there.
         InputError: a shard vanished, changed or cannot be read.
     """
-    quantized = {matrix.source for matrix in plan.matrices.values()}
+    quantized = {matrix.tensor for matrix in plan.matrices.values()}
     embeddings = [name for name, role in plan.selection.roles.items() if role in _EMBEDDINGS]
     earlier = [name for number, names in plan.tensors_by_layer().items() if number < layer for name in names]
     for name in (*embeddings, *earlier):
@@ -67,88 +72,72 @@ def refuse_damaged_before(plan: Plan, layer: int) -> None:
 
 def quantize_group(
     plan: Plan, group: FusedGroup, weights: Mapping[str, Tensor], inputs: InputStatistics | None, quantizer: Quantizer
-) -> QuantizedGroup:
-    """Quantize a fused group. Its global scales follow from the record (`group_scalars`).
+) -> GroupOutput:
+    """Quantize a fused group. Its scalars follow from the record (`group_scalars`).
 
     Args:
-        weights: the members' weights by source name, in their stored dtype, on one device.
-        inputs: statistics of the shared input, or None for a weight-only scheme.
+        weights: the members' tensors by source name, in their stored dtype, on one device.
+        inputs: statistics of the shared input, or None without calibration.
+        quantizer: of the run. A scheme that it does not know has its own.
     Raises:
         NonFiniteError: a NaN or an infinity in a weight.
-        InputError: weights so large that the quantizer's headroom exceeds float32.
+        InputError: weights that the scheme or the quantizer cannot represent.
     """
     members = [plan.matrices[module] for module in group.members]
-    amax = torch.stack([weight_amax(weights[member.source], member.source) for member in members]).amax()
-    if 0 < float(amax) < SMALLEST_WEIGHT_AMAX:
-        raise InputError(
-            f"{members[0].source} contains no value above {float(amax):.3g}, which is too small for NVFP4: leave it "
-            f"out of the recipe's quantize list."
-        )
-    scale = global_scale(amax, quantizer.headroom)
-    if not math.isfinite(float(amax * quantizer.headroom)):
-        raise InputError(
-            f"{members[0].source} contains values near the limit of float32: use --quantizer rtn for this model."
-        )
-    mean_square = inputs.mean_square if inputs else None
+    scheme = members[0].scheme
+    made = quantizer_for(scheme.name, quantizer).quantize(members, [matrix.of(weights) for matrix in members], inputs)
     tensors: dict[str, Tensor] = {}
     histogram = torch.zeros(256, dtype=torch.int64)
-    for member in members:
-        entries = matrix_entries(member, plan.layout)
-        quantized = quantizer.quantize(weights[member.source], scale, mean_square)
-        histogram += scale_histogram(quantized.scales)
-        tensors[entries["packed"].name] = quantized.packed
-        tensors[entries["scales"].name] = quantized.scales.view(torch.uint8)
-    record = GroupRecord(
-        scheme=members[0].scheme,
-        members=group.members,
-        weight_amax=float(amax),
-        marlin_flushed_blocks=count_flushed_blocks(histogram),
-        **({} if inputs is None else {"input": _input_record(inputs, plan.recipe.activations.headroom)}),
-    )
-    return QuantizedGroup(tensors, record)
+    for matrix in members:
+        entries = matrix_entries(matrix, plan.layout)
+        for part, tensor in made.parts[matrix.name].items():
+            tensors[entries[part].name] = tensor.contiguous().view(torch.uint8)
+        if scheme.has_block_scales:
+            histogram += scale_histogram(made.parts[matrix.name]["scales"])
+    facts: dict[str, Any] = {"scheme": scheme.name, "members": group.members, "weight_amax": made.amax}
+    if inputs is not None:
+        facts["input"] = _input_record(inputs, scheme, plan.recipe.activations.headroom)
+    if scheme.has_block_scales:
+        facts["marlin_flushed_blocks"] = count_flushed_blocks(histogram)
+    return GroupOutput(tensors, GroupRecord(**facts))
 
 
-def _input_record(inputs: InputStatistics, headroom: float | str) -> InputRecord:
+def _input_record(inputs: InputStatistics, scheme: Scheme, headroom: float | str) -> InputRecord:
     return InputRecord(
         observed_amax=inputs.amax,
         low_percentile=inputs.low,
-        calibrated_amax=calibrated_amax(inputs.amax, inputs.low, headroom),
+        calibrated_amax=stored_amax(scheme, inputs.amax, inputs.low, headroom),
         tokens=inputs.tokens,
     )
 
 
 def group_scalars(plan: Plan, group: FusedGroup, record: GroupRecord, quantizer: Quantizer) -> dict[str, Tensor]:
-    """The global scales that a fused group's members store, float32 on the CPU by output name, from its record."""
+    """The scalars that a fused group's members store, float32 on the CPU by output name, from its record."""
     tensors = {}
     for module in group.members:
-        entries = matrix_entries(plan.matrices[module], plan.layout)
-        amax = record.weight_amax * quantizer.headroom
-        tensors[entries["weight_global"].name] = stored_scalar(amax, plan.layout)
-        if record.input is not None:
-            tensors[entries["input_global"].name] = stored_scalar(record.input.calibrated_amax, plan.layout)
+        matrix = plan.matrices[module]
+        entries = matrix_entries(matrix, plan.layout)
+        headroom = quantizer_for(matrix.scheme.name, quantizer).claim.headroom
+        for part, value in scalar_values(plan.layout, matrix.scheme, record, headroom).items():
+            tensors[entries[part].name] = value
     return tensors
 
 
-def packed_shapes(plan: Plan, groups: Iterable[FusedGroup]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def made_shapes(plan: Plan, groups: Iterable[FusedGroup]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The outputs of `quantize_group` for some groups: output names, in order, to the group's name and uint8 shape."""
     shapes = {}
     for group in groups:
         for module in group.members:
-            entries = matrix_entries(plan.matrices[module], plan.layout)
-            for part in ("packed", "scales"):
-                shapes[entries[part].name] = (group.name, entries[part].shape)
+            for part, entry in matrix_entries(plan.matrices[module], plan.layout).items():
+                if not is_scalar(part, entry):
+                    *outer, last = entry.shape
+                    shapes[entry.name] = (group.name, (*outer, last * DTYPE_BYTES[entry.dtype]))
     return shapes
 
 
-def stored_scalar(amax: float, layout: Layout) -> Tensor:
-    """The float32 global scale that a layout stores for an amax: 2688 / amax or amax / 2688, each from the amax
-    itself. It is 1.0 for an amax of zero, and where 2688 / amax would overflow."""
-    value = torch.tensor(amax, dtype=torch.float32)
-    divisor = global_scale(value)
-    if layout.divisor:
-        return divisor.reshape(layout.scalar_shape)
-    is_usable = bool(torch.isfinite(SCALE_RANGE * (1.0 / value)))
-    return (value / SCALE_RANGE if is_usable else torch.ones(())).reshape(layout.scalar_shape)
+def is_scalar(part: Part, entry: TensorEntry) -> bool:
+    """Whether a stored part has one value, which follows from the record of its group."""
+    return part != "codes" and prod(entry.shape) == 1 and len(entry.shape) < 2
 
 
 def groups_of_layer(groups: Iterable[FusedGroup], prefix: str, layer: int) -> list[FusedGroup]:

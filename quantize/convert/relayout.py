@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -21,21 +21,24 @@ from ..checkpoint.sidefiles import flat_side_files
 from ..checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, read_json, tensor_bytes
 from ..checkpoint.writer import TensorEntry, order_entries, write_json, write_shard
 from ..errors import CheckFailed, InputError
-from ..format.layouts import LAYOUTS, Layout
-from ..plan.plan import Part, PlannedMatrix, PlannedShard, matrix_entries
+from ..format.layouts import GLOBAL_SCALES, LAYOUTS, Layout
+from ..format.schemes import Part
+from ..plan.plan import PlannedShard
 from ..quantizers import get_quantizer
 from ..recipe.groups import FusedGroup, Fusions
 from ..recipe.match import Selection, fusions_of
+from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import QUANTIZABLE, Role, describe, roles_of, unused_tensors
+from ..recipe.schema import SchemeName
 from ..stream.manifest import MANIFEST_NAME, Manifest, held_to
+from ..weights.stored import find_matrices, is_complete, part_leaves
 from .config import QuantizedModel, output_configs
 from .identity import source_identity
-from .matrices import stored_scalar
 from .output import check_output, fresh_partial, publish, write_side_files
 
 COPY_CHUNK_BYTES = 16 << 20
 HF_QUANT_CONFIG = "hf_quant_config.json"
-# What marks a tensor as some other kind of quantization's.
+# What marks a tensor as a part of some other quantization.
 _FOREIGN_DTYPES = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 _FOREIGN_LEAF = re.compile(
     r"(weight|input|output)_(scale|scale_2|scale_inv|global_scale|packed|zero_point|g_idx|shape)|pre_quant_scale"
@@ -99,7 +102,7 @@ def relayout(source: Checkpoint, target: Layout, output: Path) -> RelayoutResult
     manifest = _read_manifest(source, layout)
     amaxes = recorded_amaxes(manifest[1]) if manifest else {}
     scalars = {
-        name: _inverted(source, name, target, layout, amaxes.get(name.rpartition(".")[0], {}).get(part))
+        name: _inverted(source, name, part, target, layout, amaxes.get(name.rpartition(".")[0], {}).get(part))
         for matrix in matrices.values()
         for part, name in _scalar_names(matrix, layout).items()
     }
@@ -135,10 +138,14 @@ def stored_layout(source: Checkpoint) -> Layout:
     Raises:
         InputError: it is not quantized, or not in NVFP4, or in both layouts at once.
     """
+    infos = source.infos()
     found = [
         layout
         for layout in LAYOUTS.values()
-        if any(_has_parts(source, name.removesuffix(layout.packed), layout) for name in source.files)
+        if any(
+            matrix.scheme.has_block_scales and is_complete(matrix, layout) and matrix.parts["codes"].dtype == "U8"
+            for matrix in find_matrices(infos, layout).values()
+        )
     ]
     if len(found) == 1:
         return found[0]
@@ -153,46 +160,39 @@ def stored_layout(source: Checkpoint) -> Layout:
     )
 
 
-def _has_parts(source: Checkpoint, prefix: str, layout: Layout) -> bool:
-    """Whether `prefix` (a module's name and a dot) has the three tensors that every NVFP4 matrix has."""
-    names = [prefix + suffix for suffix in layout.suffixes[:3]]
-    return prefix.endswith(".") and all(name in source.files for name in names) and source.info(names[0]).dtype == "U8"
-
-
-def stored_matrices(source: Checkpoint, layout: Layout) -> dict[str, PlannedMatrix]:
-    """The NVFP4 matrices of a checkpoint by module, in its order. A matrix without an input scale is weight-only.
+def stored_matrices(source: Checkpoint, layout: Layout) -> dict[str, Matrix]:
+    """The quantized matrices of a checkpoint by module, in its order.
 
     Raises:
         InputError: a tensor has the wrong dtype or shape.
     """
     matrices = {}
     fusions = _fusions(source, layout)
-    for name in source.infos():
-        prefix = name.removesuffix(layout.packed)
-        if prefix == name or not _has_parts(source, prefix, layout):
+    for module, stored in find_matrices(source.infos(), layout).items():
+        if not is_complete(stored, layout):
             continue
-        info, module = source.info(name), prefix[:-1]
-        scheme: Literal["nvfp4", "nvfp4-a16"] = "nvfp4" if prefix + layout.input_global in source.files else "nvfp4-a16"
-        rows, cols = (info.shape[0], 2 * info.shape[1]) if len(info.shape) == 2 else (0, 0)
-        matrices[module] = PlannedMatrix(module, scheme, fusions.name(module), rows, cols, info.nbytes)
+        shape = stored.parts["codes"].shape
+        rows, cols = stored.scheme.shape_of(shape) if len(shape) == 2 else (0, 0)
+        group = fusions.name(module)
+        matrices[module] = Matrix(module, stored.tensor, stored.scheme, rows, cols, group, group, group)
         for part, entry in matrix_entries(matrices[module], layout).items():
-            stored = source.info(entry.name)
-            is_scalar = part in ("weight_global", "input_global") and stored.nbytes == entry.nbytes
-            if stored.dtype != entry.dtype or (stored.shape != entry.shape and not is_scalar):
+            info = stored.parts[part]
+            is_scalar = part != "codes" and info.nbytes == entry.nbytes and len(entry.shape) < 2
+            if info.dtype != entry.dtype or (info.shape != entry.shape and not is_scalar):
                 raise InputError(
-                    f"{entry.name} is {stored.dtype} {list(stored.shape)}, but NVFP4 stores {entry.dtype} "
-                    f"{list(entry.shape)}: the checkpoint is damaged, or not in NVFP4."
+                    f"{entry.name} is {info.dtype} {list(info.shape)}, but {stored.scheme.words.split()[0]} stores "
+                    f"{entry.dtype} {list(entry.shape)}: the checkpoint is damaged, or not in that scheme."
                 )
     return matrices
 
 
 def _fusions(source: Checkpoint, layout: Layout) -> Fusions:
     """The matrices of a quantized checkpoint that servers fuse."""
-    ends = (".weight", f".{layout.packed}")
+    ends = (".weight", *(f".{layout.suffixes(scheme)['codes']}" for scheme in layout.schemes.values()))
     return Fusions((name.rpartition(".")[0] for name in source.infos() if name.endswith(ends)), source.config)
 
 
-def unequal_groups(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], layout: Layout) -> list[FusedGroup]:
+def unequal_groups(source: Checkpoint, matrices: Mapping[str, Matrix], layout: Layout) -> list[FusedGroup]:
     """The fused groups whose members do not share their weight's, or their input's, global scale bit for bit."""
     found = []
     for group in _fusions(source, layout).groups(matrices):
@@ -210,7 +210,7 @@ def recorded_amaxes(manifest: Manifest) -> dict[str, dict[Part, float]]:
         InputError: the quantizer is unknown.
     """
     amaxes: dict[str, dict[Part, float]] = {}
-    headroom = get_quantizer(manifest.quantizer).headroom
+    headroom = get_quantizer(manifest.quantizer).claim.headroom
     for layer in manifest.layers:
         for group in layer.groups.values():
             of_group: dict[Part, float] = {"weight_global": group.weight_amax * headroom}
@@ -238,39 +238,32 @@ def _read_manifest(source: Checkpoint, layout: Layout) -> tuple[dict[str, Any], 
     return manifest, form
 
 
-def _scalar_names(matrix: PlannedMatrix, layout: Layout) -> dict[Part, str]:
-    return {
-        part: entry.name
-        for part, entry in matrix_entries(matrix, layout).items()
-        if part in ("weight_global", "input_global")
-    }
+def _scalar_names(matrix: Matrix, layout: Layout) -> dict[Part, str]:
+    return {part: entry.name for part, entry in matrix_entries(matrix, layout).items() if part in GLOBAL_SCALES}
 
 
-def _inverted(source: Checkpoint, name: str, target: Layout, layout: Layout, amax: float | None) -> Tensor:
+def _inverted(source: Checkpoint, name: str, part: Part, target: Layout, layout: Layout, amax: float | None) -> Tensor:
     """A global scale in the other layout: from its amax if that is known, otherwise by a reciprocal."""
     stored = source.read(name).reshape(())
     if amax is not None:
-        if not torch.equal(stored, stored_scalar(amax, layout).reshape(())):
+        if not torch.equal(stored, layout.stored_scalar(part, amax).reshape(())):
             raise InputError(
                 f"{name} is {float(stored)!r}, which differs from the amax in {MANIFEST_NAME}: download or convert the "
                 f"checkpoint again, or remove the manifest, and relayout uses the tensors alone."
             )
-        return stored_scalar(amax, target)
+        return target.stored_scalar(part, amax)
     inverse = 1.0 / stored
     if not (float(stored) > 0 and bool(torch.isfinite(inverse))):
         raise InputError(f"{name} is {float(stored)!r}, which has no reciprocal: the checkpoint is damaged.")
     return inverse.reshape(target.scalar_shape)
 
 
-def _described(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], target: Layout) -> QuantizedModel:
+def _described(source: Checkpoint, matrices: Mapping[str, Matrix], target: Layout) -> QuantizedModel:
     """The subject of the new config: the unquantized model's tensors and their schemes."""
-    schemes = {module: matrix.scheme for module, matrix in matrices.items()}
-    if target.name == "modelopt" and len(set(schemes.values())) > 1:
-        raise InputError(
-            f"{source.where} mixes W4A4 and weight-only matrices: only the compressed-tensors layout can describe that."
-        )
+    _refuse_other_forms(source, matrices, target)
+    schemes = {module: cast(SchemeName, matrix.scheme.name) for module, matrix in matrices.items()}
     shapes = {name: info.shape for name, info in source.infos().items() if not _is_part(name, matrices)}
-    shapes |= {matrix.source: (matrix.rows, matrix.cols) for matrix in matrices.values()}
+    shapes |= {matrix.tensor: (matrix.rows, matrix.cols) for matrix in matrices.values()}
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     unused = unused_tensors(config, shapes)
     roles = {**roles_of(shapes, config), **dict.fromkeys(unused, Role.OTHER)}
@@ -279,18 +272,30 @@ def _described(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], target
     return QuantizedModel(target, selection, shapes, config, _kv_cache(source))
 
 
-def _is_part(name: str, matrices: Mapping[str, PlannedMatrix]) -> bool:
+def _refuse_other_forms(source: Checkpoint, matrices: Mapping[str, Matrix], target: Layout) -> None:
+    """Raise InputError for matrices that the other layout stores in another form, which only the weights can give."""
+    other = [matrix for matrix in matrices.values() if target.schemes.get(matrix.scheme.name) != matrix.scheme]
+    if other:
+        scheme = other[0].scheme
+        raise InputError(
+            f"{source.where} stores {describe([matrix.name for matrix in other], 1)} in {scheme.words} with "
+            f"{scheme.form}, which the {target.name} layout cannot express: convert the "
+            f"source again with --format {target.name}."
+        )
+
+
+def _is_part(name: str, matrices: Mapping[str, Matrix]) -> bool:
     """Whether a tensor is a part of a quantized matrix, in either layout."""
     module, _, leaf = name.rpartition(".")
-    return module in matrices and any(leaf in layout.suffixes for layout in LAYOUTS.values())
+    return module in matrices and any(leaf in part_leaves(layout) for layout in LAYOUTS.values())
 
 
-def _refuse_others(source: Checkpoint, matrices: Mapping[str, PlannedMatrix], roles: Mapping[str, Role]) -> None:
+def _refuse_others(source: Checkpoint, matrices: Mapping[str, Matrix], roles: Mapping[str, Role]) -> None:
     """Raise InputError for quantization that the other layout's config cannot describe."""
-    protected = [module for module, matrix in matrices.items() if roles[matrix.source] not in QUANTIZABLE]
+    protected = [module for module, matrix in matrices.items() if roles[matrix.tensor] not in QUANTIZABLE]
     if protected:
         raise InputError(
-            f"{source.where} has {describe(protected)} in NVFP4 ({roles[matrices[protected[0]].source].value}): "
+            f"{source.where} has {describe(protected)} in NVFP4 ({roles[matrices[protected[0]].tensor].value}): "
             f"nvquant describes only text linears in NVFP4."
         )
     for name, info in source.infos().items():
@@ -327,7 +332,7 @@ def _kv_cache(source: Checkpoint) -> Literal["bf16", "fp8"]:
 
 def _shards(
     source: Checkpoint,
-    matrices: Mapping[str, PlannedMatrix],
+    matrices: Mapping[str, Matrix],
     layout: Layout,
     target: Layout,
     scalars: Mapping[str, Tensor],

@@ -32,11 +32,14 @@ from ..checkpoint.hub.shards import DownloadedShards
 from ..checkpoint.source import Checkpoint, open_checkpoint, torch_dtype
 from ..checkpoint.writer import TensorEntry
 from ..errors import CheckFailed, EnvironmentLack, InputError, NvquantError
+from ..format.declared import PRESETS
+from ..format.layouts import GLOBAL_SCALES
 from ..format.marlin import count_flushed_blocks, scale_histogram
-from ..plan.plan import SHARD_LIMIT_BYTES, Plan, matrix_entries
+from ..plan.plan import SHARD_LIMIT_BYTES, Plan
+from ..recipe.matrices import matrix_entries
 from ..recipe.roles import Role, text_config
 from ..stream.memory import available_host_bytes, peak_gpu_bytes, peak_host_bytes
-from .config import PRESETS, coverage_in_order, output_configs
+from .config import coverage_in_order, output_configs
 from .options import ConvertOptions, ConvertResult
 from .output import check_output, fresh_partial, publish, write_side_files
 from .progress import Progress
@@ -290,7 +293,7 @@ def assert_holds_plan(plan: Plan, written: Checkpoint) -> None:
             raise CheckFailed(f"llm-compressor did not save {name}.")
         if origin.part is None and not _same_bytes(plan.source, written, name):
             raise CheckFailed(f"llm-compressor saved {name}, but its values differ from the source's.")
-        if origin.part in ("weight_global", "input_global"):
+        if origin.part in GLOBAL_SCALES:
             value = float(written.read(name))
             if not (math.isfinite(value) and value > 0):
                 raise CheckFailed(f"llm-compressor saved {name} as {value!r}, which is not a scale.")

@@ -134,7 +134,7 @@ def _plan(source: Path, recipe_name: str, format_name: str) -> Plan:
 
 def _convert(plan: Plan, output: Path, sink: ProgressSink) -> ConvertResult:
     calibration = None
-    if plan.recipe.needs_calibration:
+    if plan.needs_calibration:
         calibration = load_calibration(
             plan.recipe.calibration.set,
             model_folder=plan.source.folder,

@@ -58,8 +58,7 @@ def census(plan: Plan) -> list[Group]:
     bytes_in: dict[tuple[str, str], int] = {}
     counted: set[str] = set()
     for name, origin in plan.origins.items():
-        module = origin.source.removesuffix(".weight")
-        scheme = plan.matrices[module].scheme if origin.part else infos[origin.source].dtype
+        scheme = plan.matrices[origin.matrix].scheme.name if origin.matrix else infos[origin.source].dtype
         key = (plan.selection.roles[origin.source].value, scheme)
         tensors[key] = tensors.get(key, 0) + 1
         bytes_out[key] = bytes_out.get(key, 0) + sizes[name]
@@ -148,7 +147,7 @@ def fixed_memory(plan: Plan, batch_tokens: int, gpu: bool) -> Memory:
     layers = plan.tensors_by_layer().values()
     layer = max((sum(infos[name].nbytes for name in names) for names in layers), default=0)
     output = max((shard.tensor_bytes for shard in plan.shards if shard.layer is not None), default=0)
-    matrix = max((matrix.source_bytes for matrix in plan.matrices.values()), default=0)
+    matrix = max((plan.source_bytes(matrix) for matrix in plan.matrices.values()), default=0)
     text = text_config(plan.source.config)
     hidden, inner = config_int(text, "hidden_size"), config_largest(text, "intermediate_size")
     working = batch_tokens * (12 * hidden + 6 * inner) * (BF16_BYTES if gpu else 4)
@@ -169,7 +168,7 @@ def forecast_memory(plan: Plan, samples: int, sequence_length: int, batch_size: 
         samples, sequence_length, batch_size: of the calibration.
         gpu: whether a GPU computes.
     """
-    if not plan.recipe.needs_calibration:
+    if not plan.needs_calibration:
         return fixed_memory(plan, 0, gpu)
     fixed = fixed_memory(plan, batch_size * sequence_length, gpu)
     hidden_size = config_int(text_config(plan.source.config), "hidden_size")

@@ -4,55 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from ..checkpoint.custom_code import lack_of_code
-from ..checkpoint.headers import TensorInfo
+from ..checkpoint.headers import DTYPE_BYTES, TensorInfo
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.writer import TensorEntry, build_header, order_entries
 from ..errors import InputError
-from ..format.constants import BLOCK
 from ..format.layouts import Layout
+from ..format.schemes import Part
 from ..recipe.decoder import decoder_prefix, layer_index
 from ..recipe.groups import FusedGroup
 from ..recipe.match import Selection, select
+from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import Role
-from ..recipe.schema import Recipe, Scheme
+from ..recipe.schema import Recipe
 from .heads import refuse_other_head
 from .quantized_source import refuse_quantized
 
 SHARD_LIMIT_BYTES = 5_000_000_000
-Part = Literal["packed", "scales", "weight_global", "input_global"]
-
-
-@dataclass(frozen=True)
-class PlannedMatrix:
-    """A matrix to be quantized.
-
-    Attributes:
-        module: its module's name. The source tensor is `module + ".weight"`.
-        group: name of its fused group.
-    """
-
-    module: str
-    scheme: Scheme
-    group: str
-    rows: int
-    cols: int
-    source_bytes: int
-
-    @property
-    def source(self) -> str:
-        """Name of the source tensor."""
-        return f"{self.module}.weight"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of an output tensor: a copied source tensor, or one tensor of a quantized matrix."""
+    """The origin of an output tensor: a copied source tensor, or a part of a quantized matrix.
+
+    Attributes:
+        source: name of the source tensor.
+        matrix: name of the matrix, or None for a copy.
+    """
 
     source: str
     part: Part | None = None
+    matrix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +68,7 @@ class Plan:
 
     Attributes:
         model: name of the source in reports.
-        matrices: the matrices to quantize by module name, in the model's order.
+        matrices: the matrices to quantize by name, in the model's order.
         groups: their fused groups.
         origins: the origin of each output tensor.
         shards: the output files, in the order of their names.
@@ -97,7 +80,7 @@ class Plan:
     recipe: Recipe
     layout: Layout
     selection: Selection
-    matrices: Mapping[str, PlannedMatrix]
+    matrices: Mapping[str, Matrix]
     groups: tuple[FusedGroup, ...]
     origins: Mapping[str, Origin]
     shards: tuple[PlannedShard, ...]
@@ -117,6 +100,15 @@ class Plan:
     def file_bytes(self) -> int:
         """Bytes of all output shards, headers included."""
         return sum(shard.file_bytes for shard in self.shards)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether servers round the inputs of any matrix under a stored scale."""
+        return any(matrix.scheme.inputs == "calibrated" for matrix in self.matrices.values())
+
+    def source_bytes(self, matrix: Matrix) -> int:
+        """Bytes of a matrix in the source."""
+        return matrix.rows * matrix.cols * DTYPE_BYTES[self.source.info(matrix.tensor).dtype]
 
     @property
     def layers(self) -> list[int]:
@@ -159,52 +151,48 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
         raise InputError(
             f"{model} has no decoder layers (no tensor has a name like …layers.N.…): choose a decoder model."
         )
-    if layout.name == "modelopt" and len(set(selection.schemes.values())) > 1:
-        raise InputError(
-            f"recipe {recipe.name} mixes schemes, which the modelopt layout cannot describe: use --format "
-            f"compressed-tensors."
-        )
-    matrices = _matrices(selection, infos)
+    matrices = _matrices(recipe, selection, infos, layout)
     origins, entries = _outputs(infos, matrices, layout)
     shards = _shards(entries, origins, prefix, selection)
     return Plan(model, source, recipe, layout, selection, matrices, selection.groups, origins, shards, prefix)
 
 
-def _matrices(selection: Selection, infos: Mapping[str, TensorInfo]) -> dict[str, PlannedMatrix]:
+def _matrices(
+    recipe: Recipe, selection: Selection, infos: Mapping[str, TensorInfo], layout: Layout
+) -> dict[str, Matrix]:
     group_of = {module: group.name for group in selection.groups for module in group.members}
     result = {}
-    for module, scheme in selection.schemes.items():
-        info = infos[f"{module}.weight"]
-        result[module] = PlannedMatrix(module, scheme, group_of[module], info.shape[0], info.shape[1], info.nbytes)
+    for module, name in selection.schemes.items():
+        if name not in layout.schemes:
+            raise InputError(
+                f"recipe {recipe.name}: the {layout.name} layout has no form for scheme {name}: choose the other "
+                f"layout with --format, or another scheme."
+            )
+        tensor, group = f"{module}.weight", group_of[module]
+        rows, cols = infos[tensor].shape
+        result[module] = Matrix(module, tensor, layout.schemes[name], rows, cols, group, group, group)
     return result
 
 
-def matrix_entries(matrix: PlannedMatrix, layout: Layout) -> dict[Part, TensorEntry]:
-    """The output tensors of a matrix in a layout, by part. Weight-only matrices have no input global scale."""
-    name = f"{matrix.module}."
-    entries: dict[Part, TensorEntry] = {
-        "packed": TensorEntry(name + layout.packed, "U8", (matrix.rows, matrix.cols // 2)),
-        "scales": TensorEntry(name + layout.scales, "F8_E4M3", (matrix.rows, matrix.cols // BLOCK)),
-        "weight_global": TensorEntry(name + layout.weight_global, "F32", layout.scalar_shape),
-    }
-    if matrix.scheme == "nvfp4":
-        entries["input_global"] = TensorEntry(name + layout.input_global, "F32", layout.scalar_shape)
-    return entries
-
-
 def _outputs(
-    infos: Mapping[str, TensorInfo], matrices: Mapping[str, PlannedMatrix], layout: Layout
+    infos: Mapping[str, TensorInfo], matrices: Mapping[str, Matrix], layout: Layout
 ) -> tuple[dict[str, Origin], dict[str, TensorEntry]]:
-    by_source = {matrix.source: matrix for matrix in matrices.values()}
+    by_tensor: dict[str, list[Matrix]] = {}
+    for matrix in matrices.values():
+        by_tensor.setdefault(matrix.tensor, []).append(matrix)
     origins: dict[str, Origin] = {}
     entries: dict[str, TensorEntry] = {}
+    expected = 0
     for name, info in infos.items():
-        if name in by_source:
-            for part, entry in matrix_entries(by_source[name], layout).items():
-                origins[entry.name], entries[entry.name] = Origin(name, part), entry
-        else:
+        for matrix in by_tensor.get(name, ()):
+            parts = matrix_entries(matrix, layout)
+            expected += len(parts)
+            for part, entry in parts.items():
+                origins[entry.name], entries[entry.name] = Origin(name, part, matrix.name), entry
+        if name not in by_tensor:
+            expected += 1
             origins[name], entries[name] = Origin(name), TensorEntry(name, info.dtype, info.shape)
-    if len(entries) != len(infos) + sum(len(matrix_entries(matrix, layout)) - 1 for matrix in matrices.values()):
+    if len(entries) != expected:
         raise InputError(
             "the source stores tensors under names that the output requires for scales: choose a source that is not "
             "quantized."

@@ -79,7 +79,7 @@ def measure_work(plan: Plan, samples: int, sequence_length: int, batch_size: int
         samples, sequence_length, batch_size: of the calibration. They are ignored if the recipe has none.
     """
     infos = plan.source.infos()
-    if not plan.recipe.needs_calibration:
+    if not plan.needs_calibration:
         samples = 0
     root = plan.prefix.removesuffix("layers")
     rest = [info for name, info in infos.items() if plan.layer_of(name) is None]
@@ -109,7 +109,7 @@ def _layers(plan: Plan, infos: Mapping[str, TensorInfo], sequence_length: int) -
     share = share_of_experts(text_config(config))
     elements: dict[int, int] = dict.fromkeys(names, 0)
     for matrix in plan.matrices.values():
-        elements[plan.layer_of(matrix.source) or 0] += matrix.rows * matrix.cols
+        elements[plan.layer_of(matrix.tensor) or 0] += matrix.rows * matrix.cols
     found = []
     for at, (layer, tensors) in enumerate(names.items()):
         used = [infos[name] for name in tensors if name not in unused]

@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from torch import Tensor
 
-from ..format.blocks import BlockQuantized
+from ..calibrate.statistics import InputStatistics
+from ..format.schemes import Part
+from ..recipe.matrices import Matrix
+
+Need = Literal["mean_square"]
+"""A statistic of the inputs: the mean square of each column."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The choices of a quantizer that verification recomputes from the source.
+
+    Attributes:
+        headroom: factor by which block scales may exceed amax / 6, applied to the global scale (a power of two).
+        scale_offsets: allowed distances of a block scale's E4M3 byte from that of round-to-nearest.
+        codes: `nearest` if every code is the nearest one under its stored scale.
+    """
+
+    headroom: float
+    scale_offsets: range
+    codes: Literal["nearest"] = "nearest"
+
+
+@dataclass(frozen=True)
+class QuantizedGroup:
+    """The matrices of a fused group.
+
+    Attributes:
+        amax: the largest magnitude of the group's weights, from which all shared scales follow.
+        parts: for each matrix, by name, its tensors that no record of the run holds: all but scalars. They are on the
+            weights' device.
+    """
+
+    amax: float
+    parts: Mapping[str, Mapping[Part, Tensor]]
 
 
 class Quantizer(Protocol):
-    """Turns a matrix into codes and block scales under a given global scale.
+    """Turns the matrices of a fused group into codes and scales.
 
     Attributes:
         name: its name in recipes and for `--quantizer`.
-        headroom: factor by which block scales may exceed amax / 6, applied to the global scale (a power of two).
-        uses_mean_square: whether `quantize` weighs columns by the mean square of their inputs.
+        schemes: names of the schemes that it can quantize to.
+        needs: the statistics of the inputs that `quantize` uses.
+        lane: whose inputs the statistics are of.
+        by_site: whether the inputs of a group depend on the quantized groups before it in the same layer.
+        claim: see `Claim`.
     """
 
     @property
@@ -24,24 +63,41 @@ class Quantizer(Protocol):
         ...
 
     @property
-    def headroom(self) -> float:
+    def schemes(self) -> frozenset[str]:
         """See the class."""
         ...
 
     @property
-    def uses_mean_square(self) -> bool:
+    def needs(self) -> frozenset[Need]:
         """See the class."""
         ...
 
-    def quantize(self, weight: Tensor, scale: Tensor, mean_square: Tensor | None = None) -> BlockQuantized:
-        """Quantize one matrix.
+    @property
+    def lane(self) -> Literal["source", "quantized"]:
+        """See the class."""
+        ...
+
+    @property
+    def by_site(self) -> bool:
+        """See the class."""
+        ...
+
+    @property
+    def claim(self) -> Claim:
+        """See the class."""
+        ...
+
+    def quantize(
+        self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: InputStatistics | None
+    ) -> QuantizedGroup:
+        """Quantize a fused group.
 
         Args:
-            weight: [rows, cols], bfloat16, float16 or float32, finite, cols divisible by 16.
-            scale: float32 scalar, the global scale (divisor) shared by the fused group.
-            mean_square: float64 [cols], the mean square of each input channel over the calibration tokens, or
-                None without calibration.
-        Returns:
-            packed codes and block scales on the weight's device.
+            group: its matrices, all in one scheme.
+            weights: of each matrix, [rows, cols], bfloat16, float16 or float32, on one device.
+            inputs: statistics of the shared input, or None without calibration.
+        Raises:
+            NonFiniteError: a NaN or an infinity in a weight.
+            InputError: weights that the scheme or the quantizer cannot represent.
         """
         ...

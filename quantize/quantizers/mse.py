@@ -8,16 +8,23 @@ to the smaller scale. Sums are taken over neighbouring pairs in a fixed order, s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..calibrate.statistics import InputStatistics
 from ..format.blocks import BlockQuantized, quantize_blocks
 from ..format.constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN
 from ..format.e2m1 import rounding_magic
 from ..format.kernels import has_kernel, quantize_with_kernel
 from ..format.scales import block_scale_bytes, decode_e4m3, sixth
+from ..format.schemes import NVFP4, NVFP4_A16
+from ..recipe.matrices import Matrix
+from .base import Claim, Need, QuantizedGroup
+from .blocks import BlockScales
 
 LOWEST, HIGHEST = 0.85, 1.8
 # From the byte of the nearest scale; at most 8 E4M3 values lie in an octave and log2(1.8 / 0.85) is 1.08.
@@ -25,22 +32,44 @@ OFFSETS = range(-2, 8)
 LARGEST_BYTE = 0x7E
 
 
+def sweep_blocks(weight: Tensor, scale: Tensor, mean_square: Tensor | None = None) -> BlockQuantized:
+    """Quantize one matrix with the best scale of each block.
+
+    Args:
+        weight: [rows, cols], bfloat16, float16 or float32, finite, cols divisible by 16.
+        scale: float32 scalar, the global scale (divisor) of the fused group.
+        mean_square: float64 [cols], the mean square of each column's input over the calibration tokens, or None.
+    """
+    importance = block_importance(weight.shape[1], mean_square).to(weight.device)
+    scale = scale.to(weight.device)
+    if has_kernel(weight):
+        weights = importance if mean_square is not None else None
+        return quantize_with_kernel(weight, scale, weights, (LOWEST, HIGHEST, OFFSETS[0], OFFSETS[-1]))
+    return quantize_blocks(weight, scale, lambda blocks, _: sweep_scales(blocks, scale, importance))
+
+
+CLAIM = Claim(headroom=2.0, scale_offsets=OFFSETS)
+
+
 @dataclass(frozen=True)
 class MSE:
     """Least weighted squared error over the E4M3 scales near amax / 6."""
 
     name: str = "mse"
-    headroom: float = 2.0
-    uses_mean_square: bool = True
+    schemes: frozenset[str] = frozenset({NVFP4.name, NVFP4_A16.name})
+    needs: frozenset[Need] = frozenset({"mean_square"})
+    lane: Literal["source", "quantized"] = "source"
+    by_site: bool = False
+    claim: Claim = CLAIM
 
-    def quantize(self, weight: Tensor, scale: Tensor, mean_square: Tensor | None = None) -> BlockQuantized:
+    def quantize(
+        self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: InputStatistics | None
+    ) -> QuantizedGroup:
         """See `Quantizer.quantize`."""
-        importance = block_importance(weight.shape[1], mean_square).to(weight.device)
-        scale = scale.to(weight.device)
-        if has_kernel(weight):
-            weights = importance if mean_square is not None else None
-            return quantize_with_kernel(weight, scale, weights, (LOWEST, HIGHEST, OFFSETS[0], OFFSETS[-1]))
-        return quantize_blocks(weight, scale, lambda blocks, _: sweep_scales(blocks, scale, importance))
+        mean_square = None if inputs is None else inputs.mean_square
+        return BlockScales(self.claim.headroom).quantize(
+            group, weights, lambda weight, scale: sweep_blocks(weight, scale, mean_square)
+        )
 
 
 def block_importance(cols: int, mean_square: Tensor | None) -> Tensor:

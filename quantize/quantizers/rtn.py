@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
+from ..calibrate.statistics import InputStatistics
 from ..format.blocks import BlockQuantized, quantize_blocks
 from ..format.kernels import has_kernel, quantize_with_kernel
+from ..format.schemes import NVFP4, NVFP4_A16
+from ..recipe.matrices import Matrix
+from .base import Claim, Need, QuantizedGroup
+from .blocks import BlockScales
+
+
+def round_blocks(weight: Tensor, scale: Tensor) -> BlockQuantized:
+    """Quantize one matrix to nearest, as llm-compressor's minmax observer and modelopt's max calibration do.
+
+    Args:
+        weight: [rows, cols], bfloat16, float16 or float32, finite, cols divisible by 16.
+        scale: float32 scalar, the global scale (divisor) of the fused group.
+    """
+    return quantize_with_kernel(weight, scale) if has_kernel(weight) else quantize_blocks(weight, scale)
+
+
+CLAIM = Claim(headroom=1.0, scale_offsets=range(1))
 
 
 @dataclass(frozen=True)
 class RTN:
-    """Round to nearest, as in llm-compressor's minmax observer and modelopt's max calibration."""
+    """Round to nearest."""
 
     name: str = "rtn"
-    headroom: float = 1.0
-    uses_mean_square: bool = False
+    schemes: frozenset[str] = frozenset({NVFP4.name, NVFP4_A16.name})
+    needs: frozenset[Need] = frozenset()
+    lane: Literal["source", "quantized"] = "source"
+    by_site: bool = False
+    claim: Claim = CLAIM
 
-    def quantize(self, weight: Tensor, scale: Tensor, mean_square: Tensor | None = None) -> BlockQuantized:
-        """See `Quantizer.quantize`. `mean_square` is not used."""
-        return quantize_with_kernel(weight, scale) if has_kernel(weight) else quantize_blocks(weight, scale)
+    def quantize(
+        self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: InputStatistics | None
+    ) -> QuantizedGroup:
+        """See `Quantizer.quantize`. `inputs` are not used."""
+        return BlockScales(self.claim.headroom).quantize(group, weights, round_blocks)

@@ -17,7 +17,7 @@ from .drafts import drafts_behind
 from .groups import FUSIONS, Fusion, Fusions
 from .match import Selection, fusions_of
 from .roles import QUANTIZABLE, Role, module_of
-from .schema import Scheme
+from .schema import SchemeName
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Coverage:
         ignore_parts: parts of a name that mark a complete branch as unquantized, such as `vision_tower`.
     """
 
-    targets: Mapping[Scheme, tuple[Pattern, ...]]
+    targets: Mapping[SchemeName, tuple[Pattern, ...]]
     ignore: tuple[Pattern, ...]
     ignore_parts: tuple[str, ...]
 
@@ -91,7 +91,7 @@ def coverage_of(
     """
     config = config or {}
     prefix, fusions = decoder_prefix(shapes, config) or "model.layers", fusions_of(shapes, config)
-    quantized: dict[Scheme, list[str]] = {}
+    quantized: dict[SchemeName, list[str]] = {}
     for module, scheme in selection.schemes.items():
         quantized.setdefault(scheme, []).append(module)
     inside = [name for name in shapes if layer_index(name, prefix) is not None and len(shapes[name]) > 1]

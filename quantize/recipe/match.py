@@ -14,7 +14,7 @@ from .decoder import decoder_prefix, unexpected_layer
 from .groups import FusedGroup, Fusions
 from .patterns import matches
 from .roles import QUANTIZABLE, Role, describe, module_of, roles_of, unused_tensors
-from .schema import SELECTORS, Recipe, Scheme
+from .schema import SELECTORS, Recipe, SchemeName
 
 SOURCE_DTYPES = ("BF16", "F16", "F32")
 _SELECTED_ROLE = {"mlp": Role.MLP, "attention": Role.ATTENTION}
@@ -25,14 +25,14 @@ class Selection:
     """The effect of a recipe on a model.
 
     Attributes:
-        schemes: scheme of each quantized module, in the model's order.
+        schemes: name of the scheme of each quantized module, in the model's order.
         groups: the fused groups of these modules.
         roles: role of every tensor.
         unused: tensors that no layer of the model reads (k and v of layers that share another layer's). They are
             copied.
     """
 
-    schemes: Mapping[str, Scheme]
+    schemes: Mapping[str, SchemeName]
     groups: tuple[FusedGroup, ...]
     roles: Mapping[str, Role]
     unused: frozenset[str]
@@ -56,7 +56,7 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
     unused = unused_tensors(config, tensors)
     roles.update(dict.fromkeys(unused, Role.OTHER))
     _check_experts(recipe, roles, model)
-    schemes: dict[str, Scheme] = {}
+    schemes: dict[str, SchemeName] = {}
     for entry in recipe.quantize:
         for pattern in entry.modules:
             for module in _matches(pattern, tensors, roles, unused, recipe, model):
@@ -135,7 +135,7 @@ def _matches(
     return found
 
 
-def _check_matrices(schemes: Mapping[str, Scheme], tensors: Mapping[str, TensorInfo]) -> None:
+def _check_matrices(schemes: Mapping[str, SchemeName], tensors: Mapping[str, TensorInfo]) -> None:
     for module in schemes:
         info = tensors[f"{module}.weight"]
         if len(info.shape) != 2 or info.shape[1] % BLOCK:
@@ -159,7 +159,7 @@ def _check_experts(recipe: Recipe, roles: Mapping[str, Role], model: str) -> Non
 def _check_groups(
     recipe: Recipe,
     groups: tuple[FusedGroup, ...],
-    schemes: Mapping[str, Scheme],
+    schemes: Mapping[str, SchemeName],
     roles: Mapping[str, Role],
     fusions: Fusions,
 ) -> None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from ..checkpoint.json_text import quoted
 from .patterns import PatternError, compiled
 
-Scheme = Literal["nvfp4", "nvfp4-a16"]
+SchemeName = Literal["nvfp4", "nvfp4-a16", "fp8"]
 SELECTORS = ("mlp", "attention")
 
 
@@ -24,11 +24,11 @@ class QuantizeEntry(_Strict):
     Attributes:
         modules: `mlp` or `attention` (the text decoder's, by role), a module's exact name, or `re:` and a regular
             expression that is matched from the start of the module's name.
-        scheme: `nvfp4` (W4A4) or `nvfp4-a16` (weight-only).
+        scheme: `nvfp4` (W4A4), `nvfp4-a16` (weight-only) or `fp8` (W8A8).
     """
 
     modules: tuple[str, ...] = Field(min_length=1)
-    scheme: Scheme
+    scheme: SchemeName
 
     @field_validator("modules", mode="before")
     @classmethod
@@ -127,8 +127,3 @@ class Recipe(_Strict):
     kv_cache: Annotated[KvCache, BeforeValidator(_none_is_default)] = KvCache()
     calibration: Annotated[Calibration, BeforeValidator(_none_is_default)] = Calibration()
     verify: Annotated[Verify, BeforeValidator(_none_is_default)] = Verify()
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether any matrix's inputs are quantized."""
-        return any(entry.scheme == "nvfp4" for entry in self.quantize)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from ..format.declared import MIXED_ALGORITHM
 from .groups import members_called
 from .patterns import matches
 from .roles import Role, role_of
@@ -87,6 +88,10 @@ def modelopt_verdict(module: str, config: Mapping[str, object], members: Sequenc
     of `compressed_tensors_verdict`."""
     exclude = _entries(config.get("ignore") or config.get("exclude_modules"))
     algorithm = str(config.get("quant_algo"))
+    layers = config.get("quantized_layers") if algorithm == MIXED_ALGORITHM else None
+    listed = None
+    if isinstance(layers, Mapping):
+        listed = {str(name): _algorithm_of(entry) for name, entry in layers.items()}
 
     def verdict(name: str, at: int) -> str:
         entries = [_rename(part, at) for entry in exclude for part in _split_wildcard(entry)]
@@ -95,9 +100,42 @@ def modelopt_verdict(module: str, config: Mapping[str, object], members: Sequenc
             return REFUSED
         if skipped or any(entry in name or fnmatchcase(name, entry) for entry in entries):
             return UNQUANTIZED
-        return UNQUANTIZED if "vision_tower" in name or "vision_model" in name else algorithm
+        if "vision_tower" in name or "vision_model" in name:
+            return UNQUANTIZED
+        if listed is None:
+            return algorithm
+        return _listed_algorithm(name, {_rename(module, at): found for module, found in listed.items()}, members)
 
     return _same_under_all_names(module, verdict)
+
+
+def _algorithm_of(entry: object) -> str:
+    return str(entry.get("quant_algo")).upper() if isinstance(entry, Mapping) else UNQUANTIZED
+
+
+def _listed_algorithm(name: str, listed: Mapping[str, str], members: Sequence[str] | None) -> str:
+    """The algorithm of a layer in a config that lists modules: its own, or that of all its listed members."""
+    names = [name, *_as_the_other_class(name)]
+    own = next((listed[candidate] for candidate in names if candidate in listed), None)
+    if own is not None:
+        return own
+    of_members = {listed[shard] for candidate in names for shard in _shards(candidate, members) if shard in listed}
+    if len(of_members) > 1:
+        return REFUSED
+    if of_members:
+        return of_members.pop()
+    below = (algorithm for module, algorithm in listed.items() if any(module.startswith(f"{one}.") for one in names))
+    return next(below, UNQUANTIZED)
+
+
+def _as_the_other_class(name: str) -> list[str]:
+    """The other prefix under which a layer of a multimodal model may be listed."""
+    first, second = "language_model.model.", "model.language_model."
+    if name.endswith(".lm_head"):
+        return ["lm_head"]
+    if name.startswith(first):
+        return [second + name.removeprefix(first)]
+    return [first + name.removeprefix(second)] if name.startswith(second) else []
 
 
 def _entries(value: object) -> list[str]:

@@ -112,13 +112,13 @@ class InputRecord(_Form):
 
 
 class GroupRecord(_Form):
-    """A fused group. A weight-only scheme has no `input`."""
+    """A fused group. A scheme whose inputs need no calibration has no `input`."""
 
     scheme: Word
     members: Annotated[tuple[Line, ...], Field(min_length=1)]
     weight_amax: Amax
     input: InputRecord | None = None
-    marlin_flushed_blocks: Natural
+    marlin_flushed_blocks: Natural = 0
 
 
 class LayerRecord(_Form):

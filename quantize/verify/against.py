@@ -16,7 +16,7 @@ from ..checkpoint.source import Checkpoint, read_json, tensor_bytes, torch_dtype
 from ..errors import InputError
 from ..plan.heads import equal_tensors, tied_pair
 from ..recipe.roles import Role, role_of, unused_tensors
-from .matrices import KV_SCALES, split_name
+from ..weights.stored import KV_SCALES, split_name
 from .report import Finding, counted
 from .subject import Subject, pieces
 from .threads import map_in_threads

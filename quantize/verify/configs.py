@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..checkpoint.source import read_json
 from ..errors import InputError
+from ..format.declared import format_of_group
 from ..format.layouts import LAYOUTS
+from ..format.schemes import SCHEMES
 from ..recipe.vllm_rules import UNQUANTIZED
 from ..stream.manifest import Manifest
-from .matrices import KV_SCALES, layouts_present, split_name
+from ..weights.stored import KV_SCALES, input_leaf, layouts_present, split_name
 from .report import Finding
-from .served import SCHEMES, W4A4, served_layers
+from .served import ServedLayer, served_layers
 from .subject import HF_QUANT_CONFIG, Subject
-
-PACKED_FORMAT = "nvfp4-pack-quantized"
 
 
 def check_layout(subject: Subject) -> Finding:
@@ -52,10 +52,12 @@ def _wrong_formats(quantization: Mapping[str, Any]) -> list[str]:
     groups = quantization.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         return ["config_groups is not a map of groups"]
-    formats = {name: group.get("format") or quantization.get("format") for name, group in groups.items()}
-    return [
-        f"{name} has format {found}, not {PACKED_FORMAT}" for name, found in formats.items() if found != PACKED_FORMAT
-    ]
+    faults = []
+    for name, group in groups.items():
+        found, wanted = group.get("format") or quantization.get("format"), format_of_group(group)
+        if found != wanted:
+            faults.append(f"{name} has format {found}, not {wanted}")
+    return faults
 
 
 def _unequal_hf_quant_config(subject: Subject) -> list[str]:
@@ -66,12 +68,14 @@ def _unequal_hf_quant_config(subject: Subject) -> list[str]:
         return [str(error)]
     if not isinstance(nested, Mapping):
         return [f"{HF_QUANT_CONFIG} has no key quantization"]
-    stated = {
+    stated: dict[str, object] = {
         "quant_algo": subject.quantization.get("quant_algo"),
         "kv_cache_quant_algo": "FP8" if subject.quantization.get("kv_cache_scheme") else None,
         "group_size": _group_size(subject.quantization),
         "exclude_modules": _sorted(subject.quantization.get("ignore")),
     }
+    if "quantized_layers" in subject.quantization or "quantized_layers" in nested:
+        stated["quantized_layers"] = subject.quantization.get("quantized_layers")
     found = {key: nested.get(key) for key in stated}
     found["exclude_modules"] = _sorted(found["exclude_modules"])
     return [
@@ -104,31 +108,46 @@ def check_config(subject: Subject) -> Finding:
             faults.append(f"{layer.name} is quantized, but config.json makes it {layer.verdict}")
         elif not layer.quantized and layer.verdict != UNQUANTIZED:
             faults.append(f"{layer.name} is not quantized, but config.json makes it {layer.verdict}")
-    for scheme in SCHEMES:
-        matrices = [
-            subject.matrices[module] for layer in layers if layer.verdict == scheme for module in layer.quantized
-        ]
-        with_input = sum(matrix.has_input_scale for matrix in matrices)
-        if matrices and with_input == (0 if scheme == W4A4 else len(matrices)):
-            faults.append(
-                f"config.json assigns {scheme} to {len(matrices)} matrices, but {with_input} of them have an input "
-                f"scale"
-            )
+    for layer in layers:
+        for module in layer.quantized if layer.verdict in SCHEMES else ():
+            stored = subject.matrices[module].scheme
+            if stored.bits != SCHEMES[layer.verdict].bits:
+                faults.append(f"{module} is stored in {stored.words}, but config.json makes it {layer.verdict}")
+    faults += _unlike_inputs(subject, layers)
     quantized = sum(bool(layer.quantized) for layer in layers)
     return Finding(f"{quantized} quantized and {len(layers) - quantized} other layers under vLLM's rules", faults)
+
+
+def _unlike_inputs(subject: Subject, layers: Sequence[ServedLayer]) -> Iterator[str]:
+    """Schemes of the config whose matrices have no input scales, or all have some, against what the scheme requires."""
+    for name, scheme in SCHEMES.items():
+        modules = [module for layer in layers if layer.verdict == name for module in layer.quantized]
+        matrices = [
+            subject.matrices[module] for module in modules if subject.matrices[module].scheme.bits == scheme.bits
+        ]
+        form = subject.layout.schemes.get(name)
+        if not matrices or form is None:
+            continue
+        with_input = sum(matrix.has_input_scale for matrix in matrices)
+        if with_input == (0 if form.inputs == "calibrated" else len(matrices)):
+            yield (
+                f"config.json assigns {name} to {len(matrices)} matrices, but {with_input} of them have an input scale"
+            )
 
 
 def check_matrices(subject: Subject) -> Finding:
     """Check that each quantized matrix has exactly the tensors of its layout and scheme, with their dtypes and
     shapes."""
     faults = [fault for matrix in subject.matrices.values() for fault in matrix.faults]
-    for scheme in SCHEMES:
-        modules = [m for layer in served_layers(subject) if layer.verdict == scheme for m in layer.quantized]
+    for name, form in subject.layout.schemes.items():
+        modules = [m for layer in served_layers(subject) if layer.verdict == name for m in layer.quantized]
+        modules = [m for m in modules if subject.matrices[m].scheme.bits == form.bits]
         without = [module for module in modules if not subject.matrices[module].has_input_scale]
         if 0 < len(without) < len(modules):
-            odd = without if scheme == W4A4 else [module for module in modules if module not in without]
-            name = subject.layout.input_global
-            faults += [f"{module} {'lacks' if scheme == W4A4 else 'also has'} {name}" for module in odd]
+            needs = form.inputs == "calibrated"
+            odd = without if needs else [module for module in modules if module not in without]
+            leaf = input_leaf(subject.layout, subject.matrices[modules[0]].scheme)
+            faults += [f"{module} {'lacks' if needs else 'also has'} {leaf}" for module in odd]
     tensors = sum(len(matrix.parts) for matrix in subject.matrices.values())
     return Finding(
         f"{len(subject.matrices)} matrices of {tensors:,} tensors, {len(subject.infos) - tensors:,} other tensors",

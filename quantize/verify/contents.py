@@ -60,8 +60,7 @@ def checkpoint_identity(folder: Path) -> dict[str, str | None]:
 def _tensors(subject: Subject) -> Iterator[tuple[str, str, TensorInfo]]:
     """Each tensor with the name that it has in the source, and the group that it is counted to."""
     for module, matrix in subject.matrices.items():
-        scheme = "NVFP4 W4A4" if matrix.has_input_scale else "NVFP4 weight-only"
-        label = f"{_words(subject.model_roles[f'{module}.weight'])}, {scheme}"
+        label = f"{_words(subject.model_roles[f'{module}.weight'])}, {matrix.scheme.words}"
         for info in matrix.parts.values():
             yield f"{module}.weight", label, info
     for name, role in subject.roles.items():

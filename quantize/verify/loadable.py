@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from ..calibrate.skeleton import wanted_shapes
 from ..errors import EnvironmentLack, InputError
 from ..recipe.roles import Role, layer_index, role_of
+from ..weights.stored import KV_SCALES, input_leaf, split_name
 from .files import check_headers
-from .matrices import KV_SCALES, split_name
 from .numerics.served import ServedModel
 from .report import Check, Finding, counted
-from .served import W4A4, served_layers
+from .served import served_layers
 from .structure import ALONE, STAGE
 from .subject import Subject
 
@@ -43,14 +43,14 @@ def loading_checks(subject: Subject, is_proved: bool) -> Iterator[Check]:
 
 def check_complete(subject: Subject) -> Finding:
     """Check that every tensor of the model's class is stored, in the shape that config.json describes, and that every
-    W4A4 matrix has its input scale.
+    matrix whose scheme requires an input scale has one.
 
     Where transformers does not know the class, or the checkpoint uses other names, only input scales are checked.
     """
     scales = [
-        f"{module} lacks {subject.layout.input_global}, which its scheme W4A4 requires"
+        f"{module} lacks {input_leaf(subject.layout, form)}, which its scheme {form.words} requires"
         for layer in served_layers(subject)
-        if layer.verdict == W4A4
+        if (form := subject.layout.schemes.get(layer.verdict)) is not None and form.inputs == "calibrated"
         for module in layer.quantized
         if not subject.matrices[module].has_input_scale
     ]

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from ..calibrate.statistics import calibrated_amax
+from ..calibrate.input_scales import stored_amax
 from ..checkpoint.headers import TensorInfo
-from ..convert.matrices import stored_scalar
 from ..errors import InputError
 from ..format.constants import BLOCK
 from ..format.scales import block_scale_bytes, decode_e4m3, global_scale
-from ..plan.plan import Part
-from ..quantizers import QUANTIZERS
+from ..format.schemes import INPUT_PARTS, Part, Scheme
+from ..quantizers import QUANTIZERS, quantizer_for
 from ..quantizers.base import Quantizer
-from ..quantizers.mse import OFFSETS
 from ..recipe.match import select
 from ..stream.manifest import Manifest, RecordedGroup
+from ..stream.scalars import scalar_values
 from .report import Finding, counted, not_applicable
-from .served import W4A4, WEIGHT_ONLY
 from .subject import Subject
 
-# How far a block scale's byte may lie from round-to-nearest's, by quantizer.
-BYTE_OFFSETS = {"rtn": range(1), "mse": OFFSETS}
 _NO_MANIFEST = "no manifest, so another tool made this checkpoint"
 
 
 def own_quantizer(subject: Subject) -> Quantizer | None:
     """The quantizer that the manifest names, where it is one of nvquant's whose results can be recomputed."""
     name = subject.manifest.quantizer if isinstance(subject.manifest, Manifest) else None
-    return QUANTIZERS[name] if name in QUANTIZERS and name in BYTE_OFFSETS else None
+    return QUANTIZERS.get(name) if name is not None else None
 
 
 def check_manifest(subject: Subject) -> Finding:
@@ -44,8 +42,8 @@ def check_manifest(subject: Subject) -> Finding:
     if manifest.quantizer not in QUANTIZERS:
         faults.append(f"quantizer {manifest.quantizer} is unknown (known: {', '.join(QUANTIZERS)})")
     faults += _unlike_recipe(subject, manifest)
-    if (manifest.framing is not None) != any(group.record.scheme == W4A4 for group in manifest.groups.values()):
-        faults.append("calibration is recorded for weight-only groups, or missing for others")
+    if (manifest.framing is not None) != any(is_calibrated(subject, group) for group in manifest.groups.values()):
+        faults.append("calibration is recorded although no group requires it, or missing for groups that do")
     stored = {group.name: group.members for group in subject.groups}
     faults += [f"{name} is recorded but not quantized" for name in manifest.groups if name not in stored]
     faults += [f"{name} is quantized but not recorded" for name in stored if name not in manifest.groups]
@@ -60,7 +58,7 @@ def check_manifest(subject: Subject) -> Finding:
 
 def _unlike_recipe(subject: Subject, manifest: Manifest) -> list[str]:
     """Matrices whose scheme is not what the recipe selects on the unquantized model, as the tensors tell of it."""
-    stored = {m.module: W4A4 if m.has_input_scale else WEIGHT_ONLY for m in subject.matrices.values()}
+    stored = {m.module: m.scheme.name for m in subject.matrices.values()}
     infos = {name: info for name, info in subject.infos.items() if name in subject.roles}
     for matrix in subject.matrices.values():
         shape = (matrix.rows, matrix.cols) if matrix.is_sound else (BLOCK, BLOCK)
@@ -81,33 +79,45 @@ def _group_faults(subject: Subject, group: RecordedGroup, members: tuple[str, ..
     record = group.record
     if sorted(record.members) != sorted(members):
         return [f"{group.name} has the members {', '.join(members)}, but {', '.join(record.members)} are recorded"]
-    schemes = {W4A4 if subject.matrices[module].has_input_scale else WEIGHT_ONLY for module in members}
+    schemes = {subject.matrices[module].scheme.name for module in members}
     faults = []
     if schemes != {record.scheme}:
         faults.append(f"{group.name} is stored as {sorted(schemes)}, not {record.scheme}")
-    if (record.input is not None) != (record.scheme == W4A4):
+    if (record.input is not None) != is_calibrated(subject, group):
         faults.append(f"{group.name}: input statistics do not fit scheme {record.scheme}")
     files = {subject.checkpoint.files[info.name] for m in members for info in subject.matrices[m].parts.values()}
     return faults if files == {group.file} else [*faults, f"{group.name} lies in {sorted(files)}, not in {group.file}"]
 
 
+def form_of(subject: Subject, group: RecordedGroup) -> Scheme | None:
+    """The form of a recorded scheme in the checkpoint's layout. None for a scheme that nvquant does not know."""
+    return subject.layout.schemes.get(group.record.scheme)
+
+
+def is_calibrated(subject: Subject, group: RecordedGroup) -> bool:
+    """Whether a recorded group must have statistics of its inputs."""
+    form = form_of(subject, group)
+    return form is not None and form.inputs == "calibrated"
+
+
 def check_input_scales(subject: Subject) -> Finding:
-    """Input global scales are, bit for bit, what the recorded amax, low percentile and head-room give."""
+    """Input scales are, bit for bit, what the recorded amax, low percentile and head-room give."""
     manifest = subject.manifest
     if not isinstance(manifest, Manifest):
         return not_applicable("no manifest with observed amaxes")
     faults = []
     looked_at = 0
     for group in manifest.groups.values():
-        if group.record.input is None:
+        seen, form = group.record.input, form_of(subject, group)
+        if seen is None or form is None:
             continue
         headroom = manifest.recipe.activations.headroom
-        calibrated = calibrated_amax(group.record.input.observed_amax, group.record.input.low_percentile, headroom)
-        if calibrated != group.record.input.calibrated_amax:
-            faults.append(
-                f"{group.name}: calibrated amax is {group.record.input.calibrated_amax!r}, follows as {calibrated!r}"
-            )
-        faults += _unequal_scalars(subject, group, "input_global", calibrated)
+        calibrated = stored_amax(form, seen.observed_amax, seen.low_percentile, headroom)
+        if calibrated != seen.calibrated_amax:
+            faults.append(f"{group.name}: calibrated amax is {seen.calibrated_amax!r}, follows as {calibrated!r}")
+        part = next(part for part in form.shared if part in INPUT_PARTS)
+        expected = float(subject.layout.stored_scalar(part, calibrated))
+        faults += _unequal_scalars(subject, group, {part: expected})
         looked_at += 1
     return (
         Finding(counted(looked_at, "group"), faults) if looked_at else not_applicable("no group has quantized inputs")
@@ -115,41 +125,48 @@ def check_input_scales(subject: Subject) -> Finding:
 
 
 def check_weight_scales(subject: Subject) -> Finding:
-    """Weight global scales are, bit for bit, what the recorded amax and quantizer give, and block scales reach it."""
+    """The shared scales of weights are, bit for bit, what the recorded amax and quantizer give, and block scales reach
+    it."""
     manifest, quantizer = subject.manifest, own_quantizer(subject)
     if not isinstance(manifest, Manifest) or quantizer is None:
         return not_applicable("no manifest with weight amaxes of a quantizer known here")
     faults = []
     for group in manifest.groups.values():
-        faults += _unequal_scalars(subject, group, "weight_global", group.record.weight_amax * quantizer.headroom)
+        values = _recorded_values(subject, group, quantizer)
+        faults += _unequal_scalars(subject, group, {p: v for p, v in values.items() if p not in INPUT_PARTS})
         faults += _unreached_top(subject, group, quantizer)
     return Finding(f"{counted(len(manifest.groups), 'group')}, quantizer {quantizer.name}", faults)
 
 
 def recorded_scalars(subject: Subject) -> dict[tuple[str, Part], float]:
-    """The global scales, by module and part, that follow from the amaxes in nvquant's own manifest; empty without one.
+    """The scalars, by module and part, that follow from the amaxes in nvquant's own manifest; empty without one.
 
     Whether amaxes and tensors belong together is for `check_weight_scales` and `check_input_scales`."""
     manifest, quantizer = subject.manifest, own_quantizer(subject)
     found: dict[tuple[str, Part], float] = {}
     if isinstance(manifest, Manifest) and quantizer is not None:
         for group in manifest.groups.values():
-            amaxes: dict[Part, float] = {"weight_global": group.record.weight_amax * quantizer.headroom}
-            if group.record.input is not None:
-                amaxes["input_global"] = group.record.input.calibrated_amax
-            values = {part: float(stored_scalar(amax, subject.layout)) for part, amax in amaxes.items()}
+            values = _recorded_values(subject, group, quantizer)
             found.update({(module, part): value for module in group.record.members for part, value in values.items()})
     return found
 
 
-def _unequal_scalars(subject: Subject, group: RecordedGroup, part: Part, amax: float) -> list[str]:
-    expected = float(stored_scalar(amax, subject.layout))
-    found = {
-        subject.sound[module].parts[part].name: subject.scalars[module, part]
+def _recorded_values(subject: Subject, group: RecordedGroup, quantizer: Quantizer) -> dict[Part, float]:
+    form = form_of(subject, group)
+    if form is None:
+        return {}
+    headroom = quantizer_for(form.name, quantizer).claim.headroom
+    values = scalar_values(subject.layout, form, group.record, headroom)
+    return {part: float(value) for part, value in values.items()}
+
+
+def _unequal_scalars(subject: Subject, group: RecordedGroup, expected: Mapping[Part, float]) -> list[str]:
+    return [
+        f"{subject.sound[module].parts[part].name} is {subject.scalars[module, part]!r}, follows as {value!r}"
         for module in group.record.members
-        if (module, part) in subject.scalars
-    }
-    return [f"{name} is {value!r}, follows as {expected!r}" for name, value in found.items() if value != expected]
+        for part, value in expected.items()
+        if (module, part) in subject.scalars and subject.scalars[module, part] != value
+    ]
 
 
 def _unreached_top(subject: Subject, group: RecordedGroup, quantizer: Quantizer) -> list[str]:
@@ -157,11 +174,11 @@ def _unreached_top(subject: Subject, group: RecordedGroup, quantizer: Quantizer)
     if not group.record.members or not all(module in subject.histograms for module in group.record.members):
         return []
     amax = torch.tensor(group.record.weight_amax, dtype=torch.float32)
-    nearest = int(block_scale_bytes(amax, global_scale(amax, quantizer.headroom)))
+    nearest = int(block_scale_bytes(amax, global_scale(amax, quantizer.claim.headroom)))
     histogram = torch.stack([subject.histograms[module] for module in group.record.members]).sum(0)
     present = histogram[:0x7F].nonzero()
     top = int(present[-1]) if len(present) else 0
-    if top - nearest in BYTE_OFFSETS[quantizer.name]:
+    if top - nearest in quantizer.claim.scale_offsets:
         return []
     largest, wanted = decode_e4m3(torch.tensor([top, nearest], dtype=torch.uint8)).tolist()
     return [f"{group.name}: its largest block scale is {largest:g}, but its recorded amax asks for about {wanted:g}"]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..format.constants import SCALE_RANGE
 from ..format.marlin import RULE_READ_FROM, count_flushed_blocks
+from ..format.schemes import INPUT_PARTS, Part
 from ..plan.heads import HOW_READERS_TAKE_IT, equal_tensors, tied_pair
-from ..plan.plan import Part
 from ..recipe.decoder import LAYER
 from ..recipe.roles import QUANTIZABLE, Role, module_of
 from ..stream.manifest import Manifest
@@ -23,8 +23,7 @@ from .subject import Subject, pieces
 # multiplier meet at 1: few trained models have a larger weight, and a scale stored the wrong way round stands for one.
 # Inputs have no such side: headroom alone brings them to 10^6. Their bound catches a number that is no amax at all.
 SMALLEST_AMAX = SCALE_RANGE / torch.finfo(torch.float32).max
-LARGEST_AMAX = {"weight_global": SCALE_RANGE, "input_global": 1e10}
-SCALE_NAMES = {"weight_global": "weight", "input_global": "input"}
+LARGEST_AMAX = {"weight": SCALE_RANGE, "input": 1e10}
 
 
 def _matrices(number: int) -> str:
@@ -61,42 +60,45 @@ def _first_bad(subject: Subject, module: str) -> tuple[int, int, int]:
 
 
 def check_global_scales(subject: Subject) -> Finding:
-    """Every global scale is finite and positive, and stands for an amax on the right side of 1.
+    """Every scalar scale is finite and positive, and stands for an amax on the right side of 1.
 
-    An amax is 2688 / scale where the layout stores divisors and 2688 * scale where it stores multipliers. Exactly 1.0
-    is what stands for a matrix of zeros. A scale that follows from the manifest's amax needs no bound.
+    An amax is 2688 / scale where the layout stores divisors and 2688 * scale where it stores multipliers, and 448 *
+    scale for FP8. Exactly 1.0 is what stands for a matrix of zeros. A scale that follows from the manifest's amax needs
+    no bound.
     """
     recorded = recorded_scalars(subject)
     faults = []
-    ranges: dict[str, list[float]] = {part: [] for part in SCALE_NAMES}
+    ranges: dict[str, list[float]] = {kind: [] for kind in LARGEST_AMAX}
     for (module, part), value in subject.scalars.items():
-        name = subject.sound[module].parts[part].name
+        name, kind = subject.sound[module].parts[part].name, _kind(part)
         if not math.isfinite(value) or value <= 0:
             faults.append(f"{name} is {value}")
             continue
-        amax = SCALE_RANGE / value if subject.layout.divisor else SCALE_RANGE * value
-        ranges[part].append(amax)
-        if recorded.get((module, part)) != value and not SMALLEST_AMAX <= amax <= LARGEST_AMAX[part]:
+        amax = subject.layout.amax_of(part, value)
+        ranges[kind].append(amax)
+        if recorded.get((module, part)) != value and not SMALLEST_AMAX <= amax <= LARGEST_AMAX[kind]:
             faults.append(f"{name} is {value:.6g}, which stands for an amax of {amax:.3g}")
-    spans = [
-        f"{SCALE_NAMES[part]} scales for amax {min(found):.3g} to {max(found):.3g}"
-        for part, found in ranges.items()
-        if found
-    ]
+    spans = [f"{kind} scales for amax {min(found):.3g} to {max(found):.3g}" for kind, found in ranges.items() if found]
     return Finding(", ".join([_matrices(len(subject.sound)), counted(len(subject.scalars), "scale"), *spans]), faults)
 
 
+def _kind(part: Part) -> str:
+    return "input" if part in INPUT_PARTS else "weight"
+
+
 def check_fused_groups(subject: Subject) -> Finding:
-    """What servers fuse (see `recipe.groups`) is quantized as a whole, its weight and input global scales bit-equal."""
+    """What servers fuse (see `recipe.groups`) is quantized as a whole, in one scheme, its shared scales bit-equal."""
     faults = []
-    parts: tuple[Part, ...] = ("weight_global", "input_global")
     fused = [group for group in subject.groups if len(group.members) > 1]
     for group in fused:
-        for part in parts:
+        schemes = {subject.matrices[module].scheme.words for module in group.members}
+        if len({subject.matrices[module].scheme.bits for module in group.members}) > 1:
+            faults.append(f"{group.name}: its members are in different schemes: {', '.join(sorted(schemes))}")
+        for part in subject.matrices[group.members[0]].scheme.shared:
             values = {m: subject.scalars[m, part] for m in group.members if (m, part) in subject.scalars}
             if len(set(map(repr, values.values()))) > 1:
                 listed = ", ".join(f"{module.rpartition('.')[2]} {value!r}" for module, value in values.items())
-                faults.append(f"{group.name}: {SCALE_NAMES[part]} global scales differ: {listed}")
+                faults.append(f"{group.name}: {_kind(part)} global scales differ: {listed}")
     quantized = {subject.fusions.name(module) for module in subject.matrices}
     for name in subject.roles:
         is_matrix = name.endswith(".weight") and len(subject.infos[name].shape) > 1
@@ -129,7 +131,8 @@ def check_marlin(subject: Subject) -> Finding:
     recorded = subject.manifest.groups if isinstance(subject.manifest, Manifest) else {}
     faults = []
     flushed = blocks = 0
-    for group in subject.sound_groups:
+    blocks_of = [group for group in subject.sound_groups if all(m in subject.histograms for m in group.members)]
+    for group in blocks_of:
         histogram: Tensor = torch.stack([subject.histograms[module] for module in group.members]).sum(0)
         count = count_flushed_blocks(histogram)
         flushed += count

@@ -243,7 +243,7 @@ class ServeStage:
 
     def _asked(self) -> frozenset[Arithmetic]:
         """The arithmetics that the checkpoint's layers are made for."""
-        matrices = self._subject.matrices.values()
+        matrices = [matrix for matrix in self._subject.matrices.values() if matrix.scheme.has_block_scales]
         return frozenset("w4a4" if matrix.has_input_scale else "weight_only" for matrix in matrices)
 
     def _arithmetic(self) -> Arithmetic | None:

@@ -6,20 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..format.declared import ALGORITHMS, scheme_of_algorithm, scheme_of_group
+from ..format.schemes import NVFP4, NVFP4_A16
 from ..recipe.drafts import draft_names
 from ..recipe.patterns import PatternError
 from ..recipe.roles import Role, is_table, module_of
 from ..recipe.vllm_rules import REFUSED, UNQUANTIZED, compressed_tensors_verdict, modelopt_verdict
 from .subject import Subject
-
-W4A4, WEIGHT_ONLY = "nvfp4", "nvfp4-a16"
-SCHEMES = (W4A4, WEIGHT_ONLY)
-_ALGORITHMS = {"NVFP4": W4A4, "W4A16_NVFP4": WEIGHT_ONLY}
-# The keys of compressed-tensors' QuantizationArgs, which refuses others; read from 0.17.0 and 0.19.0.
-_NUMBER_KEYS = frozenset(
-    {"num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
-     "zp_dtype", "observer", "observer_kwargs"}
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,22 +63,29 @@ def scheme_of(layer: str, quantization: Mapping[str, Any], members: Sequence[str
     """The scheme that vLLM gives a layer under a `quantization_config`. See `ServedLayer.verdict`, and
     `compressed_tensors_verdict` for `members`."""
     if quantization.get("quant_method") == "modelopt":
-        verdict = modelopt_verdict(layer, {**quantization, "quant_algo": _algorithm(quantization)}, members)
-        return _ALGORITHMS.get(verdict, verdict)
+        return _modelopt_scheme(layer, quantization, members)
     groups = _groups(quantization)
     try:
         verdict = compressed_tensors_verdict(layer, {**quantization, "config_groups": groups}, members)
     except PatternError:
         return REFUSED
-    return verdict if verdict in (UNQUANTIZED, REFUSED) else _group_scheme(groups[verdict])
+    if verdict in (UNQUANTIZED, REFUSED):
+        return verdict
+    return scheme_of_group(groups[verdict], quantization.get("format"))
+
+
+def _modelopt_scheme(layer: str, quantization: Mapping[str, Any], members: Sequence[str] | None) -> str:
+    verdict = modelopt_verdict(layer, {**quantization, "quant_algo": _algorithm(quantization)}, members)
+    return verdict if verdict in (UNQUANTIZED, REFUSED) else scheme_of_algorithm(verdict)
 
 
 def _algorithm(quantization: Mapping[str, Any]) -> str:
     """modelopt's algorithm as vLLM reads it: without input_activations in any group, NVFP4 is weight-only."""
     algorithm = str(quantization.get("quant_algo")).upper()
     groups = list(_groups(quantization).values())
-    if algorithm == "NVFP4" and groups and all(group.get("input_activations") is None for group in groups):
-        return "W4A16_NVFP4"
+    is_nvfp4 = algorithm == ALGORITHMS[NVFP4.name]
+    if is_nvfp4 and groups and all(group.get("input_activations") is None for group in groups):
+        return ALGORITHMS[NVFP4_A16.name]
     return algorithm
 
 
@@ -93,29 +93,3 @@ def _groups(quantization: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     groups = quantization.get("config_groups")
     pairs = groups.items() if isinstance(groups, Mapping) else ()
     return {name: group for name, group in pairs if isinstance(group, Mapping)}
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _group_scheme(group: Mapping[str, Any]) -> str:
-    """The scheme of a config group of compressed-tensors, by vLLM's `_is_nvfp4_format`."""
-    if not _is_nvfp4(group.get("weights")):
-        return "not NVFP4"
-    inputs = group.get("input_activations")
-    if inputs is None:
-        return WEIGHT_ONLY
-    return W4A4 if _is_nvfp4(inputs) else REFUSED
-
-
-def _is_nvfp4(numbers: object) -> bool:
-    return (
-        isinstance(numbers, Mapping)
-        and set(numbers) <= _NUMBER_KEYS
-        and numbers.get("num_bits") == 4
-        and numbers.get("type") == "float"
-        and numbers.get("strategy") == "tensor_group"
-        and numbers.get("group_size") == 16
-        and numbers.get("symmetric", True) is True
-    )

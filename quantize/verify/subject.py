@@ -25,13 +25,14 @@ from ..checkpoint.shard_bytes import LocalBytes, ShardBytes
 from ..checkpoint.sidefiles import side_files
 from ..checkpoint.source import Checkpoint, read_json
 from ..errors import InputError
+from ..format.declared import MIXED_ALGORITHM, REFUSED, scheme_of_algorithm, scheme_of_group
 from ..format.layouts import COMPRESSED_TENSORS, LAYOUTS, Layout
 from ..format.marlin import scale_histogram
-from ..plan.plan import Part
+from ..format.schemes import SCHEMES, Part
 from ..recipe.groups import FusedGroup, Fusions
 from ..recipe.roles import Role, module_of, roles_of, unused_tensors
 from ..stream.manifest import Manifest, read_manifest
-from .matrices import Matrix, find_matrices, layouts_present
+from ..weights.stored import StoredMatrix, find_matrices, layouts_present
 from .threads import Progress, map_in_threads, tell_nobody
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
@@ -121,12 +122,12 @@ class Subject:
         return LAYOUTS.get(self.method, COMPRESSED_TENSORS)
 
     @cached_property
-    def matrices(self) -> dict[str, Matrix]:
+    def matrices(self) -> dict[str, StoredMatrix]:
         """The quantized matrices by module, complete or not."""
         return find_matrices(self.infos, self.layout)
 
     @cached_property
-    def sound(self) -> dict[str, Matrix]:
+    def sound(self) -> dict[str, StoredMatrix]:
         """The matrices whose numbers can be read. The `matrices` check reports the others."""
         return {module: matrix for module, matrix in self.matrices.items() if matrix.is_sound}
 
@@ -173,12 +174,11 @@ class Subject:
 
     @cached_property
     def scalars(self) -> dict[tuple[str, Part], float]:
-        """The global scales of the sound matrices as stored, by module and part."""
-        parts: tuple[Part, ...] = ("weight_global", "input_global")
+        """The scalars of the sound matrices as stored, by module and part: global scales, and those of FP8."""
         names = {
             (module, part): matrix.parts[part].name
             for module, matrix in self.sound.items()
-            for part in parts
+            for part in matrix.scheme.shared
             if part in matrix.parts
         }
         values = map_in_threads(
@@ -188,11 +188,13 @@ class Subject:
 
     @cached_property
     def histograms(self) -> dict[str, Tensor]:
-        """The counts of each block scale's byte, int64 [256], by module. Reads the scales of all sound matrices."""
-        histograms = map_in_threads(self._histogram, list(self.sound.values()), self.progress, "reading block scales")
-        return dict(zip(self.sound, histograms, strict=True))
+        """The counts of each block scale's byte, int64 [256], by module. Reads the block scales of all sound
+        matrices."""
+        matrices = {module: matrix for module, matrix in self.sound.items() if matrix.scheme.has_block_scales}
+        histograms = map_in_threads(self._histogram, list(matrices.values()), self.progress, "reading block scales")
+        return dict(zip(matrices, histograms, strict=True))
 
-    def _histogram(self, matrix: Matrix) -> Tensor:
+    def _histogram(self, matrix: StoredMatrix) -> Tensor:
         histogram = torch.zeros(256, dtype=torch.int64)
         for _, piece in pieces(self.checkpoint, matrix.parts["scales"].name):
             histogram += scale_histogram(torch.frombuffer(piece, dtype=torch.uint8))
@@ -206,7 +208,7 @@ class Subject:
     def divisor(self, module: str) -> Tensor:
         """The weight global scale of a sound matrix as a float32 divisor, whichever way the layout stores it."""
         stored = torch.tensor(self.scalars[module, "weight_global"], dtype=torch.float32)
-        return stored if self.layout.divisor else 1.0 / stored
+        return self.layout.canonical("weight_global", stored)
 
 
 def open_subject(folder: Path, progress: Progress | None = None, hub: HubModel | None = None) -> Subject:
@@ -268,9 +270,11 @@ def refuse_other_formats(subject: Subject) -> None:
             f"checkpoint."
         )
     other = next((name for name, info in subject.infos.items() if _is_fp8_weight(name, info)), None)
-    if other is not None and _mixes_formats(subject.quantization):
+    unknown = [declared for declared in _declared(subject.quantization) if declared not in (*SCHEMES, REFUSED)]
+    if other is not None and unknown:
         raise InputError(
-            f"{_where(subject)} mixes NVFP4 with other formats ({other} is F8_E4M3), which verify does not support."
+            f"{_where(subject)} mixes NVFP4 with other formats ({other} is F8_E4M3, and the config declares "
+            f"{unknown[0]}), which verify does not support: give a checkpoint in {', '.join(SCHEMES)} alone."
         )
 
 
@@ -278,12 +282,18 @@ def _is_fp8_weight(name: str, info: TensorInfo) -> bool:
     return name.endswith(".weight") and info.dtype == "F8_E4M3"
 
 
-def _mixes_formats(quantization: Mapping[str, Any]) -> bool:
+def _declared(quantization: Mapping[str, Any]) -> list[str]:
+    """The schemes that a config declares for groups or modules."""
+    if quantization.get("quant_algo") == MIXED_ALGORITHM:
+        layers = quantization.get("quantized_layers")
+        listed = layers.values() if isinstance(layers, Mapping) else ()
+        return [scheme_of_algorithm(entry.get("quant_algo")) for entry in listed if isinstance(entry, Mapping)]
     groups = quantization.get("config_groups")
-    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
-    return quantization.get("quant_algo") == "MIXED_PRECISION" or any(
-        isinstance(numbers, Mapping) and numbers.get("num_bits") != 4 for numbers in weights
-    )
+    if quantization.get("quant_method") == "modelopt" or not isinstance(groups, Mapping):
+        return []
+    return [
+        scheme_of_group(group, quantization.get("format")) for group in groups.values() if isinstance(group, Mapping)
+    ]
 
 
 def _where(subject: Subject) -> str:

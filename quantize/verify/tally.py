@@ -18,7 +18,7 @@ from ..format.constants import BLOCK
 from ..format.e2m1 import E2M1_VALUES, round_e2m1
 from ..format.native import Compared, compare_on_cpu, has_native
 from ..format.scales import block_scale_bytes, decode_e4m3
-from .matrices import Matrix
+from ..weights.stored import StoredMatrix
 from .subject import Subject
 
 READ_ELEMENTS = 1 << 22  # at a time, of a thread
@@ -123,7 +123,7 @@ class Tally:
         return self.product / self.energy if self.energy else 1.0
 
 
-def tally_matrix(subject: Subject, source: Checkpoint, matrix: Matrix, rule: Rule | None) -> Tally:
+def tally_matrix(subject: Subject, source: Checkpoint, matrix: StoredMatrix, rule: Rule | None) -> Tally:
     """Compare a sound matrix with the source's tensor of the same shape.
 
     Args:
@@ -145,12 +145,12 @@ def tally_matrix(subject: Subject, source: Checkpoint, matrix: Matrix, rule: Rul
     return tally
 
 
-def _read(checkpoint: Checkpoint, source: Checkpoint, matrix: Matrix) -> Iterator[_Rows]:
+def _read(checkpoint: Checkpoint, source: Checkpoint, matrix: StoredMatrix) -> Iterator[_Rows]:
     height = max(1, READ_ELEMENTS // matrix.cols)
     for first in range(0, matrix.rows, height):
         rows = range(first, min(matrix.rows, first + height))
         weight = read_rows(source, f"{matrix.module}.weight", rows)
-        packed, scales = (read_rows(checkpoint, matrix.parts[part].name, rows) for part in ("packed", "scales"))
+        packed, scales = (read_rows(checkpoint, matrix.parts[part].name, rows) for part in ("codes", "scales"))
         yield _Rows(first, weight, packed, scales.view(torch.uint8))
 
 

@@ -17,14 +17,17 @@ from ..checkpoint.source import Checkpoint
 from ..format.blocks import dequantize_blocks
 from ..format.constants import BLOCK
 from ..format.scales import global_scale
-from ..quantizers import QUANTIZERS
+from ..quantizers import quantizer_for
 from ..quantizers.base import Quantizer
+from ..quantizers.mse import CLAIM, sweep_blocks
 from ..stream.manifest import Manifest
-from .matrices import Matrix
-from .recorded import BYTE_OFFSETS, own_quantizer
+from ..weights.stored import StoredMatrix
+from .recorded import own_quantizer
 from .report import Finding, counted
 from .subject import Subject
 from .tally import GAIN_LIMITS, RMSE_LIMIT, Rule, Tally, read_rows, tally_matrix
+from .tally_fp8 import RMSE_LIMIT as FP8_RMSE_LIMIT
+from .tally_fp8 import tally_fp8
 from .threads import map_in_threads
 
 BLOCK_SHARE = 0.99
@@ -48,7 +51,7 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     ]
     rules = {matrix.module: _rule(subject, matrix, quantizer) for matrix in matrices}
     tallies = map_in_threads(
-        lambda matrix: tally_matrix(subject, source, matrix, rules[matrix.module]),
+        lambda matrix: _tally(subject, source, matrix, rules[matrix.module]),
         matrices,
         subject.progress,
         "comparing weights",
@@ -67,7 +70,13 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     return Finding(f"{number}, {elements:,} elements, {how}{_worst(matrices, tallies)}{beside}", faults)
 
 
-def _worst(matrices: Sequence[Matrix], tallies: Sequence[Tally]) -> str:
+def _tally(subject: Subject, source: Checkpoint, matrix: StoredMatrix, rule: Rule | None) -> Tally:
+    if matrix.scheme.has_block_scales:
+        return tally_matrix(subject, source, matrix, rule)
+    return tally_fp8(subject, source, matrix, rule is not None)
+
+
+def _worst(matrices: Sequence[StoredMatrix], tallies: Sequence[Tally]) -> str:
     """Words on the matrix with the largest error. An error that is no number is the largest."""
     if not matrices:
         return ""
@@ -76,18 +85,20 @@ def _worst(matrices: Sequence[Matrix], tallies: Sequence[Tally]) -> str:
     return f", largest relative RMSE {tallies[at].relative_rmse:.4f} ({matrices[at].module})"
 
 
-def _beside_mse(subject: Subject, source: Checkpoint, matrices: Sequence[Matrix]) -> str:
+def _beside_mse(subject: Subject, source: Checkpoint, matrices: Sequence[StoredMatrix]) -> str:
     """Words on how much of another tool's error nvquant's mse would leave, on a few rows of every matrix."""
-    mse = QUANTIZERS["mse"]
+    headroom = CLAIM.headroom
     energy = error = least = 0.0
     for matrix in matrices:
+        if not matrix.scheme.has_block_scales:
+            continue
         rows = range(matrix.rows // 2, min(matrix.rows, matrix.rows // 2 + COMPARED_ROWS))
         weight = read_rows(source, f"{matrix.module}.weight", rows).float()
-        packed, scales = (read_rows(subject.checkpoint, matrix.parts[part].name, rows) for part in ("packed", "scales"))
+        packed, scales = (read_rows(subject.checkpoint, matrix.parts[part].name, rows) for part in ("codes", "scales"))
         divisor = subject.divisor(matrix.module)
-        searched = mse.quantize(weight, divisor / mse.headroom)
+        searched = sweep_blocks(weight, divisor / headroom)
         stored = dequantize_blocks(packed, scales, divisor)
-        best = dequantize_blocks(searched.packed, searched.scales, divisor / mse.headroom)
+        best = dequantize_blocks(searched.packed, searched.scales, divisor / headroom)
         energy += float(weight.square().sum())
         error += float((stored - weight).square().sum())
         least += float((best - weight).square().sum())
@@ -99,23 +110,25 @@ def _beside_mse(subject: Subject, source: Checkpoint, matrices: Sequence[Matrix]
     )
 
 
-def _rule(subject: Subject, matrix: Matrix, quantizer: Quantizer | None) -> Rule | None:
+def _rule(subject: Subject, matrix: StoredMatrix, quantizer: Quantizer | None) -> Rule | None:
     """The quantizer's allowed choices for a matrix, where the manifest has its group's amax."""
     if quantizer is None or not isinstance(subject.manifest, Manifest):
         return None
     group = subject.manifest.groups.get(subject.fusions.name(matrix.module))
     if group is None:
         return None
-    return Rule(global_scale(torch.tensor(group.record.weight_amax), quantizer.headroom), BYTE_OFFSETS[quantizer.name])
+    claim = quantizer_for(matrix.scheme.name, quantizer).claim
+    return Rule(global_scale(torch.tensor(group.record.weight_amax), claim.headroom), claim.scale_offsets)
 
 
-def _exact_faults(matrix: Matrix, tally: Tally) -> list[str]:
+def _exact_faults(matrix: StoredMatrix, tally: Tally) -> list[str]:
     faults = []
     if tally.wrong_codes:
         share = f"{tally.wrong_codes:,} of {tally.blocks * BLOCK:,} elements"
         faults.append(f"{matrix.module}: {share} are not the nearest under their stored scale ({tally.first_code})")
     if tally.wrong_scales:
-        share = f"{tally.wrong_scales:,} of {tally.blocks:,} block scales"
+        count = f"{tally.blocks:,} block" if matrix.scheme.has_block_scales else f"{matrix.rows:,} row"
+        share = f"{tally.wrong_scales:,} of {count} scales"
         faults.append(f"{matrix.module}: {share} differ from the quantizer's ({tally.first_scale})")
     return faults
 
@@ -127,12 +140,13 @@ def most_poor_blocks(blocks: int) -> float:
     return share + 2 * math.sqrt(share)
 
 
-def _bound_faults(matrix: Matrix, tally: Tally) -> list[str]:
+def _bound_faults(matrix: StoredMatrix, tally: Tally) -> list[str]:
     faults = []
     gain, rmse = tally.gain, tally.relative_rmse
-    if not (rmse <= RMSE_LIMIT and GAIN_LIMITS[0] <= gain <= GAIN_LIMITS[1]):
+    limit = RMSE_LIMIT if matrix.scheme.has_block_scales else FP8_RMSE_LIMIT
+    if not (rmse <= limit and GAIN_LIMITS[0] <= gain <= GAIN_LIMITS[1]):
         faults.append(
-            f"{matrix.module}: relative RMSE {rmse:.3g} and gain {gain:.3g}, the limits are {RMSE_LIMIT} and "
+            f"{matrix.module}: relative RMSE {rmse:.3g} and gain {gain:.3g}, the limits are {limit} and "
             f"{GAIN_LIMITS[0]} to {GAIN_LIMITS[1]}"
         )
     elif tally.poor_blocks > most_poor_blocks(tally.blocks):

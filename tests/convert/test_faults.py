@@ -86,7 +86,7 @@ def run(
     plan = planned(source, recipe)
     ids = output.with_name("ids.jsonl")
     calibration = None
-    if plan.recipe.needs_calibration:
+    if plan.needs_calibration:
         if not ids.exists():
             write_ids(ids, random_samples((40, 7, 24)))
         calibration = calibration_of(source, ids)

@@ -61,7 +61,7 @@ class Conversion:
         source = chosen.get("source", self.source)
         plan = planned(source, chosen.get("recipe", "nvfp4-full"), chosen.get("layout", COMPRESSED_TENSORS))
         samples: list[Tensor] = chosen.get("samples", random_samples((12, 12, 20)))
-        calibration = calibration_of(source, write_ids(self._ids, samples)) if plan.recipe.needs_calibration else None
+        calibration = calibration_of(source, write_ids(self._ids, samples)) if plan.needs_calibration else None
         names = ("batch_size", "restart", "progress")
         options = ConvertOptions(chosen.get("output", self.output), chosen.get("quantizer", "rtn"))
         return convert(plan, replace(options, **{name: chosen[name] for name in names if name in chosen}), calibration)

@@ -106,7 +106,7 @@ def second_opinion(
     """Convert with llm-compressor; `samples` are those of `converted`."""
     plan = planned(source, recipe)
     calibration = None
-    if plan.recipe.needs_calibration:
+    if plan.needs_calibration:
         ids = write_ids(output.with_name("ids.jsonl"), random_samples() if samples is None else samples)
         calibration = calibration_of(source, ids)
     return convert_with_llmcompressor(plan, ConvertOptions(output, "rtn"), calibration)

@@ -85,7 +85,7 @@ def converted(
     """Convert; `samples` are `random_samples()` where not given."""
     plan = planned(source, recipe, layout)
     calibration = None
-    if plan.recipe.needs_calibration:
+    if plan.needs_calibration:
         ids = write_ids(output.with_name(f"{output.name}.jsonl"), random_samples() if samples is None else samples)
         calibration = calibration_of(source, ids)
         ids.unlink()

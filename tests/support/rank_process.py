@@ -57,7 +57,7 @@ def run_rank(rank: int, job: dict[str, Any]) -> dict[str, Any]:
     device, ranks = join_ranks("cpu")
     source, output = Path(job["source"]), Path(job["output"])
     plan = planned(source, job.get("recipe", "nvfp4-full"), job.get("layout", "compressed-tensors"))
-    calibration = calibration_of(source, Path(job["ids"])) if plan.recipe.needs_calibration else None
+    calibration = calibration_of(source, Path(job["ids"])) if plan.needs_calibration else None
     stop = SignalAfter(job["asked"], job["signal"]) if job.get("at_rank") == rank else StopRequest()
     with stop:
         options = ConvertOptions(

@@ -64,7 +64,7 @@ def convert_good(name: str, models: Mapping[str, Path], output: Path) -> Path:
     """Convert what `GOOD` says under a name."""
     model, layout, recipe, quantizer, keeps_manifest = GOOD[name]
     plan = compute_plan(open_checkpoint(models[model]), load_recipe(recipe), LAYOUTS[layout], model)
-    samples = token_ids(plan.source, output.parent) if plan.recipe.needs_calibration else None
+    samples = token_ids(plan.source, output.parent) if plan.needs_calibration else None
     convert(plan, ConvertOptions(output, quantizer), samples)
     if not keeps_manifest:
         (output / "nvquant_manifest.json").unlink()

@@ -84,7 +84,7 @@ def broken(tiny: Path, tmp_path: Path) -> Path:
 
 def convert_tiny(source: Path, layout: str, recipe: str, output: Path) -> Path:
     plan = compute_plan(open_checkpoint(source), load_recipe(recipe), LAYOUTS[layout], source.name)
-    samples = token_ids(plan.source, source.parent) if plan.recipe.needs_calibration else None
+    samples = token_ids(plan.source, source.parent) if plan.needs_calibration else None
     convert(plan, ConvertOptions(output, "rtn"), samples)
     return output
 

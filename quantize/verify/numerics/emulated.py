@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from ...format.schemes import Arithmetic
 from ..subject import Subject
 from .measure import SideBySide, largest_layer_bytes
 from .predictions import predict
-from .served import Arithmetic, ServedModel
+from .served import ServedModel
 from .tokens import RunningLogits
 
 DECODED_PER_STORED = 4  # 16 bits for 4 and their scales

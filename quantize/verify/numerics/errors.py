@@ -85,13 +85,13 @@ def _dot(one: Tensor, other: Tensor) -> float:
 
 
 def matrix_numbers(name: str, layer: int, served: ServedMatrix, source: Tensor | None, decoded: Tensor,
-                   histogram: Tensor) -> dict[str, Any]:  # fmt: skip
+                   histogram: Tensor | None) -> dict[str, Any]:  # fmt: skip
     """The effect of quantization on a matrix, in numbers.
 
     Args:
         source: its weight in the source, [rows, cols], any float dtype. None where there is no source.
         decoded: as a server decodes it, no block flushed.
-        histogram: of its block scales, int64 [256].
+        histogram: of its block scales, int64 [256]. None of FP8.
     Returns:
         The document of the contract: relative error, and counts of blocks. A zero block is one whose elements are all
         stored as zero although the source's are not. A clamped one would need a block scale beyond E4M3's range.
@@ -100,20 +100,21 @@ def matrix_numbers(name: str, layer: int, served: ServedMatrix, source: Tensor |
     zero = clamped = 0
     for weight, stored in _strips(source, decoded):
         amax = weight.abs().amax(-1)
-        wanted = amax / 6 * served.divisor.to(amax.device)
         zero += int(((stored.abs().amax(-1) == 0) & (amax > 0)).sum())
-        clamped += int(((wanted > E4M3_MAX + 16) | ((wanted < E4M3_MIN / 2) & (amax > 0))).sum())
+        if "weight_global" in served.scalars:
+            wanted = amax / 6 * served.scalars["weight_global"].to(amax.device)
+            clamped += int(((wanted > E4M3_MAX + 16) | ((wanted < E4M3_MIN / 2) & (amax > 0))).sum())
         energy += _dot(weight, weight)
         error += _dot(stored - weight, stored - weight)
     return {
         "name": name,
         "layer": layer,
-        "scheme": "W4A4" if served.input_divisor is not None else "weight-only",
+        "scheme": served.scheme.words.rpartition(" ")[2],
         "weight_error": None if source is None else relative_error(error, energy),
         "blocks": decoded.numel() // BLOCK,
         "zero_blocks": zero,
         "clamped_blocks": clamped,
-        "flushed_blocks": int(histogram[served.flushed].sum()),
+        "flushed_blocks": 0 if histogram is None else int(histogram[served.flushed].sum()),
     }
 
 

@@ -25,6 +25,7 @@ from ...calibrate.skeleton import Skeleton, build_skeleton, loaded_layer
 from ...calibrate.walk import Walk, make_batches, run_layer
 from ...checkpoint.source import Checkpoint
 from ...errors import InputError
+from ...format.schemes import Arithmetic
 from ...recipe.decoder import decoder_prefix, layer_index
 from ...stream.hidden import HiddenBudget
 from ...stream.memory import available_host_bytes, give_back_free_memory
@@ -32,9 +33,9 @@ from ...stream.reading import LayerReader, LoadedLayer
 from ...stream.trace import Trace
 from ..threads import Progress
 from .errors import LayerError, StreamError, bfloat16_outputs, matrix_numbers
-from .served import Arithmetic, InputNumbers, InputRounding, ServedModel
+from .served import InputNumbers, InputRounding, ServedModel
 
-LaneName = Literal["source", "floor", "w4a4", "w4a4_again", "weight_only"]
+LaneName = Literal["source", "floor", "w4a4", "w4a4_again", "w8a8", "weight_only"]
 EQUAL_INPUT_TOKENS = 2048  # are enough to measure a layer's own error
 FLOOR_ROWS = 16
 SHARE_OF_MEMORY = 0.5  # of what is free, for the hidden states of all lanes
@@ -221,7 +222,7 @@ class SideBySide:
     def _rounding(self, layer: int, arithmetic: Arithmetic) -> Callable[[bool], Any]:
         if arithmetic == "weight_only":
             return lambda is_counted: nullcontext()
-        return lambda is_counted: self.rounding.on(self._quantized.layers[layer], layer, is_counted)
+        return lambda is_counted: self.rounding.on(self._quantized.layers[layer], layer, arithmetic, is_counted)
 
     def _source_layer(self, layer: int, beside: LoadedLayer) -> list[Kept]:
         assert self._original is not None
@@ -260,7 +261,7 @@ class SideBySide:
         for module, served in self.served.matrices_of(layer).items():
             weight = decoded[f"{module}.weight"]
             source = None if beside is None else beside.tensors.get(self._source_name(module))
-            histogram = self.served.subject.histograms[module]
+            histogram = self.served.subject.histograms.get(module)
             self.matrices.append(matrix_numbers(module, layer, served, source, weight, histogram))
 
     def _source_name(self, module: str) -> str:

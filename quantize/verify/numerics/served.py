@@ -1,4 +1,4 @@
-"""The checkpoint as a server computes it: its matrices decoded, the inputs of W4A4 matrices rounded.
+"""The checkpoint as a server computes it: its matrices decoded, the inputs of matrices rounded.
 
 This module treats a fused group's global scales as a server does. Of several divisors it keeps the largest, of several
 multipliers likewise, and reads every member by that one (vLLM 0.33, compressed_tensors_w4a4_nvfp4.py and modelopt.py).
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,17 @@ from torch import Tensor, nn
 from ...checkpoint.headers import Header, TensorInfo
 from ...checkpoint.source import Checkpoint
 from ...errors import InputError
-from ...format.activations import quantize_dequantize
-from ...format.blocks import dequantize_blocks
-from ...format.constants import BLOCK, E4M3_MAX, SCALE_RANGE
+from ...format.constants import BLOCK, E4M3_MAX
 from ...format.marlin import flushed_bytes
-from ...plan.plan import Part
+from ...format.schemes import INPUT_PARTS, Arithmetic, Part, Scheme, arithmetics_of, rounds_inputs
 from ...recipe.decoder import decoder_prefix, layer_count, layer_index
 from ...recipe.groups import FusedGroup
-from ..matrices import Matrix
-from ..served import W4A4, scheme_of
+from ...weights.stored import StoredMatrix, input_leaf
+from ..served import scheme_of
 from ..subject import Subject
 
-Arithmetic = Literal["w4a4", "weight_only"]
+BULK: tuple[Part, ...] = ("codes", "scales")
+"""The parts of a matrix that are read with its layer. Scalars are read once for all layers."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,22 @@ class ServedMatrix:
     """A quantized matrix as a server reads it.
 
     Attributes:
+        scheme: that the config gives it.
         group: name of its fused layer.
-        divisor: float32 scalar, the weight global scale that the server keeps for the fused layer.
-        input_divisor: the input global scale, float32 scalar. None where the server does not round the input.
-        flushed: bool [256], the block scales that Marlin turns to zero.
+        scalars: its scalars as the server keeps them for the fused layer, float32, global scales as divisors.
+        flushed: bool [256], the block scales that Marlin turns to zero. None of FP8.
     """
 
-    matrix: Matrix
+    matrix: StoredMatrix
+    scheme: Scheme
     group: str
-    divisor: Tensor
-    input_divisor: Tensor | None
+    scalars: Mapping[Part, Tensor]
     flushed: Tensor
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a server rounds its inputs, if it has the units."""
+        return self.scheme.inputs != "unchanged"
 
 
 class ServedModel:
@@ -72,9 +76,9 @@ class ServedModel:
             raise InputError(f"{subject.folder}: {outside} is quantized but in no decoder layer: leave it in BF16.")
 
     @property
-    def has_w4a4(self) -> bool:
-        """Whether a server with FP4 units rounds any input."""
-        return any(served.input_divisor is not None for served in self.matrices.values())
+    def arithmetics(self) -> tuple[Arithmetic, ...]:
+        """The arithmetics in which servers may compute it, the one of its own schemes first."""
+        return arithmetics_of(served.scheme for served in self.matrices.values())
 
     @cached_property
     def matrices(self) -> dict[str, ServedMatrix]:
@@ -83,29 +87,27 @@ class ServedModel:
 
     def _group(self, group: FusedGroup) -> Iterator[tuple[str, ServedMatrix]]:
         subject = self.subject
-        members = subject.fusions.members(group.members[0])
-        rounds = scheme_of(group.name, subject.quantization, members) == W4A4
-        histogram = torch.stack([subject.histograms[module] for module in group.members]).sum(0)
-        # One tensor for all members: by it an input that they share is known to be rounded already.
-        divisor = self._kept(group, "weight_global")
+        first = subject.sound[group.members[0]]
+        declared = scheme_of(group.name, subject.quantization, subject.fusions.members(group.members[0]))
+        scheme = subject.layout.schemes.get(declared, first.scheme)
+        scheme = scheme if scheme.bits == first.scheme.bits else first.scheme
         lacking = [module for module in group.members if not subject.sound[module].has_input_scale]
-        if rounds and lacking:
+        if scheme.inputs == "calibrated" and lacking:
             raise InputError(
-                f"{subject.folder} makes {lacking[0]} W4A4 but stores no {subject.layout.input_global} for it: its "
-                f"numbers cannot be measured."
+                f"{subject.folder} makes {lacking[0]} {scheme.words} but stores no "
+                f"{input_leaf(subject.layout, scheme)} for it: its numbers cannot be measured."
             )
-        input_divisor = self._kept(group, "input_global") if rounds else None
+        # One tensor for all members: by it an input that they share is known to be rounded already.
+        scalars = {part: self._kept(group, part) for part in scheme.shared}
+        histograms = [subject.histograms[module] for module in group.members if module in subject.histograms]
+        flushed = flushed_bytes(torch.stack(histograms).sum(0)) if histograms else torch.zeros(256, dtype=torch.bool)
         for module in group.members:
-            yield (
-                module,
-                ServedMatrix(subject.sound[module], group.name, divisor, input_divisor, flushed_bytes(histogram)),
-            )
+            yield module, ServedMatrix(subject.sound[module], scheme, group.name, scalars, flushed)
 
     def _kept(self, group: FusedGroup, part: Part) -> Tensor:
-        """The one global scale of a fused layer's that a server keeps, as a divisor."""
+        """The one scalar of a fused layer that a server keeps, global scales as divisors."""
         stored = [self.subject.scalars[module, part] for module in group.members]
-        kept = torch.tensor(max(stored), dtype=torch.float32)
-        return kept if self.subject.layout.divisor else 1.0 / kept
+        return self.subject.layout.canonical(part, torch.tensor(max(stored), dtype=torch.float32))
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -119,7 +121,7 @@ class ServedModel:
         }
         for module, matrix in self.subject.sound.items():
             name = f"{module}.weight"
-            files[name] = self.subject.checkpoint.files[matrix.parts["packed"].name]
+            files[name] = self.subject.checkpoint.files[matrix.parts["codes"].name]
             header: Header = shards[files[name]]
             info = TensorInfo(name, "BF16", (matrix.rows, matrix.cols), 0, 0)
             shards[files[name]] = replace(header, tensors={**header.tensors, name: info})
@@ -152,9 +154,8 @@ class ServedModel:
         parts = {info.name for served in matrices.values() for info in served.matrix.parts.values()}
         tensors = {name: tensor for name, tensor in stored.items() if name not in parts}
         for module, served in matrices.items():
-            packed = stored[served.matrix.parts["packed"].name]
-            scales = stored[served.matrix.parts["scales"].name]
-            tensors[f"{module}.weight"] = dequantize_blocks(packed, scales, served.divisor, dtype)
+            read = {part: stored[served.matrix.parts[part].name] for part in BULK if part in served.matrix.parts}
+            tensors[f"{module}.weight"] = served.scheme.decode({**read, **served.scalars}, dtype)
         return tensors
 
     def flush(
@@ -163,8 +164,9 @@ class ServedModel:
         """Zero, in the decoded matrices, the blocks that Marlin loses: of every matrix where weights alone are
         quantized, else of those that are served so on any GPU."""
         for module, served in self.matrices_of(layer).items():
-            goes_through_marlin = arithmetic == "weight_only" or served.input_divisor is None
-            if not goes_through_marlin or not bool(self.subject.histograms[module][served.flushed].any()):
+            if rounds_inputs(arithmetic, served.scheme) or not served.scheme.has_block_scales:
+                continue
+            if not bool(self.subject.histograms[module][served.flushed].any()):
                 continue
             scales = stored[served.matrix.parts["scales"].name].view(torch.uint8)
             lost = served.flushed.to(scales.device)[scales.int()].unsqueeze(-1)
@@ -192,24 +194,24 @@ class InputNumbers:
 
 
 class InputRounding:
-    """Rounds the inputs of W4A4 matrices as the server does, and counts what is clipped or lost."""
+    """Rounds the inputs of quantized matrices as the server does, and counts what is clipped or lost."""
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self.numbers: dict[str, InputNumbers] = {}
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Mapping[Part, Tensor], Tensor] | None = None
 
     @contextmanager
-    def on(self, module: nn.Module, layer: int, is_counted: bool = True) -> Iterator[None]:
-        """Round the inputs of a decoder layer's matrices while the block runs."""
+    def on(self, module: nn.Module, layer: int, arithmetic: Arithmetic, is_counted: bool = True) -> Iterator[None]:
+        """Round the inputs of a decoder layer's matrices, as an arithmetic does, while the block runs."""
         prefix = f"{self._model.prefix}.{layer}."
         handles = []
         for name, served in self._model.matrices_of(layer).items():
-            if served.input_divisor is not None:
+            if rounds_inputs(arithmetic, served.scheme):
                 linear = module.get_submodule(name.removeprefix(prefix))
                 # The first member of a fused layer counts for all: they share the input.
                 counts = is_counted and fused_members(self._model, served.group)[0] == name
-                handles.append(linear.register_forward_pre_hook(self._hook(served, served.input_divisor, counts)))
+                handles.append(linear.register_forward_pre_hook(self._hook(served, counts)))
         try:
             yield
         finally:
@@ -217,20 +219,21 @@ class InputRounding:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, served: ServedMatrix, divisor: Tensor, counts: bool) -> Callable[..., Any]:
+    def _hook(self, served: ServedMatrix, counts: bool) -> Callable[..., Any]:
+        limit = next((served.scalars[part] for part in served.scalars if part in INPUT_PARTS), None)
+
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
             inputs = args[0]
-            if self._last is None or self._last[0] is not inputs or self._last[1] is not divisor:
-                rounded = quantize_dequantize(inputs, divisor).to(inputs.dtype)
-                self._last = inputs, divisor, rounded
-            if counts:
-                self._count(served.group, inputs, self._last[2], float(divisor))
+            if self._last is None or self._last[0] is not inputs or self._last[1] is not served.scalars:
+                self._last = inputs, served.scalars, served.scheme.round_inputs(inputs, served.scalars)
+            if counts and limit is not None:
+                self._count(served, inputs, self._last[2])
             return (self._last[2], *args[1:])
 
         return hook
 
-    def _count(self, group: str, inputs: Tensor, rounded: Tensor, divisor: float) -> None:
-        numbers = self.numbers.setdefault(group, InputNumbers(SCALE_RANGE / divisor if divisor else float("inf")))
+    def _count(self, served: ServedMatrix, inputs: Tensor, rounded: Tensor) -> None:
+        numbers = self.numbers.setdefault(served.group, InputNumbers(served.scheme.largest_input(served.scalars)))
         amaxes = inputs.float().reshape(-1, BLOCK).abs().amax(-1)
         # A block is clipped where its scale would round to more than 448: beyond half a step above it.
         limit = numbers.calibrated * (E4M3_MAX + 16) / E4M3_MAX

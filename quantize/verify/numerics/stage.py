@@ -22,16 +22,17 @@ from ..tally import RMSE_LIMIT
 from ..threads import Progress
 from .measure import LayerNumbers, SideBySide
 from .predictions import predict
-from .served import Arithmetic, ServedModel
+from .served import ServedModel
 from .text import load_text
 from .tokens import perplexity
 
 STAGE = "numerics"
 WORDS: Mapping[str, str] = {
     "w4a4": "W4A4, as GPUs with FP4 units compute it",
+    "w8a8": "FP8 with rounded inputs, NVFP4 weight-only, as Hopper and Ada compute it",
     "weight_only": "weight-only, as Marlin computes it on Hopper, Ada and Ampere",
 }
-SHORT: Mapping[str, str] = {"w4a4": "W4A4", "weight_only": "weight-only"}
+SHORT: Mapping[str, str] = {"w4a4": "W4A4", "w8a8": "W8A8", "weight_only": "weight-only"}
 # Sound W4A4 layers of SmolLM2-135M have 0.1 to 0.32 (docs/verification.md).
 MOST_LAYER_ERROR = 0.6
 MOST_CLIPPED = 0.01  # share of an input's blocks; calibration with head-room leaves none
@@ -120,7 +121,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure a checkpoint against its source. Returns the stage's document (docs/verification.md, "Numbers")."""
     served = ServedModel(subject)
-    arithmetics: tuple[Arithmetic, ...] = ("w4a4", "weight_only") if served.has_w4a4 else ("weight_only",)
+    arithmetics = served.arithmetics
     run = SideBySide(served, source, text.samples, arithmetics, options.device, progress)
     try:
         run.run()

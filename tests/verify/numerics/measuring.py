@@ -12,9 +12,10 @@ import transformers
 from nvquant.calibrate.samples import CalibrationSet
 from nvquant.calibrate.specs import shipped_folder
 from nvquant.checkpoint.source import open_checkpoint, read_json
+from nvquant.format.schemes import Arithmetic
 from nvquant.verify.numerics.measure import SideBySide
 from nvquant.verify.numerics.predictions import predict
-from nvquant.verify.numerics.served import Arithmetic, ServedModel
+from nvquant.verify.numerics.served import ServedModel
 from nvquant.verify.numerics.stage import NumericsOptions, findings, measure
 from nvquant.verify.numerics.text import HELDOUT, load_calibration
 from nvquant.verify.numerics.tokens import RunningLogits, TokenScores

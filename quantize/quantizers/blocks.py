@@ -1,0 +1,65 @@
+"""The common part of quantizers that choose block scales: one global scale a fused group, before any block scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..format.blocks import BlockQuantized, weight_amax
+from ..format.constants import SMALLEST_WEIGHT_AMAX
+from ..format.scales import global_scale
+from ..recipe.matrices import Matrix
+from .base import QuantizedGroup
+
+
+def group_amax(group: Sequence[Matrix], weights: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of a fused group's weights, a float32 scalar on their device.
+
+    Raises:
+        NonFiniteError: a NaN or an infinity in a weight.
+    """
+    found = [weight_amax(weight, matrix.tensor) for matrix, weight in zip(group, weights, strict=True)]
+    return torch.stack(found).amax()
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """The global scale of a group under a headroom."""
+
+    headroom: float
+
+    def quantize(
+        self,
+        group: Sequence[Matrix],
+        weights: Sequence[Tensor],
+        choose: Callable[[Tensor, Tensor], BlockQuantized],
+    ) -> QuantizedGroup:
+        """Quantize each matrix under the group's global scale.
+
+        Args:
+            choose: returns the codes and block scales of a weight under a global scale (divisor).
+        Raises:
+            NonFiniteError: a NaN or an infinity in a weight.
+            InputError: weights too small for NVFP4, or so large that the headroom exceeds float32.
+        """
+        amax = group_amax(group, weights)
+        if 0 < float(amax) < SMALLEST_WEIGHT_AMAX:
+            raise InputError(
+                f"{group[0].tensor} contains no value above {float(amax):.3g}, which is too small for NVFP4: leave it "
+                f"out of the recipe's quantize list."
+            )
+        scale = global_scale(amax, self.headroom)
+        if not math.isfinite(float(amax * self.headroom)):
+            raise InputError(
+                f"{group[0].tensor} contains values near the limit of float32: use --quantizer rtn for this model."
+            )
+        made = {}
+        for matrix, weight in zip(group, weights, strict=True):
+            quantized = choose(weight, scale)
+            made[matrix.name] = {"codes": quantized.packed, "scales": quantized.scales}
+        return QuantizedGroup(float(amax), made)  # type: ignore[arg-type]

@@ -1,0 +1,52 @@
+"""FP8 to nearest: every row, or the whole fused group, is scaled to 448 by its largest magnitude."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..calibrate.statistics import InputStatistics
+from ..format.fp8 import fp8_scale, quantize_rows
+from ..format.schemes import FP8, Fp8
+from ..recipe.matrices import Matrix
+from .base import Claim, Need, QuantizedGroup
+from .blocks import group_amax
+
+CLAIM = Claim(headroom=1.0, scale_offsets=range(1))
+
+
+@dataclass(frozen=True)
+class Fp8Nearest:
+    """Round to nearest. The error of FP8 is so small that no search for better scales is worth its time."""
+
+    name: str = "nearest"
+    schemes: frozenset[str] = frozenset({FP8.name})
+    needs: frozenset[Need] = frozenset()
+    lane: Literal["source", "quantized"] = "source"
+    by_site: bool = False
+    claim: Claim = CLAIM
+
+    def quantize(
+        self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: InputStatistics | None
+    ) -> QuantizedGroup:
+        """See `Quantizer.quantize`. `inputs` are not used."""
+        amax = group_amax(group, weights)
+        made = {}
+        for matrix, weight in zip(group, weights, strict=True):
+            scheme = matrix.scheme
+            if isinstance(scheme, Fp8) and scheme.is_by_row:
+                scales = fp8_scale(row_amax(weight))
+                made[matrix.name] = {"codes": quantize_rows(weight, scales), "scales": scales}
+            else:
+                made[matrix.name] = {"codes": quantize_rows(weight, fp8_scale(amax))}
+        return QuantizedGroup(float(amax), made)  # type: ignore[arg-type]
+
+
+def row_amax(weight: Tensor) -> Tensor:
+    """The largest magnitude of each row, float32 [rows, 1]."""
+    low, high = torch.aminmax(weight, dim=1, keepdim=True)
+    return torch.maximum(-low, high).float()

@@ -1,0 +1,1 @@
+"""The tensors of a model, whatever stores them."""
