@@ -24,6 +24,8 @@ from nvquant.calibrate.statistics import InputObserver
 from nvquant.format.blocks import weight_amax
 from nvquant.format.scales import global_scale
 from nvquant.quantizers import QUANTIZERS
+from nvquant.quantizers.mse import sweep_blocks
+from nvquant.quantizers.rtn import round_blocks
 
 Task = Callable[[], object]
 
@@ -94,9 +96,8 @@ def tasks_for(weight: torch.Tensor, mean_square: torch.Tensor, inputs: torch.Ten
 
 def quantize(quantizer: str, weight: torch.Tensor, mean_square: torch.Tensor | None) -> object:
     """Weight to codes, block scales and global scale, ours."""
-    chosen = QUANTIZERS[quantizer]
-    scale = global_scale(weight_amax(weight), chosen.headroom)
-    return chosen.quantize(weight, scale, mean_square)
+    scale = global_scale(weight_amax(weight), QUANTIZERS[quantizer].claim.headroom)
+    return round_blocks(weight, scale) if quantizer == "rtn" else sweep_blocks(weight, scale, mean_square)
 
 
 _observers: dict[bool, InputObserver] = {}

@@ -12,8 +12,8 @@ from nvquant.format.blocks import BlockQuantized, quantize_blocks, weight_amax
 from nvquant.format.kernels import has_kernel, quantize_on_gpu, quantize_with_kernel
 from nvquant.format.native import has_native
 from nvquant.format.scales import global_scale
-from nvquant.quantizers import get_quantizer
-from nvquant.quantizers.mse import block_importance, sweep_scales
+from nvquant.quantizers.mse import CLAIM, block_importance, sweep_blocks, sweep_scales
+from nvquant.quantizers.rtn import round_blocks
 from torch import Tensor
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
@@ -56,21 +56,20 @@ def test_rounding_to_nearest_gives_the_bytes_of_the_reference(name: str, dtype: 
     weight = matrix(name).to(dtype)
     scale = global_scale(weight_amax(weight))
     assert_same(quantize_on_gpu(weight.cuda(), scale), quantize_blocks(weight, scale))
-    assert_same(get_quantizer("rtn").quantize(weight.cuda(), scale), quantize_blocks(weight, scale))
+    assert_same(round_blocks(weight.cuda(), scale), quantize_blocks(weight, scale))
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=gpu) for name in NAMES])
 @pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
 def test_the_sweep_gives_the_bytes_of_the_reference(name: str, weighted: bool) -> None:
     weight = matrix(name)
-    mse = get_quantizer("mse")
-    scale = global_scale(weight_amax(weight), mse.headroom)
+    scale = global_scale(weight_amax(weight), CLAIM.headroom)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(weight.shape[1], generator=generator, dtype=torch.float64)
     mean_square = noise.exp() if weighted else None
     importance = block_importance(weight.shape[1], mean_square)
     wanted = quantize_blocks(weight, scale, lambda blocks, _: sweep_scales(blocks, scale, importance))
-    assert_same(mse.quantize(weight.cuda(), scale, mean_square), wanted)
+    assert_same(sweep_blocks(weight.cuda(), scale, mean_square), wanted)
 
 
 @pytest.mark.parametrize("name", [pytest.param("ordinary", marks=gpu)])

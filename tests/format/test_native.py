@@ -17,7 +17,8 @@ from nvquant.format.e2m1 import encode_e2m1, pack_codes
 from nvquant.format.native import TARGETS, Compared, amax_on_cpu, compare_on_cpu, has_native, quantize_on_cpu
 from nvquant.format.scales import global_scale
 from nvquant.quantizers import get_quantizer
-from nvquant.quantizers.mse import HIGHEST, LOWEST, OFFSETS, block_importance, sweep_scales
+from nvquant.quantizers.mse import HIGHEST, LOWEST, OFFSETS, block_importance, sweep_blocks, sweep_scales
+from nvquant.quantizers.rtn import round_blocks
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(TARGETS == 0, reason="nvquant was installed without a C compiler")
@@ -334,11 +335,15 @@ def test_only_tensors_that_the_kernels_know_are_taken() -> None:
 
 @pytest.mark.parametrize("name", ["rtn", "mse"])
 def test_without_the_extension_quantizers_give_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, quantizer = noise(40, 96), get_quantizer(name)
-    scale = global_scale(weight_amax(weight), quantizer.headroom)
-    compiled = quantizer.quantize(weight, scale, mean_squares(96))
+    weight = noise(40, 96)
+    scale = global_scale(weight_amax(weight), get_quantizer(name).claim.headroom)
+
+    def quantized() -> BlockQuantized:
+        return round_blocks(weight, scale) if name == "rtn" else sweep_blocks(weight, scale, mean_squares(96))
+
+    compiled = quantized()
     monkeypatch.setattr(native, "TARGETS", 0)
     assert not has_native(weight)
-    plain = quantizer.quantize(weight, scale, mean_squares(96))
+    plain = quantized()
     assert_same((compiled.packed, compiled.scales.view(torch.uint8)), plain)
     assert weight_amax(weight) == weight.abs().max()

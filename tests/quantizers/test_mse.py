@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from nvquant.format.blocks import BlockQuantized, weight_amax
 from nvquant.format.e2m1 import decode_e2m1, unpack_codes
 from nvquant.format.scales import decode_e4m3, global_scale
-from nvquant.quantizers.mse import MSE, OFFSETS, block_importance
-from nvquant.quantizers.rtn import RTN
+from nvquant.quantizers.mse import CLAIM, OFFSETS, block_importance, sweep_blocks
+from nvquant.quantizers.rtn import round_blocks
 from torch import Tensor
 
 PROPERTY = settings(derandomize=True, database=None, deadline=None, max_examples=25)
@@ -92,8 +92,8 @@ def search(weight: Tensor, scale: Tensor, importance: Tensor, everything: bool =
 
 
 def mse(weight: Tensor, mean_square: Tensor | None = None) -> tuple[BlockQuantized, Tensor]:
-    scale = global_scale(weight_amax(weight), MSE().headroom)
-    return MSE().quantize(weight, scale, mean_square), scale
+    scale = global_scale(weight_amax(weight), CLAIM.headroom)
+    return sweep_blocks(weight, scale, mean_square), scale
 
 
 def scale_bytes(quantized: BlockQuantized) -> Tensor:
@@ -134,7 +134,7 @@ def test_no_block_is_worse_than_rounded_to_nearest_and_most_are_better(kind: str
     weight, mean_square, quantized, scale = case(kind, weighted)
     importance = importance_of(128, mean_square)
     ours = errors(weight, scale, importance, scale_bytes(quantized))
-    nearest = errors(weight, scale, importance, scale_bytes(RTN().quantize(weight, scale)))
+    nearest = errors(weight, scale, importance, scale_bytes(round_blocks(weight, scale)))
     assert (ours <= nearest).all()
     assert (ours < nearest).float().mean() > 0.5
     assert ours.sum() < 0.95 * nearest.sum()
@@ -164,7 +164,7 @@ def test_with_very_uneven_importance_all_126_would_gain_at_most_a_percent(kind: 
 def test_halving_the_global_scale_changes_no_rounding() -> None:
     weight = data("gaussian", 32, 64)
     amax = weight_amax(weight)
-    plain, roomy = RTN().quantize(weight, global_scale(amax)), RTN().quantize(weight, global_scale(amax, 2.0))
+    plain, roomy = round_blocks(weight, global_scale(amax)), round_blocks(weight, global_scale(amax, 2.0))
     assert torch.equal(plain.packed, roomy.packed)
     assert torch.equal(scale_bytes(plain), scale_bytes(roomy) + 8), "one exponent lower, the same mantissas"
 
@@ -175,7 +175,7 @@ def test_the_largest_block_has_head_room_above_amax_over_six() -> None:
     quantized, scale = mse(row)
     assert decode_e4m3(quantized.scales).item() == 320.0, "amax / 6 is 224"
     no_room = global_scale(row.amax())
-    confined = MSE().quantize(row, no_room)
+    confined = sweep_blocks(row, no_room)
     assert decode_e4m3(confined.scales).item() <= 448.0
     found = errors(row, scale, even, scale_bytes(quantized)).item()
     assert found < 0.1 * errors(row, no_room, even, scale_bytes(confined)).item()
@@ -185,7 +185,7 @@ def test_the_largest_block_has_head_room_above_amax_over_six() -> None:
 def test_ties_go_to_the_smaller_scale(block: list[float]) -> None:
     # Under the global scale 32 and amax / 6 in [0.25, 1], several scales decode all elements without an error.
     weight, scale = torch.tensor([block]), torch.tensor(32.0)
-    quantized = MSE().quantize(weight, scale)
+    quantized = sweep_blocks(weight, scale)
     importance = torch.ones(1, 16)
     best = scale_bytes(quantized)
     exact = [b for b in range(1, 127) if not errors(weight, scale, importance, torch.full_like(best, b)).item()]
@@ -199,7 +199,7 @@ def test_two_exact_scales_in_range_are_a_real_tie() -> None:
     exact = [b for b in range(1, 127) if not errors(weight, scale, torch.ones(1, 16), torch.tensor([[b]])).item()]
     inside = [b for b in exact if LOWEST * 32 <= SCALES[b].item() <= HIGHEST * 32]
     assert [SCALES[b].item() for b in inside] == [32.0, 48.0]
-    assert decode_e4m3(MSE().quantize(weight, scale).scales).item() == 32.0
+    assert decode_e4m3(sweep_blocks(weight, scale).scales).item() == 32.0
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_no_importance_is_the_same_as_equal_importance(kind: str) -> None:
     weight = data(kind, 16, 64)
     plain, scale = mse(weight)
     for value in (1.0, 0.3, 1e-12):
-        even = MSE().quantize(weight, scale, torch.full((64,), value, dtype=torch.float64))
+        even = sweep_blocks(weight, scale, torch.full((64,), value, dtype=torch.float64))
         assert torch.equal(scale_bytes(even), scale_bytes(plain))
         assert torch.equal(even.packed, plain.packed)
 
@@ -232,7 +232,7 @@ def test_importance_moves_the_scale_towards_the_column_that_matters() -> None:
     for column, byte_value in ((0, 32.0), (1, 40.0)):
         mean_square = torch.zeros(16, dtype=torch.float64)
         mean_square[column] = 0.1
-        assert decode_e4m3(MSE().quantize(row, scale, mean_square).scales).item() == byte_value
+        assert decode_e4m3(sweep_blocks(row, scale, mean_square).scales).item() == byte_value
 
 
 def test_importance_is_relative_within_its_block_and_even_where_all_inputs_were_zero() -> None:
@@ -249,7 +249,7 @@ def test_a_block_of_zero_importance_is_treated_as_even() -> None:
     weight = data("gaussian", 16, 32)
     mean_square = torch.cat([torch.zeros(16), torch.ones(16)]).double()
     plain, scale = mse(weight)
-    assert torch.equal(scale_bytes(MSE().quantize(weight, scale, mean_square)), scale_bytes(plain))
+    assert torch.equal(scale_bytes(sweep_blocks(weight, scale, mean_square)), scale_bytes(plain))
 
 
 def test_importance_follows_its_column_across_strips() -> None:
@@ -257,7 +257,7 @@ def test_importance_follows_its_column_across_strips() -> None:
     mean_square = mean_squares(1024)
     whole, scale = mse(weight, mean_square)
     for rows in (slice(0, 2), slice(254, 258), slice(298, 300)):
-        part = MSE().quantize(weight[rows].clone(), scale, mean_square)
+        part = sweep_blocks(weight[rows].clone(), scale, mean_square)
         assert torch.equal(scale_bytes(whole)[rows], scale_bytes(part))
         assert torch.equal(whole.packed[rows], part.packed)
 
@@ -296,7 +296,7 @@ def test_equal_values_in_any_dtype_give_equal_bytes(dtype: torch.dtype) -> None:
     weight = data("gaussian", 8, 64).to(dtype)
     before = weight.clone()
     quantized, scale = mse(weight, mean_squares(64))
-    wanted = MSE().quantize(weight.float(), scale, mean_squares(64))
+    wanted = sweep_blocks(weight.float(), scale, mean_squares(64))
     assert torch.equal(quantized.packed, wanted.packed)
     assert torch.equal(scale_bytes(quantized), scale_bytes(wanted))
     assert torch.equal(weight, before)
@@ -317,7 +317,7 @@ def test_brute_force_agrees_on_random_rows(seed: int, kind: str, weighted: bool,
 def test_every_device_gives_the_bytes_of_the_cpu(kind: str, weighted: bool, device: str) -> None:
     weight, mean_square, wanted, scale = case(kind, weighted)
     for dtype in (torch.float32, torch.bfloat16):
-        reference = wanted if dtype == torch.float32 else MSE().quantize(weight.to(dtype), scale, mean_square)
-        found = MSE().quantize(weight.to(device, dtype), scale, mean_square)
+        reference = wanted if dtype == torch.float32 else sweep_blocks(weight.to(dtype), scale, mean_square)
+        found = sweep_blocks(weight.to(device, dtype), scale, mean_square)
         assert torch.equal(found.packed.cpu(), reference.packed)
         assert torch.equal(scale_bytes(found).cpu(), scale_bytes(reference))

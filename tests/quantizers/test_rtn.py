@@ -1,20 +1,39 @@
-"""Round to nearest, and how quantizers are named."""
+"""Round to nearest, and the names and declarations of quantizers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from nvquant.calibrate.statistics import InputStatistics
 from nvquant.errors import InputError
 from nvquant.format.blocks import quantize_blocks, weight_amax
 from nvquant.format.scales import global_scale
-from nvquant.quantizers import QUANTIZERS, get_quantizer
+from nvquant.format.schemes import NVFP4, SCHEMES
+from nvquant.quantizers import QUANTIZERS, get_quantizer, quantizer_for
+from nvquant.recipe.matrices import Matrix
 
 
-def test_quantizers_are_found_by_name_and_say_what_they_need() -> None:
+def test_quantizers_declare_what_they_need_and_what_verify_may_recompute() -> None:
     assert list(QUANTIZERS) == ["rtn", "mse"]
-    found = {name: (q.name, q.headroom, q.uses_mean_square) for name, q in QUANTIZERS.items()}
-    assert found == {"rtn": ("rtn", 1.0, False), "mse": ("mse", 2.0, True)}
+    found = {name: (q.name, q.claim.headroom, set(q.needs), q.lane, q.by_site) for name, q in QUANTIZERS.items()}
+    assert found == {
+        "rtn": ("rtn", 1.0, set(), "source", False),
+        "mse": ("mse", 2.0, {"mean_square"}, "source", False),
+    }
+    assert {name: list(q.claim.scale_offsets) for name, q in QUANTIZERS.items()} == {
+        "rtn": [0],
+        "mse": list(range(-2, 8)),
+    }
     assert get_quantizer("mse") is QUANTIZERS["mse"]
+
+
+def test_every_scheme_has_a_quantizer_whatever_the_recipe_chooses() -> None:
+    for chosen in QUANTIZERS.values():
+        assert {name: quantizer_for(name, chosen).name for name in SCHEMES} == {
+            "nvfp4": chosen.name,
+            "nvfp4-a16": chosen.name,
+            "fp8": "nearest",
+        }
 
 
 def test_an_unknown_quantizer_is_refused_with_the_ones_that_exist() -> None:
@@ -23,11 +42,15 @@ def test_an_unknown_quantizer_is_refused_with_the_ones_that_exist() -> None:
     assert caught.value.exit_code == 2
 
 
-def test_rtn_is_the_reference_and_does_not_look_at_importance() -> None:
-    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    scale = global_scale(weight_amax(weight))
-    wanted = quantize_blocks(weight, scale)
-    for mean_square in (None, torch.rand(64, dtype=torch.float64)):
-        found = get_quantizer("rtn").quantize(weight, scale, mean_square)
-        assert torch.equal(found.packed, wanted.packed)
-        assert torch.equal(found.scales.view(torch.uint8), wanted.scales.view(torch.uint8))
+def test_rtn_is_the_reference_and_does_not_look_at_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(32, 64, generator=generator), 3 * torch.randn(16, 64, generator=generator)]
+    group = [Matrix(name, name, NVFP4, len(w), 64, "g", "g", "g") for name, w in zip("ab", weights, strict=True)]
+    amax = max(weight_amax(weight) for weight in weights)
+    for inputs in (None, InputStatistics(1.0, 0.5, torch.rand(64, dtype=torch.float64), 4)):
+        found = get_quantizer("rtn").quantize(group, weights, inputs)
+        assert found.amax == float(amax)
+        for matrix, weight in zip(group, weights, strict=True):
+            wanted, parts = quantize_blocks(weight, global_scale(amax)), found.parts[matrix.name]
+            assert torch.equal(parts["codes"], wanted.packed)
+            assert torch.equal(parts["scales"].view(torch.uint8), wanted.scales.view(torch.uint8))
