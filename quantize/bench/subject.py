@@ -12,11 +12,11 @@ from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import InputError
 from ..format.layouts import LAYOUTS
+from ..plan.ceiling import Ceiling, held_bytes, kv_bytes_per_value, read_bytes
 from ..recipe.heads import is_tied
 from ..recipe.roles import Role, role_of, text_config, unused_tensors
 from ..serving.faults import Capability, Situation
 from ..verify.matrices import Matrix, find_matrices, layouts_present
-from .ceiling import Ceiling, kv_bytes_per_value, read_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 _DECODED = 4  # 16 bits for each 4
@@ -49,7 +49,7 @@ class Subject:
     @property
     def weights_bytes(self) -> int:
         """Memory of the weights as they are stored."""
-        return sum(info.nbytes for info in self.infos.values())
+        return held_bytes(self.config, self.infos.values())
 
     @property
     def decoded_bytes(self) -> int:
