@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoint.config_values import config_int, config_kinds, config_largest, config_part
 from ..recipe.roles import text_config
+from .gpus import GPUS
 from .plan import Plan
 
 SERVED_TOKENS = 8192
@@ -16,20 +17,6 @@ SERVING_OVERHEAD_BYTES = 1_500_000_000
 VLLM_SHARE = 0.92
 BF16_BYTES = 2
 FP8_BYTES = 1
-
-# Total memory as nvidia-smi reports it, in MiB.
-GPUS_MIB = {
-    "RTX 5060 Ti 16 GB": 16311,
-    "RTX 4090": 24564,
-    "RTX 5090": 32607,
-    "L40S": 46068,
-    "A100 80 GB": 81920,
-    "H100 80 GB": 81559,
-    "RTX PRO 6000": 97887,
-    "GB10 (DGX Spark)": 122572,
-    "H200": 143771,
-    "B200": 183359,
-}
 
 
 @dataclass(frozen=True)
@@ -124,7 +111,7 @@ def serving_bytes(plan: Plan) -> int:
 def fits(plan: Plan) -> list[Fit]:
     """For each GPU, whether it can serve the output."""
     needed = serving_bytes(plan)
-    return [Fit(gpu, mib << 20, needed <= mib << 20) for gpu, mib in GPUS_MIB.items()]
+    return [Fit(gpu, kind.memory_bytes, needed <= kind.memory_bytes) for gpu, kind in GPUS.items()]
 
 
 @dataclass(frozen=True)
