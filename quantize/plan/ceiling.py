@@ -83,6 +83,12 @@ def held_bytes(config: Mapping[str, Any], tensors: Iterable[Stored]) -> int:
     return sum(size for name, size in found.items() if name not in unused)
 
 
+def tower_bytes(tensors: Iterable[Stored]) -> int:
+    """Bytes of the weights of vision and audio with their projectors, which no text needs."""
+    towers = (Role.TOWER, Role.PROJECTOR)
+    return sum(tensor.nbytes for tensor in tensors if _role(tensor.name, tensor.shape) in towers)
+
+
 def read_bytes(config: Mapping[str, Any], tensors: Iterable[Stored]) -> int:
     """Bytes of the weights that decoding a token reads: all of the decoder, its scales, and the head.
 
