@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import EnvironmentLack, InputError
+from ..plan.ceiling import kv_bytes_per_value
+from ..plan.forecast import VLLM_SHARE
 from ..serving.command import VllmCommand, find_vllm
 from ..serving.faults import Situation, known_faults, version_key
 from ..serving.machine import Gpu, fp4_kind, fp4_path, gpus, ram_bytes
-from .ceiling import kv_bytes_per_value
-from .fit import DEFAULT_CONTEXT, VLLM_SHARE, Fit, fit, ranks_that_fit
+from .fit import DEFAULT_CONTEXT, Fit, fit, ranks_that_fit
 from .inspection import (
     VllmEnvironment,
     free_bytes,

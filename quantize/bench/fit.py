@@ -6,13 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..checkpoint.config_values import config_int
-from ..plan.forecast import BF16_BYTES, SERVING_OVERHEAD_BYTES, kv_cache_bytes
+from ..plan.forecast import BF16_BYTES, FP8_BYTES, SERVING_OVERHEAD_BYTES, VLLM_SHARE, kv_cache_bytes
 from ..recipe.roles import text_config
-from .ceiling import FP8_BYTES
 from .subject import Subject
 
-# What vLLM takes of a GPU unless --gpu-memory-utilization says otherwise. Source: vLLM 0.32.0, config/cache.py.
-VLLM_SHARE = 0.92
 DEFAULT_CONTEXT = 8192
 LEAST_CONTEXT = 256
 KV_CACHES = {"16 bits": BF16_BYTES, "fp8": FP8_BYTES}
@@ -69,19 +66,20 @@ def fit(
     weights = -(-(subject.decoded_bytes if is_cpu else subject.weights_bytes) // ranks)
     room = memory_bytes - weights - SERVING_OVERHEAD_BYTES
     longest = {name: longest_context(subject, room * ranks, size) for name, size in KV_CACHES.items()}
-    kv = -(-_kv(subject, context, kv_value_bytes) // ranks)
+    kv = -(-kv_cache_bytes(subject.config, context, kv_value_bytes) // ranks)
     return Fit(context, ranks, weights, kv, SERVING_OVERHEAD_BYTES, memory_bytes, longest)
 
 
 def longest_context(subject: Subject, room_bytes: int, kv_value_bytes: int) -> int:
     """The longest context, up to the model's own limit, whose KV cache fits, or 0 where not even 256 tokens fit."""
     most = subject.longest_context or DEFAULT_CONTEXT
-    if _kv(subject, most, kv_value_bytes) <= room_bytes:
+    if kv_cache_bytes(subject.config, most, kv_value_bytes) <= room_bytes:
         return most
     low, high = 0, most  # what has room, and what has not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _kv(subject, middle, kv_value_bytes) <= room_bytes else (low, middle)
+        has_room = kv_cache_bytes(subject.config, middle, kv_value_bytes) <= room_bytes
+        low, high = (middle, high) if has_room else (low, middle)
     return low if low >= LEAST_CONTEXT else 0
 
 
@@ -90,7 +88,3 @@ def ranks_that_fit(subject: Subject, context: int, memory_bytes: int, kv_value_b
     heads = config_int(text_config(subject.config), "num_attention_heads", 1)
     possible = (fit(subject, context, memory_bytes, kv_value_bytes, n) for n in _RANKS if heads % n == 0)
     return next((found.ranks for found in possible if found.fits_by_default), None)
-
-
-def _kv(subject: Subject, context: int, value_bytes: int) -> int:
-    return kv_cache_bytes(subject.config, context) * value_bytes // BF16_BYTES

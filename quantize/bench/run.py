@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckFailed, InputError
+from ..plan.ceiling import Ceiling
 from ..serving.address import is_local
 from ..serving.answers import Meta
 from ..serving.client import Client
@@ -15,7 +16,6 @@ from ..serving.faults import known_faults
 from ..serving.http import ServerError
 from ..serving.machine import Gpu, used_bytes
 from ..serving.server import ServeOptions, Server, ServerDied, serving
-from .ceiling import Ceiling
 from .document import Results
 from .grid import Grid, Point, Target
 from .load import Load, LoadFailed, LoadGenerator, Measured

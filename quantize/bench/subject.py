@@ -12,11 +12,11 @@ from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import InputError
 from ..format.layouts import LAYOUTS
+from ..plan.ceiling import Ceiling, held_bytes, kv_bytes_per_value, read_bytes
 from ..recipe.heads import is_tied
 from ..recipe.roles import Role, role_of, text_config, unused_tensors
 from ..serving.faults import Capability, Situation
 from ..weights.stored import StoredMatrix, find_matrices, layouts_present
-from .ceiling import Ceiling, kv_bytes_per_value, read_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 _SPLIT_BY_COLUMNS = ("o_proj", "down_proj")
@@ -48,7 +48,7 @@ class Subject:
     @property
     def weights_bytes(self) -> int:
         """Memory of the weights as they are stored."""
-        return sum(info.nbytes for info in self.infos.values())
+        return held_bytes(self.config, self.infos.values())
 
     @property
     def decoded_bytes(self) -> int:

@@ -185,12 +185,20 @@ def make_plan(
 ) -> tuple[Plan, Recipe]:
     """Open MODEL (see `open_model`), load the recipe, compute the plan."""
     recipe = load_recipe(recipe_name)
+    source, name = open_source(model, revision, low_disk, pin)
+    return compute_plan(source, recipe, LAYOUTS[format_name], name), recipe
+
+
+def open_source(
+    model: str, revision: str | None = None, low_disk: bool = False, pin: Pin = lambda remote: remote
+) -> tuple[Checkpoint, str]:
+    """Open MODEL (see `open_model`), and give its name in messages."""
     source = open_model(model, revision, low_disk, pin)
     name = model.rstrip("/") if source.hub is None else source.hub.repo
     adapter = adapter_beside(names_in(source.folder) if source.hub is None else source.hub.files)
     if adapter is not None:
         say(f"{name} also contains a LoRA adapter ({adapter}), which nvquant neither merges nor converts.")
-    return compute_plan(source, recipe, LAYOUTS[format_name], name), recipe
+    return source, name
 
 
 def named(plan: Plan) -> str:

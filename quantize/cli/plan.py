@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
+from click.core import ParameterSource
 
 from ..calibrate.tokenizer_files import missing_packages
+from ..checkpoint.source import Checkpoint
 from ..errors import InputError, NvquantError
+from ..format.layouts import LAYOUTS
+from ..plan.conversion import Conversion, forecast_conversion
 from ..plan.conversion import as_json as time_document
-from ..plan.conversion import forecast_conversion
+from ..plan.forecast import Memory, census, fits, forecast_memory, serving_bytes
 from ..plan.forecast import as_json as plan_document
-from ..plan.forecast import census, fits, forecast_memory, serving_bytes
 from ..plan.machines import Disk
-from ..plan.plan import Plan
+from ..plan.plan import Plan, compute_plan
+from ..plan.serving import Serving
+from ..plan.serving import as_json as serving_document
 from ..recipe.load import load_recipe
 from .machine_options import machine_options, print_conversion, read_machine
 from .options import (
@@ -19,17 +26,19 @@ from .options import (
     debug_option,
     format_option,
     json_option,
-    make_plan,
     named,
+    open_source,
     recipe_option,
     revision_option,
 )
 from .output import emit_json, gigabytes, print_table, say, tell
+from .plan_serving import compare_recipes, print_serving, read_load, serving_options
 
 EXAMPLES = """
 \b
 Examples:
   nvquant plan google/gemma-4-31b --recipe nvfp4
+  nvquant plan google/gemma-4-31b --context 65536 --users 8 --kv-cache fp8
   nvquant plan ./gemma-4-31b --recipe nvfp4 --json
   nvquant plan ./gemma-4-31b --on H200 --disk 1.7GB/s --price 3.50
   nvquant plan google/gemma-4-31b --on "RTX 4090" --network 400MB/s --low-disk
@@ -40,16 +49,22 @@ Examples:
 @click.argument("model")
 @recipe_option
 @format_option
+@serving_options
 @calibration_options
 @click.option("--gpu/--no-gpu", default=True, help="Forecast the conversion's memory with or without a GPU.")
 @machine_options
 @revision_option
 @json_option
 @debug_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     model: str,
     recipe_name: str,
     format_name: str,
+    context: int | None,
+    users: int | None,
+    kv_cache: str | None,
     samples: int | None,
     sequence_length: int | None,
     batch_size: int,
@@ -64,26 +79,58 @@ def command(
 ) -> None:
     """Forecast exactly the files of converting MODEL, and the needs of the conversion and of its result.
 
-    This command reads headers and config, and no weights.
+    This command reads headers and config, and no weights. With --context, it also compares all recipes for serving.
     """
-    plan, recipe = make_plan(model, recipe_name, format_name, revision)
+    load = read_load(context, users, kv_cache)
+    recipe = load_recipe(recipe_name)
+    source, name = open_source(model, revision)
+    machine = read_machine(on, disk, network, low_disk, price, from_hub=source.hub is not None)
+    serving = None if load is None else compare_recipes(source, name, format_name, load, recipe)
+    is_needed = machine is not None or ctx.get_parameter_source("recipe_name") is not ParameterSource.DEFAULT
+    if serving is not None and not is_needed and serving.refuses(recipe.name):
+        _only_serving(serving, source, name, as_json)
+        return
+    plan = compute_plan(source, recipe, LAYOUTS[format_name], name)
     from ..convert.checks import check_conversion
 
     check_conversion(plan)
-    if plan.source.hub is not None:
+    if source.hub is not None:
         say(named(plan))
     calibration = recipe.calibration
     sizes = (samples or calibration.samples, sequence_length or calibration.sequence_length, batch_size)
-    machine = read_machine(on, disk, network, low_disk, price, from_hub=plan.source.hub is not None)
     if machine is not None and machine.gpu is not None and not gpu:
         raise InputError(f"--no-gpu and --on {on} contradict each other. Drop one of them.")
     memory = forecast_memory(plan, *sizes, gpu=gpu if machine is None else machine.gpu is not None)
     conversion = None if machine is None else forecast_conversion(plan, machine, *sizes, usd_per_hour=price)
     if as_json:
-        time = None if conversion is None else time_document(conversion)
-        emit_json({**plan_document(plan, memory), "time": time, "missing_packages": list(_missing_packages(plan))})
+        emit_json(_document(plan, memory, conversion, serving))
+    else:
+        _print(plan, memory, conversion, serving, price)
+
+
+def _only_serving(serving: Serving, source: Checkpoint, name: str, as_json: bool) -> None:
+    """Print the comparison of recipes for a model that the default recipe does not fit."""
+    if as_json:
+        commit = None if source.hub is None else source.hub.commit
+        emit_json({"model": name, "commit": commit, "serving": serving_document(serving)})
         return
-    tell(f"{plan.model}, recipe {recipe.name}, {plan.layout.name} layout\n")
+    tell(name)
+    print_serving(serving)
+
+
+def _document(plan: Plan, memory: Memory, conversion: Conversion | None, serving: Serving | None) -> dict[str, Any]:
+    document = plan_document(plan, memory)
+    document["time"] = None if conversion is None else time_document(conversion)
+    document["missing_packages"] = list(_missing_packages(plan))
+    if serving is not None:
+        document["serving"] = serving_document(serving)
+    return document
+
+
+def _print(
+    plan: Plan, memory: Memory, conversion: Conversion | None, serving: Serving | None, price: float | None
+) -> None:
+    tell(f"{plan.model}, recipe {plan.recipe.name}, {plan.layout.name} layout\n")
     rows = [[g.name, g.scheme, str(g.tensors), gigabytes(g.bytes_in), gigabytes(g.bytes_out)] for g in census(plan)]
     source_bytes = sum(g.bytes_in for g in census(plan))
     rows.append(["total", "", str(plan.tensors), gigabytes(source_bytes), gigabytes(plan.tensor_bytes)])
@@ -97,9 +144,14 @@ def command(
             f"Conversion needs up to {gigabytes(memory.host_bytes)} of host memory and "
             f"{gigabytes(memory.gpu_bytes)} of GPU memory."
         )
-    _say_fits(plan)
+    if serving is None:
+        _say_fits(plan)
+    elif conversion is None:
+        print_serving(serving)
+    else:
+        print_serving(serving, () if conversion.machine.gpu is None else (conversion.machine.gpu,))
     if conversion is not None:
-        print_conversion(conversion, recipe.quantizer, price)
+        print_conversion(conversion, plan.recipe.quantizer, price)
     packages = _missing_packages(plan)
     if packages:
         tell(f"Calibration on text requires {' and '.join(packages)}: run `pip install {' '.join(packages)}`.")
@@ -118,7 +170,6 @@ def _say_fits(plan: Plan) -> None:
     if plan.recipe.name == "nvfp4-full":
         return
     from ..convert.config import check_patterns
-    from ..plan.plan import compute_plan
 
     recipe = load_recipe("nvfp4-full").model_copy(update={"experts": plan.recipe.experts})
     try:

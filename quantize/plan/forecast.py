@@ -8,25 +8,15 @@ from typing import Any
 
 from ..checkpoint.config_values import config_int, config_kinds, config_largest, config_part
 from ..recipe.roles import text_config
+from .gpus import GPUS
 from .plan import Plan
 
 SERVED_TOKENS = 8192
 SERVING_OVERHEAD_BYTES = 1_500_000_000
+# The share of a GPU that vLLM takes without --gpu-memory-utilization. Source: vLLM 0.32.0, config/cache.py.
+VLLM_SHARE = 0.92
 BF16_BYTES = 2
-
-# Total memory as nvidia-smi reports it, in MiB.
-GPUS_MIB = {
-    "RTX 5060 Ti 16 GB": 16311,
-    "RTX 4090": 24564,
-    "RTX 5090": 32607,
-    "L40S": 46068,
-    "A100 80 GB": 81920,
-    "H100 80 GB": 81559,
-    "RTX PRO 6000": 97887,
-    "GB10 (DGX Spark)": 122572,
-    "H200": 143771,
-    "B200": 183359,
-}
+FP8_BYTES = 1
 
 
 @dataclass(frozen=True)
@@ -71,14 +61,18 @@ def census(plan: Plan) -> list[Group]:
     ]
 
 
-def kv_cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
-    """Bytes of a BF16 KV cache for one sequence.
+def kv_cache_bytes(config: Mapping[str, Any], tokens: int, value_bytes: int = BF16_BYTES) -> int:
+    """Bytes of the KV cache for one sequence. Every layer that stores, stores both K and V, as vLLM does where both
+    come from one matrix.
 
     Args:
         config: config.json. Heads and head sizes are read for each layer, in Google's form (global_head_dim) and in
             transformers' (per_layer_config).
         tokens: length of the sequence. Sliding layers store at most their window, and layers that share another's
             keys and values store nothing.
+        value_bytes: of a cached value, 2 for BF16 and 1 for FP8.
+    Raises:
+        InputError: a number in the config is none, or beyond all reason.
     """
     text = text_config(config)
     layers = config_int(text, "num_hidden_layers")
@@ -87,7 +81,7 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
     total = 0
     for at, kind in enumerate(kinds[: max(0, layers - config_int(text, "num_kv_shared_layers"))]):
         heads, size = kv_heads(text, at, kind)
-        total += 2 * BF16_BYTES * heads * size * (min(tokens, window) if kind == "sliding_attention" else tokens)
+        total += 2 * value_bytes * heads * size * (min(tokens, window) if kind == "sliding_attention" else tokens)
     return total
 
 
@@ -116,7 +110,7 @@ def serving_bytes(plan: Plan) -> int:
 def fits(plan: Plan) -> list[Fit]:
     """For each GPU, whether it can serve the output."""
     needed = serving_bytes(plan)
-    return [Fit(gpu, mib << 20, needed <= mib << 20) for gpu, mib in GPUS_MIB.items()]
+    return [Fit(gpu, kind.memory_bytes, needed <= kind.memory_bytes) for gpu, kind in GPUS.items()]
 
 
 @dataclass(frozen=True)

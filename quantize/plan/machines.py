@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import InputError
-from .forecast import GPUS_MIB
+from .gpus import GPUS, short_name
 from .measured import MEASURED_GPU, NVME_READ, NVME_WRITE, RAM_READ, RAM_WRITE
 
 CPU = "cpu"
@@ -87,7 +87,7 @@ class Machine:
     @property
     def gpu_bytes(self) -> int:
         """Memory of one GPU."""
-        return 0 if self.gpu is None else GPUS_MIB[self.gpu] << 20
+        return 0 if self.gpu is None else GPUS[self.gpu].memory_bytes
 
     @property
     def words(self) -> str:
@@ -108,7 +108,7 @@ def find_gpu(text: str) -> tuple[int, str | None]:
     if name == CPU:
         return count, None
     for gpu in BF16_TFLOPS:
-        if name in (_plain(gpu), _plain(re.sub(r" \d+ GB$", "", gpu))):
+        if name in (_plain(gpu), _plain(short_name(gpu))):
             return count, gpu
     known = ", ".join(BF16_TFLOPS)
     raise InputError(

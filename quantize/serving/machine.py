@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..plan.gpus import GPUS
+
 Capability = tuple[int, int]
 Fp4 = Literal["native", "weight_only", "none", "emulated"]
 
@@ -19,29 +21,29 @@ SECONDS = 30
 _FIELDS = ("index", "uuid", "name", "compute_cap", "memory.total", "memory.free", "driver_version")
 
 # Gigabytes (10^9) a second by what the name holds, as nvidia-smi gives it: the first that matches counts, so the
-# special ones stand before the general ones. Source: NVIDIA's data sheet or product page of each.
+# special ones stand before the general ones. Source: plan/gpus.py, or NVIDIA's data sheet or product page of each.
 BANDWIDTH_GB: tuple[tuple[str, float], ...] = (
     (r"\bGB300\b|\bB300\b", 8000),
-    (r"\bGB200\b|\bB200\b", 8000),
+    (r"\bGB200\b|\bB200\b", GPUS["B200"].bandwidth_gb),
     (r"\bGH200 144G", 4900),
     (r"\bGH200\b", 4000),
-    (r"\bH200\b", 4800),
+    (r"\bH200\b", GPUS["H200"].bandwidth_gb),
     (r"\bH100 NVL\b", 3900),
     (r"\bH100 PCIe\b", 2000),
-    (r"\bH100\b", 3350),
-    (r"\bA100-SXM4-80GB\b", 2039),
+    (r"\bH100\b", GPUS["H100 80 GB"].bandwidth_gb),
+    (r"\bA100-SXM4-80GB\b", GPUS["A100 80 GB"].bandwidth_gb),
     (r"\bA100 80GB PCIe\b", 1935),
     (r"\bA100\b", 1555),
     (r"\bRTX PRO 6000 Blackwell Server\b", 1597),
-    (r"\bRTX PRO 6000\b", 1792),
+    (r"\bRTX PRO 6000\b", GPUS["RTX PRO 6000"].bandwidth_gb),
     (r"\bRTX PRO 5000 Blackwell$", 1344),
     (r"\bRTX PRO 4500 Blackwell$", 896),
     (r"\bRTX PRO 4000 Blackwell$", 672),
-    (r"\bGB10\b|\bThor\b", 273),
+    (r"\bGB10\b|\bThor\b", GPUS["GB10 (DGX Spark)"].bandwidth_gb),
     (r"\bRTX 6000 Ada\b", 960),
     (r"\bRTX 5000 Ada Generation$", 576),
     (r"\bRTX A6000\b|\bRTX A5000$", 768),
-    (r"\bL40S?\b", 864),
+    (r"\bL40S?\b", GPUS["L40S"].bandwidth_gb),
     (r"\bL4\b", 300),
     (r"\bA40\b", 696),
     (r"\bA10G?\b", 600),
@@ -50,12 +52,12 @@ BANDWIDTH_GB: tuple[tuple[str, float], ...] = (
     (r"\bQuadro RTX 8000\b", 672),
     (r"\bRTX 5090 Laptop\b", 896),
     (r"\bRTX 4090 Laptop\b", 576),
-    (r"\bRTX 5090( D)?$", 1792),
+    (r"\bRTX 5090( D)?$", GPUS["RTX 5090"].bandwidth_gb),
     (r"\bRTX 5080$", 960),
     (r"\bRTX 5070 Ti$", 896),
     (r"\bRTX 5070$", 672),
-    (r"\bRTX 5060 Ti$", 448),
-    (r"\bRTX 4090( D)?$", 1008),
+    (r"\bRTX 5060 Ti$", GPUS["RTX 5060 Ti 16 GB"].bandwidth_gb),
+    (r"\bRTX 4090( D)?$", GPUS["RTX 4090"].bandwidth_gb),
     (r"\bRTX 4080 SUPER$", 736),
     (r"\bRTX 4080$", 717),
     (r"\bRTX 4070 Ti SUPER$", 672),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from nvquant.bench.ceiling import Ceiling
 from nvquant.bench.fit import fit, longest_context, ranks_that_fit
 from nvquant.bench.subject import Subject, open_subject
 from nvquant.checkpoint.source import Checkpoint, open_checkpoint
+from nvquant.plan.ceiling import Ceiling
 from support.conversions import Conversions, TinyModels, planned
 from support.synthetic_gemma4 import write_synthetic_gemma4
 

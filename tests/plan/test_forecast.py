@@ -11,7 +11,6 @@ import pytest
 from nvquant.checkpoint.source import Checkpoint, open_checkpoint
 from nvquant.format.layouts import LAYOUTS
 from nvquant.plan.forecast import (
-    GPUS_MIB,
     as_json,
     census,
     fits,
@@ -20,6 +19,7 @@ from nvquant.plan.forecast import (
     kv_cache_bytes,
     serving_bytes,
 )
+from nvquant.plan.gpus import GPUS, GpuModel
 from nvquant.plan.plan import Plan, compute_plan
 from nvquant.recipe.load import load_recipe
 from support import synthetic_gemma4
@@ -137,14 +137,15 @@ def test_only_nvfp4_full_fits_a_card_of_32_gb(large: Checkpoint) -> None:
     assert by_gpu["RTX 5090"] == (32607 << 20, False, True)
     assert by_gpu["RTX 5060 Ti 16 GB"][1:] == (False, False)
     assert by_gpu["H200"] == (143771 << 20, True, True)
-    assert list(by_gpu) == list(GPUS_MIB)
+    assert list(by_gpu) == list(GPUS)
 
 
 def test_a_gpu_fits_to_the_byte(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(tiny("llama"), "nvfp4")
     needed = serving_bytes(plan)
     above = -(-needed // (1 << 20))
-    monkeypatch.setattr("nvquant.plan.forecast.GPUS_MIB", {"enough": above, "too small": above - 1})
+    sizes = {"enough": above, "too small": above - 1}
+    monkeypatch.setattr("nvquant.plan.forecast.GPUS", {name: GpuModel(mib, 1, 1) for name, mib in sizes.items()})
     assert [fit.fits for fit in fits(plan)] == [True, False]
 
 

@@ -46,7 +46,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=list(EXPECTED))
 def run(request: pytest.FixtureRequest, model: Path) -> Run:
-    command = [sys.executable, "-c", WITH_ACCOUNT, "plan", str(model), "--recipe", request.param, "--json"]
+    return run_plan(model, "--recipe", request.param)
+
+
+def run_plan(model: Path, *options: str) -> Run:
+    command = [sys.executable, "-c", WITH_ACCOUNT, "plan", str(model), *options, "--json"]
     started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     read_bytes, peak_kib = done.stderr.split()[-2:]
@@ -83,6 +87,17 @@ def test_no_weight_is_read(run: Run, model: Path) -> None:
     # Python's own modules come to some 20 MB, to 140 MB with the model's code where the recipe calibrates; the smallest
     # MLP matrix alone has 231 MB.
     assert run.read_bytes < (60_000_000 if run.document["recipe"] == "nvfp4-a16" else 200_000_000)
+
+
+@linux
+def test_the_comparison_of_all_recipes_takes_no_more_memory_and_reads_no_weight(model: Path) -> None:
+    run = run_plan(model, "--context", "65536", "--users", "8", "--kv-cache", "fp8")
+    rows = {row["recipe"]: row["weight_bytes"] for row in run.document["serving"]["rows"]}
+    expected: dict[str | None, int] = {name: size for name, (_, size, _) in EXPECTED.items()}
+    assert {name: rows[name] for name in expected} == expected
+    assert rows[None] == BYTES_31B
+    assert run.peak_bytes < 1_000_000_000
+    assert run.read_bytes < 200_000_000
 
 
 def test_the_synthetic_source_is_the_census_that_it_claims_to_be(model: Path) -> None:

@@ -15,7 +15,7 @@ from nvquant.errors import InputError
 from nvquant.format.layouts import LAYOUTS
 from nvquant.plan import measured
 from nvquant.plan.conversion import as_json, forecast_conversion
-from nvquant.plan.forecast import GPUS_MIB
+from nvquant.plan.gpus import GPUS
 from nvquant.plan.machines import BF16_TFLOPS, DISKS, Disk, Machine, find_gpu
 from nvquant.plan.measured import CPU_RATES, GPU_RATES, Measured
 from nvquant.plan.plan import Plan, compute_plan
@@ -337,7 +337,7 @@ def test_no_machine_at_all_is_refused() -> None:
 
 
 def test_every_gpu_with_a_speed_has_a_memory() -> None:
-    assert set(BF16_TFLOPS) < set(GPUS_MIB)
+    assert set(BF16_TFLOPS) < set(GPUS)
     assert [gpu for gpu in BF16_TFLOPS if Machine(gpu, 1, DISKS["ram"]).is_measured] == ["H200"]
     assert not Machine("H200", 2, DISKS["ram"]).is_measured
 

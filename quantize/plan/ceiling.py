@@ -18,11 +18,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..plan.forecast import BF16_BYTES, kv_cache_bytes
 from ..recipe.decoder import decoder_prefix, layer_count, layer_index, text_config
 from ..recipe.roles import Role, role_of, share_of_experts, unused_tensors
+from .forecast import BF16_BYTES, FP8_BYTES, kv_cache_bytes
 
-FP8_BYTES = 1
 _OTHER_STACK = re.compile(r"\.(?:layers|h|blocks)\.\d+\.")
 
 
@@ -58,7 +57,7 @@ class Ceiling:
 
     def kv_bytes(self, context: int) -> int:
         """Keys and values of one user in the cache after `context` tokens. Sliding layers hold their window."""
-        return kv_cache_bytes(self.config, context) * self.kv_bytes_per_value // BF16_BYTES
+        return kv_cache_bytes(self.config, context, self.kv_bytes_per_value)
 
     def bytes_per_step(self, context: int, users: int = 1) -> int:
         """Bytes read to decode one token for each of `users`, each after `context` tokens."""
@@ -72,6 +71,22 @@ class Ceiling:
             context: tokens before the decoded one, or for an answer, the mean over it.
         """
         return bandwidth * users / self.bytes_per_step(context, users)
+
+
+def held_bytes(config: Mapping[str, Any], tensors: Iterable[Stored]) -> int:
+    """Bytes of the weights that a server keeps in memory: all tensors but those that no layer reads.
+
+    Vision and audio count. vLLM loads them unless it starts with --language-model-only.
+    """
+    found = {tensor.name: tensor.nbytes for tensor in tensors}
+    unused = unused_tensors(config, found)
+    return sum(size for name, size in found.items() if name not in unused)
+
+
+def tower_bytes(tensors: Iterable[Stored]) -> int:
+    """Bytes of the weights of vision and audio with their projectors, which no text needs."""
+    towers = (Role.TOWER, Role.PROJECTOR)
+    return sum(tensor.nbytes for tensor in tensors if _role(tensor.name, tensor.shape) in towers)
 
 
 def read_bytes(config: Mapping[str, Any], tensors: Iterable[Stored]) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nvquant.bench.ceiling import Ceiling, kv_bytes_per_value, read_bytes
 from nvquant.checkpoint.source import open_checkpoint
+from nvquant.plan.ceiling import Ceiling, kv_bytes_per_value, read_bytes
 from nvquant.plan.forecast import kv_cache_bytes
 from support.conversions import planned
 from support.synthetic_gemma4 import write_synthetic_gemma4
