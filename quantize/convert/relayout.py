@@ -24,13 +24,14 @@ from ..errors import CheckFailed, InputError
 from ..format.layouts import GLOBAL_SCALES, LAYOUTS, Layout
 from ..format.schemes import Part
 from ..plan.plan import PlannedShard
-from ..quantizers import get_quantizer
+from ..quantizers import get_quantizer, quantizer_for
 from ..recipe.groups import FusedGroup, Fusions
 from ..recipe.match import Selection, fusions_of
 from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import QUANTIZABLE, Role, describe, roles_of, unused_tensors
 from ..recipe.schema import SchemeName
 from ..stream.manifest import MANIFEST_NAME, Manifest, held_to
+from ..stream.scalars import scalar_amaxes
 from ..weights.stored import find_matrices, is_complete, part_leaves
 from .config import QuantizedModel, output_configs
 from .identity import source_identity
@@ -210,13 +211,13 @@ def recorded_amaxes(manifest: Manifest) -> dict[str, dict[Part, float]]:
         InputError: the quantizer is unknown.
     """
     amaxes: dict[str, dict[Part, float]] = {}
-    headroom = get_quantizer(manifest.quantizer).claim.headroom
-    for layer in manifest.layers:
+    chosen, layout = get_quantizer(manifest.quantizer), LAYOUTS.get(manifest.format)
+    for layer in manifest.layers if layout is not None else ():
         for group in layer.groups.values():
-            of_group: dict[Part, float] = {"weight_global": group.weight_amax * headroom}
-            if group.input is not None:
-                of_group["input_global"] = group.input.calibrated_amax
-            amaxes.update(dict.fromkeys(group.members, of_group))
+            scheme = layout.schemes.get(group.scheme) if layout is not None else None
+            if scheme is not None:
+                headroom = quantizer_for(scheme.name, chosen).claim.headroom
+                amaxes.update(dict.fromkeys(group.members, scalar_amaxes(scheme, group, headroom)))
     return amaxes
 
 

@@ -30,6 +30,9 @@ Inputs = Literal["unchanged", "calibrated", "dynamic"]
 Arithmetic = Literal["w4a4", "w8a8", "weight_only"]
 """The computation of a server: inputs rounded as every scheme says (GPUs with FP4 units), rounded for FP8 alone (Hopper
 and Ada), or never (Ampere)."""
+ARITHMETICS: tuple[Arithmetic, ...] = ("w4a4", "w8a8", "weight_only")
+ARITHMETIC_WORDS: Mapping[str, str] = {"w4a4": "W4A4", "w8a8": "W8A8", "weight_only": "weight-only"}
+"""The name of each arithmetic in messages and reports."""
 
 
 @dataclass(frozen=True)

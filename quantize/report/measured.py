@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from ..format.schemes import ARITHMETIC_WORDS
 from ..quoting import one_line
 from .document import at, numeric, rows
 from .parts import Bar, Column, Layers, Series, Sizes, Table, Tile
 from .words import ABSENT, as_float, fixed, number, percent, size, with_error
 
-ARITHMETICS = {"w4a4": "W4A4", "weight_only": "weight-only"}
+ARITHMETICS = ARITHMETIC_WORDS
 COLOURS = 8
 WORST_LAYERS, WORST_MATRICES, WORST_INPUTS = 3, 10, 6
 

@@ -121,7 +121,7 @@ def read_log(text: str) -> list[Line]:
 def parse_log(text: str) -> LogFacts:
     """The facts in a log, complete or not."""
     lines = [line.text for line in read_log(text)]
-    kernels = dict.fromkeys(_all(lines, r"Using (\w+) for NVFP4 GEMM"))
+    kernels = dict.fromkeys(_all(lines, r"Using (\w+) for NVFP4 GEMM|Selected (\w*FP8\w*|\w*Fp8\w*) for \w+"))
     weights = _all(lines, r"Model loading took ([\d.,]+) GiB")
     return LogFacts(
         version=_first(lines, r"version (\d+\.\d+\S*)$") or _first(lines, r"LLM engine \(v([^)\s]+)\)"),
@@ -165,7 +165,7 @@ def _said(lines: list[str], known: Iterable[tuple[str, str]]) -> tuple[str, ...]
 
 def _all(lines: Iterable[str], pattern: str) -> list[str]:
     search = re.compile(pattern).search
-    return [match[1] for line in lines if (match := search(line))]
+    return [match[match.lastindex or 0] for line in lines if (match := search(line))]
 
 
 def _first(lines: Iterable[str], pattern: str) -> str | None:

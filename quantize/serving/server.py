@@ -13,6 +13,8 @@ from typing import Any
 from ..checkpoint.config_values import config_int
 from ..checkpoint.source import read_json
 from ..errors import CheckFailed, InputError
+from ..format.declared import ALGORITHMS
+from ..format.schemes import NVFP4_A16
 from ..plan.forecast import kv_cache_bytes
 from ..quoting import shell_without_secrets
 from ..recipe.roles import text_config
@@ -309,7 +311,7 @@ def _is_weight_only_modelopt(checkpoint: Path, config: Mapping[str, Any]) -> boo
         return False
     groups = stored.get("config_groups")
     groups = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
-    return str(stored.get("quant_algo")).upper() == "W4A16_NVFP4" or (
+    return str(stored.get("quant_algo")).upper() == ALGORITHMS[NVFP4_A16.name] or (
         bool(groups) and all(group.get("input_activations") is None for group in groups)
     )
 

@@ -10,17 +10,21 @@ from .manifest import GroupRecord
 
 
 def scalar_values(layout: Layout, scheme: Scheme, record: GroupRecord, headroom: float) -> dict[Part, Tensor]:
-    """The scalars that every member of a fused group stores, float32 on the CPU, by part.
+    """The scalars that every member of a fused group stores, float32 on the CPU, by part. See `scalar_amaxes`."""
+    amaxes = scalar_amaxes(scheme, record, headroom)
+    return {part: layout.stored_scalar(part, amax) for part, amax in amaxes.items()}
+
+
+def scalar_amaxes(scheme: Scheme, record: GroupRecord, headroom: float) -> dict[Part, float]:
+    """The amaxes behind the scalars that every member of a fused group stores, by part.
 
     Args:
         headroom: of the quantizer (`Claim.headroom`).
     """
-    found = {}
-    for part, spec in scheme.parts(1, scheme.divides).items():
-        if spec.shape:
-            continue
+    amaxes = {}
+    for part in scheme.shared:
         if part not in INPUT_PARTS:
-            found[part] = layout.stored_scalar(part, record.weight_amax * headroom)
+            amaxes[part] = record.weight_amax * headroom
         elif record.input is not None:
-            found[part] = layout.stored_scalar(part, record.input.calibrated_amax)
-    return found
+            amaxes[part] = record.input.calibrated_amax
+    return amaxes

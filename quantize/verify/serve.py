@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EnvironmentLack, InputError
+from ..format.schemes import ARITHMETIC_WORDS, FP8, NVFP4, Arithmetic, arithmetics_of
 from ..recipe.heads import is_tied
 from ..recipe.roles import Role, text_config
 from ..serving.faults import Situation, known_faults
 from ..serving.http import ServerError
-from ..serving.kernels import Arithmetic
+from ..serving.kernels import server_arithmetic
 from ..serving.log import LogFacts, parse_log
 from ..serving.machine import gpus
 from ..serving.server import ServeOptions, Server, ServerDied, serving
@@ -25,7 +26,6 @@ from .served_tokens import OwnTokenizer, check_tokens
 from .subject import Subject
 
 STAGE = "serve"
-_SAID = {"w4a4": "W4A4", "weight_only": "weight-only"}
 
 
 def serve_checks(
@@ -184,15 +184,20 @@ class ServeStage:
         asked = self._asked()
         if self._options.url is not None:
             return not_applicable("a running server does not report its kernel, but logprobs finds its arithmetic")
-        if not self._facts.kernels:
-            return Finding("no kernel for NVFP4", ["the server's log reports no NVFP4 layer"])
+        stored = {matrix.scheme.bits for matrix in self._subject.matrices.values()}
+        logged = {FP8.bits if kernel.is_fp8 else NVFP4.bits for kernel in self._facts.kernels}
+        if missing := [name for bits, name in ((NVFP4.bits, "NVFP4"), (FP8.bits, "FP8")) if bits in stored - logged]:
+            return Finding(
+                f"no kernel for {' and '.join(missing)}",
+                [f"the server's log reports no {name} layer" for name in missing],
+            )
         faults = [
             f"{kernel.name} rounds inputs, but the checkpoint is weight-only"
             for kernel in self._facts.kernels
             if kernel.arithmetic == "w4a4" and "w4a4" not in asked
         ]
         said = self._kernel_words()
-        if "w4a4" in asked and self._arithmetic() == "weight_only":
+        if "w4a4" in asked and self._arithmetic() not in ("w4a4", None):
             said += " (the checkpoint is W4A4, but this server ignores its input scales)"
         return Finding(said, faults)
 
@@ -226,7 +231,7 @@ class ServeStage:
         said = self._arithmetic()
         if said is not None:
             return [said]
-        return ["w4a4", "weight_only"] if "w4a4" in self._asked() else ["weight_only"]
+        return list(arithmetics_of(matrix.scheme for matrix in self._subject.matrices.values()))
 
     def _degeneration(self) -> Finding:
         assert self._answers is not None
@@ -248,16 +253,13 @@ class ServeStage:
 
     def _arithmetic(self) -> Arithmetic | None:
         """The server's arithmetic. None where it reports none, or a kernel that nvquant does not know."""
-        found = {kernel.arithmetic for kernel in self._facts.kernels}
-        if not found or None in found:
-            return None
-        return "w4a4" if "w4a4" in found else "weight_only"
+        return server_arithmetic(self._facts.kernels)
 
     def _kernel_words(self) -> str:
         if self._facts.kernels:
             return ", ".join(kernel.words for kernel in self._facts.kernels)
         if self._logprobs is not None:
-            return f"unknown (its likelihoods match {_SAID[self._logprobs['arithmetic']]})"
+            return f"unknown (its likelihoods match {ARITHMETIC_WORDS[self._logprobs['arithmetic']]})"
         return "unknown"
 
     def _read_log(self, log: Path) -> None:

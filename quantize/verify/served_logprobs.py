@@ -9,8 +9,8 @@ from statistics import mean, quantiles
 from typing import Any
 
 from ..checkpoint.config_values import config_int
+from ..format.schemes import ARITHMETIC_WORDS, Arithmetic
 from ..recipe.roles import text_config
-from ..serving.kernels import Arithmetic
 from .report import Finding, not_applicable
 from .subject import Subject
 
@@ -67,7 +67,7 @@ def compare_logprobs(
     measured = [_measure(arithmetic, served, values) for arithmetic, values in emulated.items()]
     noise = 0.0 if source is None else source.noise
     best = min(measured, key=lambda one: (len(_faults(one, noise)), abs(one["mean_difference"])))
-    said = {"w4a4": "W4A4", "weight_only": "weight-only"}[best["arithmetic"]]
+    said = ARITHMETIC_WORDS[best["arithmetic"]]
     looked_at = (
         f"{best['tokens']} tokens: {best['nll_served']:.4f} nats a token served, {best['nll_emulated']:.4f} emulated "
         f"from the files ({said}), mean difference {best['mean_difference']:+.4f}, mean absolute difference "
@@ -98,7 +98,7 @@ def _measure(arithmetic: Arithmetic, served: Sequence[float], emulated: Sequence
 def _faults(one: dict[str, Any], noise: float) -> list[str]:
     if not math.isfinite(one["nll_served"]):
         return ["the server's likelihoods contain a NaN or an infinity"]
-    if one["arithmetic"] == "w4a4" or noise > MOST_NOISE:
+    if one["arithmetic"] != "weight_only" or noise > MOST_NOISE:
         most = max(MOST_MEAN_W4A4, STANDARD_ERRORS * noise / math.sqrt(one["tokens"]))
         limits = [("mean_difference", most, "the mean differs by")]
     else:
@@ -139,6 +139,8 @@ def too_few(ids: Sequence[int] | None, arithmetics: Sequence[Arithmetic]) -> Fin
     """A finding on why there is nothing to compare. None where there is."""
     if ids is None or len(ids) < 2:
         return not_applicable("there is no reference text for this checkpoint")
-    if "w4a4" in arithmetics and len(ids) <= LEAST_TOKENS:
-        return not_applicable(f"comparing W4A4 requires at least {LEAST_TOKENS} tokens, the text has {len(ids) - 1}")
+    if set(arithmetics) != {"weight_only"} and len(ids) <= LEAST_TOKENS:
+        return not_applicable(
+            f"comparing rounded inputs requires at least {LEAST_TOKENS} tokens, the text has {len(ids) - 1}"
+        )
     return None

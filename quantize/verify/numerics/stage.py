@@ -13,6 +13,7 @@ import torch
 
 from ...calibrate.samples import CalibrationSet
 from ...checkpoint.source import Checkpoint
+from ...format.schemes import ARITHMETIC_WORDS
 from ...plan.quantized_source import refuse_quantized
 from ...recipe.decoder import layer_index
 from ...stream.manifest import Manifest
@@ -32,7 +33,7 @@ WORDS: Mapping[str, str] = {
     "w8a8": "FP8 with rounded inputs, NVFP4 weight-only, as Hopper and Ada compute it",
     "weight_only": "weight-only, as Marlin computes it on Hopper, Ada and Ampere",
 }
-SHORT: Mapping[str, str] = {"w4a4": "W4A4", "w8a8": "W8A8", "weight_only": "weight-only"}
+SHORT = ARITHMETIC_WORDS
 # Sound W4A4 layers of SmolLM2-135M have 0.1 to 0.32 (docs/verification.md).
 MOST_LAYER_ERROR = 0.6
 MOST_CLIPPED = 0.01  # share of an input's blocks; calibration with head-room leaves none
