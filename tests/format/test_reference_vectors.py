@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from nvquant.convert.matrices import stored_scalar
 from nvquant.format.activations import quantize_dequantize
 from nvquant.format.blocks import dequantize_blocks, quantize_blocks, weight_amax
 from nvquant.format.e2m1 import E2M1_VALUES, decode_e2m1, encode_e2m1, round_e2m1, unpack_codes
@@ -81,13 +80,13 @@ WITHOUT_SCALE = ("all_zero_bf16_4x16", "tiny_bf16_4x16", "small_f32_4x32")
 @over([case for case in WEIGHTS if case["name"] not in WITHOUT_SCALE])
 def test_stored_multiplier_is_within_two_ulp_of_modelopt(case: Case) -> None:
     wanted = scalar(expected(case, MODELOPT_NAME)["weight_scale_2"])
-    assert ulps_apart(stored_scalar(float(amax_of(case)), MODELOPT), wanted) <= 2
+    assert ulps_apart(MODELOPT.stored_scalar("weight_global", float(amax_of(case))), wanted) <= 2
 
 
 @over([case for case in WEIGHTS if case["name"] in WITHOUT_SCALE])
 def test_a_matrix_too_small_for_a_scale_has_the_scale_one_in_both_layouts(case: Case) -> None:
     for layout in (COMPRESSED_TENSORS, MODELOPT):
-        assert stored_scalar(float(amax_of(case)), layout).item() == 1
+        assert layout.stored_scalar("weight_global", float(amax_of(case))).item() == 1
 
 
 @weight_cases
@@ -239,7 +238,10 @@ def test_the_servers_codes_and_scales_decode_to_the_same_inputs(case: Case) -> N
 @pytest.mark.parametrize("entry", VECTORS["scalars"], ids=[entry["amax"] for entry in VECTORS["scalars"]])
 def test_each_layout_stores_its_scalar_bit_for_bit(entry: Case) -> None:
     amax = float(scalar(entry["amax"]))
-    divisor, multiplier = stored_scalar(amax, COMPRESSED_TENSORS), stored_scalar(amax, MODELOPT)
+    divisor, multiplier = (
+        COMPRESSED_TENSORS.stored_scalar("weight_global", amax),
+        MODELOPT.stored_scalar("weight_global", amax),
+    )
     assert (divisor.shape, multiplier.shape) == ((1,), ())
     assert ulps_apart(divisor, scalar(entry["global_scale"])) == 0
     assert ulps_apart(multiplier, scalar(entry["scale_2"])) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,13 @@ def test_a_matrix_becomes_four_tensors_of_these_dtypes_and_shapes(tiny: Tiny) ->
     name = "model.layers.0.mlp.down_proj."
     wanted = {
         "compressed-tensors": {
-            "weight_packed": ("U8", (64, 64), "packed"),
+            "weight_packed": ("U8", (64, 64), "codes"),
             "weight_scale": ("F8_E4M3", (64, 8), "scales"),
             "weight_global_scale": ("F32", (1,), "weight_global"),
             "input_global_scale": ("F32", (1,), "input_global"),
         },
         "modelopt": {
-            "weight": ("U8", (64, 64), "packed"),
+            "weight": ("U8", (64, 64), "codes"),
             "weight_scale": ("F8_E4M3", (64, 8), "scales"),
             "weight_scale_2": ("F32", (), "weight_global"),
             "input_scale": ("F32", (), "input_global"),
@@ -124,7 +125,7 @@ def test_every_source_tensor_is_copied_or_quantized_and_nothing_is_added(tiny: T
     source = tiny(model)
     plan = planned(source, FULL, layout)
     infos = source.infos()
-    sources = {matrix.source for matrix in plan.matrices.values()}
+    sources = {matrix.tensor for matrix in plan.matrices.values()}
     entries = {entry.name: entry for shard in plan.shards for entry in shard.entries}
     assert set(entries) == set(plan.origins) and plan.tensors == len(entries)
     copied = {name for name, origin in plan.origins.items() if origin.part is None}
@@ -133,7 +134,7 @@ def test_every_source_tensor_is_copied_or_quantized_and_nothing_is_added(tiny: T
         assert plan.origins[name].source == name
         assert (entries[name].dtype, entries[name].shape) == (infos[name].dtype, infos[name].shape)
     assert {plan.origins[name].source for name in set(entries) - copied} == sources
-    assert {plan.matrices[member].group for group in plan.groups for member in group.members} == {
+    assert {plan.matrices[member].weight_group for group in plan.groups for member in group.members} == {
         group.name for group in plan.groups
     }
 
@@ -188,21 +189,30 @@ def test_a_shards_file_is_its_header_and_its_data_wide_dtypes_first(tiny: Tiny) 
 
 @pytest.mark.parametrize("layout", [COMPRESSED_TENSORS, MODELOPT])
 def test_a_source_that_stores_the_outputs_names_is_refused(layout: Any) -> None:
-    for suffix in (layout.scales, layout.weight_global, layout.input_global):
+    names = layout.suffixes(layout.schemes["nvfp4"])
+    for suffix in (names[part] for part in ("scales", "weight_global", "input_global")):
         shapes = layer(0) | {f"model.layers.0.mlp.up_proj.{suffix}": ("F32", (1,))}
         assert "choose a source that is not quantized" in refused(pretend(shapes), layout=layout.name)
 
 
-def test_two_schemes_do_not_fit_into_the_modelopt_layout() -> None:
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_two_schemes_fit_into_either_layout(layout: str) -> None:
     text = (
         "name: two\nquantize:\n  - modules: [mlp]\n    scheme: nvfp4\n  - modules: [attention]\n    scheme: nvfp4-a16\n"
     )
     recipe = parse_recipe(text, "two.yaml")
-    assert refused(pretend(layer(0)), recipe, "modelopt") == (
-        "recipe two mixes schemes, which the modelopt layout cannot describe: use --format compressed-tensors."
+    assert planned(pretend(layer(0)), recipe, layout).tensors == 3 * 4 + 1 * 3
+
+
+def test_a_scheme_that_a_layout_cannot_express_is_refused() -> None:
+    without = replace(MODELOPT, schemes={name: form for name, form in MODELOPT.schemes.items() if name != "fp8"})
+    with pytest.raises(InputError) as caught:
+        compute_plan(pretend(layer(0)), load_recipe("nvfp4-fp8"), without, "a-model")
+    assert str(caught.value) == (
+        "recipe nvfp4-fp8: the modelopt layout has no form for scheme fp8: choose the other layout with --format, or "
+        "another scheme."
     )
-    plan = planned(pretend(layer(0)), recipe)
-    assert plan.tensors == 3 * 4 + 1 * 3
+    assert caught.value.exit_code == 2
 
 
 def test_a_model_without_decoder_layers_is_refused() -> None:

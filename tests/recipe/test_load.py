@@ -22,20 +22,20 @@ def refused(text: str) -> str:
     return str(caught.value)
 
 
-def test_three_recipes_ship_and_do_what_they_are_called() -> None:
-    assert shipped_recipes() == ["nvfp4", "nvfp4-a16", "nvfp4-full"]
+def test_four_recipes_ship_and_do_what_they_are_called() -> None:
+    assert shipped_recipes() == ["nvfp4", "nvfp4-a16", "nvfp4-fp8", "nvfp4-full"]
     found = {name: load_recipe(name) for name in shipped_recipes()}
     assert all(recipe.name == name and recipe.description for name, recipe in found.items())
     assert {name: [(e.modules, e.scheme) for e in recipe.quantize] for name, recipe in found.items()} == {
         "nvfp4": [(("mlp",), "nvfp4")],
         "nvfp4-a16": [(("attention", "mlp"), "nvfp4-a16")],
+        "nvfp4-fp8": [(("mlp",), "nvfp4"), (("attention",), "fp8")],
         "nvfp4-full": [(("attention", "mlp"), "nvfp4")],
     }
-    assert [found[name].needs_calibration for name in shipped_recipes()] == [True, False, True]
     assert all(recipe.experts == "refuse" and recipe.quantizer == "mse" for recipe in found.values())
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "nvfp4-a16", "nvfp4-full"])
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4-a16", "nvfp4-fp8", "nvfp4-full"])
 def test_show_prints_the_file_and_it_is_a_recipe_of_its_own(name: str, tmp_path: Path) -> None:
     text = (resources.files("nvquant.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
     shown = CliRunner().invoke(cli, ["recipes", "show", name])
@@ -75,7 +75,7 @@ MESSAGES = [
     (HEAD + "foo: 1\n", f"my.yaml:5: key 'foo': 'foo' {NOT_A_KEY}"),
     (HEAD + "    bits: 4\n", f"my.yaml:5: key 'quantize.0.bits': 'bits' {NOT_A_KEY}"),
     (HEAD + "calibration:\n  tokens: 3\n", f"my.yaml:6: key 'calibration.tokens': 'tokens' {NOT_A_KEY}"),
-    (HEAD + SECOND, "my.yaml:6: key 'quantize.1.scheme': input should be 'nvfp4' or 'nvfp4-a16'."),
+    (HEAD + SECOND, "my.yaml:6: key 'quantize.1.scheme': input should be 'nvfp4', 'nvfp4-a16' or 'fp8'."),
     (HEAD.replace("[mlp]", "mlp"), "my.yaml:3: key 'quantize.0.modules': must be a list."),
     (HEAD.replace("[mlp]", "[]"), "my.yaml:3: key 'quantize.0.modules': must not be empty."),
     (HEAD.replace("[mlp]", "[mlp, 7]"), "my.yaml:3: key 'quantize.0.modules.1': must be text."),
@@ -150,7 +150,8 @@ def test_an_unknown_name_is_refused_with_the_ones_that_exist(tmp_path: Path, mon
     with pytest.raises(InputError) as caught:
         load_recipe("nvfp5")
     assert str(caught.value) == (
-        "recipe 'nvfp5' does not exist: choose one of nvfp4, nvfp4-a16, nvfp4-full, or give the path of your own file, "
+        "recipe 'nvfp5' does not exist: choose one of nvfp4, nvfp4-a16, nvfp4-fp8, nvfp4-full, or give the path of your "
+        "own file, "
         "such as ./my.yaml."
     )
 

@@ -50,11 +50,11 @@ def test_a_fused_pair_shares_its_scale_and_verify_holds_it(
 ) -> None:
     source, first, second, fused, _ = pair
     plan = planned(source, own(first.rpartition(".")[2], second.rpartition(".")[2]), layout)
-    assert {plan.matrices[first].group, plan.matrices[second].group} == {fused}
+    assert {plan.matrices[first].weight_group, plan.matrices[second].weight_group} == {fused}
     out = tmp_path / "out"
     convert(plan, ConvertOptions(out, "rtn"), None)
     stored = tensors_in(out)
-    scale = plan.layout.weight_global
+    scale = plan.layout.suffixes(plan.matrices[first].scheme)["weight_global"]
     assert torch.equal(stored[f"{first}.{scale}"], stored[f"{second}.{scale}"])
     assert faults(out, source) == {}
 
@@ -100,6 +100,6 @@ def test_names_of_other_families_are_fused_too(tmp_path: Path) -> None:
     }
     save_file(renamed, source / "model.safetensors", metadata={"format": "pt"})
     plan = planned(source, own("w1", "w2", "w3"))
-    assert plan.matrices["model.layers.0.feed_forward.w1"].group == "model.layers.0.feed_forward.gate_up_proj"
+    assert plan.matrices["model.layers.0.feed_forward.w1"].weight_group == "model.layers.0.feed_forward.gate_up_proj"
     convert(plan, ConvertOptions(tmp_path / "out", "rtn"), None)
     assert faults(tmp_path / "out", source) == {}

@@ -27,7 +27,7 @@ LACKING: dict[str, tuple[str, Edit, str, str]] = {
         "llama-mo",
         lambda t: [t.pop(name) for name in list(t) if name.endswith("input_scale")],
         "complete",
-        "lacks input_scale, which its scheme W4A4 requires",
+        "lacks input_scale, which its scheme NVFP4 W4A4 requires",
     ),
     "shape": ("llama-a16-ct", lambda t: setattr(t[f"{UP}.weight_scale"], "shape", [4, 128]), "matrices", "has shape"),
     "dtype": ("llama-a16-ct", lambda t: setattr(t[f"{UP}.weight_scale"], "dtype", "U8"), "matrices", "is U8"),
