@@ -1,4 +1,4 @@
-"""What a server of an NVFP4 checkpoint computes, in float32 and from the checkpoint's files alone.
+"""What a server of an NVFP4 or FP8 checkpoint computes, in float32 and from the checkpoint's files alone.
 
 This is the judge of converted checkpoints, so it shares no code with the package under test: tensors are read with
 safetensors, the architecture comes from transformers, and the arithmetic below is written out from the number formats.
@@ -6,7 +6,8 @@ safetensors, the architecture comes from transformers, and the arithmetic below 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,12 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 E2M1_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 BLOCK_COLUMNS = 16
+Rounding = Callable[[Tensor], Tensor]
 
 
 def load_emulation(checkpoint: Path) -> PreTrainedModel:
     """Build the checkpoint's model in float32: decoded weights, inputs of quantized layers rounded where it says so.
 
-    Both layouts are told apart by their tensor names; a quantized layer without an input scale is weight-only.
+    Both layouts are told apart by their tensor names; an NVFP4 layer without an input scale is weight-only, and an FP8
+    layer without one rounds each token under a scale of its own.
     Raises AssertionError when the stored tensors are not exactly those of the architecture.
     """
     config = AutoConfig.from_pretrained(checkpoint)
@@ -30,15 +33,15 @@ def load_emulation(checkpoint: Path) -> PreTrainedModel:
         del config.quantization_config
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    state, input_scales = decode_tensors(read_tensors(checkpoint))
+    state, rounds = decode_tensors(read_tensors(checkpoint))
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     absent = set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     assert not absent, f"{checkpoint} lacks {absent}"
     assert not unexpected, f"{checkpoint} holds tensors that the architecture lacks: {unexpected}"
     model.tie_weights()
-    for name, scale in input_scales.items():
+    for name, rounded in rounds.items():
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, scale=scale: (quantize_dequantize(args[0], scale), *args[1:])
+            lambda _, args, rounded=rounded: (rounded(args[0]), *args[1:])
         )
     return model.eval()
 
@@ -59,25 +62,28 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def decode_tensors(stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return a checkpoint's float32 state dict, and the input scale (448 * 6 / amax) of each W4A4 layer."""
+def decode_tensors(stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Rounding]]:
+    """Return a checkpoint's float32 state dict, and how the inputs of each layer are rounded that rounds them."""
     state: dict[str, Tensor] = {}
-    input_scales: dict[str, Tensor] = {}
+    rounds: dict[str, Rounding] = {}
     for key, tensor in stored.items():
         layer, _, kind = key.rpartition(".")
-        if kind == "weight_packed":  # compressed-tensors: scales are divisors
+        if kind == "weight" and tensor.dtype == torch.float8_e4m3fn:
+            state[key] = tensor.float() * stored[f"{layer}.weight_scale"].float()
+            rounds[layer] = partial(round_to_fp8, scale=stored.get(f"{layer}.input_scale"))
+        elif kind == "weight_packed":  # compressed-tensors: scales are divisors
             state[f"{layer}.weight"] = decode(
                 tensor, stored[f"{layer}.weight_scale"].float() / stored[f"{layer}.weight_global_scale"]
             )
         elif kind == "weight" and f"{layer}.weight_scale_2" in stored:  # modelopt: scales are multipliers
             state[key] = decode(tensor, stored[f"{layer}.weight_scale"].float() * stored[f"{layer}.weight_scale_2"])
         elif kind == "input_global_scale":
-            input_scales[layer] = tensor
-        elif kind == "input_scale":
-            input_scales[layer] = 1 / tensor
-        elif kind not in ("weight_scale", "weight_global_scale", "weight_scale_2"):
+            rounds[layer] = partial(quantize_dequantize, global_scale=tensor)
+        elif kind == "input_scale" and f"{layer}.weight_scale_2" in stored:
+            rounds[layer] = partial(quantize_dequantize, global_scale=1 / tensor)
+        elif kind not in ("weight_scale", "weight_global_scale", "weight_scale_2", "input_scale"):
             state[key] = tensor.float()
-    return state, input_scales
+    return state, rounds
 
 
 def decode(packed: Tensor, block_scales: Tensor) -> Tensor:
@@ -98,6 +104,13 @@ def quantize_dequantize(x: Tensor, global_scale: Tensor) -> Tensor:
     # A block whose scale is rounded to 0 has no other value than 0; any divisor does.
     scaled = blocks / torch.where(scales == 0, torch.inf, scales)
     return (round_to_e2m1(scaled) * scales).flatten(-2)
+
+
+def round_to_fp8(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Round x, float32 [..., columns], to E4M3 values under a scale, where it is None under amax / 448 of each token."""
+    if scale is None:
+        scale = (x.abs().amax(dim=-1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
 def round_to_e2m1(x: Tensor) -> Tensor:
