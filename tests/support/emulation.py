@@ -107,7 +107,7 @@ def quantize_dequantize(x: Tensor, global_scale: Tensor) -> Tensor:
 
 
 def round_to_fp8(x: Tensor, scale: Tensor | None) -> Tensor:
-    """Round x, float32 [..., columns], to E4M3 values under a scale, where it is None under amax / 448 of each token."""
+    """Round x, float32 [..., columns], to E4M3 values under a scale; where it is None, under one of each token."""
     if scale is None:
         scale = (x.abs().amax(dim=-1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
