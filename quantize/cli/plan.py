@@ -19,7 +19,7 @@ from ..plan.machines import Disk
 from ..plan.plan import Plan, compute_plan
 from ..plan.serving import Serving
 from ..plan.serving import as_json as serving_document
-from ..recipe.load import load_recipe
+from ..recipe.load import load_recipe, shipped_recipes
 from .machine_options import machine_options, print_conversion, read_machine
 from .options import (
     calibration_options,
@@ -167,16 +167,24 @@ def _say_fits(plan: Plan) -> None:
     fitting = [fit.gpu for fit in fits(plan) if fit.fits]
     needed = gigabytes(serving_bytes(plan))
     tell(f"Serving 8192 tokens of context needs {needed}: fits {', '.join(fitting) or 'none of the GPUs known here'}.")
-    if plan.recipe.name == "nvfp4-full":
-        return
+    for name in shipped_recipes():
+        smaller = _smaller_plan(plan, name)
+        more = [] if smaller is None else [fit.gpu for fit in fits(smaller) if fit.fits and fit.gpu not in fitting]
+        if smaller is not None and more:
+            tell(f"With recipe {name} ({gigabytes(smaller.tensor_bytes)}) it fits {', '.join(more)} too.")
+
+
+def _smaller_plan(plan: Plan, name: str) -> Plan | None:
+    """The plan of another recipe that quantizes inputs too and has fewer bytes, or None."""
     from ..convert.config import check_patterns
 
-    recipe = load_recipe("nvfp4-full").model_copy(update={"experts": plan.recipe.experts})
+    recipe = load_recipe(name).model_copy(update={"experts": plan.recipe.experts})
+    if name == plan.recipe.name:
+        return None
     try:
-        full = compute_plan(plan.source, recipe, plan.layout, plan.model)
-        check_patterns(full)
-    except NvquantError:  # only a hint: this recipe does not fit the model
-        return
-    more = [fit.gpu for fit in fits(full) if fit.fits and fit.gpu not in fitting]
-    if more:
-        tell(f"With recipe nvfp4-full ({gigabytes(full.tensor_bytes)}) it fits {', '.join(more)} too.")
+        other = compute_plan(plan.source, recipe, plan.layout, plan.model)
+        check_patterns(other)
+    except NvquantError:  # a model that this recipe does not fit
+        return None
+    is_alike = other.needs_calibration == plan.needs_calibration
+    return other if is_alike and other.tensor_bytes < plan.tensor_bytes else None

@@ -112,5 +112,6 @@ def test_words_for_people_name_the_recipe_that_fits_a_smaller_card(model: Path) 
     command = [sys.executable, "-m", "nvquant", "plan", str(model), "--recipe", "nvfp4", "--no-gpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "180 matrices quantized, 32,633,255,032 bytes of tensors in 61 files." in done.stdout
+    assert "With recipe nvfp4-fp8 (24.16 GB) it fits RTX 5090 too." in done.stdout
     assert "With recipe nvfp4-full (20.45 GB) it fits RTX 4090, RTX 5090 too." in done.stdout
     assert "and 0.0 MB of GPU memory." in done.stdout
