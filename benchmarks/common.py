@@ -250,7 +250,7 @@ def work_words(options: argparse.Namespace) -> str:
 
 def add_tool_options(parser: argparse.ArgumentParser, *, peers: str, recipe: str, repeats: int) -> None:
     """Options that say which tools run, how and where the result goes."""
-    parser.add_argument("--recipe", choices=["nvfp4", "nvfp4-full", DATA_FREE], default=recipe)
+    parser.add_argument("--recipe", choices=["nvfp4", "nvfp4-fp8", "nvfp4-full", DATA_FREE], default=recipe)
     parser.add_argument("--quantizers", type=split_commas, default=["rtn", "mse"])
     parser.add_argument("--peers", type=split_commas, default=split_commas(peers), help="llmcompressor,modelopt or ''")
     parser.add_argument("--python-peer", type=_peer_python, action="append", default=[], metavar="PEER=PYTHON")
