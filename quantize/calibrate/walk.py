@@ -17,7 +17,7 @@ from ..recipe.roles import text_config
 from ..stream.hidden import HiddenBudget, HiddenStates
 from .record import LayerCall, record_batches
 from .skeleton import Skeleton, load_outer, loaded_layer
-from .statistics import InputObserver
+from .statistics.ranges import InputRanges
 
 Span = Callable[[str], AbstractContextManager[Any]]
 Watch = Callable[[int, Tensor, Tensor, LayerCall], None]
@@ -91,7 +91,7 @@ class Walk:
         groups: Sequence[FusedGroup] = (),
         wants_mean_square: bool = False,
         watch: Watch | None = None,
-    ) -> dict[str, InputObserver]:
+    ) -> dict[str, InputRanges]:
         """Send every batch through a layer.
 
         Args:
@@ -104,7 +104,7 @@ class Walk:
         Raises:
             InputError: not even one batch fits the device's memory.
         """
-        observers = {group.name: InputObserver(group.name, wants_mean_square) for group in groups}
+        observers = {group.name: InputRanges(wants_mean_square) for group in groups}
         is_last = layer == len(self.skeleton.layers) - 1 and not self._keeps_last
         if is_last and not groups:  # nobody asks for what it would give
             return observers
@@ -124,7 +124,7 @@ class Walk:
         return observers
 
     def _run_within_memory(
-        self, module: nn.Module, at: int, call: LayerCall, observers: Mapping[str, InputObserver]
+        self, module: nn.Module, at: int, call: LayerCall, observers: Mapping[str, InputRanges]
     ) -> Tensor:
         """Run a batch. Where the GPU runs out of memory, hidden states leave it first, then the run ends."""
         try:
@@ -191,7 +191,7 @@ def _observed(
     module: nn.Module,
     prefix: str,
     groups: Sequence[FusedGroup],
-    observers: Mapping[str, InputObserver],
+    observers: Mapping[str, InputRanges],
     ends_early: bool,
 ) -> Iterator[None]:
     """Let observers see the inputs of a layer's quantized matrices, an input that members of a group share only
@@ -208,7 +208,7 @@ def _observed(
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if not any(tensor is args[0] for tensor in seen[group]):
                 seen[group].append(args[0])
-                observers[group].observe(args[0])
+                observers[group].observe({"source": args[0]})
             to_come.discard(member)
             if ends_early and not to_come:
                 raise _SeenAll

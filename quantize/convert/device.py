@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from ..calibrate.statistics import InputObserver
+from ..calibrate.statistics.ranges import InputRanges
 from ..format.scales import global_scale
 from ..quantizers.base import Quantizer
 
@@ -41,10 +41,10 @@ def start_gpu(device: torch.device, quantizer: Quantizer, is_calibrated: bool) -
     weight = torch.ones((TOKENS, COLS), dtype=torch.bfloat16, device=device)
     quantizer.quantize(weight, global_scale(weight.amax().float()))
     if is_calibrated:
-        observer = InputObserver("start", quantizer.uses_mean_square)
-        observer.observe(weight.unsqueeze(0) @ weight.t() @ weight)
-        observer.commit()
-        observer.result()
+        ranges = InputRanges(quantizer.uses_mean_square)
+        ranges.observe({"source": weight.unsqueeze(0) @ weight.t() @ weight})
+        ranges.commit()
+        ranges.result("start")
         heads = weight.view(1, TOKENS, -1, 64).transpose(1, 2)
         for is_causal in (True, False):
             torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=is_causal)

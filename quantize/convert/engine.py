@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import build_skeleton
-from ..calibrate.statistics import InputStatistics
+from ..calibrate.statistics.ranges import InputStatistics
 from ..calibrate.walk import Walk, make_batches
 from ..checkpoint.headers import read_header
 from ..checkpoint.hub.shards import RemoteShards
@@ -74,7 +74,6 @@ class Engine:
         self._shards = {shard.layer: shard for shard in plan.shards if shard.layer is not None}
         self._index = {layer: at for at, layer in enumerate(self._shards)}
         self._lockstep = options.ranks  # those that go through a layer together
-        self._sequences = [0]
         self._given_up = threading.Event()
 
     def run(self, calibration: CalibrationSet | None) -> None:
@@ -209,7 +208,6 @@ class Engine:
                     f"contain {len(plan.layers)}: download the model again."
                 )
         parts = ranks.split(make_batches(calibration.samples, self._options.batch_size))
-        self._sequences = [sum(len(batch) for batch in part) for part in parts]
         mine = parts[ranks.rank]
         self._watch.expect_tokens(sum(batch.numel() for batch in mine) * len(layers))
         with ranks.step():
@@ -237,7 +235,7 @@ class Engine:
                 observers = walk.step(loaded.layer, loaded.tensors, calibrated, squares)
             with self._trace.span("gather") if ranks.size > 1 else nullcontext():
                 try:
-                    inputs = ranks.merge(observers, self._sequences, squares)
+                    inputs = {name: ranks.merged(ranges).result(name) for name, ranges in observers.items()}
                 except CheckFailed:
                     refuse_damaged(loaded.tensors)  # a damaged weight is the cause, not the input that it spoiled
                     refuse_damaged_before(self._plan, loaded.layer)

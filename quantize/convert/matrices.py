@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..calibrate.statistics import InputStatistics, calibrated_amax
+from ..calibrate.statistics.ranges import InputStatistics, calibrated_amax
 from ..errors import InputError
 from ..format.blocks import weight_amax
 from ..format.constants import SCALE_RANGE, SMALLEST_WEIGHT_AMAX

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..calibrate.statistics import calibrated_amax
+from ..calibrate.statistics.ranges import calibrated_amax
 from ..checkpoint.headers import TensorInfo
 from ..convert.matrices import stored_scalar
 from ..errors import InputError

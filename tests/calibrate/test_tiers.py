@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from nvquant.calibrate.statistics import InputStatistics
+from nvquant.calibrate.statistics.ranges import InputStatistics
 from nvquant.calibrate.walk import Walk, make_batches
 from nvquant.errors import InputError
 from nvquant.stream.hidden import HiddenBudget
@@ -56,7 +56,7 @@ def walked(
             mine = [group for group in groups if group.name.startswith(f"{skeleton.layer_prefix}.{layer}.")]
             tensors = {key: tensor.to(device) for key, tensor in layer_weights(skeleton, layer).items()}
             observers = walk.step(layer, tensors, mine, True)
-            statistics |= {key: observer.result() for key, observer in observers.items()}
+            statistics |= {key: ranges.result(key) for key, ranges in observers.items()}
             states.append([raw(state) for state in walk.hidden.on_host()])
     finally:
         walk.hidden.close()

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nvquant.calibrate.record import LayerCall
 from nvquant.calibrate.skeleton import Skeleton
-from nvquant.calibrate.statistics import InputStatistics
+from nvquant.calibrate.statistics.ranges import InputStatistics
 from nvquant.calibrate.walk import Walk, make_batches, run_layer
 from nvquant.errors import CheckFailed
 from nvquant.recipe.groups import Fusions
@@ -80,7 +80,7 @@ def walked(
     for number in range(len(skeleton.layers)):
         mine = [group for group in groups if group.name.startswith(f"{skeleton.layer_prefix}.{number}.")]
         observers = walk.step(number, layer_weights(skeleton, number), mine, True)
-        statistics |= {group: observer.result() for group, observer in observers.items()}
+        statistics |= {group: ranges.result(group) for group, ranges in observers.items()}
     return seen, statistics
 
 
@@ -212,9 +212,9 @@ def test_a_rank_without_batches_walks_without_recording(tiny: TinyModels) -> Non
     skeleton = skeleton_of(tiny("llama"))
     groups = planned(tiny("llama")).groups[:2]
     observers = Walk(skeleton, [], IN_MEMORY).step(0, layer_weights(skeleton, 0), groups, True)
-    assert [observer.partial().amax for observer in observers.values()] == [None, None]
+    assert [ranges.state()["amax"].tolist() for ranges in observers.values()] == [[], []]
     with pytest.raises(CheckFailed, match=r"calibration never reached model\.layers\.0\."):
-        observers[groups[0].name].result()
+        observers[groups[0].name].result(groups[0].name)
 
 
 def shared_stores(walk: Walk) -> Iterator[UserDict[str, Any]]:
@@ -258,7 +258,7 @@ def test_an_input_that_is_not_finite_ends_the_walk_with_the_matrix_named(tiny: T
     modules = [f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv"]
     groups = Fusions(modules, {}).groups(modules)
     with pytest.raises(CheckFailed, match=r"NaN or an infinity at the input of model\.layers\.0\.self_attn\.qkv_proj"):
-        walk.step(0, weights, groups, False)[groups[0].name].result()
+        walk.step(0, weights, groups, False)[groups[0].name].result(groups[0].name)
 
 
 def test_a_layer_that_returns_no_hidden_state_is_refused() -> None:
