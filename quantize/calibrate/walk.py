@@ -3,8 +3,8 @@ quantized input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..stream.hidden import HiddenBudget, HiddenStates
 from .record import LayerCall, record_batches
 from .skeleton import Skeleton, load_outer, loaded_layer
 from .statistics.ranges import InputRanges
+from .taps import LinearTap
 
 Span = Callable[[str], AbstractContextManager[Any]]
 Watch = Callable[[int, Tensor, Tensor, LayerCall], None]
@@ -112,7 +113,17 @@ class Walk:
             for at, calls in enumerate(self._calls):
                 self._before_batch(self._tokens[at])
                 prefix = f"{self.skeleton.layer_prefix}.{layer}."
-                with suppress(_SeenAll), _observed(module, prefix, groups, observers, is_last):
+                to_come = set(observers)
+
+                def observe(site: str, inputs: Tensor) -> None:
+                    observers[site].observe({"source": inputs})
+
+                def end(site: str, to_come: set[str] = to_come) -> None:
+                    to_come.discard(site)
+                    if is_last and not to_come:
+                        raise _SeenAll
+
+                with suppress(_SeenAll), LinearTap.of_groups(groups, prefix).on(module, observe, end):
                     hidden = self._run_within_memory(module, at, calls[layer], observers)
                     if watch is not None:
                         watch(at, self.hidden.fetch(at), hidden, calls[layer])
@@ -184,43 +195,3 @@ def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Tensor]:
 
 class _SeenAll(Exception):
     """Signals that the rest of a layer's forward is not needed."""
-
-
-@contextmanager
-def _observed(
-    module: nn.Module,
-    prefix: str,
-    groups: Sequence[FusedGroup],
-    observers: Mapping[str, InputRanges],
-    ends_early: bool,
-) -> Iterator[None]:
-    """Let observers see the inputs of a layer's quantized matrices, an input that members of a group share only
-    once.
-
-    Args:
-        ends_early: raise _SeenAll once every matrix has been called, because the layer's output is not needed.
-    """
-    seen: dict[str, list[Tensor]] = {group.name: [] for group in groups}
-    to_come = {member for group in groups for member in group.members}
-    handles = []
-
-    def hook_for(group: str, member: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if not any(tensor is args[0] for tensor in seen[group]):
-                seen[group].append(args[0])
-                observers[group].observe({"source": args[0]})
-            to_come.discard(member)
-            if ends_early and not to_come:
-                raise _SeenAll
-
-        return hook
-
-    for group in groups:
-        for member in group.members:
-            linear = module.get_submodule(member.removeprefix(prefix))
-            handles.append(linear.register_forward_pre_hook(hook_for(group.name, member)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

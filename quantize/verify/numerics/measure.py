@@ -221,7 +221,8 @@ class SideBySide:
     def _rounding(self, layer: int, arithmetic: Arithmetic) -> Callable[[bool], Any]:
         if arithmetic == "weight_only":
             return lambda is_counted: nullcontext()
-        return lambda is_counted: self.rounding.on(self._quantized.layers[layer], layer, is_counted)
+        tap, module = self.rounding.tap(layer), self._quantized.layers[layer]
+        return lambda is_counted: tap.on(module, self.rounding.handle(layer, is_counted))
 
     def _source_layer(self, layer: int, beside: LoadedLayer) -> list[Kept]:
         assert self._original is not None

@@ -7,15 +7,15 @@ In a good checkpoint they are equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...calibrate.taps import Handle, LinearTap
 from ...checkpoint.headers import Header, TensorInfo
 from ...checkpoint.source import Checkpoint
 from ...errors import InputError
@@ -86,7 +86,6 @@ class ServedModel:
         members = subject.fusions.members(group.members[0])
         rounds = scheme_of(group.name, subject.quantization, members) == W4A4
         histogram = torch.stack([subject.histograms[module] for module in group.members]).sum(0)
-        # One tensor for all members: by it an input that they share is known to be rounded already.
         divisor = self._kept(group, "weight_global")
         lacking = [module for module in group.members if not subject.sound[module].has_input_scale]
         if rounds and lacking:
@@ -197,37 +196,28 @@ class InputRounding:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self.numbers: dict[str, InputNumbers] = {}
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
-    @contextmanager
-    def on(self, module: nn.Module, layer: int, is_counted: bool = True) -> Iterator[None]:
-        """Round the inputs of a decoder layer's matrices while the block runs."""
-        prefix = f"{self._model.prefix}.{layer}."
-        handles = []
+    def tap(self, layer: int) -> LinearTap:
+        """A tap with a site for each fused layer whose input the server rounds."""
+        prefix, sites = f"{self._model.prefix}.{layer}.", dict[str, list[str]]()
         for name, served in self._model.matrices_of(layer).items():
             if served.input_divisor is not None:
-                linear = module.get_submodule(name.removeprefix(prefix))
-                # The first member of a fused layer counts for all: they share the input.
-                counts = is_counted and fused_members(self._model, served.group)[0] == name
-                handles.append(linear.register_forward_pre_hook(self._hook(served, served.input_divisor, counts)))
-        try:
-            yield
-        finally:
-            self._last = None
-            for handle in handles:
-                handle.remove()
+                sites.setdefault(served.group, []).append(name.removeprefix(prefix))
+        return LinearTap(sites)
 
-    def _hook(self, served: ServedMatrix, divisor: Tensor, counts: bool) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
-            inputs = args[0]
-            if self._last is None or self._last[0] is not inputs or self._last[1] is not divisor:
-                rounded = quantize_dequantize(inputs, divisor).to(inputs.dtype)
-                self._last = inputs, divisor, rounded
-            if counts:
-                self._count(served.group, inputs, self._last[2], float(divisor))
-            return (self._last[2], *args[1:])
+    def handle(self, layer: int, is_counted: bool = True) -> Handle:
+        """A function that rounds what passes the sites of `tap`, and counts it in `numbers` if requested."""
+        divisors = {served.group: served.input_divisor for served in self._model.matrices_of(layer).values()}
 
-        return hook
+        def round_input(site: str, inputs: Tensor) -> Tensor:
+            divisor = divisors[site]
+            assert divisor is not None  # the site is of a W4A4 layer
+            rounded = quantize_dequantize(inputs, divisor).to(inputs.dtype)
+            if is_counted:
+                self._count(site, inputs, rounded, float(divisor))
+            return rounded
+
+        return round_input
 
     def _count(self, group: str, inputs: Tensor, rounded: Tensor, divisor: float) -> None:
         numbers = self.numbers.setdefault(group, InputNumbers(SCALE_RANGE / divisor if divisor else float("inf")))
@@ -240,8 +230,3 @@ class InputRounding:
         numbers.clipped += counted[0]
         numbers.lost += counted[1]
         numbers.amax = float(torch.maximum(torch.tensor(numbers.amax), amaxes.max().cpu()))  # NaN stays NaN
-
-
-def fused_members(model: ServedModel, group: str) -> list[str]:
-    """Modules of a fused layer that are quantized."""
-    return [module for module in model.matrices if model.subject.fusions.name(module) == group]
