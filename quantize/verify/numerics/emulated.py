@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ..subject import Subject
-from .measure import SideBySide, largest_layer_bytes
+from .lanes import largest_layer_bytes
+from .measure import SideBySide
 from .predictions import predict
 from .served import Arithmetic, ServedModel
 from .tokens import RunningLogits
