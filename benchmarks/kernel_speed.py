@@ -20,7 +20,7 @@ from pathlib import Path
 
 import common
 import torch
-from nvquant.calibrate.statistics import InputObserver
+from nvquant.calibrate.statistics.ranges import InputRanges
 from nvquant.format.blocks import weight_amax
 from nvquant.format.scales import global_scale
 from nvquant.quantizers import QUANTIZERS
@@ -100,14 +100,14 @@ def quantize(quantizer: str, weight: torch.Tensor, mean_square: torch.Tensor | N
     return round_blocks(weight, scale) if quantizer == "rtn" else sweep_blocks(weight, scale, mean_square)
 
 
-_observers: dict[bool, InputObserver] = {}
+_ranges: dict[bool, InputRanges] = {}
 
 
 def observe(inputs: torch.Tensor, *, wants_mean_square: bool) -> None:
-    """One batch taken in by an observer that lives on, as in convert."""
-    observer = _observers.setdefault(wants_mean_square, InputObserver("inputs", wants_mean_square))
-    observer.observe(inputs)
-    observer.commit()
+    """One batch taken in by a statistic that lives on, as in convert."""
+    ranges = _ranges.setdefault(wants_mean_square, InputRanges(wants_mean_square))
+    ranges.observe({"source": inputs})
+    ranges.commit()
 
 
 def compressed_tensors_task(weight: torch.Tensor) -> Task | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..format.schemes import Scheme
-from .statistics import calibrated_amax
+from .statistics.ranges import calibrated_amax
 
 
 def stored_amax(scheme: Scheme, amax: float, low: float, headroom: str | float) -> float:

@@ -7,6 +7,7 @@ no part of any model's loop.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -201,7 +202,7 @@ class _Shape:
         if self._is_hopeless:
             return
         if self._first is None:
-            self._first = batch, fresh(recorded.calls)
+            self._first = batch, own_stores(recorded.calls)
             return
         if torch.equal(self._first[0], batch):  # proves nothing
             return
@@ -213,7 +214,7 @@ class _Shape:
     def fresh_calls(self) -> list[LayerCall]:
         """The calls of another batch."""
         assert self._first is not None
-        return fresh(self._first[1])
+        return own_stores(self._first[1])
 
 
 def are_alike(calls: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
@@ -239,13 +240,16 @@ def are_alike(calls: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
     )
 
 
-def fresh(calls: Sequence[LayerCall]) -> list[LayerCall]:
-    """The same calls with stores of their own, still shared between the layers."""
+def own_stores(calls: Sequence[LayerCall]) -> list[LayerCall]:
+    """The same calls with copies of their stores of shared keys and values, still shared between these calls. Running a
+    layer with them changes no other store."""
     made: dict[int, Any] = {}
 
     def renew(value: Any) -> Any:
-        if isinstance(value, MutableMapping) and not value:
-            return made.setdefault(id(value), type(value)())
+        if isinstance(value, MutableMapping):
+            if id(value) not in made:
+                made[id(value)] = copy.copy(value)
+            return made[id(value)]
         return type(value)(map(renew, value)) if type(value) in (tuple, list) else value
 
     return [LayerCall(renew(call.args), {key: renew(value) for key, value in call.kwargs.items()}) for call in calls]

@@ -135,15 +135,18 @@ def load_outer(skeleton: Skeleton, token_ids: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def loaded_layer(skeleton: Skeleton, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+def loaded_layer(
+    skeleton: Skeleton, layer: int, tensors: Mapping[str, Tensor], module: nn.Module | None = None
+) -> Iterator[nn.Module]:
     """A decoder layer with its weights, which are removed afterwards.
 
     Args:
         tensors: the layer's tensors by their names in the checkpoint, on the device, in their stored dtype.
+        module: a copy of the layer that gets the weights. None for the model's own module.
     """
     from accelerate.utils import set_module_tensor_to_device
 
-    module = skeleton.layers[layer]
+    module = skeleton.layers[layer] if module is None else module
     names, joined = skeleton.layer_tensors(layer), skeleton.joined.get(layer, {})
     try:
         for name, stored in names.items():

@@ -1,10 +1,11 @@
-"""The layer-by-layer walk: one decoder layer in memory, all calibration sequences through it, statistics of every
-quantized input."""
+"""The layer-by-layer walk: one decoder layer in memory, all batches through it, in one lane or several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,16 +13,15 @@ from torch import Tensor, nn
 
 from ..checkpoint.config_values import config_int
 from ..errors import CheckFailed, InputError
-from ..recipe.groups import FusedGroup
 from ..recipe.roles import text_config
 from ..stream.hidden import HiddenBudget, HiddenStates
-from .record import LayerCall, record_batches
+from .lanes import Lane, LayerPass, Observing
+from .record import LayerCall, RecordedBatch, own_stores, record_batches
 from .skeleton import Skeleton, load_outer, loaded_layer
-from .statistics import InputObserver
+from .statistics.base import Statistic
+from .taps import Tap, Taps, ignore
 
 Span = Callable[[str], AbstractContextManager[Any]]
-Watch = Callable[[int, Tensor, Tensor, LayerCall], None]
-"""Called after each batch of a layer, with its number, the hidden state before and after, and the call."""
 
 
 def _no_span(_phase: str) -> AbstractContextManager[Any]:
@@ -29,134 +29,169 @@ def _no_span(_phase: str) -> AbstractContextManager[Any]:
 
 
 class Walk:
-    """Calibration batches on their way through the model.
+    """Batches on their way through the model. One recording serves all lanes.
+
+    Open every lane before the first `forward`.
 
     Args:
         batches: int64 [sequences, tokens] each, as `make_batches` gives them.
-        budget: of the hidden states between layers.
         span: called with the phases `record` and `forward`, returns a context for each.
-        before_batch: called before each batch of each layer, with its number of tokens. It may raise to end the walk.
+        before_batch: called before each batch of each layer and lane, with its number of tokens. It may raise to end
+            the walk.
         keeps_last: whether to keep the output of the last layer, which calibration does not use.
-    Raises:
-        InputError: as of `record_batches`.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
         batches: Sequence[Tensor],
-        budget: HiddenBudget,
         span: Span = _no_span,
         before_batch: Callable[[int], None] = lambda tokens: None,
         keeps_last: bool = False,
     ) -> None:
         self.skeleton = skeleton
+        self._batches = batches
         self._span, self._before_batch, self._keeps_last = span, before_batch, keeps_last
-        self._tokens = [batch.numel() for batch in batches]
-        self._calls: list[list[LayerCall]] = []
-        self.hidden = HiddenStates(skeleton.device, budget)
-        shared = text_config(skeleton.source.config).get("num_kv_shared_layers")
-        self.shares_state = bool(shared)
-        try:
-            with span("record"):
-                self._record(batches)
-        except BaseException:
-            self.hidden.close()
-            raise
+        self._lanes: list[Lane] = []
+        self._has_begun = False
+        self.shares_state = bool(text_config(skeleton.source.config).get("num_kv_shared_layers"))
 
-    def _record(self, batches: Sequence[Tensor]) -> None:
-        if not batches:  # a rank of several that has no sequences
-            return
-        load_outer(self.skeleton, torch.cat([batch.flatten() for batch in batches]))
+    def lane(self, name: str, budget: HiddenBudget) -> Lane:
+        """Open a lane. The first one records how the model calls its layers, and the others copy the recording.
+
+        Args:
+            budget: of this lane's hidden states between layers.
+        Raises:
+            InputError: as of `record_batches`, or not even one batch fits the device's memory.
+            ValueError: the walk has begun, so that the recorded states are gone.
+        """
+        if self._has_begun:
+            raise ValueError(f"the walk has begun without a lane {name}")
+        first = self._lanes[0] if self._lanes else None
+        lane = Lane(name, self.skeleton, HiddenStates(self.skeleton.device, budget), [])
+        self._lanes.append(lane)
+        try:
+            with self._span("record"):
+                if first is not None:
+                    self._fill(lane, partial(_copied, first))
+                elif self._batches:  # a rank of several may have no sequences
+                    self._record(lane)
+        except BaseException:
+            self.close()
+            raise
+        return lane
+
+    def close(self) -> None:
+        """Drop the hidden states of all lanes."""
+        for lane in self._lanes:
+            lane.hidden.close()
+
+    def _record(self, lane: Lane) -> None:
+        load_outer(self.skeleton, torch.cat([batch.flatten() for batch in self._batches]))
         hidden_size = config_int(text_config(self.skeleton.source.config), "hidden_size")
-        self.hidden.reserve(sum(self._tokens) * hidden_size * self.skeleton.dtype.itemsize)
-        while (at := len(self._calls)) < len(batches):
+        tokens = sum(batch.numel() for batch in self._batches)
+        lane.hidden.reserve(tokens * hidden_size * self.skeleton.dtype.itemsize)
+        self._fill(lane, lambda begin: record_batches(self.skeleton, self._batches[begin:]))
+
+    def _fill(self, lane: Lane, from_batch: Callable[[int], Iterator[RecordedBatch]]) -> None:
+        """Take in the recorded batches from a number on, until the lane has all."""
+        while (begin := len(lane.calls)) < len(self._batches):
             try:
-                for recorded in record_batches(self.skeleton, batches[at:]):
+                for recorded in from_batch(begin):
                     self._before_batch(0)
-                    self.hidden.append(recorded.hidden)
-                    self._calls.append(recorded.calls)
+                    lane.hidden.append(recorded.hidden)
+                    lane.calls.append(recorded.calls)
                 return
             except torch.OutOfMemoryError:
-                pass  # see `_run_within_memory`
-            if not self.hidden.spill():
-                raise self._too_large(batches[len(self._calls)].shape)
+                pass  # see `_within_memory`
+            if not self._spill():
+                raise self._too_large(len(lane.calls))
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def step(
+    def forward(
         self,
         layer: int,
-        tensors: Mapping[str, Tensor],
-        groups: Sequence[FusedGroup] = (),
-        wants_mean_square: bool = False,
-        watch: Watch | None = None,
-    ) -> dict[str, InputObserver]:
-        """Send every batch through a layer.
+        passes: Sequence[LayerPass],
+        tap: Tap | None = None,
+        statistics: Mapping[str, Sequence[Statistic]] | None = None,
+        advance: bool = True,
+    ) -> None:
+        """Send every batch through a layer, in several lanes side by side.
+
+        The weights of all passes are on the device together, and the lanes take turns batch by batch. A pass without
+        use ends early or does not begin: if nothing needs its output, and as soon as all statistics have observed it.
 
         Args:
             layer: its number. Layers are walked in order.
-            tensors: its tensors by their names in the checkpoint, on the device.
-            groups: the fused groups of this layer whose inputs are observed. Without any, only hidden states advance.
-            watch: see `Watch`.
-        Returns:
-            the observations by the group's name.
+            tap: the sites at which statistics observe and passes round. Without it, neither happens.
+            statistics: by site.
+            advance: whether the lanes go on to the next layer. Otherwise their hidden states stay as they are.
         Raises:
             InputError: not even one batch fits the device's memory.
         """
-        observers = {group.name: InputObserver(group.name, wants_mean_square) for group in groups}
-        is_last = layer == len(self.skeleton.layers) - 1 and not self._keeps_last
-        if is_last and not groups:  # nobody asks for what it would give
-            return observers
-        with self._span("forward"), loaded_layer(self.skeleton, layer, tensors) as module:
-            for at, calls in enumerate(self._calls):
-                self._before_batch(self._tokens[at])
-                prefix = f"{self.skeleton.layer_prefix}.{layer}."
-                with suppress(_SeenAll), _observed(module, prefix, groups, observers, is_last):
-                    hidden = self._run_within_memory(module, at, calls[layer], observers)
-                    if watch is not None:
-                        watch(at, self.hidden.fetch(at), hidden, calls[layer])
-                for observer in observers.values():
-                    observer.commit()
-                if not is_last:
-                    self.hidden.store(at, hidden)
-                self._drop_state(calls[layer])
-        return observers
+        self._has_begun = True
+        observing = Observing(statistics or {})
+        needs_output = advance and (self._keeps_last or layer < len(self.skeleton.layers) - 1)
+        passes = [one for one in passes if needs_output or observing.sites(one.lane.name)]
+        if not passes:
+            return
+        with self._span("forward"), self._loaded(layer, passes) as modules:
+            runs = [
+                _Run(layer, one, module, tap or Taps(), observing, needs_output)
+                for one, module in zip(passes, modules, strict=True)
+            ]
+            for at in range(len(self._batches)):
+                self._batch(at, runs, observing)
 
-    def _run_within_memory(
-        self, module: nn.Module, at: int, call: LayerCall, observers: Mapping[str, InputObserver]
-    ) -> Tensor:
+    @contextmanager
+    def _loaded(self, layer: int, passes: Sequence[LayerPass]) -> Iterator[list[nn.Module]]:
+        """The layer with the weights of each pass: the model's own module, then copies of it."""
+        own = self.skeleton.layers[layer]
+        modules = [own, *(copy.deepcopy(own) for _ in passes[1:])]
+        with ExitStack() as opened:
+            for one, module in zip(passes, modules, strict=True):
+                opened.enter_context(loaded_layer(self.skeleton, layer, one.tensors, module))
+            yield modules
+
+    def _batch(self, at: int, runs: Sequence[_Run], observing: Observing) -> None:
+        for _ in runs:
+            self._before_batch(self._batches[at].numel())
+        outputs = self._within_memory(at, runs, observing)
+        observing.commit()
+        for run, hidden in zip(runs, outputs, strict=True):
+            run.end(at, hidden)
+            if not self.shares_state:
+                run.lane.empty_stores(at, run.layer)
+
+    def _within_memory(self, at: int, runs: Sequence[_Run], observing: Observing) -> list[Tensor | None]:
         """Run a batch. Where the GPU runs out of memory, hidden states leave it first, then the run ends."""
         try:
-            return run_layer(module, self.hidden.fetch(at), call)
+            return [run(at) for run in runs]
         except torch.OutOfMemoryError:
             pass  # outside of the handler, so that the failed call's tensors are not kept by its traceback
-        for observer in observers.values():
-            observer.discard()
-        had_some = self.hidden.spill()
+        observing.discard()
+        had_some = self._spill()
         torch.cuda.empty_cache()
         if had_some:
             try:
-                return run_layer(module, self.hidden.fetch(at), call)
+                return [run(at) for run in runs]
             except torch.OutOfMemoryError:
                 pass
-        raise self._too_large(self.hidden.shapes()[at][0])
+        raise self._too_large(at)
 
-    def _too_large(self, shape: Sequence[int]) -> InputError:
-        sequences, tokens = shape[:2]
+    def _spill(self) -> bool:
+        """Move the hidden states of all lanes off the GPU. Return False where none were on it."""
+        return any([lane.hidden.spill() for lane in self._lanes])
+
+    def _too_large(self, at: int) -> InputError:
+        sequences, tokens = self._batches[at].shape
         free = torch.cuda.mem_get_info(self.skeleton.device)[0]
         return InputError(
             f"--batch-size {sequences}: the GPU's memory does not hold one decoder layer and a batch of {sequences} x "
             f"{tokens} tokens ({free:,} bytes are free): use a smaller --batch-size, a smaller --sequence-length, or "
             f"--device cpu."
         )
-
-    def _drop_state(self, call: LayerCall) -> None:
-        """Empty the store of shared keys and values that some layers fill although no later layer reads it."""
-        if not self.shares_state:
-            for value in call.kwargs.values():
-                if isinstance(value, MutableMapping):
-                    value.clear()
 
 
 def run_layer(module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -182,45 +217,48 @@ def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Tensor]:
     return batches
 
 
-class _SeenAll(Exception):
-    """Signals that the rest of a layer's forward is not needed."""
-
-
-@contextmanager
-def _observed(
-    module: nn.Module,
-    prefix: str,
-    groups: Sequence[FusedGroup],
-    observers: Mapping[str, InputObserver],
-    ends_early: bool,
-) -> Iterator[None]:
-    """Let observers see the inputs of a layer's quantized matrices, an input that members of a group share only
-    once.
+class _Run:
+    """A pass through a layer, batch by batch.
 
     Args:
-        ends_early: raise _SeenAll once every matrix has been called, because the layer's output is not needed.
+        module: the layer with the weights of the pass.
+        needs_output: otherwise the forward ends once every statistic has observed the lane.
     """
-    seen: dict[str, list[Tensor]] = {group.name: [] for group in groups}
-    to_come = {member for group in groups for member in group.members}
-    handles = []
 
-    def hook_for(group: str, member: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if not any(tensor is args[0] for tensor in seen[group]):
-                seen[group].append(args[0])
-                observers[group].observe(args[0])
-            to_come.discard(member)
-            if ends_early and not to_come:
+    def __init__(
+        self, layer: int, one: LayerPass, module: nn.Module, tap: Tap, observing: Observing, needs_output: bool
+    ) -> None:
+        self.layer, self.lane = layer, one.lane
+        self._watch, self._module, self._tap, self._needs_output = one.watch, module, tap, needs_output
+        self._handle = observing.handle(one.lane.name, one.rounds)
+        self._sites = observing.sites(one.lane.name)
+
+    def __call__(self, at: int) -> Tensor | None:
+        """The layer's output, or None where the forward ended early."""
+        to_come = set(self._sites)
+
+        def end(site: str) -> None:
+            to_come.discard(site)
+            if not to_come:
                 raise _SeenAll
 
-        return hook
+        with suppress(_SeenAll), self._tap.on(self._module, self._handle, ignore if self._needs_output else end):
+            return run_layer(self._module, self.lane.hidden.fetch(at), self.lane.calls[at][self.layer])
+        return None
 
-    for group in groups:
-        for member in group.members:
-            linear = module.get_submodule(member.removeprefix(prefix))
-            handles.append(linear.register_forward_pre_hook(hook_for(group.name, member)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def end(self, at: int, hidden: Tensor | None) -> None:
+        """Replace the batch's hidden state by the layer's output, if it is needed."""
+        if hidden is not None and self._watch is not None:
+            self._watch(at, self.lane.hidden.fetch(at), hidden, self.lane.calls[at][self.layer])
+        if hidden is not None and self._needs_output:
+            self.lane.hidden.store(at, hidden)
+
+
+def _copied(lane: Lane, begin: int) -> Iterator[RecordedBatch]:
+    """A lane's batches from a number on, with tensors and stores of their own."""
+    for at in range(begin, len(lane.calls)):
+        yield RecordedBatch(lane.hidden.fetch(at).clone(), own_stores(lane.calls[at]))
+
+
+class _SeenAll(Exception):
+    """Signals that the rest of a layer's forward is not needed."""

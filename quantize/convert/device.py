@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from ..calibrate.statistics import InputObserver
+from ..calibrate.statistics.ranges import InputRanges
 from ..format.schemes import NVFP4
 from ..quantizers.base import Quantizer
 from ..recipe.matrices import Matrix
@@ -43,10 +43,10 @@ def start_gpu(device: torch.device, quantizer: Quantizer, is_calibrated: bool) -
     matrix = Matrix("start", "start", NVFP4, TOKENS, COLS, "start", "start", "start")
     quantizer.quantize([matrix], [weight], None)
     if is_calibrated:
-        observer = InputObserver("start", "mean_square" in quantizer.needs)
-        observer.observe(weight.unsqueeze(0) @ weight.t() @ weight)
-        observer.commit()
-        observer.result()
+        ranges = InputRanges("mean_square" in quantizer.needs)
+        ranges.observe({"source": weight.unsqueeze(0) @ weight.t() @ weight})
+        ranges.commit()
+        ranges.result("start")
         heads = weight.view(1, TOKENS, -1, 64).transpose(1, 2)
         for is_causal in (True, False):
             torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=is_causal)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import build_skeleton
-from ..calibrate.statistics import InputStatistics
+from ..calibrate.statistics.ranges import InputStatistics
 from ..calibrate.walk import Walk, make_batches
 from ..checkpoint.headers import read_header
 from ..checkpoint.hub.shards import RemoteShards
@@ -44,6 +44,7 @@ from .matrices import (
 from .options import ConvertOptions
 from .ranks import Ranks
 from .snapshot import Snapshots
+from .walking import SOURCE, SourceWalk
 from .watch import Watch
 
 SPOOL_FOLDER = "source"  # in the run's own folder: what of a remote source is read twice
@@ -74,7 +75,6 @@ class Engine:
         self._shards = {shard.layer: shard for shard in plan.shards if shard.layer is not None}
         self._index = {layer: at for at, layer in enumerate(self._shards)}
         self._lockstep = options.ranks  # those that go through a layer together
-        self._sequences = [0]
         self._given_up = threading.Event()
 
     def run(self, calibration: CalibrationSet | None) -> None:
@@ -162,7 +162,7 @@ class Engine:
         )
 
     def _all_layers(
-        self, layers: Iterator[LoadedLayer], writer: ShardWriter, walk: Walk | None, snapshots: Snapshots
+        self, layers: Iterator[LoadedLayer], writer: ShardWriter, walk: SourceWalk | None, snapshots: Snapshots
     ) -> None:
         behind: int | None = None
         while True:
@@ -197,7 +197,7 @@ class Engine:
         return self._ranks.owns(self._index[layer])
 
     @contextmanager
-    def _walk(self, calibration: CalibrationSet, layers: list[int], snapshots: Snapshots) -> Iterator[Walk]:
+    def _walk(self, calibration: CalibrationSet, layers: list[int], snapshots: Snapshots) -> Iterator[SourceWalk]:
         """This rank's batches, ready to enter the first of `layers`."""
         self._watch.phase("record")
         plan, ranks = self._plan, self._ranks
@@ -209,22 +209,22 @@ class Engine:
                     f"contain {len(plan.layers)}: download the model again."
                 )
         parts = ranks.split(make_batches(calibration.samples, self._options.batch_size))
-        self._sequences = [sum(len(batch) for batch in part) for part in parts]
         mine = parts[ranks.rank]
         self._watch.expect_tokens(sum(batch.numel() for batch in mine) * len(layers))
         with ranks.step():
             budget = hidden_budget(plan, mine, self._options, self._journal.folder)
-            walk = Walk(skeleton, mine, budget, lambda phase: timed(self._trace, phase), self._watch.before_batch)
+            walk = Walk(skeleton, mine, lambda phase: timed(self._trace, phase), self._watch.before_batch)
+            source = SourceWalk(walk, walk.lane(SOURCE, budget))
         try:
             if layers[0] != next(iter(self._shards)):
-                snapshots.restore(walk.hidden)
+                snapshots.restore(source.hidden)
             plan.source.content.recorded()
-            snapshots.shares_state = walk.shares_state
-            yield walk
+            snapshots.shares_state = source.shares_state
+            yield source
         finally:
-            walk.hidden.close()
+            source.close()
 
-    def _make(self, loaded: LoadedLayer, walk: Walk | None, writer: ShardWriter) -> None:
+    def _make(self, loaded: LoadedLayer, walk: SourceWalk | None, writer: ShardWriter) -> None:
         """Observe a layer's inputs, quantize its matrices, and pass it to the writer."""
         self._watch.phase("layers")
         shard = self._shards[loaded.layer]
@@ -236,10 +236,10 @@ class Engine:
                 group for group in groups if self._plan.matrices[group.members[0]].scheme.inputs == "calibrated"
             ]
             with ranks.step():
-                observers = walk.step(loaded.layer, loaded.tensors, calibrated, squares)
+                observers = walk.observe(loaded.layer, loaded.tensors, calibrated, squares)
             with self._trace.span("gather") if ranks.size > 1 else nullcontext():
                 try:
-                    inputs = ranks.merge(observers, self._sequences, squares)
+                    inputs = {name: ranks.merged(ranges).result(name) for name, ranges in observers.items()}
                 except CheckFailed:
                     refuse_damaged(loaded.tensors)  # a damaged weight is the cause, not the input that it spoiled
                     refuse_damaged_before(self._plan, loaded.layer)
@@ -259,7 +259,7 @@ class Engine:
                 writer.submit(shard, output, rest, lambda digest: self._note(shard, digest, note))
         loaded.release()
 
-    def _replay(self, loaded: LoadedLayer, walk: Walk, record: LayerRecord) -> None:
+    def _replay(self, loaded: LoadedLayer, walk: SourceWalk, record: LayerRecord) -> None:
         """Run the hidden states through a layer that an earlier run finished."""
         self._watch.phase("replay")
         with self._trace.span("replay", f"layer {loaded.layer}"), self._lockstep.step():
@@ -268,7 +268,7 @@ class Engine:
                     f"{self._plan.model}: the weights of layer {loaded.layer} changed since the earlier run, although "
                     f"size and time of their files did not: restore the files, or begin anew with --restart."
                 )
-            walk.step(loaded.layer, loaded.tensors, [], False)
+            walk.observe(loaded.layer, loaded.tensors, [], False)
         loaded.release()
 
     def _quantize(

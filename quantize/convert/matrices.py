@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..calibrate.input_scales import stored_amax
-from ..calibrate.statistics import InputStatistics
+from ..calibrate.statistics.ranges import InputStatistics
 from ..checkpoint.headers import DTYPE_BYTES
 from ..checkpoint.writer import TensorEntry
 from ..format.blocks import weight_amax

@@ -15,13 +15,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..calibrate.statistics import InputObserver, InputStatistics, ObserverPartial, merge_partials
+from ..calibrate.statistics.base import Statistic
 from ..errors import EnvironmentLack, NvquantError
+
+S = TypeVar("S", bound=Statistic)
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # A rank may compute long between two words; one that ended is noticed at once, since its connections close.
@@ -116,46 +118,38 @@ class Ranks:
                 raise RankFailed(rank, heard.error, heard.exit_code)
         return [heard.value for heard in words]
 
-    def merge(
-        self, observers: Mapping[str, InputObserver], sequences: Sequence[int], squares: bool
-    ) -> dict[str, InputStatistics]:
-        """Statistics over the samples of all ranks, equal bit for bit to those of one process.
+    def merged(self, statistic: S) -> S:
+        """A statistic over the samples of all ranks, equal bit for bit to that of one process.
 
         Args:
-            observers: this rank's, by group. All ranks have the same groups.
-            sequences: number of samples of each rank.
-            squares: whether mean squares were observed.
+            statistic: this rank's. All ranks merge the same statistics in the same order.
         """
         if self.size == 1:
-            return {name: observer.result() for name, observer in observers.items()}
-        mine = {name: observer.partial() for name, observer in observers.items()}
+            return statistic
+        return type(statistic).merged(self._states(statistic.state()))
+
+    def _states(self, mine: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The state of every rank, which may differ in sizes."""
+        shapes = self.exchange({name: tuple(tensor.shape) for name, tensor in mine.items()})
+        states: list[dict[str, Tensor]] = [{} for _ in shapes]
         with self._noticing_loss():
-            return {name: merge_partials(name, self._parts(part, sequences, squares)) for name, part in mine.items()}
+            for name, tensor in mine.items():
+                of_ranks = [shape[name] for shape in shapes]
+                for state, part in zip(states, self._gather(tensor, of_ranks), strict=True):
+                    state[name] = part
+        return states
 
-    def _parts(self, mine: ObserverPartial, sequences: Sequence[int], squares: bool) -> list[ObserverPartial]:
-        amax = torch.full((1,), -1.0) if mine.amax is None else mine.amax.reshape(1).float()
-        amaxes = self._gather(amax)
-        histograms = self._gather(mine.histogram)
-        numbers = torch.tensor([mine.tokens, 0 if mine.squares is None else mine.squares.shape[1]])
-        tokens, columns = zip(*(told.tolist() for told in self._gather(numbers)), strict=True)
-        parts = []
-        for rank in range(self.size):
-            vectors = None
-            if squares and sequences[rank]:
-                shape = (sequences[rank], max(columns))
-                own = rank == self.rank and mine.squares is not None
-                vectors = mine.squares if own else torch.empty(shape, dtype=torch.float64)
-                assert vectors is not None
-                vectors = vectors.contiguous()
-                torch.distributed.broadcast(vectors, src=rank)
-            seen = None if float(amaxes[rank]) == -1.0 else amaxes[rank].reshape(())
-            parts.append(ObserverPartial(seen, histograms[rank], vectors, tokens[rank]))
+    def _gather(self, mine: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """A tensor of every rank, in the shape that it has there."""
+        parts = [torch.empty(shape, dtype=mine.dtype) for shape in shapes]
+        parts[self.rank] = mine.contiguous()
+        if len(set(shapes)) == 1 and mine.numel():
+            torch.distributed.all_gather(parts, parts[self.rank].clone())
+            return parts
+        for rank, part in enumerate(parts):
+            if part.numel():
+                torch.distributed.broadcast(part, src=rank)
         return parts
-
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
-        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
-        torch.distributed.all_gather(gathered, tensor.contiguous())
-        return gathered
 
     def hand_over(
         self, owner: int, makers: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], made: Mapping[str, Tensor],

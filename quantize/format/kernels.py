@@ -81,7 +81,7 @@ def quantize_on_gpu(
 
 def gather_with_kernel(inputs: Tensor, histogram: Tensor, wants_squares: bool) -> tuple[Tensor, Tensor | None]:
     """Statistics of inputs that `has_kernel` accepts, in one pass and without waiting for a GPU. They equal
-    those of `calibrate.statistics.gather` bit for bit.
+    those of `calibrate.statistics.ranges.gather` bit for bit.
 
     Args:
         inputs: [sequences, tokens, cols], bfloat16, float16 or float32, any strides; cols divisible by 16.

@@ -149,7 +149,7 @@ def amax_on_cpu(tensor: Tensor, target: int = -1) -> Tensor:
 def gather_on_cpu(
     inputs: Tensor, histogram: Tensor, wants_squares: bool, target: int = -1
 ) -> tuple[Tensor, Tensor | None]:
-    """Statistics of inputs, as `calibrate.statistics.gather` defines them.
+    """Statistics of inputs, as `calibrate.statistics.ranges.gather` defines them.
 
     Args:
         inputs: [sequences, tokens, cols], a tensor that `has_native` accepts; cols divisible by 16.

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from ..calibrate.statistics import InputStatistics
+from ..calibrate.statistics.ranges import InputStatistics
 from ..format.schemes import Part
 from ..recipe.matrices import Matrix
 

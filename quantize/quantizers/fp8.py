@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..calibrate.statistics import InputStatistics
+from ..calibrate.statistics.ranges import InputStatistics
 from ..format.fp8 import fp8_scale, quantize_rows
 from ..format.schemes import FP8, Fp8
 from ..recipe.matrices import Matrix

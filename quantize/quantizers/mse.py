@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..calibrate.statistics import InputStatistics
+from ..calibrate.statistics.ranges import InputStatistics
 from ..format.blocks import BlockQuantized, quantize_blocks
 from ..format.constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN
 from ..format.e2m1 import rounding_magic

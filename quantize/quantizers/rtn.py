@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..calibrate.statistics import InputStatistics
+from ..calibrate.statistics.ranges import InputStatistics
 from ..format.blocks import BlockQuantized, quantize_blocks
 from ..format.kernels import has_kernel, quantize_with_kernel
 from ..format.schemes import NVFP4, NVFP4_A16

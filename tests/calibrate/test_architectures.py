@@ -11,13 +11,13 @@ import torch
 import transformers
 from nvquant.calibrate.record import finish_batch
 from nvquant.calibrate.skeleton import Skeleton
-from nvquant.calibrate.walk import Walk
 from nvquant.errors import EnvironmentLack, InputError
 from nvquant.plan.forecast import forecast_memory
 from nvquant.stream.hidden import HiddenBudget
 from nvquant.verify.numerics.head import Head
 from support.conversions import layer_weights, planned, random_samples, skeleton_of
 from support.tiny_models import perturb, tiny_gemma2
+from support.walking import OneLane
 from torch import Tensor
 
 IN_MEMORY = HiddenBudget(0, 1 << 30, Path("no file is made"))
@@ -95,7 +95,7 @@ def write(class_name: str, config: Any, folder: Path) -> Any:
 
 def walked(skeleton: Skeleton, ids: Tensor) -> Tensor:
     """What the head multiplies."""
-    walk = Walk(skeleton, [ids[None]], IN_MEMORY, keeps_last=True)
+    walk = OneLane(skeleton, [ids[None]], IN_MEMORY, keeps_last=True)
     for layer in range(len(skeleton.layers)):
         walk.step(layer, layer_weights(skeleton, layer))
     return finish_batch(skeleton, ids[None], walk.hidden.fetch(0))[0]
@@ -123,7 +123,7 @@ def test_a_state_that_layers_hand_on_is_refused_by_the_models_name(tmp_path: Pat
     with pytest.raises(
         InputError, match=r"^RwkvModel passes more than a hidden state from one decoder layer to the next"
     ):
-        Walk(skeleton_of(tmp_path / "model"), [ids[None]], IN_MEMORY)
+        OneLane(skeleton_of(tmp_path / "model"), [ids[None]], IN_MEMORY)
 
 
 def test_a_model_that_needs_weights_beyond_its_decoder_is_refused(
@@ -138,7 +138,7 @@ def test_a_model_that_needs_weights_beyond_its_decoder_is_refused(
 
     monkeypatch.setattr(type(skeleton.model), "forward", fails)
     with pytest.raises(InputError, match=r"^FalconModel does not run without .*item\(\) cannot be called on meta"):
-        Walk(skeleton, [ids[None]], IN_MEMORY)
+        OneLane(skeleton, [ids[None]], IN_MEMORY)
 
 
 # sdpa

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from nvquant.calibrate.statistics import InputStatistics
-from nvquant.calibrate.walk import Walk, make_batches
+from nvquant.calibrate.statistics.ranges import InputStatistics
+from nvquant.calibrate.walk import make_batches
 from nvquant.errors import InputError
 from nvquant.stream.hidden import HiddenBudget
 from support.conversions import TinyModels, layer_weights, planned, random_samples, raw, recipe_for, skeleton_of
 from support.tiny_models import WRITERS
+from support.walking import OneLane
 
 PLENTY = 1 << 30
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -35,19 +36,19 @@ def walked(
     name: str,
     budget: HiddenBudget,
     device: torch.device,
-    before_batch: Callable[[Walk], None] = lambda walk: None,
+    before_batch: Callable[[OneLane], None] = lambda walk: None,
 ) -> Walked:
     """Hidden states behind each layer but the last, and statistics of every text linear."""
     skeleton = replace(skeleton_of(source, torch.bfloat16), device=device)
     groups = planned(source, recipe_for(name, "nvfp4-full")).groups
     batches = make_batches(random_samples((40, 40, 7, 24, 16, 17)), 2)
-    begun: list[Walk] = []
+    begun: list[OneLane] = []
 
     def tell(_tokens: int) -> None:
         for each in begun:  # none while calls are recorded
             before_batch(each)
 
-    walk = Walk(skeleton, batches, budget, before_batch=tell)
+    walk = OneLane(skeleton, batches, budget, before_batch=tell)
     begun.append(walk)
     states: list[list[bytes]] = []
     statistics: dict[str, InputStatistics] = {}
@@ -56,10 +57,10 @@ def walked(
             mine = [group for group in groups if group.name.startswith(f"{skeleton.layer_prefix}.{layer}.")]
             tensors = {key: tensor.to(device) for key, tensor in layer_weights(skeleton, layer).items()}
             observers = walk.step(layer, tensors, mine, True)
-            statistics |= {key: observer.result() for key, observer in observers.items()}
+            statistics |= {key: ranges.result(key) for key, ranges in observers.items()}
             states.append([raw(state) for state in walk.hidden.on_host()])
     finally:
-        walk.hidden.close()
+        walk.walk.close()
     return states, statistics
 
 
@@ -101,7 +102,7 @@ def test_spilling_in_the_middle_of_a_layer_changes_no_bit(
 ) -> None:
     passed: list[bool] = []
 
-    def spill_once(walk: Walk) -> None:
+    def spill_once(walk: OneLane) -> None:
         passed.append(walk.hidden.spill() if len(passed) == at else False)
 
     found = walked(tiny("llama"), "llama", HiddenBudget(PLENTY, host_bytes, tmp_path), device, spill_once)
@@ -118,7 +119,7 @@ def test_a_batch_that_ran_out_of_memory_is_observed_once(tiny: TinyModels, tmp_p
     wanted = walked(tiny(name), name, HiddenBudget(PLENTY, 0, tmp_path), cuda)
     failed: list[int] = []
 
-    def fail_once(walk: Walk) -> None:
+    def fail_once(walk: OneLane) -> None:
         def run_out(_module: Any, _args: Any, _output: Any) -> None:
             failed.append(len(failed))
             handle.remove()
@@ -138,7 +139,7 @@ def test_a_batch_that_never_fits_ends_the_walk_with_its_size_named(tiny: TinyMod
     def run_out(_module: Any, _args: Any) -> None:
         raise torch.OutOfMemoryError("as if")
 
-    def fail(walk: Walk) -> None:
+    def fail(walk: OneLane) -> None:
         walk.skeleton.layers[1].register_forward_pre_hook(run_out)
 
     with pytest.raises(InputError, match=r"^--batch-size 2: the GPU's memory does not hold .* 2 x 40 tokens"):

@@ -17,13 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nvquant.calibrate.record import LayerCall
 from nvquant.calibrate.skeleton import Skeleton
-from nvquant.calibrate.statistics import InputStatistics
-from nvquant.calibrate.walk import Walk, make_batches, run_layer
+from nvquant.calibrate.statistics.ranges import InputStatistics
+from nvquant.calibrate.walk import make_batches, run_layer
 from nvquant.errors import CheckFailed
 from nvquant.recipe.groups import Fusions
 from nvquant.stream.hidden import HiddenBudget
 from support.conversions import TinyModels, experts_in_bf16, layer_weights, planned, random_samples, skeleton_of
 from support.tiny_models import WRITERS
+from support.walking import OneLane
 from torch import Tensor, nn
 
 IN_MEMORY = HiddenBudget(0, 1 << 30, Path("no file is made"))
@@ -59,8 +60,8 @@ class Observed:
         return hook
 
 
-def walk_of(skeleton: Skeleton, samples: list[Tensor], batch_size: int = 1) -> Walk:
-    return Walk(skeleton, make_batches(samples, batch_size), IN_MEMORY)
+def walk_of(skeleton: Skeleton, samples: list[Tensor], batch_size: int = 1) -> OneLane:
+    return OneLane(skeleton, make_batches(samples, batch_size), IN_MEMORY)
 
 
 def full_recipe(name: str) -> Any:
@@ -80,7 +81,7 @@ def walked(
     for number in range(len(skeleton.layers)):
         mine = [group for group in groups if group.name.startswith(f"{skeleton.layer_prefix}.{number}.")]
         observers = walk.step(number, layer_weights(skeleton, number), mine, True)
-        statistics |= {group: observer.result() for group, observer in observers.items()}
+        statistics |= {group: ranges.result(group) for group, ranges in observers.items()}
     return seen, statistics
 
 
@@ -199,7 +200,7 @@ def test_every_batch_is_announced_and_what_is_raised_then_ends_the_walk(tiny: Ti
             raise InterruptedError
 
     skeleton = skeleton_of(tiny("llama"))
-    walk = Walk(skeleton, make_batches(random_samples((20, 20, 24)), 2), IN_MEMORY, before_batch=note)
+    walk = OneLane(skeleton, make_batches(random_samples((20, 20, 24)), 2), IN_MEMORY, before_batch=note)
     walk.step(0, layer_weights(skeleton, 0), (), False)
     walk.step(1, layer_weights(skeleton, 1), (), False)
     with pytest.raises(InterruptedError):
@@ -211,14 +212,14 @@ def test_every_batch_is_announced_and_what_is_raised_then_ends_the_walk(tiny: Ti
 def test_a_rank_without_batches_walks_without_recording(tiny: TinyModels) -> None:
     skeleton = skeleton_of(tiny("llama"))
     groups = planned(tiny("llama")).groups[:2]
-    observers = Walk(skeleton, [], IN_MEMORY).step(0, layer_weights(skeleton, 0), groups, True)
-    assert [observer.partial().amax for observer in observers.values()] == [None, None]
+    observers = OneLane(skeleton, [], IN_MEMORY).step(0, layer_weights(skeleton, 0), groups, True)
+    assert [ranges.state()["amax"].tolist() for ranges in observers.values()] == [[], []]
     with pytest.raises(CheckFailed, match=r"calibration never reached model\.layers\.0\."):
-        observers[groups[0].name].result()
+        observers[groups[0].name].result(groups[0].name)
 
 
-def shared_stores(walk: Walk) -> Iterator[UserDict[str, Any]]:
-    for calls in walk._calls:
+def shared_stores(walk: OneLane) -> Iterator[UserDict[str, Any]]:
+    for calls in walk.lane.calls:
         yield calls[0].kwargs["shared_kv_states"]
 
 
@@ -258,7 +259,7 @@ def test_an_input_that_is_not_finite_ends_the_walk_with_the_matrix_named(tiny: T
     modules = [f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkv"]
     groups = Fusions(modules, {}).groups(modules)
     with pytest.raises(CheckFailed, match=r"NaN or an infinity at the input of model\.layers\.0\.self_attn\.qkv_proj"):
-        walk.step(0, weights, groups, False)[groups[0].name].result()
+        walk.step(0, weights, groups, False)[groups[0].name].result(groups[0].name)
 
 
 def test_a_layer_that_returns_no_hidden_state_is_refused() -> None:

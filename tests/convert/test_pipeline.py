@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from nvquant.calibrate.statistics import calibrated_amax
+from nvquant.calibrate.statistics.ranges import calibrated_amax
 from nvquant.checkpoint.headers import read_header
 from nvquant.checkpoint.sidefiles import side_files
 from nvquant.convert.options import ConvertOptions

@@ -19,6 +19,7 @@ from nvquant.errors import EnvironmentLack
 from safetensors.torch import load_file, save_file
 from support.conversions import MODELOPT, Conversions, TinyModels, contents, converted, random_samples, write_ids
 from support.launching import RankEnded, WarmRanks
+from support.rank_process import Kept, plain
 from support.tiny_models import tiny_llama
 
 OTHER_SAMPLES = random_samples((40, 24), seed=1)
@@ -77,6 +78,19 @@ def test_every_byte_is_that_of_one_process(
     assert codes(ended) == [0] * size, ended
     assert contents(tmp_path / "out") == contents(alone)
     assert not partial_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_every_rank_gets_the_state_of_any_statistic_from_all_bit_for_bit(launch: WarmRanks, size: int) -> None:
+    ended = launch(size, merges=True)
+    assert codes(ended) == [0] * size, ended
+    wanted = [plain(Kept(rank).state()) for rank in range(size)]
+    assert [rank.told["states"] for rank in ended] == [wanted] * size
+
+
+def test_one_rank_keeps_its_own_statistic() -> None:
+    kept = Kept(0)
+    assert Ranks().merged(kept) is kept
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "mse"])

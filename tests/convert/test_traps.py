@@ -59,7 +59,7 @@ import torch
 import transformers
 from nvquant.calibrate.record import record_batches
 from nvquant.calibrate.skeleton import load_outer, loaded_layer
-from nvquant.calibrate.statistics import InputStatistics
+from nvquant.calibrate.statistics.ranges import InputStatistics
 from nvquant.calibrate.walk import run_layer
 from nvquant.convert.matrices import group_scalars, quantize_group
 from nvquant.errors import InputError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nvquant.calibrate.statistics import InputStatistics
+from nvquant.calibrate.statistics.ranges import InputStatistics
 from nvquant.errors import InputError
 from nvquant.format.blocks import quantize_blocks, weight_amax
 from nvquant.format.scales import global_scale

@@ -17,10 +17,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvquant.calibrate.walk import Walk, make_batches
+from nvquant.calibrate.walk import make_batches
 from nvquant.errors import InputError
 from nvquant.stream.hidden import HiddenBudget, HiddenStates
 from support.conversions import TinyModels, random_samples, raw, skeleton_of
+from support.walking import OneLane
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -261,7 +262,7 @@ def test_a_walk_that_ends_while_it_records_closes_the_file(tiny: TinyModels, tmp
 
     batches = make_batches(random_samples((20, 24, 28)), 1)
     with pytest.raises(InterruptedError):
-        Walk(skeleton_of(tiny("llama")), batches, HiddenBudget(0, 0, tmp_path), before_batch=end)
+        OneLane(skeleton_of(tiny("llama")), batches, HiddenBudget(0, 0, tmp_path), before_batch=end)
     assert open_files == [0, 1, 1]
     assert files_in(tmp_path) == []
 

@@ -4,14 +4,17 @@ they ended. Nothing is computed here, so that forks have no threads to miss."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 import transformers.models.gemma4.modeling_gemma4
 import transformers.models.llama.modeling_llama  # noqa: F401 - imported once for all ranks
 from nvquant.convert import ranks as ranks_module
@@ -21,6 +24,7 @@ from nvquant.convert.ranks import join_ranks
 from nvquant.convert.stop import StopRequest
 from nvquant.errors import NvquantError
 from support.conversions import calibration_of, planned
+from torch import Tensor
 
 
 class SignalAfter(StopRequest):
@@ -42,11 +46,53 @@ class SignalAfter(StopRequest):
         self._told = value
 
 
+class Kept:
+    """A statistic of tensors whose sizes differ between ranks, and which keeps what it is merged from."""
+
+    name: ClassVar[str] = "kept"
+    lanes: tuple[str, ...] = ()
+
+    def __init__(self, rank: int, states: Sequence[Mapping[str, Tensor]] = ()) -> None:
+        self.rank, self.states = rank, states
+
+    def observe(self, seen: Mapping[str, Tensor]) -> None:
+        """Nothing."""
+
+    def commit(self) -> None:
+        """Nothing."""
+
+    def discard(self) -> None:
+        """Nothing."""
+
+    def state(self) -> dict[str, Tensor]:
+        rows = torch.arange(3 * self.rank, dtype=torch.float64).reshape(self.rank, 3)
+        return {
+            "none": torch.empty(0),
+            "rows": rows / 7,
+            "nan": torch.tensor([math.nan, -math.inf, -0.0], dtype=torch.float32) * (1 + self.rank),
+            "turned": torch.tensor([[1, 2, 3], [4, 5, 6 + self.rank]]).t(),
+            "bytes": torch.tensor([7 + self.rank], dtype=torch.uint8),
+        }
+
+    @classmethod
+    def merged(cls, states: Sequence[Mapping[str, Tensor]]) -> Kept:
+        return cls(-1, states)
+
+
+def plain(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Dtype, shape and bytes of each tensor."""
+    return {
+        name: [str(tensor.dtype), str(list(tensor.shape)), tensor.contiguous().numpy().tobytes().hex()]
+        for name, tensor in state.items()
+    }
+
+
 def run_rank(rank: int, job: dict[str, Any]) -> dict[str, Any]:
     """Do this rank's part of a job.
 
-    A job has `source` and `output`, perhaps `recipe`, `layout`, `quantizer`, `batch_size` and `ids` (a file); a
-    `signal` to `at_rank` when it has asked `asked` times whether to stop; and `others`, what differs on rank 1.
+    The job `merges` exchanges the states of a statistic. Any other job has `source` and `output`, perhaps `recipe`,
+    `layout`, `quantizer`, `batch_size` and `ids` (a file); a `signal` to `at_rank` when it has asked `asked` times
+    whether to stop; and `others`, what differs on rank 1.
     """
     if "meeting_seconds" in job:
         ranks_module._MEETING = timedelta(seconds=job["meeting_seconds"])
@@ -55,6 +101,8 @@ def run_rank(rank: int, job: dict[str, Any]) -> dict[str, Any]:
     if job.get("absent") == rank:
         return {"error": "never came"}
     device, ranks = join_ranks("cpu")
+    if "merges" in job:
+        return {"states": [plain(state) for state in ranks.merged(Kept(rank)).states]}
     source, output = Path(job["source"]), Path(job["output"])
     plan = planned(source, job.get("recipe", "nvfp4-full"), job.get("layout", "compressed-tensors"))
     calibration = calibration_of(source, Path(job["ids"])) if plan.needs_calibration else None

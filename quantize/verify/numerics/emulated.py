@@ -8,7 +8,8 @@ import torch
 
 from ...format.schemes import Arithmetic
 from ..subject import Subject
-from .measure import SideBySide, largest_layer_bytes
+from .lanes import largest_layer_bytes
+from .measure import SideBySide
 from .predictions import predict
 from .served import ServedModel
 from .tokens import RunningLogits

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...format.constants import BLOCK, E4M3_MAX, E4M3_MIN
@@ -126,14 +125,3 @@ def _strips(source: Tensor | None, decoded: Tensor) -> Iterator[tuple[Tensor, Te
     for begin in range(0, decoded.shape[0], height):
         rows = slice(begin, begin + height)
         yield source[rows].float().reshape(-1, BLOCK), decoded[rows].float().reshape(-1, BLOCK)
-
-
-def bfloat16_outputs(module: torch.nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-    """Let every submodule of a float32 module round its output to BF16, as a server that computes in BF16 does."""
-
-    def round_output(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
-        is_plain = isinstance(output, Tensor) and output.dtype == torch.float32
-        return output.bfloat16().float() if is_plain else output
-
-    leaves = [part for part in module.modules() if not list(part.children())]
-    return [part.register_forward_hook(round_output) for part in leaves]

@@ -7,11 +7,14 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ...calibrate.lanes import Lane
+from ...calibrate.record import finish_batch
 from ...calibrate.skeleton import Skeleton
 from ...errors import InputError
 from ..threads import Progress
 from .head import Head
-from .measure import Lane, LaneName, SideBySide
+from .lanes import LaneName
+from .measure import SideBySide
 from .tokens import RunningDivergence, RunningLogits, TokenScores
 
 BLOCK_ELEMENTS = 1 << 24  # of logits at a time
@@ -50,7 +53,8 @@ def predict(run: SideBySide, progress: Progress) -> tuple[dict[LaneName, Running
 
 def _finished(lane: Lane, run: SideBySide) -> Tensor:
     """The head's inputs, float [scored tokens, hidden size], on the device while there is room."""
-    rows = torch.cat(lane.finished(run.batches))
+    finished = [finish_batch(lane.skeleton, batch, lane.hidden.fetch(at)) for at, batch in enumerate(run.batches)]
+    rows = torch.cat([sequence[:-1] for batch in finished for sequence in batch])
     if run.device.type == "cuda" and rows.nbytes * len(run.lanes) > torch.cuda.mem_get_info(run.device)[0] // 3:
         return rows.cpu()
     return rows
@@ -76,9 +80,9 @@ class _Heads:
     """The head of each model, read side by side."""
 
     def __init__(self, lanes: Mapping[LaneName, Lane]) -> None:
-        skeletons: dict[int, Skeleton] = {id(lane.walk.skeleton): lane.walk.skeleton for lane in lanes.values()}
+        skeletons: dict[int, Skeleton] = {id(lane.skeleton): lane.skeleton for lane in lanes.values()}
         self._heads = {key: Head(skeleton) for key, skeleton in skeletons.items()}
-        self._of = {name: id(lane.walk.skeleton) for name, lane in lanes.items()}
+        self._of = {name: id(lane.skeleton) for name, lane in lanes.items()}
         sizes = {(head.rows, head.cols) for head in self._heads.values()}
         if len(sizes) > 1:
             raise InputError(f"the heads of the two models have different shapes {sorted(sizes)}: compare like models.")

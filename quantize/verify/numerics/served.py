@@ -7,21 +7,20 @@ In a good checkpoint they are equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...calibrate.taps import Handle, LinearTap
 from ...checkpoint.headers import Header, TensorInfo
 from ...checkpoint.source import Checkpoint
 from ...errors import InputError
 from ...format.constants import BLOCK, E4M3_MAX
 from ...format.marlin import flushed_bytes
-from ...format.schemes import INPUT_PARTS, Arithmetic, Part, Scheme, arithmetics_of, rounds_inputs
+from ...format.schemes import Arithmetic, Part, Scheme, arithmetics_of, rounds_inputs
 from ...recipe.decoder import decoder_prefix, layer_count, layer_index
 from ...recipe.groups import FusedGroup
 from ...weights.stored import StoredMatrix, input_leaf
@@ -199,38 +198,27 @@ class InputRounding:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self.numbers: dict[str, InputNumbers] = {}
-        self._last: tuple[Tensor, Mapping[Part, Tensor], Tensor] | None = None
 
-    @contextmanager
-    def on(self, module: nn.Module, layer: int, arithmetic: Arithmetic, is_counted: bool = True) -> Iterator[None]:
-        """Round the inputs of a decoder layer's matrices, as an arithmetic does, while the block runs."""
-        prefix = f"{self._model.prefix}.{layer}."
-        handles = []
+    def tap(self, layer: int, arithmetic: Arithmetic) -> LinearTap:
+        """A tap with a site for each fused layer whose input the server rounds."""
+        prefix, sites = f"{self._model.prefix}.{layer}.", dict[str, list[str]]()
         for name, served in self._model.matrices_of(layer).items():
             if rounds_inputs(arithmetic, served.scheme):
-                linear = module.get_submodule(name.removeprefix(prefix))
-                # The first member of a fused layer counts for all: they share the input.
-                counts = is_counted and fused_members(self._model, served.group)[0] == name
-                handles.append(linear.register_forward_pre_hook(self._hook(served, counts)))
-        try:
-            yield
-        finally:
-            self._last = None
-            for handle in handles:
-                handle.remove()
+                sites.setdefault(served.group, []).append(name.removeprefix(prefix))
+        return LinearTap(sites)
 
-    def _hook(self, served: ServedMatrix, counts: bool) -> Callable[..., Any]:
-        limit = next((served.scalars[part] for part in served.scalars if part in INPUT_PARTS), None)
+    def handle(self, layer: int, is_counted: bool = True) -> Handle:
+        """A function that rounds what passes the sites of `tap`, and counts it in `numbers` if requested."""
+        by_site = {served.group: served for served in self._model.matrices_of(layer).values()}
 
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
-            inputs = args[0]
-            if self._last is None or self._last[0] is not inputs or self._last[1] is not served.scalars:
-                self._last = inputs, served.scalars, served.scheme.round_inputs(inputs, served.scalars)
-            if counts and limit is not None:
-                self._count(served, inputs, self._last[2])
-            return (self._last[2], *args[1:])
+        def round_input(site: str, inputs: Tensor) -> Tensor:
+            served = by_site[site]
+            rounded = served.scheme.round_inputs(inputs, served.scalars)
+            if is_counted and served.scheme.inputs == "calibrated":
+                self._count(served, inputs, rounded)
+            return rounded
 
-        return hook
+        return round_input
 
     def _count(self, served: ServedMatrix, inputs: Tensor, rounded: Tensor) -> None:
         numbers = self.numbers.setdefault(served.group, InputNumbers(served.scheme.largest_input(served.scalars)))
@@ -243,8 +231,3 @@ class InputRounding:
         numbers.clipped += counted[0]
         numbers.lost += counted[1]
         numbers.amax = float(torch.maximum(torch.tensor(numbers.amax), amaxes.max().cpu()))  # NaN stays NaN
-
-
-def fused_members(model: ServedModel, group: str) -> list[str]:
-    """Modules of a fused layer that are quantized."""
-    return [module for module in model.matrices if model.subject.fusions.name(module) == group]

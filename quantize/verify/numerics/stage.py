@@ -22,6 +22,7 @@ from ..subject import Subject
 from ..tally import RMSE_LIMIT
 from ..threads import Progress
 from .measure import LayerNumbers, SideBySide
+from .noise import noise_words
 from .predictions import predict
 from .served import ServedModel
 from .text import load_text
@@ -131,7 +132,7 @@ def measure(
         run.close()
     nll_of_tokens = logits["source"].nll.cpu()
     nll = float(nll_of_tokens.mean())
-    words = {**WORDS, "floor": run.floor_words}
+    words = {**WORDS, "floor": noise_words(run.device)}
     thresholds = thresholds_of(subject).tightened(options.max_kl, options.min_top1)
     again = {"w4a4": scores.pop("w4a4_again", None)}
     lanes = {
@@ -158,7 +159,7 @@ def measure(
         "arithmetics": lanes,
         "layers": [_layer_json(layer, run) for layer in run.layers],
         "matrices": run.matrices,
-        "inputs": [_input_json(name, run) for name in run.inputs],
+        "inputs": [_input_json(name, run) for name in run.rounding.numbers],
         "thresholds": asdict(thresholds),
     }
 
@@ -168,7 +169,9 @@ def _device_name(device: torch.device) -> str:
 
 
 def _layer_json(layer: LayerNumbers, run: SideBySide) -> dict[str, Any]:
-    inputs = [n for name, n in run.inputs.items() if layer_index(f"{name}.", run.served.prefix) == layer.layer]
+    inputs = [
+        n for name, n in run.rounding.numbers.items() if layer_index(f"{name}.", run.served.prefix) == layer.layer
+    ]
     blocks = sum(numbers.blocks for numbers in inputs)
     clipped = sum(numbers.clipped for numbers in inputs) / blocks if blocks else None
     made: dict[str, Any] = {"layer": layer.layer}
@@ -182,7 +185,7 @@ def _layer_json(layer: LayerNumbers, run: SideBySide) -> dict[str, Any]:
 
 
 def _input_json(name: str, run: SideBySide) -> dict[str, Any]:
-    numbers = run.inputs[name]
+    numbers = run.rounding.numbers[name]
     return {
         "name": name,
         "layer": layer_index(f"{name}.", run.served.prefix),

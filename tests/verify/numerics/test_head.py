@@ -12,7 +12,6 @@ import torch
 import transformers
 from nvquant.calibrate.record import finish_batch
 from nvquant.calibrate.skeleton import Skeleton, load_outer
-from nvquant.calibrate.walk import Walk
 from nvquant.checkpoint.headers import Header
 from nvquant.errors import InputError
 from nvquant.stream.hidden import HiddenBudget
@@ -21,6 +20,7 @@ from nvquant.verify.numerics.head import Head
 from safetensors.torch import load_file, save_file
 from support.conversions import layer_weights, random_samples, skeleton_of
 from support.tiny_models import WRITERS, perturb, tiny_gemma2, tiny_gemma4, tiny_gemma4_text, tiny_llama
+from support.walking import OneLane
 from torch import Tensor, nn
 from verify.numerics.measuring import original
 
@@ -151,7 +151,7 @@ def test_a_finished_batch_is_the_models_own_last_hidden_state(folder: Path) -> N
 def test_a_walk_to_the_end_gives_the_models_own_last_hidden_state(folder: Path) -> None:
     samples = random_samples((23, 40))
     skeleton = skeleton_of(folder)
-    walk = Walk(skeleton, [ids[None] for ids in samples], IN_MEMORY, keeps_last=True)
+    walk = OneLane(skeleton, [ids[None] for ids in samples], IN_MEMORY, keeps_last=True)
     for layer in range(len(skeleton.layers)):
         walk.step(layer, layer_weights(skeleton, layer))
     for at, ids in enumerate(samples):

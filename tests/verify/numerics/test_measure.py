@@ -13,22 +13,21 @@ import torch
 from nvquant.checkpoint.source import open_checkpoint
 from nvquant.errors import InputError
 from nvquant.stream.hidden import HiddenBudget
-from nvquant.verify.numerics import measure as measuring
-from nvquant.verify.numerics.measure import FLOOR_ROWS, SideBySide, in_small_products
+from nvquant.verify.numerics import lanes
+from nvquant.verify.numerics.measure import SideBySide
 from nvquant.verify.numerics.served import ServedModel
 from nvquant.verify.subject import open_subject
 from safetensors.torch import save_file
 from support.conversions import Conversions, TinyModels, random_samples
 from support.emulation import decode_tensors, load_emulation, read_tensors
 from support.tiny_models import tiny_llama
-from torch import Tensor, nn
+from torch import Tensor
 from verify.breaking import LAYER, change_scalar, edit_tensors
 from verify.checkpoints import Copy
 from verify.numerics.measuring import (
     Measured,
     likelihoods,
     measured,
-    no_progress,
     original,
     predicted,
     whole_models,
@@ -175,25 +174,14 @@ def test_hidden_states_that_wait_on_disk_change_nothing(
     in_memory = measured(conversions(name), tiny(name), SAMPLES)
     budgets: list[HiddenBudget] = []
 
-    def small(_run: SideBySide, _lanes: int) -> HiddenBudget:
+    def small(*_: object) -> HiddenBudget:
         budgets.append(HiddenBudget(0, 20_000, tmp_path))  # of some 36 kB a lane
         return budgets[-1]
 
-    monkeypatch.setattr(SideBySide, "_budget", small)
+    monkeypatch.setattr(lanes, "hidden_budget", small)
     assert numbers_of(measured(conversions(name), tiny(name), SAMPLES)) == numbers_of(in_memory)
     assert budgets
     assert list(tmp_path.iterdir()) == []  # the files had no names
-
-
-def test_the_budget_is_a_share_of_what_is_free(
-    conversions: Conversions, tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measuring, "available_host_bytes", lambda: 8_000_000)
-    opened = ServedModel(open_subject(conversions("llama")))
-    run = SideBySide(opened, open_checkpoint(tiny("llama")), SAMPLES, ["w4a4", "weight_only"], "cpu", no_progress)
-    assert run._budget(4).host_bytes == 1_000_000
-    assert set(run.lanes) == {"source", "floor", "w4a4", "w4a4_again", "weight_only"}
-    run.close()
 
 
 def open_files(folder: Path) -> list[str]:
@@ -233,24 +221,3 @@ def test_a_head_of_another_size_is_refused(conversions: Conversions, tmp_path: P
     other = tiny_llama(tmp_path / "other", vocab_size=640)
     with pytest.raises(InputError, match="the heads of the two models have different shapes"):
         measured(conversions("llama"), other, SAMPLES)
-
-
-def test_small_products_are_the_same_products_until_the_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    heights: list[int] = []
-    linear = nn.functional.linear
-
-    def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        heights.append(x.shape[-2])
-        return linear(x, weight, bias)
-
-    monkeypatch.setattr(nn.functional, "linear", watched)
-    module = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4, bias=False))
-    x = torch.randn(1, 2 * FLOOR_ROWS + 3, 8, generator=torch.Generator().manual_seed(0))
-    whole = module(x)
-    heights.clear()
-    with in_small_products(module):
-        torch.testing.assert_close(module(x), whole)
-    assert heights == [FLOOR_ROWS, FLOOR_ROWS, 3] * 2
-    heights.clear()
-    assert torch.equal(module(x), whole)
-    assert heights == [2 * FLOOR_ROWS + 3] * 2

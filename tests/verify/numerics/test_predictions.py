@@ -61,5 +61,5 @@ def test_hidden_states_are_given_back_before_the_vocabulary_comes(good: Callable
     run = SideBySide(ServedModel(open_subject(good("llama-ct"))), None, random_samples(), ["w4a4"], "cpu", no_progress)
     run.run()
     seen = []
-    predict(run, lambda *_: seen.append([len(lane.walk.hidden) for lane in run.lanes.values()]))
+    predict(run, lambda *_: seen.append([len(lane.hidden) for lane in run.lanes.values()]))
     assert seen and all(lengths == [0] for lengths in seen)

@@ -163,7 +163,7 @@ def rounded_inputs(folder: Path, rounding: InputRounding, is_counted: bool = Tru
     """Layer 1 of the source, and what enters its linears, by their names."""
     layer = original(folder).model.layers[1]
     seen: dict[str, Tensor] = {}
-    with rounding.on(layer, 1, is_counted):
+    with rounding.tap(1).on(layer, rounding.handle(1, is_counted)):
         for name, part in layer.named_modules():
             if isinstance(part, nn.Linear):
                 part.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))

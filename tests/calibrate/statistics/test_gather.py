@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from nvquant.calibrate.statistics import gather, sums_of_squares
+from nvquant.calibrate.statistics.ranges import gather, sums_of_squares
 from nvquant.format.kernels import gather_with_kernel
 from nvquant.format.native import TARGETS, gather_on_cpu
 from torch import Tensor

@@ -12,15 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvquant.calibrate import statistics
-from nvquant.calibrate.statistics import (
-    InputObserver,
+from nvquant.calibrate.statistics import ranges
+from nvquant.calibrate.statistics.ranges import (
+    InputRanges,
     InputStatistics,
-    ObserverPartial,
     calibrated_amax,
     headroom_exponent,
     low_percentile,
-    merge_partials,
     sums_of_squares,
 )
 from nvquant.errors import CheckFailed
@@ -42,11 +40,7 @@ def activations(rows: int, cols: int = 64, seed: int = 0) -> Tensor:
 
 
 def observed(*inputs: Tensor, wants_mean_square: bool = True) -> InputStatistics:
-    observer = InputObserver(NAME, wants_mean_square)
-    for tensor in inputs:
-        observer.observe(tensor)
-        observer.commit()
-    return observer.result()
+    return ranges_of(*inputs, wants_mean_square=wants_mean_square).result(NAME)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -137,19 +131,19 @@ def assert_equal(found: InputStatistics, wanted: InputStatistics) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_observer_on_the_gpu_never_waits_and_gives_the_statistics_of_the_cpu(dtype: torch.dtype) -> None:
     inputs = [wide((2, 100, 528), dtype, seed) for seed in (0, 2, 4)]
-    observer, there = InputObserver(NAME, True), [tensor.cuda() for tensor in inputs]
-    observer.observe(there[0])  # loads the kernels
+    observer, there = InputRanges(True), [tensor.cuda() for tensor in inputs]
+    observer.observe({"source": there[0]})  # loads the kernels
     observer.discard()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls this mode a prototype
             torch.cuda.set_sync_debug_mode("error")
         for tensor in there:
-            observer.observe(tensor)
+            observer.observe({"source": tensor})
             observer.commit()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_equal(observer.result(), observed(*inputs))
+    assert_equal(observer.result(NAME), observed(*inputs))
 
 
 def test_without_the_extension_an_observer_gives_the_same_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,87 +155,109 @@ def test_without_the_extension_an_observer_gives_the_same_statistics(monkeypatch
 
 def test_only_what_was_committed_counts() -> None:
     kept, lost = wide((2, 30, 32), torch.float32), 100 * wide((2, 30, 32), torch.float32, 7)
-    observer = InputObserver(NAME, True)
-    observer.observe(lost)
+    observer = InputRanges(True)
+    observer.observe({"source": lost})
     with pytest.raises(CheckFailed, match="never reached"):
-        observer.result()
+        observer.result(NAME)
     observer.discard()
     observer.commit()
     with pytest.raises(CheckFailed, match="never reached"):
-        observer.result()
-    observer.observe(kept)
+        observer.result(NAME)
+    observer.observe({"source": kept})
     observer.commit()
-    observer.observe(lost)
-    assert_equal(observer.result(), observed(kept))
+    observer.observe({"source": lost})
+    assert_equal(observer.result(NAME), observed(kept))
     observer.discard()
     observer.commit()
-    assert_equal(observer.result(), observed(kept))
+    assert_equal(observer.result(NAME), observed(kept))
 
 
 def test_a_batch_may_hold_several_inputs_of_the_group() -> None:
     first, second = wide((1, 30, 32), torch.float32), wide((1, 70, 32), torch.float32, 3)
-    observer = InputObserver(NAME, True)
-    observer.observe(first)
-    observer.observe(second)
+    observer = InputRanges(True)
+    observer.observe({"source": first})
+    observer.observe({"source": second})
     observer.commit()
-    assert_equal(observer.result(), observed(first, second))
+    assert_equal(observer.result(NAME), observed(first, second))
 
 
 def test_counts_move_on_before_32_bits_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [wide((1, 30, 32), torch.float32, seed) for seed in range(5)]
     wanted = observed(*inputs)
-    monkeypatch.setattr(statistics, "INT32_MAX", 100)  # each has 60 blocks
+    monkeypatch.setattr(ranges, "INT32_MAX", 100)  # each has 60 blocks
     assert_equal(observed(*inputs), wanted)
-    monkeypatch.setattr(statistics, "INT32_MAX", 130)
+    monkeypatch.setattr(ranges, "INT32_MAX", 130)
     assert_equal(observed(*inputs), wanted)
 
 
-def partial_of(*inputs: Tensor, wants_mean_square: bool = True) -> ObserverPartial:
-    observer = InputObserver(NAME, wants_mean_square)
+def ranges_of(*inputs: Tensor, wants_mean_square: bool = True) -> InputRanges:
+    observer = InputRanges(wants_mean_square)
     for tensor in inputs:
-        observer.observe(tensor)
+        observer.observe({"source": tensor})
         observer.commit()
-    return observer.partial()
+    return observer
 
 
 @PROPERTY
 @given(st.lists(st.integers(0, 6), min_size=0, max_size=3), st.booleans())
-def test_partials_merge_to_the_statistics_of_one_observer(cuts: list[int], wants_mean_square: bool) -> None:
+def test_states_merge_to_the_ranges_of_one_process(cuts: list[int], wants_mean_square: bool) -> None:
     inputs = [wide((1, 9, 32), torch.float32, seed) for seed in range(6)]
     edges = [0, *sorted(cuts), 6]
-    parts = [
-        partial_of(*inputs[begin:end], wants_mean_square=wants_mean_square) for begin, end in itertools.pairwise(edges)
+    states = [
+        ranges_of(*inputs[begin:end], wants_mean_square=wants_mean_square).state()
+        for begin, end in itertools.pairwise(edges)
     ]
-    assert_equal(merge_partials(NAME, parts), observed(*inputs, wants_mean_square=wants_mean_square))
+    whole = ranges_of(*inputs, wants_mean_square=wants_mean_square)
+    merged = InputRanges.merged(states)
+    assert_equal(merged.result(NAME), whole.result(NAME))
+    assert_same_state(merged.state(), whole.state())
 
 
-def test_partials_are_plain_tensors_on_the_cpu_in_the_order_of_observation() -> None:
+def assert_same_state(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert list(found) == list(wanted)
+    for name, tensor in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found[name], tensor)
+
+
+def test_a_state_is_plain_tensors_on_the_cpu_in_the_order_of_observation() -> None:
     inputs = [wide((2, 9, 32), torch.bfloat16, seed) for seed in (0, 5)]
-    part = partial_of(*inputs)
-    assert part.amax is not None and part.squares is not None
-    assert (part.amax.shape, part.amax.dtype) == ((), torch.float32)
-    assert (part.histogram.shape, part.histogram.dtype, part.histogram.sum()) == ((1 << 15,), torch.int64, 4 * 9 * 2)
-    assert torch.equal(part.squares, torch.cat([sums_of_squares(tensor) for tensor in inputs]))
-    assert part.tokens == 36
-    assert part.amax.device == part.histogram.device == part.squares.device == torch.device("cpu")
+    state = ranges_of(*inputs).state()
+    assert state["amax"].tolist() == [max(float(tensor.abs().max()) for tensor in inputs)]
+    histogram = state["histogram"]
+    assert (histogram.shape, histogram.dtype, histogram.sum()) == ((1 << 15,), torch.int64, 4 * 9 * 2)
+    assert torch.equal(state["squares"], torch.cat([sums_of_squares(tensor) for tensor in inputs]))
+    assert state["tokens"].tolist() == [36]
+    assert {tensor.device for tensor in state.values()} == {torch.device("cpu")}
 
 
-def test_a_partial_without_an_observation_is_allowed_beside_another_only() -> None:
-    empty = partial_of()
-    assert (empty.amax, empty.squares, empty.tokens, empty.histogram.sum()) == (None, None, 0, 0)
+def test_a_state_without_an_observation_is_allowed_beside_another_only() -> None:
+    empty = ranges_of().state()
+    assert (empty["amax"].tolist(), empty["squares"].tolist(), empty["tokens"].tolist()) == ([], [], [0])
+    assert empty["histogram"].sum() == 0
     inputs = wide((1, 9, 32), torch.float32)
-    assert_equal(merge_partials(NAME, [empty, partial_of(inputs), empty]), observed(inputs))
-    for parts in ([], [empty], [empty, empty]):
+    assert_equal(InputRanges.merged([empty, ranges_of(inputs).state(), empty]).result(NAME), observed(inputs))
+    for states in ([], [empty], [empty, empty]):
         with pytest.raises(CheckFailed, match=r"never reached model\.layers\.0\.mlp\.down_proj"):
-            merge_partials(NAME, parts)
+            InputRanges.merged(states).result(NAME)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_in_one_partial_fails_the_whole(value: float) -> None:
+def test_a_value_that_is_not_finite_in_one_state_fails_all(value: float) -> None:
     damaged = wide((1, 9, 32), torch.float32)
     damaged[0, 3, 3] = value
+    states = [ranges_of(wide((1, 9, 32), torch.float32)).state(), ranges_of(damaged).state()]
     with pytest.raises(CheckFailed, match="NaN or an infinity"):
-        merge_partials(NAME, [partial_of(wide((1, 9, 32), torch.float32)), partial_of(damaged)])
+        InputRanges.merged(states).result(NAME)
+
+
+def test_only_the_chosen_lane_is_observed() -> None:
+    ours, theirs = wide((1, 9, 32), torch.float32), wide((1, 9, 32), torch.float32, 3)
+    observer = InputRanges(True, lane="quantized")
+    assert observer.lanes == ("quantized",)
+    observer.observe({"source": theirs, "quantized": ours})
+    observer.commit()
+    assert_equal(observer.result(NAME), observed(ours))
 
 
 def histogram_of(values: list[float]) -> Tensor:

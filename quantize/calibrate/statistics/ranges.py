@@ -1,4 +1,4 @@
-"""Statistics of the inputs of quantized matrices from calibration, and the input global scale that follows.
+"""Ranges of the inputs of quantized matrices from calibration, and the input global scale that follows.
 
 No result depends on the order or the grouping of sequences: amax by max, mean squares as one float64 vector a sequence,
 summed in the order of the samples, percentiles by a histogram over BF16 bit patterns. Source of the headroom rule:
@@ -8,15 +8,19 @@ docs/calibration.md, section "Input scales".
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckFailed
-from ..format.constants import BLOCK
-from ..format.kernels import CHUNK, gather_with_kernel, has_kernel
+from ...errors import CheckFailed
+from ...format.constants import BLOCK
+from ...format.kernels import CHUNK, gather_with_kernel, has_kernel
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # E4M3 spans 448 / 2^-6 = 28672 in its normal range; 16384 is the largest power of two inside.
 NORMAL_RANGE = 16384.0
@@ -46,33 +50,20 @@ class InputStatistics:
     tokens: int
 
 
-@dataclass(frozen=True)
-class ObserverPartial:
-    """The data of one observer, in plain form for other processes.
+class InputRanges:
+    """The statistic `ranges`: of the input that a fused group shares, in one lane.
 
-    Attributes:
-        amax: float32 scalar, the largest magnitude, None where nothing was observed.
-        histogram: int64 [32768], counts of block amaxes by BF16 bit pattern.
-        squares: float64 [sequences, cols], each sequence's sums of squares, in the order of observation, None where
-            they are not needed or nothing was observed.
-        tokens: number of tokens seen.
+    One kernel gathers all of it in one pass over the input. No method waits for the device before `state` or `result`.
+
+    Args:
+        wants_mean_square: whether to gather sums of squares.
+        lane: the name of the lane.
     """
 
-    amax: Tensor | None
-    histogram: Tensor
-    squares: Tensor | None
-    tokens: int
+    name: ClassVar[str] = "ranges"
 
-
-class InputObserver:
-    """Gathers the statistics of one fused group's input, batch by batch.
-
-    A batch counts once it is committed. A batch that ran out of memory is discarded and observed again. No method waits
-    for the device before `partial` or `result`.
-    """
-
-    def __init__(self, name: str, wants_mean_square: bool) -> None:
-        self.name = name
+    def __init__(self, wants_mean_square: bool = False, lane: str = "source") -> None:
+        self.lanes = (lane,)
         self._wants_mean_square = wants_mean_square
         self._batch: list[_Gathered] = []
         self._counts: Tensor | None = None  # of the batch: int32 [copies, 32768], on the device
@@ -83,14 +74,14 @@ class InputObserver:
         self._squares: list[Tensor] = []
         self._tokens = 0
 
-    def observe(self, inputs: Tensor) -> None:
+    def observe(self, seen: Mapping[str, Tensor]) -> None:
         """Observe an input of a batch, which counts from `commit` on.
 
         Args:
-            inputs: [sequences, tokens, cols] or [tokens, cols], any float dtype, device and strides; cols divisible by
-                16. It has no padding, and is not changed.
+            seen: the input by lane: [sequences, tokens, cols] or [tokens, cols], any float dtype, device and strides,
+                cols divisible by 16. It has no padding, and is not changed.
         """
-        inputs = inputs.detach()
+        inputs = seen[self.lanes[0]].detach()
         shaped = inputs if inputs.ndim == 3 else inputs.reshape(1, -1, inputs.shape[-1])
         if self._counts is None:
             copies = torch.get_num_threads() if shaped.device.type == "cpu" else _COPIES
@@ -127,27 +118,62 @@ class InputObserver:
         if self._counts is not None:
             self._counts.zero_()
 
-    def partial(self) -> ObserverPartial:
-        """The committed data, on the CPU."""
-        part = self._committed()
-        amax = None if part.amax is None else part.amax.cpu()
-        squares = None if part.squares is None else part.squares.cpu()
-        return ObserverPartial(amax, part.histogram.cpu(), squares, part.tokens)
+    def state(self) -> dict[str, Tensor]:
+        """The committed data, on the CPU.
 
-    def _committed(self) -> ObserverPartial:
-        """The committed data, on the device."""
-        if self._amax is None or self._recent is None or self._histogram is None:
-            return ObserverPartial(None, torch.zeros(_BF16_PATTERNS, dtype=torch.int64), None, 0)
-        squares = torch.cat(self._squares) if self._squares else None
-        return ObserverPartial(self._amax, self._histogram + self._recent.sum(0), squares, self._tokens)
+        Returns:
+            `amax`: float32 [1], or [0] where nothing was observed. `histogram`: int64 [32768], counts of block amaxes
+            by BF16 bit pattern. `squares`: float64 [sequences, cols], each sequence's sums of squares in the order of
+            observation, or [0, 0]. `tokens`: int64 [1].
+        """
+        return {
+            "amax": torch.empty(0) if self._amax is None else self._amax.reshape(1).cpu(),
+            "histogram": self._counted().cpu(),
+            "squares": torch.cat(self._squares).cpu() if self._squares else torch.empty((0, 0), dtype=torch.float64),
+            "tokens": torch.tensor([self._tokens]),
+        }
 
-    def result(self) -> InputStatistics:
+    @classmethod
+    def merged(cls, states: Sequence[Mapping[str, Tensor]]) -> Self:
+        """See `Statistic.merged`."""
+        made = cls(wants_mean_square=any(len(state["squares"]) for state in states))
+        found = [state["amax"] for state in states if len(state["amax"])]
+        made._amax = torch.cat(found).amax() if found else None
+        made._histogram = _sum(state["histogram"] for state in states)
+        made._squares = [state["squares"] for state in states if len(state["squares"])]
+        made._tokens = sum(int(state["tokens"]) for state in states)
+        return made
+
+    def _counted(self) -> Tensor:
+        """The committed histogram, int64 [32768], on the device."""
+        parts = [] if self._histogram is None else [self._histogram]
+        parts += [] if self._recent is None else [self._recent.sum(0)]
+        return _sum(parts)
+
+    def result(self, name: str) -> InputStatistics:
         """The statistics of everything committed.
 
+        Args:
+            name: of the fused group, for errors.
         Raises:
             CheckFailed: nothing was committed, or a value is not finite.
         """
-        return merge_partials(self.name, [self._committed()])
+        if self._amax is None:
+            raise CheckFailed(f"calibration never reached {name}: the model's forward skips it.")
+        amax = float(self._amax)
+        if not math.isfinite(amax):
+            raise CheckFailed(
+                f"calibration found a NaN or an infinity at the input of {name}: check the model, or calibrate with "
+                f"other samples."
+            )
+        mean_square = None
+        if self._squares:
+            total = torch.zeros_like(self._squares[0][0])
+            for squares in self._squares:
+                for square in squares:
+                    total += square
+            mean_square = total.cpu() / self._tokens  # on the CPU: a GPU multiplies by the reciprocal instead
+        return InputStatistics(amax, low_percentile(self._counted()), mean_square, self._tokens)
 
 
 @dataclass(frozen=True)
@@ -158,34 +184,12 @@ class _Gathered:
     blocks: int
 
 
-def merge_partials(name: str, parts: Sequence[ObserverPartial]) -> InputStatistics:
-    """The statistics of one observer that had seen all inputs of the observers of `parts`, in their order.
-
-    Args:
-        name: of the fused group, for errors.
-        parts: one a process. Those without observations have no effect.
-    Raises:
-        CheckFailed: nothing was observed, or a value is not finite.
-    """
-    found = [part.amax for part in parts if part.amax is not None]
-    if not found:
-        raise CheckFailed(f"calibration never reached {name}: the model's forward skips it.")
-    amax = float(torch.stack(found).amax())
-    if not math.isfinite(amax):
-        raise CheckFailed(
-            f"calibration found a NaN or an infinity at the input of {name}: check the model, or calibrate with other "
-            f"samples."
-        )
-    tokens = sum(part.tokens for part in parts)
-    squares = [square for part in parts if part.squares is not None for square in part.squares]
-    mean_square = None
-    if squares:
-        total = torch.zeros_like(squares[0])
-        for square in squares:
-            total += square
-        mean_square = total.cpu() / tokens  # on the CPU: a GPU multiplies by the reciprocal instead
-    histogram = torch.stack([part.histogram for part in parts]).sum(0)
-    return InputStatistics(amax, low_percentile(histogram), mean_square, tokens)
+def _sum(histograms: Iterable[Tensor]) -> Tensor:
+    """The sum of int64 [32768] each, in their order."""
+    total: Tensor | None = None
+    for histogram in histograms:
+        total = histogram if total is None else total + histogram
+    return torch.zeros(_BF16_PATTERNS, dtype=torch.int64) if total is None else total
 
 
 def gather(inputs: Tensor, histogram: Tensor, wants_squares: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,1 @@
+"""Statistics of what passes through a layer during calibration, one module each."""

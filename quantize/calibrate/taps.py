@@ -1,0 +1,132 @@
+"""Taps: where tensors pass on their way through a decoder layer. Statistics observe there, and emulations round there.
+
+A site has a name and hands over every tensor that passes it. The caller of a tap chooses the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..recipe.groups import FusedGroup
+
+Handle = Callable[[str, Tensor], Tensor | None]
+"""Called with a site and the tensor that passes it. It returns the tensor's replacement, or None to let it pass."""
+Passed = Callable[[str], None]
+"""Called with a site once every module there was reached in a forward. It may raise, to end the forward."""
+
+
+def ignore(_site: str) -> None:
+    """A `Passed` that does nothing."""
+
+
+class Tap(Protocol):
+    """Hands over the tensors at some sites of a layer."""
+
+    def on(self, layer: nn.Module, handle: Handle, passed: Passed = ignore) -> AbstractContextManager[None]:
+        """Hand over what passes during one forward of a layer, while the block runs.
+
+        Args:
+            layer: a decoder layer. Only hooks change it, and none remains.
+            handle: receives each tensor once, however many modules of the site take it. It does not change the tensor.
+            passed: see `Passed`.
+        """
+        ...
+
+
+class Taps:
+    """Several taps as one. Their sites have different names."""
+
+    def __init__(self, *taps: Tap) -> None:
+        self._taps = taps
+
+    @contextmanager
+    def on(self, layer: nn.Module, handle: Handle, passed: Passed = ignore) -> Iterator[None]:
+        """See `Tap.on`."""
+        with ExitStack() as opened:
+            for tap in self._taps:
+                opened.enter_context(tap.on(layer, handle, passed))
+            yield
+
+
+class LinearTap:
+    """Hands over the inputs of linears. The linears of a site share an input, which is handed over once.
+
+    Args:
+        sites: names of the linears inside the layer, by site. At least one each.
+    """
+
+    def __init__(self, sites: Mapping[str, Sequence[str]]) -> None:
+        self._sites = sites
+
+    @classmethod
+    def of_groups(cls, groups: Iterable[FusedGroup], prefix: str) -> LinearTap:
+        """A tap with a site for each fused group, of the group's name.
+
+        Args:
+            prefix: precedes the names of the layer's modules in those of the members, with a final dot.
+        """
+        return cls({group.name: [member.removeprefix(prefix) for member in group.members] for group in groups})
+
+    @contextmanager
+    def on(self, layer: nn.Module, handle: Handle, passed: Passed = ignore) -> Iterator[None]:
+        """See `Tap.on`."""
+        hooks = []
+        for site, linears in self._sites.items():
+            passing = _Passing(site, linears, handle, passed)
+            for linear in linears:
+                hooks.append(layer.get_submodule(linear).register_forward_pre_hook(passing.hook(linear)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@dataclass(eq=False)
+class _Shared:
+    """An input on its way to the linears of a site.
+
+    Attributes:
+        to_come: the linears that have not taken it.
+    """
+
+    given: Tensor
+    replacement: Tensor | None
+    to_come: set[str]
+
+
+class _Passing:
+    """One site during a forward."""
+
+    def __init__(self, site: str, linears: Sequence[str], handle: Handle, passed: Passed) -> None:
+        self._site, self._linears, self._handle, self._passed = site, frozenset(linears), handle, passed
+        self._to_come = set(linears)
+        self._shared: list[_Shared] = []  # alive, so that no other tensor is mistaken for one of them
+
+    def hook(self, linear: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+        """The forward pre-hook of a linear."""
+
+        def take(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            shared = self._find(args[0])
+            shared.to_come.discard(linear)
+            if not shared.to_come:
+                self._shared.remove(shared)
+            is_last = self._to_come == {linear}
+            self._to_come.discard(linear)
+            if is_last:
+                self._passed(self._site)
+            return None if shared.replacement is None else (shared.replacement, *args[1:])
+
+        return take
+
+    def _find(self, given: Tensor) -> _Shared:
+        for shared in self._shared:
+            if shared.given is given:
+                return shared
+        self._shared.append(_Shared(given, self._handle(self._site, given), set(self._linears)))
+        return self._shared[-1]
