@@ -130,8 +130,7 @@ def test_of_differing_input_scales_the_largest_as_stored_is_used(
     stored = {part: tensors_in(made.folder)[f"{LAYER}.self_attn.{part}_proj.{leaf}"] for part in "qkv"}
     largest = max(float(value) for value in stored.values())
     for part in "qkv":
-        divisor = served.matrices[f"{LAYER}.self_attn.{part}_proj"].input_divisor
-        assert divisor is not None
+        divisor = served.matrices[f"{LAYER}.self_attn.{part}_proj"].scalars["input_global"]
         assert float(divisor) == pytest.approx(largest if name == "llama-ct" else 1 / largest)
 
 
@@ -153,9 +152,9 @@ def test_a_weight_only_config_drops_the_input_scales_as_the_server_does(copy: Ca
     from verify.faults_config import weight_only_config_of_a_w4a4_checkpoint
 
     made = copy("llama-ct")
-    assert ServedModel(open_subject(made.folder)).has_w4a4
+    assert ServedModel(open_subject(made.folder)).arithmetics == ("w4a4", "weight_only")
     weight_only_config_of_a_w4a4_checkpoint(made.folder)
-    assert not ServedModel(open_subject(made.folder)).has_w4a4
+    assert ServedModel(open_subject(made.folder)).arithmetics == ("weight_only",)
 
 
 @contextmanager
@@ -163,7 +162,7 @@ def rounded_inputs(folder: Path, rounding: InputRounding, is_counted: bool = Tru
     """Layer 1 of the source, and what enters its linears, by their names."""
     layer = original(folder).model.layers[1]
     seen: dict[str, Tensor] = {}
-    with rounding.tap(1).on(layer, rounding.handle(1, is_counted)):
+    with rounding.tap(1, "w4a4").on(layer, rounding.handle(1, is_counted)):
         for name, part in layer.named_modules():
             if isinstance(part, nn.Linear):
                 part.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
