@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 from nvquant.demo.smollm2 import build_smollm2
 from nvquant.errors import EnvironmentLack
 from support.conversions import TinyModels
@@ -16,6 +17,12 @@ from support.shared import made_once
 # A shell without job control lets what it starts in the background ignore Ctrl-C, and what that starts; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models() -> None:
+    """transformers' model classes, imported before a test injects faults or counts. Collecting is quicker without."""
+    assert transformers.PreTrainedModel  # the attribute imports them
 
 
 @pytest.fixture(scope="session")
