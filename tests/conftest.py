@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from support.shared import made_once
 # A shell without job control lets what it starts in the background ignore Ctrl-C, and what that starts; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# pytest rewrites the assertions of every module and keeps the result as bytecode. Where the environment forbids it, as
+# many container images do, each run and each of its processes would rewrite them all again.
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session", autouse=True)
