@@ -11,6 +11,7 @@ import pytest
 import transformers
 from nvquant.demo.smollm2 import build_smollm2
 from nvquant.errors import EnvironmentLack
+from support.collecting import IMPORTED, SLOW_TO_IMPORT
 from support.conversions import TinyModels
 from support.converting import run_convert
 from support.shared import made_once
@@ -21,6 +22,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # pytest rewrites the assertions of every module and keeps the result as bytecode. Where the environment forbids it, as
 # many container images do, each run and each of its processes would rewrite them all again.
 sys.dont_write_bytecode = False
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep which modules the collection imported, for test_collection.py."""
+    session.config.stash[IMPORTED] = SLOW_TO_IMPORT & set(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)
