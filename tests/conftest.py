@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 from nvquant.demo.smollm2 import build_smollm2
 from nvquant.errors import EnvironmentLack
+from support.collecting import IMPORTED, SLOW_TO_IMPORT
 from support.conversions import TinyModels
 from support.converting import run_convert
 from support.shared import made_once
@@ -16,6 +19,20 @@ from support.shared import made_once
 # A shell without job control lets what it starts in the background ignore Ctrl-C, and what that starts; tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# pytest rewrites the assertions of every module and keeps the result as bytecode. Where the environment forbids it, as
+# many container images do, each run and each of its processes would rewrite them all again.
+sys.dont_write_bytecode = False
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep which modules the collection imported, for test_collection.py."""
+    session.config.stash[IMPORTED] = SLOW_TO_IMPORT & set(sys.modules)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models() -> None:
+    """transformers' model classes, imported before a test injects faults or counts. Collecting is quicker without."""
+    assert transformers.PreTrainedModel  # the attribute imports them
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from nvquant.calibrate.samples import CalibrationSet, load_calibration
 from nvquant.calibrate.text import split_text
 from nvquant.errors import InputError
 from support.tiny_tokenizer import FAMILIES, special_ids, stdlib_text, write_tiny_tokenizer
-from transformers import AutoTokenizer
 
 VOCABULARY = 512
 CONFIG = {"vocab_size": VOCABULARY}
@@ -81,7 +81,7 @@ def test_base_models_get_full_sequences_with_one_bos_and_no_other_special_token(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chat_models_get_their_template_with_one_bos(family: str, models: Path, texts: Path) -> None:
     result = load(texts, models / family)
-    tokenizer = AutoTokenizer.from_pretrained(models / family)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / family)
     assert result.framing == "chat" and len(result.samples) == 6
     for ids in result.samples:
         assert len(ids) == 64
@@ -101,13 +101,13 @@ def test_packed_prose_is_the_text_itself_in_order(models: Path, tmp_path: Path) 
     text = stdlib_text()[:3000].strip()
     (tmp_path / "one.txt").write_text(text, encoding="utf-8")
     result = load(tmp_path / "one.txt", models / "gemma4-base", samples=4)
-    tokenizer = AutoTokenizer.from_pretrained(models / "gemma4-base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "gemma4-base")
     assert text.startswith(tokenizer.decode(torch.cat([ids[1:] for ids in result.samples])))
 
 
 def test_base_models_read_the_words_of_dialogues(models: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "chats.jsonl", [{"messages": messages} for messages in DIALOGUES])
-    tokenizer = AutoTokenizer.from_pretrained(models / "qwen-base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "qwen-base")
     text = "".join(tokenizer.decode(ids) for ids in load(path, models / "qwen-base").samples)
     asked, answered = re.search(r"Question (\d+): .*?\n\nAnswer (\d+)\.", text).groups()
     assert asked == answered
@@ -196,7 +196,7 @@ def test_too_few_samples_names_how_many_there_are(models: Path, tmp_path: Path) 
 def test_chats_of_a_small_file_are_shorter_than_a_sequence(models: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "few.jsonl", [{"messages": DIALOGUES[0]}, {"messages": DIALOGUES[1]}])
     result = load(path, models / "gemma4", samples=1, sequence_length=4096)
-    tokenizer = AutoTokenizer.from_pretrained(models / "gemma4")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models / "gemma4")
     text = tokenizer.decode(result.samples[0])
     assert 2 < len(result.samples[0]) < 4096
     assert "Question 0" in text and "Question 1" in text and text.endswith("<turn|>\n")
@@ -261,7 +261,7 @@ def test_the_real_smollm2_tokenizer_frames_chats_as_its_model_knows_them(
 ) -> None:
     config = json.loads((smollm2 / "config.json").read_text())
     request = {"config": config, "samples": 3, "sequence_length": 128, "seed": 0}
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     for ids in load_calibration(str(texts), model_folder=smollm2, **request).samples:
         assert ids[:2].tolist() == [1, 9690]  # <|im_start|>, system
         assert tokenizer.decode(ids).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")

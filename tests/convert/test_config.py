@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import transformers
-from compressed_tensors.quantization import QuantizationConfig
 from nvquant.convert.config import disagreements, output_configs, quantization_config
 from nvquant.recipe.roles import Role
 from nvquant.recipe.schema import KvCache, QuantizeEntry, Recipe
@@ -146,6 +145,8 @@ def test_transformers_form_of_the_config_is_kept_too(tiny: TinyModels, tmp_path:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_compressed_tensors_validates_what_is_written(tiny: TinyModels, recipe: str) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
     written = quantization_config(planned(tiny("gemma4"), recipe))
     read = QuantizationConfig.model_validate(written)
     (group,) = read.config_groups.values()

@@ -19,13 +19,13 @@ from statistics import correlation, mean
 
 import pytest
 import torch
+import transformers
 from nvquant.serving.server import NO_LOAD_CHECK, ServerDied
 from safetensors.torch import load_file, save_file
 from support.converting import run_convert
 from support.emulation import load_emulation, token_logprobs
 from support.tiny_models import tiny_gemma4_text
 from support.vllm_server import kernel_of, serve, vllm_python
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 pytestmark = pytest.mark.vllm
 
@@ -54,7 +54,7 @@ def vllm_environment() -> Path:
 
 @pytest.fixture(scope="session")
 def prompt_ids(smollm2: Path) -> list[int]:
-    ids: list[int] = AutoTokenizer.from_pretrained(smollm2)(PROMPT.replace("\n", " ")).input_ids
+    ids: list[int] = transformers.AutoTokenizer.from_pretrained(smollm2)(PROMPT.replace("\n", " ")).input_ids
     assert len(ids) > 200
     return ids
 
@@ -134,7 +134,7 @@ def sharpen(checkpoint: Path) -> None:
             save_file(tensors, shard, metadata={"format": "pt"})
 
 
-def sample_ids(model: PreTrainedModel, count: int) -> list[int]:
+def sample_ids(model: transformers.PreTrainedModel, count: int) -> list[int]:
     """Tokens drawn from the model itself: the only text that a random model predicts better than chance."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -184,7 +184,7 @@ def test_transformers_reads_the_compressed_tensors_layout(
 ) -> None:
     pytest.importorskip("compressed_tensors", reason="transformers reads this layout with compressed-tensors")
     checkpoint = converted_smollm2(recipe, "compressed-tensors")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
     weight_only = recipe == "nvfp4-a16"
     assert_close(
         token_logprobs(model, prompt_ids),

@@ -136,9 +136,9 @@ TENSORS: list[tuple[str, str, tuple[int, ...], Role]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "shape", "role"), [row[1:] for row in TENSORS], ids=[row[1] for row in TENSORS])
-def test_a_tensor_has_the_role_that_its_architecture_gives_it(name: str, shape: tuple[int, ...], role: Role) -> None:
-    assert role_of(name, shape) is role
+def test_a_tensor_has_the_role_that_its_architecture_gives_it() -> None:
+    found = [(architecture, name, role_of(name, shape), role) for architecture, name, shape, role in TENSORS]
+    assert [row for row in found if row[2] is not row[3]] == []
 
 
 def test_only_the_text_decoders_matrices_can_be_quantized() -> None:

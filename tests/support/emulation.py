@@ -11,28 +11,28 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 E2M1_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 BLOCK_COLUMNS = 16
 Rounding = Callable[[Tensor], Tensor]
 
 
-def load_emulation(checkpoint: Path) -> PreTrainedModel:
+def load_emulation(checkpoint: Path) -> transformers.PreTrainedModel:
     """Build the checkpoint's model in float32: decoded weights, inputs of quantized layers rounded where it says so.
 
     Both layouts are told apart by their tensor names; an NVFP4 layer without an input scale is weight-only, and an FP8
     layer without one rounds each token under a scale of its own.
     Raises AssertionError when the stored tensors are not exactly those of the architecture.
     """
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state, rounds = decode_tensors(read_tensors(checkpoint))
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     absent = set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
@@ -47,7 +47,7 @@ def load_emulation(checkpoint: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def token_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> list[float]:
+def token_logprobs(model: transformers.PreTrainedModel, ids: Sequence[int]) -> list[float]:
     """Natural-log likelihood of each id but the first, given all ids before it."""
     tokens = torch.tensor(ids)
     logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from support.raw_safetensors import read_raw, split_file, write_raw
 from support.tiny_tokenizer import FAMILIES, special_ids, write_tiny_tokenizer
-from transformers import PreTrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:  # importing them takes seconds, which collection does without
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 CLIP_BOUND = 16.0
 

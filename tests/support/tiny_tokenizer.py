@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import Qwen2Tokenizer
 
 CORPUS_MODULES = ("argparse", "ast", "datetime", "difflib", "doctest", "inspect", "statistics", "textwrap", "typing")
 
@@ -149,7 +149,7 @@ def _train(family_name: str, vocab_size: int) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if family_name == "qwen":
         # transformers puts these in place of what tokenizer.json says, so train with them.
-        own = Qwen2Tokenizer().backend_tokenizer
+        own = transformers.Qwen2Tokenizer().backend_tokenizer
         tokenizer.normalizer, tokenizer.pre_tokenizer = own.normalizer, own.pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

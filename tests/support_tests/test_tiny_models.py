@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from support import hostile, synthetic_gemma4
@@ -19,7 +20,6 @@ from support.raw_safetensors import INDEX_NAME
 from support.tiny_models import BUILDERS, WRITERS, tiny_gemma4, tiny_gemma4_e2b, tiny_llama
 from support.tiny_tokenizer import FAMILIES, special_ids, stdlib_text, write_tiny_tokenizer
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, Gemma4Config, Gemma4ForConditionalGeneration, PreTrainedModel
 
 # Tensors and bytes; those of the multimodal Gemma 4 were computed from the shapes before this code existed.
 CENSUS = {
@@ -40,7 +40,7 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 
 @cache
-def in_memory(name: str) -> PreTrainedModel:
+def in_memory(name: str) -> transformers.PreTrainedModel:
     return BUILDERS[name]()
 
 
@@ -58,7 +58,7 @@ def read_all(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def logits(model: PreTrainedModel) -> torch.Tensor:
+def logits(model: transformers.PreTrainedModel) -> torch.Tensor:
     ids = torch.randint(10, 490, (2, 40), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = 2
     with torch.no_grad():
@@ -130,7 +130,9 @@ def test_config_has_the_released_form_and_loads_as_that_of_transformers(
     assert text["dtype"] == saved["dtype"] == "bfloat16"
     in_memory(name).config.save_pretrained(tmp_path)
     assert "per_layer_config" in (tmp_path / "config.json").read_text()
-    released, rewritten = (AutoConfig.from_pretrained(folder).to_dict() for folder in (folders[name], tmp_path))
+    released, rewritten = (
+        transformers.AutoConfig.from_pretrained(folder).to_dict() for folder in (folders[name], tmp_path)
+    )
     assert released["architectures"] == [type(in_memory(name)).__name__]
     assert all(
         released[key] == rewritten[key] for key in (released | rewritten).keys() - {"architectures", "_name_or_path"}
@@ -160,7 +162,7 @@ def test_names_on_disk_follow_each_architecture(folders: dict[str, Path]) -> Non
 def test_unused_kv_of_shared_layers_changes_no_logit(tmp_path: Path) -> None:
     folder = tiny_gemma4_e2b(tmp_path, unused_kv=True)
     assert len(read_all(folder)) == CENSUS["gemma4_e2b"][0] + 3 * 3
-    model = Gemma4ForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
+    model = transformers.Gemma4ForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
     assert torch.equal(logits(model), logits(in_memory("gemma4_e2b")))
 
 
@@ -197,7 +199,7 @@ def test_parameters_of_tiny_llama(tmp_path: Path) -> None:
 def test_tokenizer_beside_a_model_is_read_as_written(folders: dict[str, Path], name: str) -> None:
     text = stdlib_text()[5000:7000]
     raw = Tokenizer.from_file(str(folders[name] / "tokenizer.json"))
-    tokenizer = AutoTokenizer.from_pretrained(folders[name])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[name])
     assert tokenizer(text).input_ids == raw.encode(text).ids
     assert tokenizer.decode(raw.encode(text).ids, skip_special_tokens=True) == text
     assert tokenizer.chat_template == (folders[name] / "chat_template.jinja").read_text()
@@ -208,7 +210,9 @@ def test_tokenizer_beside_a_model_is_read_as_written(folders: dict[str, Path], n
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("vocab_size", [512, 1000])
 def test_tokenizer_keeps_special_ids_out_of_text(tmp_path: Path, family: str, vocab_size: int) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(write_tiny_tokenizer(tmp_path, family, vocab_size=vocab_size))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        write_tiny_tokenizer(tmp_path, family, vocab_size=vocab_size)
+    )
     ids = special_ids(family, vocab_size)
     assert len(tokenizer) == vocab_size
     assert {token: tokenizer.convert_tokens_to_ids(token) for token in ids} == ids
@@ -216,7 +220,10 @@ def test_tokenizer_keeps_special_ids_out_of_text(tmp_path: Path, family: str, vo
 
 
 def test_each_family_treats_bos_in_its_own_way(tmp_path: Path) -> None:
-    read = {name: AutoTokenizer.from_pretrained(write_tiny_tokenizer(tmp_path / name, name)) for name in FAMILIES}
+    read = {
+        name: transformers.AutoTokenizer.from_pretrained(write_tiny_tokenizer(tmp_path / name, name))
+        for name in FAMILIES
+    }
     first = {name: tokenizer("value").input_ids[0] for name, tokenizer in read.items()}
     bos = {name: tokenizer.bos_token_id for name, tokenizer in read.items()}
     assert bos == {"llama": 1, "qwen": None, "smollm2": 1, "gemma4": 2}
@@ -232,7 +239,7 @@ def test_each_family_treats_bos_in_its_own_way(tmp_path: Path) -> None:
 
 
 def test_gemma4_template_switches_thinking(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(write_tiny_tokenizer(tmp_path, "gemma4"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(write_tiny_tokenizer(tmp_path, "gemma4"))
 
     def render(chat: list[dict[str, object]], **options: bool) -> str:
         return tokenizer.apply_chat_template(chat, tokenize=False, **options)
@@ -261,9 +268,9 @@ def test_synthetic_31b_has_the_published_census_and_takes_no_space(tmp_path: Pat
 
 @pytest.mark.parametrize("layers", [8, 60])
 def test_synthetic_names_and_shapes_are_those_of_transformers(layers: int) -> None:
-    config = Gemma4Config(**synthetic_gemma4.config(layers))
+    config = transformers.Gemma4Config(**synthetic_gemma4.config(layers))
     with init_empty_weights(include_buffers=True):
-        model = Gemma4ForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+        model = transformers.Gemma4ForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     model.tie_weights()
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name != "lm_head.weight"}
     assert synthetic_gemma4.tensor_shapes(layers) == expected
