@@ -5,6 +5,7 @@ Without it, the first layer takes half a second longer or more. The preparation 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -12,7 +13,8 @@ from types import TracebackType
 import torch
 
 from ..calibrate.statistics.ranges import InputRanges
-from ..format.schemes import NVFP4
+from ..format.schemes import Scheme
+from ..quantizers import quantizer_for
 from ..quantizers.base import Quantizer
 from ..recipe.matrices import Matrix
 
@@ -22,11 +24,11 @@ TOKENS, COLS = 256, 1024  # divisible by 16, as Triton compiles for such sizes a
 class DeviceStart(AbstractContextManager[None]):
     """Prepares a GPU in a thread while the block runs, and waits for it at the end. A CPU requires no preparation."""
 
-    def __init__(self, device: str, quantizer: Quantizer, is_calibrated: bool) -> None:
+    def __init__(self, device: str, quantizer: Quantizer, schemes: Collection[Scheme], is_calibrated: bool) -> None:
         self._pool = ThreadPoolExecutor(1, "start")
         self._start: Future[None] | None = None
         if device != "cpu":
-            self._start = self._pool.submit(start_gpu, torch.device(device), quantizer, is_calibrated)
+            self._start = self._pool.submit(start_gpu, torch.device(device), quantizer, schemes, is_calibrated)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -37,11 +39,16 @@ class DeviceStart(AbstractContextManager[None]):
 
 
 @torch.no_grad()
-def start_gpu(device: torch.device, quantizer: Quantizer, is_calibrated: bool) -> None:
-    """Run the operations of a conversion once, on little data."""
+def start_gpu(device: torch.device, quantizer: Quantizer, schemes: Collection[Scheme], is_calibrated: bool) -> None:
+    """Run the operations of a conversion once, on little data.
+
+    Args:
+        schemes: of the matrices to be quantized.
+    """
     weight = torch.ones((TOKENS, COLS), dtype=torch.bfloat16, device=device)
-    matrix = Matrix("start", "start", NVFP4, TOKENS, COLS, "start", "start", "start")
-    quantizer.quantize([matrix], [weight], None)
+    for scheme in schemes:
+        matrix = Matrix("start", "start", scheme, TOKENS, COLS, "start", "start", "start")
+        quantizer_for(scheme.name, quantizer).quantize([matrix], [weight], None)
     if is_calibrated:
         ranges = InputRanges("mean_square" in quantizer.needs)
         ranges.observe({"source": weight.unsqueeze(0) @ weight.t() @ weight})

@@ -53,9 +53,10 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
         NvquantError: see each stage. Complete shards stay in the partial folder for the next run.
     """
     quantizer = get_quantizer(options.quantizer)
+    schemes = {matrix.scheme for matrix in plan.matrices.values()}
     with (
         options.trace.span("import"),
-        DeviceStart(options.device, quantizer, calibration is not None),
+        DeviceStart(options.device, quantizer, schemes, calibration is not None),
     ):
         if calibration is not None:
             import_model_code(plan.source)
