@@ -5,7 +5,8 @@ A site has a name and hands over every tensor that passes it. The caller of a ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -130,3 +131,74 @@ class _Passing:
                 return shared
         self._shared.append(_Shared(given, self._handle(self._site, given), set(self._linears)))
         return self._shared[-1]
+
+
+class KeyValueTap:
+    """Hands over the keys and values that a layer's attention functions receive: after norms and rotation, usually
+    [sequences, key and value heads, tokens, head size]. A layer that shares another layer's hands over the shared ones.
+
+    The sites are PREFIX + the name of an attention module + `.k` or `.v`. The tap sees attention that goes through the
+    attention interface of transformers. The function of the model's own choice computes on.
+
+    Args:
+        prefix: precedes the names of the layer's modules, with a final dot, or empty.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
+
+    @contextmanager
+    def on(self, layer: nn.Module, handle: Handle, passed: Passed = ignore) -> Iterator[None]:
+        """See `Tap.on`. While the block runs, the interface has another function under the name of the model's choice.
+        The name stays, because some models compare it."""
+        names = {module: f"{self._prefix}{name}" for name, module in layer.named_modules()}
+
+        def hand_over(module: nn.Module, *parts: Tensor) -> list[Tensor]:
+            if module not in names:
+                return list(parts)
+            sites = [f"{names[module]}.{part}" for part in "kv"]
+            replacements = [handle(site, part) for site, part in zip(sites, parts, strict=True)]
+            for site in sites:
+                passed(site)
+            return [old if new is None else new for old, new in zip(parts, replacements, strict=True)]
+
+        found = [pair for module in names if (pair := _attention_choice(module)) is not None]
+        with ExitStack() as opened:
+            for interface, choice in {(id(one), choice): (one, choice) for one, choice in found}.values():
+                opened.enter_context(_tapped(interface, choice, hand_over))
+            yield
+
+
+def _file_of(module: nn.Module) -> Mapping[str, Any]:
+    """The names in the file of a module's forward."""
+    names: Mapping[str, Any] = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
+    return names
+
+
+def _attention_choice(module: nn.Module) -> tuple[MutableMapping[str, Any], str] | None:
+    """The attention interface that a module may look into, and the name that it looks up there."""
+    choice = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    interface = _file_of(module).get("ALL_ATTENTION_FUNCTIONS")
+    return (interface, choice) if isinstance(choice, str) and interface is not None else None
+
+
+@contextmanager
+def _tapped(
+    interface: MutableMapping[str, Any], choice: str, hand_over: Callable[[nn.Module, Tensor, Tensor], Sequence[Tensor]]
+) -> Iterator[None]:
+    """Hand over keys and values before the function of a choice computes with them."""
+    before = interface.get(choice)
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any) -> Any:
+        key, value = hand_over(module, key, value)
+        # Without an entry, a module falls back on the function of this name in its file.
+        compute = _file_of(module)["eager_attention_forward"] if before is None else before
+        return compute(module, query, key, value, *args, **more)
+
+    interface[choice] = attend
+    try:
+        yield
+    finally:
+        del interface[choice]  # an entry of this interface alone: one that all interfaces share reappears
+        if interface.get(choice) is not before:
+            interface[choice] = before

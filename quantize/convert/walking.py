@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..calibrate.lanes import Lane, LayerPass
+from ..calibrate.samples import CalibrationSet
+from ..calibrate.skeleton import build_skeleton
 from ..calibrate.statistics.ranges import InputRanges
 from ..calibrate.taps import LinearTap
-from ..calibrate.walk import Walk
+from ..calibrate.walk import Walk, make_batches
+from ..errors import InputError
+from ..plan.plan import Plan
 from ..recipe.groups import FusedGroup
 from ..stream.hidden import HiddenStates
+from .budget import hidden_budget
+from .options import ConvertOptions
+from .watch import Watch
 
 SOURCE = "source"
 
 
 class SourceWalk:
-    """This rank's batches in front of a layer.
+    """This rank's batches in front of a layer. Layers are walked in order.
 
     Args:
         walk: with the lane `source`.
@@ -42,9 +51,8 @@ class SourceWalk:
         """Send every batch through a layer. Returns the ranges of the inputs of fused groups, by their names.
 
         Args:
-            layer: its number. Layers are walked in order.
             tensors: the layer's tensors by their names in the checkpoint, on the device.
-            groups: fused groups of the layer. Without any, only hidden states advance.
+            groups: fused groups of the layer.
         Raises:
             InputError: not even one batch fits the device's memory.
         """
@@ -54,6 +62,45 @@ class SourceWalk:
         self._walk.forward(layer, [LayerPass(self._source, tensors)], tap, statistics)
         return ranges
 
+    def replay(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        """`observe` nothing."""
+        self._walk.forward(layer, [LayerPass(self._source, tensors)])
+
     def close(self) -> None:
         """Drop the hidden states."""
         self._walk.close()
+
+
+def open_walk(
+    plan: Plan,
+    calibration: CalibrationSet,
+    options: ConvertOptions,
+    dtype: torch.dtype,
+    folder: Path,
+    watch: Watch,
+    layers: int,
+) -> SourceWalk:
+    """Build the model, and record how it calls its layers with this rank's batches.
+
+    Args:
+        dtype: of the model's computation.
+        folder: for hidden states that fit no memory.
+        layers: the number of layers that the batches will go through.
+    Raises:
+        InputError, EnvironmentLack: see `build_skeleton` and `Walk.lane`, or the config describes other layers.
+    """
+    watch.phase("record")
+    trace, ranks = options.trace, options.ranks
+    with ranks.step(), trace.span("build"):
+        skeleton = build_skeleton(plan.source, plan.prefix, torch.device(options.device), dtype)
+        if len(skeleton.layers) != len(plan.layers):
+            raise InputError(
+                f"{plan.model}: config.json describes {len(skeleton.layers)} decoder layers, but the shards "
+                f"contain {len(plan.layers)}: download the model again."
+            )
+    mine = ranks.split(make_batches(calibration.samples, options.batch_size))[ranks.rank]
+    watch.expect_tokens(sum(batch.numel() for batch in mine) * layers)
+    with ranks.step():
+        budget = hidden_budget(plan, mine, options, folder)
+        walk = Walk(skeleton, mine, trace.timed, watch.before_batch)
+        return SourceWalk(walk, walk.lane(SOURCE, budget))

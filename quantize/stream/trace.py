@@ -113,6 +113,12 @@ class Trace:
             self._gpu = self._gpu or _GpuTimeline(torch)
         return self._gpu.span(phase, name)
 
+    @contextmanager
+    def timed(self, phase: str, name: str = "") -> Iterator[None]:
+        """A span of the host and, in a profile, of the GPU's current stream."""
+        with self.span(phase, name), self.gpu_span(phase, name):
+            yield
+
     def phases(self) -> dict[str, float]:
         """Seconds by phase, all threads together, in order of first appearance, without spans that are still open."""
         return {phase: row["seconds"] for phase, row in self._phase_rows(1.0).items()}

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from nvquant.calibrate import walk as walking
 from nvquant.calibrate.lanes import Lane, LayerPass
 from nvquant.calibrate.record import LayerCall, own_stores
 from nvquant.calibrate.skeleton import Skeleton
+from nvquant.calibrate.statistics.key_value import KeyValueAmax
 from nvquant.calibrate.statistics.ranges import InputRanges
-from nvquant.calibrate.taps import LinearTap
+from nvquant.calibrate.taps import KeyValueTap, LinearTap, Taps
 from nvquant.calibrate.walk import Walk, make_batches
 from nvquant.stream.hidden import HiddenBudget, HiddenStates
 from support.conversions import TinyModels, layer_weights, planned, random_samples, raw, skeleton_of
@@ -163,6 +165,35 @@ def test_statistics_of_several_lanes_observe_the_same_input_in_each(tiny: TinyMo
                 state = wanted[site].state()
                 assert all(torch.equal(tensor, state[key]) for key, tensor in one.state().items())
     assert not torch.equal(*pairs[DOWN].counted[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma4_e2b"])
+def test_keys_and_values_and_inputs_are_observed_in_one_forward(tiny: TinyModels, name: str) -> None:
+    skeleton, plan = skeleton_of(tiny(name)), planned(tiny(name))
+    walk = Walk(skeleton, batches())
+    source = walk.lane("source", IN_MEMORY)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny(name), dtype=torch.float32).eval()
+    for layer, whole in enumerate(model.get_decoder().layers):
+        prefix = f"{plan.prefix}.{layer}."
+        groups = [group for group in plan.groups if group.name.startswith(prefix)]
+        ranges = {group.name: InputRanges() for group in groups}
+        amaxes = {f"{prefix}self_attn.{part}": KeyValueAmax() for part in "kv"}
+        statistics = {site: [statistic] for site, statistic in [*ranges.items(), *amaxes.items()]}
+        tap = Taps(LinearTap.of_groups(groups, prefix), KeyValueTap(prefix))
+        walk.forward(layer, [LayerPass(source, layer_weights(skeleton, layer))], tap, statistics)
+        wanted: dict[str, list[float]] = {}
+
+        def note(site: str, tensor: Tensor, wanted: dict[str, list[float]] = wanted) -> None:
+            wanted.setdefault(site, []).append(float(tensor.abs().max()))
+
+        with torch.no_grad(), KeyValueTap(prefix).on(whole, note):
+            for batch in batches():
+                model(input_ids=batch, use_cache=False)
+        assert {site: statistic.result(site) for site, statistic in amaxes.items()} == {
+            site: max(found) for site, found in wanted.items()
+        }
+        tokens = {statistic.result(site).tokens for site, statistic in ranges.items()}
+        assert tokens == {sum(batch.numel() for batch in batches())}
 
 
 def test_a_pass_rounds_its_own_lane_and_statistics_see_the_input_before_it(tiny: TinyModels) -> None:

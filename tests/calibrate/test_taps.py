@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from nvquant.calibrate.taps import LinearTap, Taps
+from nvquant.calibrate.statistics.key_value import KeyValueAmax
+from nvquant.calibrate.taps import KeyValueTap, LinearTap, Taps
 from support.conversions import TinyModels, experts_in_bf16, planned, random_samples
 from torch import Tensor, nn
 
@@ -145,3 +147,117 @@ def test_several_taps_are_one() -> None:
     assert (seen.sites, passed) == (["qk", "o"], ["qk", "o"])
     assert torch.equal(found, layer.o(2 * (layer.q(x) + layer.k(x))))
     assert hooks_of(layer) == 0
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, as Llama and Gemma have it: pairs half a head apart."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class ByHand:
+    """Keys and values computed by forward hooks on the parts of an attention module, before transformers' interface."""
+
+    def __init__(self, attention: Any) -> None:
+        self.attention, self.parts, self.stored = attention, dict[str, Tensor](), dict[str, Any]()
+        attention.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for leaf in ("k_norm", "v_norm", "k_proj", "v_proj"):
+            if isinstance(getattr(attention, leaf, None), nn.Module):
+                getattr(attention, leaf).register_forward_hook(
+                    lambda _, args, output, leaf=leaf: self.parts.update({leaf: output.detach()})
+                )
+
+    def _begin(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.tables = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
+        shared = kwargs.get("shared_kv_states")
+        if getattr(self.attention, "is_kv_shared_layer", False) and shared is not None:
+            self.stored = {kind: tuple(tensor.clone() for tensor in pair) for kind, pair in shared.items()}
+
+    @property
+    def amaxes(self) -> tuple[float, float]:
+        attention = self.attention
+        if getattr(attention, "is_kv_shared_layer", False):
+            key, value = self.stored[attention.layer_type]
+            return float(key.abs().max()), float(value.abs().max())
+        key = self.parts.get("k_norm", self.parts["k_proj"])
+        value = self.parts.get("v_norm", self.parts.get("v_proj"))
+        assert value is not None
+        key = key.reshape(*key.shape[:2], -1, attention.head_dim)
+        cos, sin = (table.unsqueeze(2) for table in self.tables)
+        return float(rotated(key, cos, sin).abs().max()), float(value.abs().max())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gemma4", "gemma4_e2b"])
+def test_keys_and_values_are_those_of_the_cache_and_no_logit_changes(
+    tiny: TinyModels, name: str, attention: str
+) -> None:
+    """Also of layers that share the keys and values of another one, and of those that use keys for values."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny(name), dtype=torch.float32, attn_implementation=attention
+    ).eval()
+    layers = model.get_decoder().layers
+    ids = random_samples((40,))[0].unsqueeze(0)
+    interface = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    before = dict(interface)
+    statistics: dict[str, KeyValueAmax] = {}
+
+    def observe(site: str, tensor: Tensor) -> None:
+        assert tensor.shape[-2] == ids.shape[1]
+        statistics.setdefault(site, KeyValueAmax()).observe({"source": tensor})
+
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+        hands = [ByHand(layer.self_attn) for layer in layers]
+        with ExitStack() as opened:
+            for number, layer in enumerate(layers):
+                opened.enter_context(KeyValueTap(f"layers.{number}.").on(layer, observe))
+            found = model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(found, wanted)
+    assert dict(interface) == before
+    assert {layer.self_attn.config._attn_implementation for layer in layers} == {attention}
+    assert len(statistics) == 2 * len(layers)
+    for number, hand in enumerate(hands):
+        amaxes = []
+        for part in "kv":
+            statistic = statistics[f"layers.{number}.self_attn.{part}"]
+            statistic.commit()
+            amaxes.append(statistic.result(part))
+        assert tuple(amaxes) == hand.amaxes
+    if name == "gemma4_e2b":
+        assert any(hand.stored for hand in hands)
+
+
+def test_replaced_keys_and_values_are_computed_with(tiny: TinyModels) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
+    layer, ids = model.model.layers[0], random_samples((12,))[0].unsqueeze(0)
+    seen = Seen("self_attn.v")
+    with torch.no_grad():
+        with KeyValueTap().on(layer, seen):
+            doubled = model(input_ids=ids).logits
+        layer.self_attn.v_proj.weight.mul_(2)
+        assert torch.equal(doubled, model(input_ids=ids).logits)  # a power of two
+    assert seen.sites == ["self_attn.k", "self_attn.v"]
+
+
+def test_an_error_when_keys_have_passed_ends_the_forward_and_restores_the_interface(tiny: TinyModels) -> None:
+    class Ended(Exception):
+        pass
+
+    def end(site: str) -> None:
+        raise Ended
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).eval()
+    interface, seen = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, Seen()
+    before = dict(interface)
+    with pytest.raises(Ended), KeyValueTap().on(model.model.layers[0], seen, end):
+        model(input_ids=random_samples((12,))[0].unsqueeze(0))
+    assert seen.sites == ["self_attn.k", "self_attn.v"]
+    assert dict(interface) == before
+
+
+def test_a_layer_without_the_interface_hands_over_nothing() -> None:
+    layer, seen = Layer(), Seen()
+    with KeyValueTap().on(layer, seen):
+        layer(torch.randn(2, 16))
+    assert seen.sites == []

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nvquant.convert.engine
+import nvquant.convert.layer
 import pytest
 import torch
 from nvquant.checkpoint.digest import file_sha256
@@ -384,7 +384,7 @@ def test_a_gpu_whose_memory_ends_while_matrices_are_quantized_is_told_in_one_sen
     source: Path, tmp_path: Path, whole: Callable[[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What torch raises there, raised here: a CPU's memory has no such end."""
-    real, calls = nvquant.convert.engine.quantize_group, itertools.count(1)
+    real, calls = nvquant.convert.layer.quantize_group, itertools.count(1)
 
     def ending(*arguments: Any) -> Any:
         if next(calls) == 9:
@@ -392,7 +392,7 @@ def test_a_gpu_whose_memory_ends_while_matrices_are_quantized_is_told_in_one_sen
         return real(*arguments)
 
     output = tmp_path / "out"
-    monkeypatch.setattr(nvquant.convert.engine, "quantize_group", ending)
+    monkeypatch.setattr(nvquant.convert.layer, "quantize_group", ending)
     with pytest.raises(EnvironmentLack) as caught:
         run(source, output)
     assert re.match(

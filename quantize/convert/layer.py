@@ -1,0 +1,149 @@
+"""One decoder layer of a conversion: observe its inputs, quantize its fused groups, and gather its output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..calibrate.statistics.ranges import InputStatistics
+from ..errors import CheckFailed
+from ..plan.plan import Plan
+from ..quantizers.base import Quantizer
+from ..recipe.groups import FusedGroup
+from ..stream.manifest import GroupRecord, LayerRecord
+from ..stream.memory import telling_of_full_gpu
+from ..stream.reading import LoadedLayer
+from ..stream.trace import Trace
+from .matrices import (
+    group_scalars,
+    groups_of_layer,
+    made_shapes,
+    quantize_group,
+    refuse_damaged,
+    refuse_damaged_before,
+)
+from .ranks import Ranks
+from .walking import SourceWalk
+from .watch import Watch
+
+
+@dataclass(frozen=True)
+class MadeLayer:
+    """The output of a layer, by output name.
+
+    Attributes:
+        made: codes and block scales, uint8, and global scales, float32. They belong to the layer alone.
+        kept: the other tensors, unchanged, in the buffer of the loaded layer.
+        record: the manifest's entry.
+    """
+
+    made: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor]
+    record: LayerRecord
+
+
+class LayerMaker:
+    """Makes the output of one layer after another.
+
+    Args:
+        ranks: those that go through each layer together.
+    """
+
+    def __init__(self, plan: Plan, quantizer: Quantizer, ranks: Ranks, watch: Watch, trace: Trace) -> None:
+        self._plan, self._quantizer, self._ranks = plan, quantizer, ranks
+        self._watch, self._trace = watch, trace
+        self._shards = {shard.layer: shard for shard in plan.shards if shard.layer is not None}
+        self._index = {layer: at for at, layer in enumerate(self._shards)}
+
+    @contextmanager
+    def made(self, loaded: LoadedLayer, walk: SourceWalk | None) -> Iterator[MadeLayer | None]:
+        """The output of a layer on the rank that writes it, None on the others. All ranks continue after the block.
+
+        Args:
+            walk: in front of this layer, or None without calibration. It advances to the next one.
+        Raises:
+            NonFiniteError, InputError: see `quantize_group`.
+            CheckFailed: an input is not finite, or never reached.
+        """
+        groups = groups_of_layer(self._plan.groups, self._plan.prefix, loaded.layer)
+        inputs = {} if walk is None else self._observe(groups, loaded, walk)
+        quantized, records = self._quantize(groups, loaded, inputs)
+        with self._ranks.step(), telling_of_full_gpu(f"the output of layer {loaded.layer}"):
+            is_owner = self._ranks.owns(self._index[loaded.layer])
+            yield self._gather(groups, loaded, quantized, records) if is_owner else None
+
+    def _observe(
+        self, groups: Sequence[FusedGroup], loaded: LoadedLayer, walk: SourceWalk
+    ) -> dict[str, InputStatistics]:
+        """Statistics of the inputs of the groups that are calibrated, over the samples of all ranks."""
+        ranks = self._ranks
+        calibrated = [group for group in groups if self._plan.matrices[group.members[0]].scheme.inputs == "calibrated"]
+        with ranks.step():
+            found = walk.observe(loaded.layer, loaded.tensors, calibrated, "mean_square" in self._quantizer.needs)
+        with self._trace.span("gather") if ranks.size > 1 else nullcontext():
+            try:
+                return {name: ranks.merged(ranges).result(name) for name, ranges in found.items()}
+            except CheckFailed:
+                refuse_damaged(loaded.tensors)  # a damaged weight is the cause, not the input that it spoiled
+                refuse_damaged_before(self._plan, loaded.layer)
+                raise
+
+    def _quantize(
+        self, groups: Sequence[FusedGroup], loaded: LoadedLayer, inputs: Mapping[str, InputStatistics]
+    ) -> tuple[dict[str, Tensor], dict[str, GroupRecord]]:
+        """Packed codes and block scales of a layer, by output name, and the record of each group.
+
+        Every rank quantizes its share of the groups. The layer's owner gets all groups, and all ranks get the records.
+        """
+        plan, ranks = self._plan, self._ranks
+        sizes = {
+            group.name: sum(plan.source_bytes(plan.matrices[module]) for module in group.members) for group in groups
+        }
+        makers = ranks.share_out(sizes)
+        made: dict[str, Tensor] = {}
+        own: dict[str, GroupRecord] = {}
+        with (
+            ranks.step(),
+            self._trace.timed("quantize", f"layer {loaded.layer}"),
+            telling_of_full_gpu(f"the quantization of layer {loaded.layer}"),
+        ):
+            self._watch.before_batch(0)
+            for group in groups:
+                if makers[group.name] == ranks.rank:
+                    done = quantize_group(plan, group, loaded.tensors, inputs.get(group.name), self._quantizer)
+                    made.update(done.tensors)
+                    own[group.name] = done.record
+        if ranks.size == 1:
+            return made, own
+        with self._trace.span("gather"):
+            records = {name: record for part in ranks.exchange(own) for name, record in part.items()}
+            shapes = made_shapes(plan, groups)
+            by_rank = {name: makers[group] for name, (group, _) in shapes.items()}
+            owner = self._index[loaded.layer] % ranks.size
+            flat = {name: shape for name, (_, shape) in shapes.items()}
+            device = next(iter(loaded.tensors.values())).device
+            return ranks.hand_over(owner, by_rank, flat, made, device), records
+
+    def _gather(
+        self,
+        groups: Sequence[FusedGroup],
+        loaded: LoadedLayer,
+        quantized: dict[str, Tensor],
+        records: Mapping[str, GroupRecord],
+    ) -> MadeLayer:
+        """Add the global scales and the tensors that are not quantized."""
+        shard = self._shards[loaded.layer]
+        made = dict(quantized)
+        for group in groups:
+            made.update(group_scalars(self._plan, group, records[group.name], self._quantizer))
+        kept = {entry.name: loaded.tensors[entry.name] for entry in shard.entries if entry.name not in made}
+        record = LayerRecord(
+            layer=loaded.layer,
+            file=shard.file,
+            source_sha256=loaded.sha256,
+            groups={group.name: records[group.name] for group in groups},
+        )
+        return MadeLayer(made, kept, record)
