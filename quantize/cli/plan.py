@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ..api.inputs import checked_plan, named
 from ..calibrate.tokenizer_files import missing_packages
 from ..errors import InputError, NvquantError
 from ..plan.conversion import as_json as time_document
@@ -19,8 +20,6 @@ from .options import (
     debug_option,
     format_option,
     json_option,
-    make_plan,
-    named,
     recipe_option,
     revision_option,
 )
@@ -66,10 +65,8 @@ def command(
 
     This command reads headers and config, and no weights.
     """
-    plan, recipe = make_plan(model, recipe_name, format_name, revision)
-    from ..convert.checks import check_conversion
-
-    check_conversion(plan)
+    plan = checked_plan(model, recipe_name, format_name, revision, say=say)
+    recipe = plan.recipe
     if plan.source.hub is not None:
         say(named(plan))
     calibration = recipe.calibration

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import debug_option, json_option, open_model
-from .output import emit_json, print_table, say, tell
-from .publishing import proved, report_push
+from ..api.publication import PushOptions, verified_request
+from .options import debug_option, json_option
+from .output import emit_json, print_table, say, stage_reporter, tell
+from .publishing import report_push
 
 if TYPE_CHECKING:
     from ..publish.push import Parcel
@@ -72,26 +73,10 @@ def command(
     The stage structure of `nvquant verify` runs first, and numerics with --against. A checkpoint that fails is refused.
     To resume an unfinished push, run the same command again.
     """
-    from ..publish.proof import read_earlier
-    from ..publish.push import PushRequest, prepare, push
-    from ..publish.target import check_repo_name, check_rights
+    from ..publish.push import prepare, push
 
-    check_repo_name(repo) if dry_run else check_rights(repo)
-    source = None if model is None else open_model(model)
-    earlier = None if verify_json is None else read_earlier(verify_json, checkpoint)
-    document = proved(checkpoint, source, earlier)
-    request = PushRequest(
-        checkpoint,
-        repo,
-        document,
-        base_model=base_model,
-        source=None if source is None else source.folder,
-        is_public=is_public,
-        replace=replace,
-        unverified=unverified,
-        message=message,
-        say=say,
-    )
+    options = PushOptions(model, verify_json, base_model, is_public, replace, unverified, message)
+    request = verified_request(checkpoint, repo, options, stage_reporter(), say, dry_run=dry_run)
     if dry_run:
         _show(prepare(request), as_json)
     else:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from ..format.layouts import FORMAT_NAMES, LAYOUTS
+from ..api import relayout
+from ..format.layouts import FORMAT_NAMES
 from ..quoting import argument, shell
-from .options import debug_option, json_option, open_model
+from .options import debug_option, json_option
 from .output import emit_json, gigabytes, say, tell
 
 EXAMPLES = """
@@ -30,9 +31,7 @@ def command(checkpoint: str, format_name: str, output: Path, as_json: bool) -> N
 
     Nothing is quantized again. Codes and block scales keep their bytes.
     """
-    from ..convert.relayout import relayout
-
-    result = relayout(open_model(checkpoint), LAYOUTS[format_name], output)
+    result = relayout(checkpoint, format_name, output)
     if result.unequal_groups:
         say(
             f"{result.unequal_groups} fused groups do not share their global scales. vLLM uses the largest stored "

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..api.verification import STAGES, VerifyRequest, open_verification
 from ..checkpoint.places import refuse_link
 from ..checkpoint.source import read_json
 from ..errors import InputError
 from .annotations import AnnotatedCommand, write_annotations
-from .options import debug_option, device_option, find_remote, json_option, open_model, resolve_device
+from .options import debug_option, device_option, json_option
 from .output import clear_live_line, emit_json, gigabytes, say, stage_reporter, tell
 from .serving_options import serving_options, take_serve_options
 
 if TYPE_CHECKING:
     from ..verify.report import Check, Report
-    from ..verify.run import VerifyOptions
 
 REPORT_NAMES = ("report.html", "report.md", "report.json", "junit.xml")
-STAGES = ("structure", "numerics", "serve")
 EXAMPLES = """
 \b
 Examples:
@@ -123,24 +121,20 @@ def command(
     Tensors are read in pieces and layers one after the other, so memory stays small. The exit code is 1 if a check
     failed.
     """
-    from ..verify.run import Verification
-
     for folder in (report_folder, None if junit is None else junit.parent):
         _check_writable(folder)
     _refuse_links(report_folder, junit)
-    remote = find_remote(checkpoint)
-    source = None if model is None else open_model(model)
-    asked = stages or (("structure",) if model is None else ("structure", "numerics"))
-    options = _options(asked, measured, report_folder)
     bench = None if bench_file is None else _read_bench(bench_file)
-    if remote is not None and stages == ("structure",):
-        options = replace(options, by_ranges=True)
-    verification = Verification(
-        Path(checkpoint) if remote is None else remote,
-        source,
-        options,
-        stage_reporter(),
+    request = VerifyRequest(
+        checkpoint,
+        model,
+        stages or (("structure",) if model is None else ("structure", "numerics")),
+        by_ranges=bool(stages),
+        server=take_serve_options(measured),
+        log_folder=report_folder,
+        **measured,
     )
+    verification = open_verification(request, stage_reporter())
     for check in verification.run():
         clear_live_line()
         if not as_json:
@@ -161,17 +155,6 @@ def _read_bench(path: Path) -> Mapping[str, Any]:
     bench = read_json(path, "nvquant bench writes it", is_named=True, way_out="write it again")
     refuse_unreadable_bench(bench, path)
     return bench
-
-
-def _options(stages: tuple[str, ...], measured: dict[str, Any], log_folder: Path | None) -> VerifyOptions:
-    from ..verify.numerics.stage import NumericsOptions
-    from ..verify.run import STAGES as IN_ORDER
-    from ..verify.run import VerifyOptions
-
-    measured["device"] = resolve_device(str(measured["device"]))
-    serve = take_serve_options(measured)
-    numerics = NumericsOptions(**measured)
-    return VerifyOptions(tuple(stage for stage in IN_ORDER if stage in stages), numerics, serve, log_folder)
 
 
 def _refuse_links(report_folder: Path | None, junit: Path | None) -> None:

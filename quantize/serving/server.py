@@ -70,6 +70,8 @@ class ServeOptions:
         ready_seconds: to wait for the server, at most.
         request_seconds: to wait for one answer, at most.
         port: a fixed one instead of a free one.
+    Raises:
+        InputError: `url` together with `vllm` or `flags`.
     """
 
     vllm: str | None = None
@@ -81,6 +83,11 @@ class ServeOptions:
     ready_seconds: float = READY_SECONDS
     request_seconds: float = 600.0
     port: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse options for starting a server beside the address of a running one."""
+        if self.url is not None and (self.vllm is not None or self.flags):
+            raise InputError("--url uses a running server, so --vllm and --vllm-flag have no effect. Drop one of them.")
 
 
 class ServerDied(CheckFailed):
