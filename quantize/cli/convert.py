@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,13 +15,16 @@ from .options import (
     debug_option,
     device_option,
     format_option,
-    json_option,
+    output_options,
     parse_bytes,
     recipe_option,
     revision_option,
 )
-from .output import emit_json, gigabytes, say, stage_reporter, tell
+from .output import Output, gigabytes
 from .publishing import report_push
+
+if TYPE_CHECKING:
+    from ..convert.options import ConvertResult
 
 EXAMPLES = """
 \b
@@ -97,7 +99,7 @@ Examples:
     metavar="REPO",
     help="Verify the checkpoint and publish it as org/name, like `nvquant push`. New repositories are private.",
 )
-@json_option
+@output_options
 @debug_option
 def command(
     model: str,
@@ -106,7 +108,7 @@ def command(
     resume: bool,
     profile: Path | None,
     push_to: str | None,
-    as_json: bool,
+    out: Output,
     **values: Any,
 ) -> None:
     """Convert MODEL, a folder or a model on the Hub, layer by layer.
@@ -116,57 +118,45 @@ def command(
     """
     if push_to is not None:
         check_push(push_to)
-    request = ConvertRequest(
-        model,
-        recipe_name,
-        format=format_name,
-        profile=profile,
-        restart=not resume,
-        **values,
-    )
-    conversion = Conversion(request, say)
+    request = ConvertRequest(model, recipe_name, format=format_name, profile=profile, restart=not resume, **values)
+    conversion = Conversion(request, out.say)
     from ..convert.stop import StopRequest
-    from .progress import progress_display
 
     with StopRequest() as stop:
-        result = conversion.run(stop, progress_display)
+        stop.is_quiet = out.is_quiet
+        result = conversion.run(stop, out.conversion)
     if conversion.is_first:
-        _finish(conversion, result.as_json(), push_to, profile, as_json)
+        _finish(conversion, result, push_to, profile, out)
 
 
 def _finish(
-    conversion: Conversion, result: dict[str, Any], push_to: str | None, profile: Path | None, as_json: bool
+    conversion: Conversion, result: ConvertResult, push_to: str | None, profile: Path | None, out: Output
 ) -> None:
     """Report the result, and publish it if --push-to is given."""
-    _tell(result, profile)
-    if not as_json:
-        tell(
-            f"{result['output']}: {result['tensors']} tensors, {gigabytes(result['tensor_bytes'])}, "
-            f"{result['quantized']} matrices quantized in "
-            f"{result['seconds']:.1f} s, peak {gigabytes(result['peak_host_bytes'])} host, "
-            f"{gigabytes(result['peak_gpu_bytes'])} GPU."
-        )
+    _say(result, profile, out)
+    out.result(
+        f"{result.output}: {result.tensors} tensors, {gigabytes(result.tensor_bytes)}, "
+        f"{result.quantized} matrices quantized in {result.seconds:.1f} s, "
+        f"peak {gigabytes(result.peak_host_bytes)} host, {gigabytes(result.peak_gpu_bytes)} GPU."
+    )
     if push_to is None:
-        words = ["nvquant", "verify", argument(result["output"]), "--against", argument(conversion.plan.model)]
-        say(f"Next: {shell(words)}")
+        words = ["nvquant", "verify", argument(result.output), "--against", argument(conversion.plan.model)]
+        out.say(f"Next: {shell(words)}")
+        out.report(result.as_json, lambda: None)
     else:
-        pushed = push_converted(conversion.target, conversion.plan.source, push_to, stage_reporter(), say)
-        result = {**result, "push": pushed.as_json()}
-        if not as_json:
-            report_push(pushed)
-    if as_json:
-        emit_json(result)
+        pushed = push_converted(conversion.target, conversion.plan.source, push_to, out.stages(), out.say)
+        out.report(lambda: {**result.as_json(), "push": pushed.as_json()}, lambda: report_push(pushed, out))
 
 
-def _tell(result: Mapping[str, Any], profile: Path | None) -> None:
+def _say(result: ConvertResult, profile: Path | None, out: Output) -> None:
     if profile is not None:
-        say(f"Profile: {profile / 'phases.txt'}, and {profile / 'trace.json'} for ui.perfetto.dev")
-    if result["was_finished"]:
-        say("An equal run has already written this output. To rebuild it, use --restart.")
-    if result["marlin_flushed_blocks"]:
+        out.say(f"Profile: {profile / 'phases.txt'}, and {profile / 'trace.json'} for ui.perfetto.dev")
+    if result.was_finished:
+        out.say("An equal run has already written this output. To rebuild it, use --restart.")
+    if result.marlin_flushed_blocks:
         from ..format.marlin import RULE_READ_FROM
 
-        say(
-            f"{result['marlin_flushed_blocks']:,} blocks become zeros in Marlin on GPUs without FP4 units (rule of "
+        out.say(
+            f"{result.marlin_flushed_blocks:,} blocks become zeros in Marlin on GPUs without FP4 units (rule of "
             f"{RULE_READ_FROM})."
         )

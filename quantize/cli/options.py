@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ import click
 
 from ..api.inputs import DEVICES
 from ..format.layouts import FORMAT_NAMES
+from .output import Output
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -38,9 +40,25 @@ def format_option(function: F) -> F:
     )(function)
 
 
-def json_option(function: F) -> F:
-    """`--json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(function)
+def output_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--json`. The command gets an `Output` as its argument `out`."""
+    return _with_output(function, has_quiet=False)
+
+
+def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--json` and `--quiet`, for a command with progress. It gets an `Output` as its argument `out`."""
+    return _with_output(function, has_quiet=True)
+
+
+def _with_output(function: Callable[..., Any], has_quiet: bool) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def command(*args: Any, as_json: bool, is_quiet: bool = False, **values: Any) -> Any:
+        return function(*args, out=Output(as_json, is_quiet), **values)
+
+    if has_quiet:
+        words = "Print only the result, and errors."
+        click.option("-q", "--quiet", "is_quiet", is_flag=True, help=words)(command)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(command)
 
 
 def debug_option(function: F) -> F:

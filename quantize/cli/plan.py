@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ..api.inputs import checked_plan, named
 from ..calibrate.tokenizer_files import missing_packages
 from ..errors import InputError, NvquantError
+from ..plan.conversion import Conversion, forecast_conversion
 from ..plan.conversion import as_json as time_document
-from ..plan.conversion import forecast_conversion
+from ..plan.forecast import Memory, census, fits, forecast_memory, serving_bytes
 from ..plan.forecast import as_json as plan_document
-from ..plan.forecast import census, fits, forecast_memory, serving_bytes
 from ..plan.machines import Disk
 from ..plan.plan import Plan
 from ..recipe.load import load_recipe
@@ -19,11 +21,11 @@ from .options import (
     calibration_options,
     debug_option,
     format_option,
-    json_option,
+    output_option,
     recipe_option,
     revision_option,
 )
-from .output import emit_json, gigabytes, print_table, say, tell
+from .output import Output, gigabytes
 
 EXAMPLES = """
 \b
@@ -43,7 +45,7 @@ Examples:
 @click.option("--gpu/--no-gpu", default=True, help="Forecast the conversion's memory with or without a GPU.")
 @machine_options
 @revision_option
-@json_option
+@output_option
 @debug_option
 def command(
     model: str,
@@ -59,47 +61,51 @@ def command(
     low_disk: bool,
     price: float | None,
     revision: str | None,
-    as_json: bool,
+    out: Output,
 ) -> None:
     """Forecast exactly the files of converting MODEL, and the needs of the conversion and of its result.
 
     This command reads headers and config, and no weights.
     """
-    plan = checked_plan(model, recipe_name, format_name, revision, say=say)
-    recipe = plan.recipe
+    plan = checked_plan(model, recipe_name, format_name, revision, say=out.say)
     if plan.source.hub is not None:
-        say(named(plan))
-    calibration = recipe.calibration
+        out.say(named(plan))
+    calibration = plan.recipe.calibration
     sizes = (samples or calibration.samples, sequence_length or calibration.sequence_length, batch_size)
     machine = read_machine(on, disk, network, low_disk, price, from_hub=plan.source.hub is not None)
     if machine is not None and machine.gpu is not None and not gpu:
         raise InputError(f"--no-gpu and --on {on} contradict each other. Drop one of them.")
     memory = forecast_memory(plan, *sizes, gpu=gpu if machine is None else machine.gpu is not None)
     conversion = None if machine is None else forecast_conversion(plan, machine, *sizes, usd_per_hour=price)
-    if as_json:
+
+    def document() -> dict[str, Any]:
         time = None if conversion is None else time_document(conversion)
-        emit_json({**plan_document(plan, memory), "time": time, "missing_packages": list(_missing_packages(plan))})
-        return
-    tell(f"{plan.model}, recipe {recipe.name}, {plan.layout.name} layout\n")
+        return {**plan_document(plan, memory), "time": time, "missing_packages": list(_missing_packages(plan))}
+
+    out.report(document, lambda: _print(plan, memory, conversion, price, out))
+
+
+def _print(plan: Plan, memory: Memory, conversion: Conversion | None, price: float | None, out: Output) -> None:
+    out.tell(f"{plan.model}, recipe {plan.recipe.name}, {plan.layout.name} layout\n")
     rows = [[g.name, g.scheme, str(g.tensors), gigabytes(g.bytes_in), gigabytes(g.bytes_out)] for g in census(plan)]
     source_bytes = sum(g.bytes_in for g in census(plan))
     rows.append(["total", "", str(plan.tensors), gigabytes(source_bytes), gigabytes(plan.tensor_bytes)])
-    print_table(["part", "scheme", "tensors", "before", "after"], rows)
-    tell(
+    out.table(["part", "scheme", "tensors", "before", "after"], rows)
+    out.tell(
         f"\n{len(plan.matrices)} matrices quantized, {plan.tensor_bytes:,} bytes of tensors in "
         f"{len(plan.shards)} files."
     )
     if conversion is None:
-        tell(
+        out.tell(
             f"Conversion needs up to {gigabytes(memory.host_bytes)} of host memory and "
             f"{gigabytes(memory.gpu_bytes)} of GPU memory."
         )
-    _say_fits(plan)
+    _say_fits(plan, out)
     if conversion is not None:
-        print_conversion(conversion, recipe.quantizer, price)
+        print_conversion(conversion, plan.recipe.quantizer, price, out)
     packages = _missing_packages(plan)
     if packages:
-        tell(f"Calibration on text requires {' and '.join(packages)}: run `pip install {' '.join(packages)}`.")
+        out.tell(f"Calibration on text requires {' and '.join(packages)}: run `pip install {' '.join(packages)}`.")
 
 
 def _missing_packages(plan: Plan) -> tuple[str, ...]:
@@ -108,10 +114,12 @@ def _missing_packages(plan: Plan) -> tuple[str, ...]:
     return found[1] if found else ()
 
 
-def _say_fits(plan: Plan) -> None:
+def _say_fits(plan: Plan, out: Output) -> None:
     fitting = [fit.gpu for fit in fits(plan) if fit.fits]
     needed = gigabytes(serving_bytes(plan))
-    tell(f"Serving 8192 tokens of context needs {needed}: fits {', '.join(fitting) or 'none of the GPUs known here'}.")
+    out.tell(
+        f"Serving 8192 tokens of context needs {needed}: fits {', '.join(fitting) or 'none of the GPUs known here'}."
+    )
     if plan.recipe.name == "nvfp4-full":
         return
     from ..convert.config import check_patterns
@@ -125,4 +133,4 @@ def _say_fits(plan: Plan) -> None:
         return
     more = [fit.gpu for fit in fits(full) if fit.fits and fit.gpu not in fitting]
     if more:
-        tell(f"With recipe nvfp4-full ({gigabytes(full.tensor_bytes)}) it fits {', '.join(more)} too.")
+        out.tell(f"With recipe nvfp4-full ({gigabytes(full.tensor_bytes)}) it fits {', '.join(more)} too.")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .output import gigabytes, say, tell
+from .output import Output, gigabytes
 
 if TYPE_CHECKING:
     from ..publish.push import PushResult
 
 
-def report_push(result: PushResult) -> None:
+def report_push(result: PushResult, out: Output) -> None:
     """Report the result of a push."""
     if result.kept_card:
-        say(
+        out.say(
             f"README.md of {result.repo} stays, because nvquant did not write it. To replace it, use "
             f"`nvquant push --replace`."
         )
@@ -24,5 +24,5 @@ def report_push(result: PushResult) -> None:
         done = f"{done}, {sent}{gone}"
     else:
         done = f"{done}, nothing to upload"
-    tell(f"{result.url}: {done}, {'private' if result.is_private else 'public'}, commit {result.commit}.")
-    say(f"Next: nvquant verify {result.repo}")
+    out.result(f"{result.url}: {done}, {'private' if result.is_private else 'public'}, commit {result.commit}.")
+    out.say(f"Next: nvquant verify {result.repo}")
