@@ -95,14 +95,15 @@ class ServerDied(CheckFailed):
 
     Attributes:
         cause: the line of its log that reports the cause.
-        hint: the way out, where one is known.
+        known_hint: the way out as a phrase, where one is known.
         log: the complete log.
     """
 
     def __init__(self, doing: str, cause: str, hint: str | None, log: Path) -> None:
-        ending = f"{cause.rstrip('.')}. {_capital(hint)}." if hint else f"{cause.rstrip('.')}. The log is {log}."
-        super().__init__(f"vLLM {doing}: {ending}")
-        self.cause, self.hint, self.log = cause, hint, log
+        super().__init__(
+            f"{cause.rstrip('.')}.", where=f"vLLM {doing}", hint=_capital(hint) if hint else f"The log is {log}"
+        )
+        self.cause, self.known_hint, self.log = cause, hint, log
 
 
 @dataclass

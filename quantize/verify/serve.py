@@ -129,7 +129,7 @@ class ServeStage:
         except ServerDied as death:
             self._read_log(death.log)
             looked_at = f"vLLM {self._facts.version}" if self._facts.version else "vLLM"
-            self._hints += [death.hint] if death.hint else []
+            self._hints += [death.known_hint] if death.known_hint else []
             self._hints += self._known_faults()
             # vLLM does not say which file is damaged.
             yield Check(
