@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +13,7 @@ from .output import Output, gigabytes
 
 if TYPE_CHECKING:
     from ..demo.run import DemoResult
+    from ..verify.numerics.document import Numerics
 
 NAMES = {
     "floor": "the same, every result rounded to BF16",
@@ -63,6 +63,7 @@ def command(output: Path, recipe_name: str, format_name: str, samples: int | Non
 
 def _print_report(result: DemoResult, out: Output) -> None:
     from ..demo.run import MODEL, PROMPT
+    from ..verify.numerics.document import numerics_of
 
     checks = result.verified.checks
     failed = [check.name for check in checks if not check.passed]
@@ -81,19 +82,18 @@ def _print_report(result: DemoResult, out: Output) -> None:
         f"{converted.quantized} matrices, {gigabytes(converted.tensor_bytes)}: {converted.output}"
     )
     out.tell("")
-    numbers = result.verified.numerics
+    numbers = numerics_of(result.verified.numerics)
     if numbers is not None:
         _print_numbers(numbers, out)
     out.tell(f"\nThe model continues {PROMPT!r} with {result.answer!r}. Report: {result.report}")
     out.tell(f"{result.seconds:.0f} s in total. Next: {shell(['vllm', 'serve', argument(converted.output)])}")
 
 
-def _print_numbers(numbers: Mapping[str, Any], out: Output) -> None:
-    rows = [["BF16 source", f"{numbers['perplexity_source']:.2f}", "0", "100 %"]]
-    for name, one in numbers["arithmetics"].items():
-        agreement = f"{one['top1']['agreement']:.1%}"
-        noise = one["kl"]["rounding_noise"]
-        kl = f"{one['kl']['mean']:.4f}" + ("" if noise is None else f" ± {noise:.3f}")
-        rows.append([NAMES[name], f"{one['perplexity']:.2f}", kl, agreement])
-    title = f"{numbers['text']['scored']:,} held-out tokens"
+def _print_numbers(numbers: Numerics, out: Output) -> None:
+    rows = [["BF16 source", f"{numbers.perplexity_source:.2f}", "0", "100 %"]]
+    for name, one in numbers.arithmetics.items():
+        noise = one.kl.rounding_noise
+        kl = f"{one.kl.mean:.4f}" + ("" if noise is None else f" ± {noise:.3f}")
+        rows.append([NAMES[name], f"{one.perplexity:.2f}", kl, f"{one.top1.agreement:.1%}"])
+    title = f"{numbers.text.scored if numbers.text else 0:,} held-out tokens"
     out.table([title, "perplexity", "KL to BF16", "top-1 agreement"], rows)
