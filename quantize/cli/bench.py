@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
-from .options import debug_option, json_option
-from .output import emit_json, say, tell
+from .options import debug_option, output_options
+from .output import Output
 from .serving_options import serving_options, take_serve_options
 
 if TYPE_CHECKING:
@@ -108,14 +108,14 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
     help="Write bench.json, bench.md, plots and logs to this folder.",
 )
 @click.option("--plots/--no-plots", default=None, help="Draw SVG files.", show_default="if matplotlib is installed")
-@json_option
+@output_options
 @debug_option
 def command(
     checkpoint: Path,
     against: tuple[str, ...],
     output: Path,
     plots: bool | None,
-    as_json: bool,
+    out: Output,
     **values: Any,
 ) -> int:
     """Measure the serving speed of CHECKPOINT, alone or against others, point by point.
@@ -125,7 +125,6 @@ def command(
     ceiling set by the GPU's memory. If a server does not start or a request fails, its point fails, the others
     continue, and the exit code is 1.
     """
-    from ..bench.document import plain_table, where_of
     from ..bench.grid import find_targets
     from ..bench.plots import draw, need_matplotlib
     from ..bench.run import Bench
@@ -137,22 +136,25 @@ def command(
     targets = find_targets(checkpoint, url, against)
     setting, head = _setting(values)
     names = [target.name for target in targets]
-    bench = Bench(targets, setting, output, head | {"targets": names}, say)
+    bench = Bench(targets, setting, output, head | {"targets": names}, out.say)
     results = bench.results
     try:
         bench.run()
     finally:
         if draws and results.points:
             draw(results.points, output)
-    if as_json:
-        emit_json(results.document)
-    else:
-        tell(plain_table(results.points))
-        for point in results.points:
-            if point.get("failed"):
-                say(f"Failed: {where_of(point)}: {point['failed']}")
-    say(f"Results: {output / 'bench.md'}")
+    out.report(lambda: results.document, lambda: _print(results.points, out))
+    out.say(f"Results: {output / 'bench.md'}")
     return 1 if results.failed else 0
+
+
+def _print(points: Sequence[Mapping[str, Any]], out: Output) -> None:
+    from ..bench.document import plain_table, where_of
+
+    out.result(plain_table(points))
+    for point in points:
+        if point.get("failed"):
+            out.say(f"Failed: {where_of(point)}: {point['failed']}")
 
 
 def _setting(values: dict[str, Any]) -> tuple[Setting, dict[str, Any]]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from .options import debug_option, json_option
-from .output import emit_json, tell
+from .options import debug_option, output_option
+from .output import Output
 
 LACKS = 3
 
@@ -29,9 +29,9 @@ LACKS = 3
     help="Assume this dtype of the server's KV cache, such as fp8.",
 )
 @click.option("--vllm", metavar="COMMAND", help="Inspect this vLLM.", show_default="the one that verify would start")
-@json_option
+@output_option
 @debug_option
-def command(checkpoint: Path | None, context: int | None, kv_cache_dtype: str, vllm: str | None, as_json: bool) -> int:
+def command(checkpoint: Path | None, context: int | None, kv_cache_dtype: str, vllm: str | None, out: Output) -> int:
     """Report how this machine runs NVFP4, whether CHECKPOINT fits, and everything that is missing.
 
     This command starts, downloads and loads nothing. The exit code is 3 if something necessary is missing.
@@ -45,13 +45,10 @@ def command(checkpoint: Path | None, context: int | None, kv_cache_dtype: str, v
     findings = []
     for finding in doctor.run():
         findings.append(finding)
-        if not as_json:
-            tell(f"{finding.status:<8} {finding.name:<21} {finding.words}")
-            if finding.hint:
-                tell(f"{'':<30} {finding.hint}.")
-    if as_json:
-        emit_json(document(doctor, findings))
+        out.tell(f"{finding.status:<8} {finding.name:<21} {finding.words}")
+        if finding.hint:
+            out.tell(f"{'':<30} {finding.hint}.")
     lacking = [finding.name for finding in findings if finding.status == "lacks"]
-    if lacking and not as_json:
-        tell(f"Missing: {', '.join(dict.fromkeys(lacking))}.")
+    missing = ", ".join(dict.fromkeys(lacking))
+    out.report(lambda: document(doctor, findings), lambda: out.tell(f"Missing: {missing}.") if missing else None)
     return LACKS if lacking else 0

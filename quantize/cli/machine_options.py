@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..plan.conversion import Conversion
 from ..plan.machines import BF16_TFLOPS, DEFAULT_DISK, DISKS, HUB_BYTES, Disk, Machine, find_gpu
 from ..plan.measured import MEASURED_GPU
-from .output import gigabytes, print_table, tell
+from .output import Output, gigabytes
 
 F = TypeVar("F", bound=Callable[..., Any])
 _UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9}
@@ -107,26 +107,26 @@ def read_machine(
     return Machine(gpu, count, disk or DISKS[DEFAULT_DISK], network, low_disk)
 
 
-def print_conversion(conversion: Conversion, quantizer: str, price: float | None) -> None:
+def print_conversion(conversion: Conversion, quantizer: str, price: float | None, out: Output) -> None:
     """The forecast on stdout."""
     machine, work, times = conversion.machine, conversion.work, conversion.times
     tokens = f"{work.samples} x {work.sequence_length} tokens" if work.samples else "no calibration"
-    tell(f"\nForecast on {machine.words}, {_source_words(machine)}, {tokens}, {quantizer}:\n")
+    out.tell(f"\nForecast on {machine.words}, {_source_words(machine)}, {tokens}, {quantizer}:\n")
     stages = [("start of the process", times.start_seconds), ("then, in parallel:", None)]
     stages += [(f"  {name}", seconds) for name, seconds in _lanes(conversion).items() if seconds]
     stages += [("total", times.total_seconds)]
-    print_table(["stage", "seconds"], [[name, "" if s is None else f"{s:,.1f}"] for name, s in stages])
+    out.table(["stage", "seconds"], [[name, "" if s is None else f"{s:,.1f}"] for name, s in stages])
     cost = "" if conversion.cost_usd is None else f" At {price:g} USD an hour it costs {conversion.cost_usd:.2f} USD."
-    tell(f"\nThe longest part is {times.bound_by}.{cost}")
+    out.tell(f"\nThe longest part is {times.bound_by}.{cost}")
     each = "" if machine.count == 1 else " on each"
-    tell(
+    out.tell(
         f"The run needs up to {gigabytes(conversion.memory.host_bytes)} of host memory, "
         f"{gigabytes(conversion.memory.gpu_bytes)} of GPU memory{each}, and {gigabytes(conversion.disk_bytes)} of disk."
     )
     if not conversion.fits:
-        tell(f"It does not fit: one {machine.gpu} cannot hold two layers and a batch.")
+        out.tell(f"It does not fit: one {machine.gpu} cannot hold two layers and a batch.")
     if not machine.is_measured:
-        tell(_not_measured(machine))
+        out.tell(_not_measured(machine))
 
 
 def _lanes(conversion: Conversion) -> dict[str, float]:

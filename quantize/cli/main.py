@@ -16,8 +16,8 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import NvquantError
-from ..quoting import lines
+from ..errors import EnvironmentLack, InputError, NvquantError
+from ..quoting import json_text, lines
 from ..quoting import message as quoted_message
 from .output import send_warnings_to_stderr
 
@@ -74,7 +74,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code. Every error is one sentence on stderr."""
     _open_missing_streams()
     given = sys.argv[1:] if args is None else args
-    code = _run(given, "--debug" in given)
+    code = _run(given, "--debug" in given, "--json" in given)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -83,26 +83,29 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _run(args: list[str], debug: bool) -> int:
+def _run(args: list[str], debug: bool, as_json: bool) -> int:
     """Run a command, print its error if one ends it, and return the exit code."""
     try:
         return _invoke(args)
     except NvquantError as error:
-        return _tell(str(error), error.exit_code, debug)
+        return _tell(error, debug, as_json)
     except click.ClickException as error:
-        return _tell(partial(_show, error), error.exit_code, debug=False)
+        refusal = NvquantError(" ".join(error.format_message().split()))
+        return _tell(refusal, False, as_json, error.exit_code, words=partial(_show, error))
     except (click.Abort, KeyboardInterrupt):
-        return _tell(lambda: click.echo("Stopped.", err=True), INTERRUPTED, debug=False)
+        stopped = NvquantError("Stopped.")
+        return _tell(stopped, False, as_json, INTERRUPTED, words=lambda: click.echo("Stopped.", err=True))
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except OSError as error:
         if error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             return _lost_stream(error)
-        return _tell(_unexpected(error), LACKING if _is_lack(error) else WRONG, debug)
+        return _tell(_unexpected(error), debug, as_json, LACKING if _is_lack(error) else WRONG)
     except MemoryError:
-        return _tell("This machine ran out of memory: free some, or use a larger machine.", LACKING, debug)
+        lack = EnvironmentLack("This machine ran out of memory", hint="free some, or use a larger machine")
+        return _tell(lack, debug, as_json)
     except Exception as error:
-        return _tell(_unexpected(error), WRONG, debug)
+        return _tell(_unexpected(error), debug, as_json)
 
 
 def _invoke(args: list[str]) -> int:
@@ -124,17 +127,33 @@ def _show(error: click.ClickException) -> None:
     click.echo(lines(text.getvalue()), err=True, nl=False)
 
 
-def _tell(message: str | Callable[[], None], code: int, debug: bool) -> int:
-    """Print a sentence on stderr, after the traceback with --debug, and return the code."""
+def _tell(
+    error: NvquantError,
+    debug: bool,
+    as_json: bool,
+    code: int | None = None,
+    words: Callable[[], None] | None = None,
+) -> int:
+    """Print the sentence of an error on stderr, after the traceback with --debug, and return the exit code.
+
+    With --json, its fields are the one document on stdout. Of several ranks, the first prints it.
+
+    Args:
+        code: None for the error's own.
+        words: prints the error instead of "Error: " and the sentence.
+    """
+    code = error.exit_code if code is None else code
     try:
         if debug:
             click.echo(lines(traceback.format_exc()), err=True, nl=False)
-        if isinstance(message, str):
-            click.echo(f"Error: {_shortened(message)}", err=True)
+        if words is None:
+            click.echo(f"Error: {_shortened(str(error))}", err=True)
         else:
-            message()
-    except (OSError, ValueError) as error:
-        _lost_stream(error)
+            words()
+        if as_json and os.environ.get("RANK", "0") == "0":
+            click.echo(json_text({"error": {**error.as_json(), "exit_code": code}}))
+    except (OSError, ValueError) as lost:
+        _lost_stream(lost)
     return code
 
 
@@ -144,18 +163,19 @@ def _shortened(message: str) -> str:
     return message if len(message) <= MOST_MESSAGE else f"{message[: MOST_MESSAGE - end]} … {message[-end:]}"
 
 
-def _unexpected(error: Exception) -> str:
-    """A sentence for an error that no code expects: its place, its class and its text."""
+def _unexpected(error: Exception) -> NvquantError:
+    """The error for an error that no code expects: its place, its class and its text."""
     if isinstance(error, OSError) and error.strerror:
         files = [repr(str(name)) for name in (error.filename, error.filename2) if name is not None]
-        where = f"{' and '.join(files)}: " if files else ""
-        return f"{where}{error.strerror}. Correct this and run the command again (--debug prints the traceback)."
+        where = " and ".join(files) or None
+        hint = "Correct this and run the command again (--debug prints the traceback)"
+        return InputError(error.strerror, where=where, hint=hint)
     last = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" at {last[0].filename.rpartition('/')[2]}:{last[0].lineno}" if last else ""
     words = quoted_message(" ".join(str(error)[:1000].split()))[:200]
-    return (
-        f"An unexpected error occurred ({type(error).__name__}{where}{words and ': '}{words}): check the input files, "
-        f"and report the output of the command with --debug."
+    return InputError(
+        f"An unexpected error occurred ({type(error).__name__}{where}{words and ': '}{words})",
+        hint="check the input files, and report the output of the command with --debug",
     )
 
 

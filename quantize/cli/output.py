@@ -6,30 +6,111 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..quoting import json_text, lines, message
 
+if TYPE_CHECKING:
+    from ..convert.progress import ProgressSink
+
 PLAIN_INTERVAL_SECONDS = 10.0
 BAR_CELLS = 24
 TABLE_CELLS = 300  # no column is cut, however narrow the terminal is
+StageProgress = Callable[[int, int, str], None]
 
 
-def emit_json(document: Mapping[str, Any]) -> None:
-    """Print one JSON document on stdout."""
-    click.echo(json_text(document))
+@dataclass(frozen=True)
+class Output:
+    """The one way from a command to its user. Only this object knows how the user wants the output.
 
+    | method | human | with --json | with --quiet |
+    |---|---|---|---|
+    | `report` | the words | the document | the words |
+    | `result` | stdout | nothing | stdout |
+    | `tell`, `table` | stdout | nothing | nothing |
+    | `say`, progress | stderr | stderr | nothing |
 
-def tell(text: str = "") -> None:
-    """Print lines on stdout, without control characters, secrets and commands to a CI system."""
-    click.echo(lines(text))
+    Attributes:
+        is_json: whether one JSON document is the whole of stdout.
+        is_quiet: whether only the result and errors appear.
+    """
 
+    is_json: bool = False
+    is_quiet: bool = False
 
-def say(text: str) -> None:
-    """Print lines on stderr, as `tell` does on stdout."""
-    click.echo(lines(text), err=True)
+    def __post_init__(self) -> None:
+        """Silence the warnings of nvquant's loggers too, if necessary."""
+        if self.is_quiet:
+            logging.getLogger("nvquant").setLevel(logging.ERROR)
+
+    def report(self, document: Callable[[], Mapping[str, Any]], words: Callable[[], None]) -> None:
+        """Print the JSON document, or else call `words`, which prints the same for people."""
+        if self.is_json:
+            click.echo(json_text(document()))
+        else:
+            words()
+
+    def result(self, text: str) -> None:
+        """Print lines on stdout that are the result itself, without control characters, secrets and commands to a CI
+        system."""
+        if not self.is_json:
+            click.echo(lines(text))
+
+    def tell(self, text: str = "") -> None:
+        """Print lines on stdout that explain the result, as `result` does."""
+        if not self.is_quiet:
+            self.result(text)
+
+    def say(self, text: str) -> None:
+        """Print a message on stderr, as `result` does on stdout."""
+        if not self.is_quiet:
+            _to_stderr(text)
+
+    def fail(self, text: str) -> None:
+        """Print an error on stderr, for a command that has printed its result and ends in a failure."""
+        _to_stderr(f"Error: {message(text)}")
+
+    def table(self, columns: list[str], rows: list[list[str]]) -> None:
+        """Print a table on stdout, as plain text if stdout is not a terminal."""
+        if self.is_json or self.is_quiet:
+            return
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False)
+        for at, column in enumerate(columns):
+            table.add_column(column, justify="left" if at == 0 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(Text(message(value)) for value in row))
+        console = Console(soft_wrap=True, width=TABLE_CELLS)
+        with console.capture() as text:
+            console.print(table)
+        click.echo(text.get(), nl=False)  # where the reader has gone, rich would end the program with a code of its own
+
+    def stages(self) -> StageProgress:
+        """A function (done, total, phase) that shows the progress of work that is counted in phases, as in verify."""
+        if self.is_quiet:
+            return lambda done, total, phase: None
+        report = _stage_reporter()
+        return lambda done, total, phase: report(done, total, f"{phase}: {done} of {total}" if total else phase)
+
+    def conversion(self) -> AbstractContextManager[ProgressSink]:
+        """A display of the progress of a conversion."""
+        if self.is_quiet:
+            return nullcontext(lambda state: None)
+        from .progress import progress_display
+
+        return progress_display()
+
+    def clear_live_line(self) -> None:
+        """Remove the live line that `stages` may have left on a terminal."""
+        if not self.is_quiet:
+            _clear_live_line()
 
 
 class _Log(logging.Handler):
@@ -38,7 +119,7 @@ class _Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers:
-            say(message(record.getMessage()))
+            _to_stderr(message(record.getMessage()))
 
 
 def send_warnings_to_stderr() -> None:
@@ -53,55 +134,27 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
 
 
-def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on stdout, as plain text if stdout is not a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for at, column in enumerate(columns):
-        table.add_column(column, justify="left" if at == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(message(value)) for value in row))
-    console = Console(soft_wrap=True, width=TABLE_CELLS)
-    with console.capture() as text:
-        console.print(table)
-    click.echo(text.get(), nl=False)  # where the reader has gone, rich would end the program with a code of its own
+def _to_stderr(text: str) -> None:
+    click.echo(lines(text), err=True)
 
 
-def stage_reporter() -> Callable[[int, int, str], None]:
-    """A `progress_reporter` for work that is counted in phases, as in verify."""
-    report = progress_reporter()
-    return lambda done, total, phase: report(done, total, f"{phase}: {done} of {total}" if total else phase)
-
-
-def clear_live_line() -> None:
-    """Remove the live line that `progress_reporter` may have left on a terminal."""
+def _clear_live_line() -> None:
     if sys.stderr.isatty():
         click.echo("\r\x1b[K", err=True, nl=False)
 
 
-def progress_reporter() -> Callable[[int, int, str], None]:
-    """A function (done, total, phase) that keeps the user informed: a live line on a terminal, a plain line now
-    and then elsewhere."""
-    started = time.monotonic()
+def _stage_reporter() -> StageProgress:
+    """Shows the progress as a live line on a terminal, and as a plain line now and then elsewhere."""
     last = [0.0]
     is_terminal = sys.stderr.isatty()
 
     def report(done: int, total: int, phase: str) -> None:
         now = time.monotonic()
-        remaining = (now - started) * (total - done) / done if done else 0.0
-        line = (
-            f"{phase}: layer {done}/{total}, {now - started:.0f} s, about {remaining:.0f} s left"
-            if phase == "layers"
-            else phase
-        )
-        line = message(line)
+        line = message(phase)
         if is_terminal:
             click.echo(f"\r\x1b[K{_bar(done, total)}{line}", err=True, nl=False)
             if done == total:
-                clear_live_line()
+                _clear_live_line()
         elif now - last[0] >= PLAIN_INTERVAL_SECONDS or done == total == 0:
             last[0] = now
             click.echo(line, err=True)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..api.inputs import named, open_source
 from ..calibrate.tokenizer_files import missing_packages
 from ..checkpoint.source import Checkpoint
 from ..errors import InputError, NvquantError
@@ -25,13 +26,11 @@ from .options import (
     calibration_options,
     debug_option,
     format_option,
-    json_option,
-    named,
-    open_source,
+    output_option,
     recipe_option,
     revision_option,
 )
-from .output import emit_json, gigabytes, print_table, say, tell
+from .output import Output, gigabytes
 from .plan_serving import compare_recipes, print_serving, read_load, serving_options
 
 EXAMPLES = """
@@ -54,7 +53,7 @@ Examples:
 @click.option("--gpu/--no-gpu", default=True, help="Forecast the conversion's memory with or without a GPU.")
 @machine_options
 @revision_option
-@json_option
+@output_option
 @debug_option
 @click.pass_context
 def command(
@@ -75,7 +74,7 @@ def command(
     low_disk: bool,
     price: float | None,
     revision: str | None,
-    as_json: bool,
+    out: Output,
 ) -> None:
     """Forecast exactly the files of converting MODEL, and the needs of the conversion and of its result.
 
@@ -83,39 +82,40 @@ def command(
     """
     load = read_load(context, users, kv_cache)
     recipe = load_recipe(recipe_name)
-    source, name = open_source(model, revision)
+    source, name = open_source(model, revision, say=out.say)
     machine = read_machine(on, disk, network, low_disk, price, from_hub=source.hub is not None)
     serving = None if load is None else compare_recipes(source, name, format_name, load, recipe)
     is_needed = machine is not None or ctx.get_parameter_source("recipe_name") is not ParameterSource.DEFAULT
     if serving is not None and not is_needed and serving.refuses(recipe.name):
-        _only_serving(serving, source, name, as_json)
+        _only_serving(serving, source, name, out)
         return
     plan = compute_plan(source, recipe, LAYOUTS[format_name], name)
     from ..convert.checks import check_conversion
 
     check_conversion(plan)
     if source.hub is not None:
-        say(named(plan))
+        out.say(named(plan))
     calibration = recipe.calibration
     sizes = (samples or calibration.samples, sequence_length or calibration.sequence_length, batch_size)
     if machine is not None and machine.gpu is not None and not gpu:
         raise InputError(f"--no-gpu and --on {on} contradict each other. Drop one of them.")
     memory = forecast_memory(plan, *sizes, gpu=gpu if machine is None else machine.gpu is not None)
     conversion = None if machine is None else forecast_conversion(plan, machine, *sizes, usd_per_hour=price)
-    if as_json:
-        emit_json(_document(plan, memory, conversion, serving))
-    else:
-        _print(plan, memory, conversion, serving, price)
+    out.report(
+        lambda: _document(plan, memory, conversion, serving),
+        lambda: _print(plan, memory, conversion, serving, price, out),
+    )
 
 
-def _only_serving(serving: Serving, source: Checkpoint, name: str, as_json: bool) -> None:
+def _only_serving(serving: Serving, source: Checkpoint, name: str, out: Output) -> None:
     """Print the comparison of recipes for a model that the default recipe does not fit."""
-    if as_json:
-        commit = None if source.hub is None else source.hub.commit
-        emit_json({"model": name, "commit": commit, "serving": serving_document(serving)})
-        return
-    tell(name)
-    print_serving(serving)
+    commit = None if source.hub is None else source.hub.commit
+
+    def words() -> None:
+        out.tell(name)
+        print_serving(serving, out)
+
+    out.report(lambda: {"model": name, "commit": commit, "serving": serving_document(serving)}, words)
 
 
 def _document(plan: Plan, memory: Memory, conversion: Conversion | None, serving: Serving | None) -> dict[str, Any]:
@@ -128,33 +128,38 @@ def _document(plan: Plan, memory: Memory, conversion: Conversion | None, serving
 
 
 def _print(
-    plan: Plan, memory: Memory, conversion: Conversion | None, serving: Serving | None, price: float | None
+    plan: Plan,
+    memory: Memory,
+    conversion: Conversion | None,
+    serving: Serving | None,
+    price: float | None,
+    out: Output,
 ) -> None:
-    tell(f"{plan.model}, recipe {plan.recipe.name}, {plan.layout.name} layout\n")
+    out.tell(f"{plan.model}, recipe {plan.recipe.name}, {plan.layout.name} layout\n")
     rows = [[g.name, g.scheme, str(g.tensors), gigabytes(g.bytes_in), gigabytes(g.bytes_out)] for g in census(plan)]
     source_bytes = sum(g.bytes_in for g in census(plan))
     rows.append(["total", "", str(plan.tensors), gigabytes(source_bytes), gigabytes(plan.tensor_bytes)])
-    print_table(["part", "scheme", "tensors", "before", "after"], rows)
-    tell(
+    out.table(["part", "scheme", "tensors", "before", "after"], rows)
+    out.tell(
         f"\n{len(plan.matrices)} matrices quantized, {plan.tensor_bytes:,} bytes of tensors in "
         f"{len(plan.shards)} files."
     )
     if conversion is None:
-        tell(
+        out.tell(
             f"Conversion needs up to {gigabytes(memory.host_bytes)} of host memory and "
             f"{gigabytes(memory.gpu_bytes)} of GPU memory."
         )
     if serving is None:
-        _say_fits(plan)
+        _say_fits(plan, out)
     elif conversion is None:
-        print_serving(serving)
+        print_serving(serving, out)
     else:
-        print_serving(serving, () if conversion.machine.gpu is None else (conversion.machine.gpu,))
+        print_serving(serving, out, () if conversion.machine.gpu is None else (conversion.machine.gpu,))
     if conversion is not None:
-        print_conversion(conversion, plan.recipe.quantizer, price)
+        print_conversion(conversion, plan.recipe.quantizer, price, out)
     packages = _missing_packages(plan)
     if packages:
-        tell(f"Calibration on text requires {' and '.join(packages)}: run `pip install {' '.join(packages)}`.")
+        out.tell(f"Calibration on text requires {' and '.join(packages)}: run `pip install {' '.join(packages)}`.")
 
 
 def _missing_packages(plan: Plan) -> tuple[str, ...]:
@@ -163,15 +168,17 @@ def _missing_packages(plan: Plan) -> tuple[str, ...]:
     return found[1] if found else ()
 
 
-def _say_fits(plan: Plan) -> None:
+def _say_fits(plan: Plan, out: Output) -> None:
     fitting = [fit.gpu for fit in fits(plan) if fit.fits]
     needed = gigabytes(serving_bytes(plan))
-    tell(f"Serving 8192 tokens of context needs {needed}: fits {', '.join(fitting) or 'none of the GPUs known here'}.")
+    out.tell(
+        f"Serving 8192 tokens of context needs {needed}: fits {', '.join(fitting) or 'none of the GPUs known here'}."
+    )
     for name in shipped_recipes():
         smaller = _smaller_plan(plan, name)
         more = [] if smaller is None else [fit.gpu for fit in fits(smaller) if fit.fits and fit.gpu not in fitting]
         if smaller is not None and more:
-            tell(f"With recipe {name} ({gigabytes(smaller.tensor_bytes)}) it fits {', '.join(more)} too.")
+            out.tell(f"With recipe {name} ({gigabytes(smaller.tensor_bytes)}) it fits {', '.join(more)} too.")
 
 
 def _smaller_plan(plan: Plan, name: str) -> Plan | None:

@@ -15,7 +15,7 @@ from ..plan.gpus import GPUS, short_name
 from ..plan.serving import KV_CACHES, Load, OnGpu, Refused, Row, Serving, forecast_serving
 from ..recipe.load import load_recipe, shipped_recipes
 from ..recipe.schema import Recipe
-from .output import gigabytes, print_table, tell
+from .output import Output, gigabytes
 
 F = TypeVar("F", bound=Callable[..., Any])
 # One GPU for each usual size of memory. The others are in the JSON document.
@@ -79,14 +79,14 @@ def compare_recipes(source: Checkpoint, model: str, format_name: str, load: Load
     return forecast_serving(source, recipes, LAYOUTS[format_name], model, load, check_patterns)
 
 
-def print_serving(serving: Serving, gpus: tuple[str, ...] = COLUMNS) -> None:
+def print_serving(serving: Serving, out: Output, gpus: tuple[str, ...] = COLUMNS) -> None:
     """The table on stdout, with a column for each of these GPUs, and notes below it."""
     load = serving.load
     rows = [row for row in serving.rows if isinstance(row, Row)]
     refused = [row for row in serving.rows if isinstance(row, Refused)]
     cells = {gpu: [_cell(on, load) for row in rows for on in row.gpus if on.gpu == gpu] for gpu in gpus}
     users = "1 user" if load.users == 1 else f"{load.users} users, each"
-    tell(f"\nServing {users} with {load.context:,} tokens of context and a KV cache in {load.kv_cache.upper()}:\n")
+    out.tell(f"\nServing {users} with {load.context:,} tokens of context and a KV cache in {load.kv_cache.upper()}:\n")
     table = [
         [row.name, gigabytes(row.weight_bytes), gigabytes(row.kv_bytes), gigabytes(row.total_bytes)]
         + [cells[gpu][at] for gpu in gpus]
@@ -94,13 +94,13 @@ def print_serving(serving: Serving, gpus: tuple[str, ...] = COLUMNS) -> None:
     ]
     heads = [f"{short_name(gpu)}\n{GPUS[gpu].size_gb} GB" for gpu in gpus]
     width = max(len(text) for text in ("recipe", *(row.name for row in rows), *(row.recipe for row in refused)))
-    print_table([f"{'recipe':<{width}}", "weights", "KV cache", "total", *heads], table)
+    out.table([f"{'recipe':<{width}}", "weights", "KV cache", "total", *heads], table)
     for row in refused:
-        tell(f"{row.recipe:<{width}}  {row.reason}")
-    tell()
+        out.tell(f"{row.recipe:<{width}}  {row.reason}")
+    out.tell()
     has_stars = any(cell.startswith("*") for gpu in gpus for cell in cells[gpu])
     for note in _notes(serving, bool(gpus), has_stars):
-        tell(note)
+        out.tell(note)
 
 
 def _cell(on: OnGpu, load: Load) -> str:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import debug_option, json_option, open_model
-from .output import emit_json, print_table, say, tell
-from .publishing import proved, report_push
+from ..api.publication import PushOptions, verified_request
+from .options import debug_option, output_options
+from .output import Output
+from .publishing import report_push
 
 if TYPE_CHECKING:
     from ..publish.push import Parcel
@@ -52,7 +53,7 @@ Examples:
 )
 @click.option("--message", metavar="TEXT", help="Set the message of the commit.")
 @click.option("--dry-run", is_flag=True, help="Show the card and the files, and upload nothing.")
-@json_option
+@output_options
 @debug_option
 def command(
     checkpoint: Path,
@@ -65,48 +66,30 @@ def command(
     unverified: bool,
     message: str | None,
     dry_run: bool,
-    as_json: bool,
+    out: Output,
 ) -> int:
     """Publish CHECKPOINT in REPO (org/name) on the Hugging Face Hub, with a model card and its proof.
 
     The stage structure of `nvquant verify` runs first, and numerics with --against. A checkpoint that fails is refused.
     To resume an unfinished push, run the same command again.
     """
-    from ..publish.proof import read_earlier
-    from ..publish.push import PushRequest, prepare, push
-    from ..publish.target import check_repo_name, check_rights
+    from ..publish.push import prepare, push
 
-    check_repo_name(repo) if dry_run else check_rights(repo)
-    source = None if model is None else open_model(model)
-    earlier = None if verify_json is None else read_earlier(verify_json, checkpoint)
-    document = proved(checkpoint, source, earlier)
-    request = PushRequest(
-        checkpoint,
-        repo,
-        document,
-        base_model=base_model,
-        source=None if source is None else source.folder,
-        is_public=is_public,
-        replace=replace,
-        unverified=unverified,
-        message=message,
-        say=say,
-    )
+    options = PushOptions(model, verify_json, base_model, is_public, replace, unverified, message)
+    request = verified_request(checkpoint, repo, options, out.stages(), out.say, dry_run=dry_run)
     if dry_run:
-        _show(prepare(request), as_json)
+        parcel = prepare(request)
+        out.report(parcel.as_json, lambda: _show(parcel, out))
     else:
         result = push(request)
-        emit_json(result.as_json()) if as_json else report_push(result)
+        out.report(result.as_json, lambda: report_push(result, out))
     return 0
 
 
-def _show(parcel: Parcel, as_json: bool) -> None:
+def _show(parcel: Parcel, out: Output) -> None:
     changes = parcel.changes
-    if as_json:
-        emit_json(parcel.as_json())
-        return
-    tell(parcel.card)
+    out.tell(parcel.card)
     uploaded = {file.name for file in changes.upload}
     rows = [[file.name, f"{file.size:,}", "upload" if file.name in uploaded else "there"] for file in changes.files]
-    print_table(["file", "bytes", ""], [*rows, *([name, "", "delete"] for name in changes.delete)])
-    say(f"Nothing was uploaded to {parcel.target.repo}. To upload, drop --dry-run.")
+    out.table(["file", "bytes", ""], [*rows, *([name, "", "delete"] for name in changes.delete)])
+    out.say(f"Nothing was uploaded to {parcel.target.repo}. To upload, drop --dry-run.")

@@ -8,7 +8,7 @@ import click
 
 from ..recipe.load import load_recipe, shipped_recipes
 from .options import debug_option
-from .output import tell
+from .output import Output
 
 
 @click.group("recipes", invoke_without_command=True)
@@ -16,9 +16,10 @@ from .output import tell
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """List the recipes that ship with nvquant, or show one as the start of your own."""
+    out = Output()
     if ctx.invoked_subcommand is None:
         for name in shipped_recipes():
-            tell(f"{name:<12} {load_recipe(name).description}")
+            out.tell(f"{name:<12} {load_recipe(name).description}")
 
 
 @command.command("show")
@@ -29,7 +30,7 @@ def show(name: str) -> None:
     load_recipe(name)
     if name in shipped_recipes():
         text = resources.files("nvquant.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-        tell(text.removesuffix("\n"))
+        Output().tell(text.removesuffix("\n"))
     else:
         with click.open_file(name, encoding="utf-8") as file:
-            tell(file.read().removesuffix("\n"))
+            Output().tell(file.read().removesuffix("\n"))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ..format.layouts import FORMAT_NAMES, LAYOUTS
+from ..api import relayout
+from ..format.layouts import FORMAT_NAMES
 from ..quoting import argument, shell
-from .options import debug_option, json_option, open_model
-from .output import emit_json, gigabytes, say, tell
+from .options import debug_option, output_option
+from .output import Output, gigabytes
+
+if TYPE_CHECKING:
+    from ..convert.relayout import RelayoutResult
 
 EXAMPLES = """
 \b
@@ -23,27 +28,26 @@ Examples:
 @click.argument("checkpoint")
 @click.option("--format", "format_name", type=click.Choice(FORMAT_NAMES), required=True, help="Write this layout.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Write the output to this folder.")
-@json_option
+@output_option
 @debug_option
-def command(checkpoint: str, format_name: str, output: Path, as_json: bool) -> None:
+def command(checkpoint: str, format_name: str, output: Path, out: Output) -> None:
     """Rewrite the NVFP4 checkpoint CHECKPOINT, from nvquant or another tool, in the other layout.
 
     Nothing is quantized again. Codes and block scales keep their bytes.
     """
-    from ..convert.relayout import relayout
-
-    result = relayout(open_model(checkpoint), LAYOUTS[format_name], output)
+    result = relayout(checkpoint, format_name, output)
     if result.unequal_groups:
-        say(
+        out.say(
             f"{result.unequal_groups} fused groups do not share their global scales. vLLM uses the largest stored "
             f"value of each group, so their weights are wrong, and differ between the layouts."
         )
-    if as_json:
-        emit_json(result.as_json())
-        return
+    out.report(result.as_json, lambda: _print(result, out))
+
+
+def _print(result: RelayoutResult, out: Output) -> None:
     how = "computed from the recorded amaxes" if result.scalars == "exact" else "inverted, exact to one ulp"
-    tell(
+    out.result(
         f"{result.output}: {result.tensors} tensors, {gigabytes(result.tensor_bytes)}, {result.quantized} matrices in "
         f"the {result.format} layout in {result.seconds:.1f} s, global scales {how}."
     )
-    say(f"Next: {shell(['nvquant', 'verify', argument(result.output)])}")
+    out.say(f"Next: {shell(['nvquant', 'verify', argument(result.output)])}")

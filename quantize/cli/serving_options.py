@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InputError
 from .options import F
 
 if TYPE_CHECKING:
@@ -81,8 +80,6 @@ def take_serve_options(values: dict[str, Any]) -> ServeOptions:
     from ..serving.server import ServeOptions
 
     taken = {name: values.pop(name) for name in NAMES}
-    if taken["url"] is not None and (taken["vllm"] is not None or taken["vllm_flags"]):
-        raise InputError("--url uses a running server, so --vllm and --vllm-flag have no effect. Drop one of them.")
     return ServeOptions(
         vllm=taken["vllm"],
         url=taken["url"],

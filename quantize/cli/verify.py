@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..api.verification import STAGES, VerifyRequest, open_verification
 from ..checkpoint.places import refuse_link
 from ..checkpoint.source import read_json
 from ..errors import InputError
 from .annotations import AnnotatedCommand, write_annotations
-from .options import debug_option, device_option, find_remote, json_option, open_model, resolve_device
-from .output import clear_live_line, emit_json, gigabytes, say, stage_reporter, tell
+from .options import debug_option, device_option, output_options
+from .output import Output, gigabytes
 from .serving_options import serving_options, take_serve_options
 
 if TYPE_CHECKING:
     from ..verify.report import Check, Report
-    from ..verify.run import VerifyOptions
 
 REPORT_NAMES = ("report.html", "report.md", "report.json", "junit.xml")
-STAGES = ("structure", "numerics", "serve")
 EXAMPLES = """
 \b
 Examples:
@@ -98,7 +96,7 @@ Examples:
 @click.option(
     "--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the checks as JUnit XML."
 )
-@json_option
+@output_options
 @debug_option
 def command(
     checkpoint: str,
@@ -107,7 +105,7 @@ def command(
     bench_file: Path | None,
     report_folder: Path | None,
     junit: Path | None,
-    as_json: bool,
+    out: Output,
     **measured: Any,
 ) -> int:
     """Prove CHECKPOINT, stage by stage.
@@ -123,35 +121,26 @@ def command(
     Tensors are read in pieces and layers one after the other, so memory stays small. The exit code is 1 if a check
     failed.
     """
-    from ..verify.run import Verification
-
     for folder in (report_folder, None if junit is None else junit.parent):
         _check_writable(folder)
     _refuse_links(report_folder, junit)
-    remote = find_remote(checkpoint)
-    source = None if model is None else open_model(model)
-    asked = stages or (("structure",) if model is None else ("structure", "numerics"))
-    options = _options(asked, measured, report_folder)
     bench = None if bench_file is None else _read_bench(bench_file)
-    if remote is not None and stages == ("structure",):
-        options = replace(options, by_ranges=True)
-    verification = Verification(
-        Path(checkpoint) if remote is None else remote,
-        source,
-        options,
-        stage_reporter(),
+    request = VerifyRequest(
+        checkpoint,
+        model,
+        stages or (("structure",) if model is None else ("structure", "numerics")),
+        by_ranges=bool(stages),
+        server=take_serve_options(measured),
+        log_folder=report_folder,
+        **measured,
     )
+    verification = open_verification(request, out.stages())
     for check in verification.run():
-        clear_live_line()
-        if not as_json:
-            _print_check(check)
+        out.clear_live_line()
+        _print_check(check, out)
     report = verification.report()
-    _write(report, Path(checkpoint), report_folder, junit, bench)
-    if as_json:
-        emit_json(report.as_json())
-    else:
-        _print_verdict(report)
-        _say_unread(report)
+    _write(report, Path(checkpoint), report_folder, junit, bench, out)
+    out.report(report.as_json, lambda: _print_verdict(report, out))
     return 0 if report.passed else 1
 
 
@@ -161,17 +150,6 @@ def _read_bench(path: Path) -> Mapping[str, Any]:
     bench = read_json(path, "nvquant bench writes it", is_named=True, way_out="write it again")
     refuse_unreadable_bench(bench, path)
     return bench
-
-
-def _options(stages: tuple[str, ...], measured: dict[str, Any], log_folder: Path | None) -> VerifyOptions:
-    from ..verify.numerics.stage import NumericsOptions
-    from ..verify.run import STAGES as IN_ORDER
-    from ..verify.run import VerifyOptions
-
-    measured["device"] = resolve_device(str(measured["device"]))
-    serve = take_serve_options(measured)
-    numerics = NumericsOptions(**measured)
-    return VerifyOptions(tuple(stage for stage in IN_ORDER if stage in stages), numerics, serve, log_folder)
 
 
 def _refuse_links(report_folder: Path | None, junit: Path | None) -> None:
@@ -195,13 +173,18 @@ def _check_writable(folder: Path | None) -> None:
 
 
 def _write(
-    report: Report, checkpoint: Path, folder: Path | None, junit: Path | None, bench: Mapping[str, Any] | None
+    report: Report,
+    checkpoint: Path,
+    folder: Path | None,
+    junit: Path | None,
+    bench: Mapping[str, Any] | None,
+    out: Output,
 ) -> None:
     from ..report import github_annotations, write_junit, write_report, write_step_summary
 
     if folder is not None:
         write_report(report, folder, bench)
-        say(f"Report: {folder / 'report.html'}")
+        out.say(f"Report: {folder / 'report.html'}")
     if junit is not None:
         junit.parent.mkdir(parents=True, exist_ok=True)
         write_junit(report, junit)
@@ -213,27 +196,28 @@ def _write(
             write_step_summary(report, Path(summary))
 
 
-def _print_check(check: Check) -> None:
+def _print_check(check: Check, out: Output) -> None:
     verdict = "FAILED" if not check.passed else "unread" if check.is_unread else "ok"
-    tell(f"{verdict:<7} {check.name:<14} {check.finding.looked_at}")
+    out.tell(f"{verdict:<7} {check.name:<14} {check.finding.looked_at}")
     for fault in check.shown_faults:
-        tell(f"{'':<10} {fault}")
+        out.tell(f"{'':<10} {fault}")
 
 
-def _say_unread(report: Report) -> None:
+def _tell_unread(report: Report, out: Output) -> None:
     unread = report.checkpoint.get("unread_bytes")
     if unread:
-        tell(
+        out.tell(
             f"Not read: {gigabytes(unread)} of {gigabytes(report.checkpoint['bytes'])} of tensors, which stayed on the "
             f"Hub. To download and check all of them, run the same command without --stage."
         )
 
 
-def _print_verdict(report: Report) -> None:
+def _print_verdict(report: Report, out: Output) -> None:
     failed = [check.name for check in report.checks if not check.passed]
     if failed:
-        tell(f"FAILED: {len(failed)} of {len(report.checks)} checks: {', '.join(failed)}.")
+        out.result(f"FAILED: {len(failed)} of {len(report.checks)} checks: {', '.join(failed)}.")
     else:
         unread = [check.name for check in report.checks if check.is_unread]
         rest = f". Not read: {', '.join(unread)}" if unread else ""
-        tell(f"Passed: all {len(report.checks) - len(unread)} checks{rest}.")
+        out.result(f"Passed: all {len(report.checks) - len(unread)} checks{rest}.")
+    _tell_unread(report, out)

@@ -210,9 +210,9 @@ def _leave(plan: Plan, options: ConvertOptions, journal: Journal, error: BaseExc
         if options.ranks.size == 1:  # others may still be writing
             remove_partial(journal.partial)
     elif isinstance(error, NvquantError) and error.exit_code < STOPPED:  # one that was stopped says so itself
-        error.args = (
-            f"{error} {_layers_in(records)} of {len(plan.layers)} layers are complete and kept: the same command "
-            f"resumes the run.",
+        error.add(
+            f"{_layers_in(records)} of {len(plan.layers)} layers are complete and kept: the same command resumes the "
+            f"run."
         )
 
 

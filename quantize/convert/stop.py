@@ -17,13 +17,13 @@ class Stopped(NvquantError):
     """A signal ended the run. The exit code is that of the signal, as shells give it."""
 
     def __init__(self, number: int, layers_done: int, layers: int) -> None:
-        super().__init__("")
+        super().__init__(hint="To resume, run the same command again")
         self.exit_code = STOPPED + number
         self.count(layers_done, layers)
 
     def count(self, layers_done: int, layers: int) -> None:
         """Set the number of complete layers. Those on their way to the disk become complete while the run ends."""
-        self.args = (f"Stopped after layer {layers_done} of {layers}. To resume, run the same command again.",)
+        self.what = f"Stopped after layer {layers_done} of {layers}"
 
 
 class StopRequest:

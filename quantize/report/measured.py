@@ -9,6 +9,15 @@ from typing import Any
 
 from ..format.schemes import ARITHMETIC_WORDS
 from ..quoting import one_line
+from ..verify.numerics.document import (
+    Agreement,
+    Divergence,
+    InputLoss,
+    LayerLosses,
+    MatrixLoss,
+    Numerics,
+    Predictions,
+)
 from .document import at, numeric, rows
 from .parts import Bar, Column, Layers, Series, Sizes, Table, Tile
 from .words import ABSENT, as_float, fixed, number, percent, size, with_error
@@ -23,39 +32,33 @@ def value_at(values: Any, *keys: str) -> Any:
     return numeric(at(values, *keys))
 
 
-def present(numerics: Any) -> list[str]:
+def present(numerics: Numerics | None) -> list[str]:
     """The arithmetics that were measured, the one of Blackwell first."""
-    return [name for name in ARITHMETICS if at(numerics, "arithmetics", name) is not None]
+    return [] if numerics is None else [name for name in ARITHMETICS if name in numerics.arithmetics]
 
 
-def accuracy_tiles(numerics: Any) -> list[Tile]:
+def accuracy_tiles(numerics: Numerics | None) -> list[Tile]:
     """KL divergence, top-1 agreement and perplexity under the arithmetic that the checkpoint was made for."""
     names = present(numerics)
-    if not names:
+    if numerics is None or not names:
         return []
-    own, floor = at(numerics, "arithmetics", names[0]), at(numerics, "arithmetics", "floor")
-    kl, word = at(own, "kl"), ARITHMETICS[names[0]]
-    agreement = at(own, "top1")
-    before = value_at(numerics, "perplexity_source")
+    own, floor, word = numerics.arithmetics[names[0]], numerics.arithmetics.get("floor"), ARITHMETICS[names[0]]
+    kl = own.kl
     return [
         Tile(
             f"KL divergence, {word}",
-            fixed_unit(value_at(kl, "mean"), "nats"),
-            (
-                f"median {number(value_at(kl, 'median'))}",
-                f"p99 {number(value_at(kl, 'p99'))}",
-                *_floor(number(value_at(floor, "kl", "mean"))),
-            ),
+            fixed_unit(kl.mean, "nats"),
+            (f"median {number(kl.median)}", f"p99 {number(kl.p99)}", *_floor(number(floor and floor.kl.mean))),
         ),
         Tile(
             f"Top-1 agreement, {word}",
-            percent(value_at(agreement, "agreement")),
-            (*_error(agreement), *_floor(percent(value_at(floor, "top1", "agreement")))),
+            percent(own.top1.agreement),
+            (*_error(own.top1), *_floor(percent(floor and floor.top1.agreement))),
         ),
         Tile(
             f"Perplexity, {word}",
-            number(value_at(own, "perplexity")),
-            (f"source {number(before)}", f"{signed(value_at(own, 'delta_nll'))} nats a token"),
+            number(own.perplexity),
+            (f"source {number(numerics.perplexity_source)}", f"{signed(own.delta_nll)} nats a token"),
         ),
     ]
 
@@ -69,25 +72,24 @@ def size_tile(checkpoint: Mapping[str, Any]) -> list[Tile]:
     return [Tile("Size", size(after), (*notes, f"{number(value_at(checkpoint, 'matrices'))} matrices in NVFP4"))]
 
 
-def accuracy_table(numerics: Any) -> Table | None:
+def accuracy_table(numerics: Numerics | None) -> Table | None:
     """All arithmetics beside the source and the floor."""
-    if not at(numerics, "arithmetics"):
+    if numerics is None or not numerics.arithmetics:
         return None
-    lines = [("BF16 source", *[ABSENT] * 4, number(value_at(numerics, "perplexity_source")), ABSENT)]
+    lines = [("BF16 source", *[ABSENT] * 4, number(numerics.perplexity_source), ABSENT)]
     for name in [*present(numerics), "floor"]:
-        own = at(numerics, "arithmetics", name)
+        own = numerics.arithmetics.get(name)
         if own is None:
             continue
-        kl = at(own, "kl")
         lines.append(
             (
                 _arithmetic_words(name, own),
-                " ".join([with_error(value_at(kl, "mean"), value_at(kl, "standard_error")), *_noise(kl)]),
-                number(value_at(kl, "median")),
-                number(value_at(kl, "p99")),
-                " ".join([percent(value_at(own, "top1", "agreement")), *_error(at(own, "top1"))]),
-                number(value_at(own, "perplexity")),
-                signed(value_at(own, "delta_nll")),
+                " ".join([with_error(own.kl.mean, own.kl.standard_error), *_noise(own.kl)]),
+                number(own.kl.median),
+                number(own.kl.p99),
+                " ".join([percent(own.top1.agreement), *_error(own.top1)]),
+                number(own.perplexity),
+                signed(own.delta_nll),
             )
         )
     titles = ("KL mean, nats", "median", "p99", "top-1 agreement", "perplexity", "ΔNLL, nats")
@@ -95,33 +97,30 @@ def accuracy_table(numerics: Any) -> Table | None:
     return Table(caption, (Column("arithmetic", "text"), *(Column(title) for title in titles)), tuple(lines))
 
 
-def accuracy_notes(numerics: Any) -> tuple[str, ...]:
+def accuracy_notes(numerics: Numerics | None) -> tuple[str, ...]:
     """The text of the measurement, and the meaning of the floor."""
-    text = at(numerics, "text")
-    notes = []
+    if numerics is None:
+        return ()
+    text, notes = numerics.text, []
     if text is not None:
-        framing = one_line(at(text, "framing") or "as is")
         notes.append(
-            f"Text: {one_line(at(text, 'name') or 'unnamed')}, {number(value_at(text, 'tokens'))} tokens in "
-            f"{number(value_at(text, 'sequences'))} sequences, framing: {framing}."
+            f"Text: {one_line(text.name or 'unnamed')}, {number(text.tokens)} tokens in "
+            f"{number(text.sequences)} sequences, framing: {one_line(text.framing or 'as is')}."
         )
-    if as_float(value_at(numerics, "arithmetics", "w4a4", "kl", "rounding_noise")) is not None:
+    if "w4a4" in numerics.arithmetics and numerics.arithmetics["w4a4"].kl.rounding_noise is not None:
         notes.append(
             "Rounding: the last bits of a product differ between processors, and rounding to four bits amplifies them. "
             "The same checkpoint measured elsewhere differs by about this much."
         )
-    if at(numerics, "arithmetics", "floor") is not None:
+    if "floor" in numerics.arithmetics:
         notes.append("The floor compares the source with itself. A value that is not above the floor is noise.")
     return tuple(notes)
 
 
-def layers_of(numerics: Any) -> Layers | None:
+def layers_of(numerics: Numerics | None) -> Layers | None:
     """Charts and table of the decoder's layers."""
-    layers = sorted(
-        (layer for layer in rows(at(numerics, "layers")) if isinstance(layer.get("layer"), int)),
-        key=lambda layer: int(layer["layer"]),
-    )
-    names = [name for name in ARITHMETICS if any(at(layer, name) is not None for layer in layers)]
+    layers = [] if numerics is None else sorted(numerics.layers, key=lambda layer: layer.layer)
+    names = [name for name in ARITHMETICS if any(name in layer.losses for layer in layers)]
     if not names:
         return None
     titles = [
@@ -134,24 +133,22 @@ def layers_of(numerics: Any) -> Layers | None:
             ("accumulated_error", "accumulated"),
             ("clipped", "clipped blocks"),
         )
-        if any(as_float(value_at(layer, name, key)) is not None for layer in layers)
+        if any(_loss(layer, name, key) is not None for layer in layers)
     ]
-    lines = [
-        (str(layer["layer"]), *(_cell(key, value_at(layer, name, key)) for name, key, _ in titles)) for layer in layers
-    ]
+    lines = [(str(layer.layer), *(_cell(key, _loss(layer, name, key)) for name, key, _ in titles)) for layer in layers]
     table = Table("Every layer", (Column("layer"), *(Column(title) for *_, title in titles)), tuple(lines))
     own = _series(layers, names, "relative_error")
     return Layers(own, _series(layers, names, "accumulated_error"), _worst(own), table)
 
 
-def matrices_of(numerics: Any) -> Table | None:
+def matrices_of(numerics: Numerics | None) -> Table | None:
     """The matrices that lost most, and those with anything unusual, worst first."""
-    matrices = rows(at(numerics, "matrices"))
-    if not matrices:
+    if numerics is None or not numerics.matrices:
         return None
+    matrices = numerics.matrices
 
-    def badness(matrix: Mapping[str, Any]) -> float:
-        error = as_float(value_at(matrix, "weight_error"))
+    def badness(matrix: MatrixLoss) -> float:
+        error = matrix.weight_error
         return -math.inf if error is None else math.inf if math.isnan(error) else error
 
     shown = sorted(matrices, key=badness, reverse=True)[:WORST_MATRICES]
@@ -161,16 +158,14 @@ def matrices_of(numerics: Any) -> Table | None:
         "zero_blocks": "zero",
         "clamped_blocks": "clamped",
         "flushed_blocks": "flushed",
-        "input_clipped": "inputs clipped",
-        "input_amax_ratio": "input amax ratio",
     }
-    keys = {key: title for key, title in keys.items() if any(as_float(value_at(row, key)) is not None for row in shown)}
-    schemes = {one_line(row.get("scheme", "")) for row in matrices}
+    keys = {key: title for key, title in keys.items() if any(getattr(row, key) is not None for row in shown)}
+    schemes = {one_line(row.scheme) for row in matrices}
     lines = [
         (
-            one_line(row.get("name", "")),
-            *([one_line(row.get("scheme", ""))] if len(schemes) > 1 else []),
-            *(_cell("clipped" if key == "input_clipped" else key, value_at(row, key)) for key in keys),
+            one_line(row.name),
+            *([one_line(row.scheme)] if len(schemes) > 1 else []),
+            *(_cell(key, getattr(row, key)) for key in keys),
         )
         for row in shown
     ]
@@ -180,38 +175,32 @@ def matrices_of(numerics: Any) -> Table | None:
     return Table(caption if len(shown) < len(matrices) else "All matrices, worst first", columns, tuple(lines))
 
 
-def inputs_of(numerics: Any) -> Table | None:
+def inputs_of(numerics: Numerics | None) -> Table | None:
     """The quantized inputs that lost most: clipped, become zeros, or larger than in calibration."""
-
-    def badness(found: Mapping[str, Any]) -> tuple[float, float]:
-        lost = sum(as_float(value_at(found, key)) or 0.0 for key in ("clipped", "lost"))
-        return (math.inf if math.isnan(lost) else lost, _growth(found) or 0.0)
-
-    inputs = rows(at(numerics, "inputs"))
-    if not inputs:
+    if numerics is None or not numerics.inputs:
         return None
+
+    def badness(found: InputLoss) -> tuple[float, float]:
+        lost = (found.clipped or 0.0) + (found.lost or 0.0)
+        return (math.inf if math.isnan(lost) else lost, found.growth or 0.0)
+
+    inputs = numerics.inputs
     shown = sorted(inputs, key=badness, reverse=True)[:WORST_INPUTS]
     titles = ("clipped blocks", "blocks lost to zero", "amax here", "amax in calibration", "ratio")
     lines = [
         (
-            one_line(found.get("name")),
-            percent(value_at(found, "clipped"), 2),
-            percent(value_at(found, "lost"), 2),
-            number(value_at(found, "amax")),
-            number(value_at(found, "calibrated_amax")),
-            number(_growth(found), 2),
+            one_line(found.name),
+            percent(found.clipped, 2),
+            percent(found.lost, 2),
+            number(found.amax),
+            number(found.calibrated_amax),
+            number(found.growth, 2),
         )
         for found in shown
     ]
     caption = f"The {len(shown)} inputs of {len(inputs):,} that lose most to their global scale"
     columns = (Column("input of", "code"), *(Column(title) for title in titles))
     return Table(caption if len(shown) < len(inputs) else "All inputs, worst first", columns, tuple(lines))
-
-
-def _growth(found: Mapping[str, Any]) -> float | None:
-    """The largest input over the largest in calibration."""
-    here, calibrated = (as_float(value_at(found, key)) for key in ("amax", "calibrated_amax"))
-    return here / calibrated if here is not None and calibrated else None
 
 
 def sizes_of(checkpoint: Mapping[str, Any]) -> Sizes | None:
@@ -252,19 +241,23 @@ def signed(value: Any) -> str:
     )
 
 
-def _error(agreement: Any) -> tuple[str, ...]:
-    error = value_at(agreement, "standard_error")
-    return () if as_float(error) is None else (f"± {percent(error, 2)}",)
+def _error(agreement: Agreement) -> tuple[str, ...]:
+    error = agreement.standard_error
+    return () if error is None else (f"± {percent(error, 2)}",)
 
 
-def _noise(numbers: Any) -> tuple[str, ...]:
-    noise = value_at(numbers, "rounding_noise")
-    return () if as_float(noise) is None else (f"(rounding ± {number(noise)})",)
+def _noise(numbers: Divergence) -> tuple[str, ...]:
+    noise = numbers.rounding_noise
+    return () if noise is None else (f"(rounding ± {number(noise)})",)
 
 
-def _arithmetic_words(name: str, own: Any) -> str:
-    words = one_line(at(own, "words")) or ARITHMETICS.get(name, "the source against itself")
+def _arithmetic_words(name: str, own: Predictions) -> str:
+    words = one_line(own.words) or ARITHMETICS.get(name, "the source against itself")
     return words if name != "floor" or words.startswith("floor") else f"floor: {words}"
+
+
+def _loss(layer: LayerLosses, name: str, key: str) -> float | None:
+    return as_float(getattr(layer.losses.get(name), key, None))
 
 
 def _floor(text: str) -> tuple[str, ...]:
@@ -277,10 +270,10 @@ def _cell(key: str, value: Any) -> str:
     return fixed(value, 1) if key == "sqnr_db" else fixed(value, 5) if key == "cosine" else number(value)
 
 
-def _series(layers: Sequence[Mapping[str, Any]], names: Sequence[str], key: str) -> tuple[Series, ...]:
+def _series(layers: Sequence[LayerLosses], names: Sequence[str], key: str) -> tuple[Series, ...]:
     found = []
     for name in names:
-        points = [(int(layer["layer"]), as_float(value_at(layer, name, key))) for layer in layers]
+        points = [(layer.layer, _loss(layer, name, key)) for layer in layers]
         known = tuple((layer, value) for layer, value in points if value is not None)
         if known:
             found.append(Series(ARITHMETICS[name], known))

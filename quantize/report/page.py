@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import __version__
 from ..quoting import argument, one_line, shell
+from ..verify.numerics.document import MeasuredText, Numerics, numerics_of
 from .document import at, stages_run
 from .measured import (
     accuracy_notes,
@@ -17,7 +18,6 @@ from .measured import (
     matrices_of,
     size_tile,
     sizes_of,
-    value_at,
 )
 from .parts import Page
 from .served import served_of, served_tiles
@@ -30,7 +30,7 @@ LIMITS = {"max_kl": "--max-kl", "min_top1": "--min-top1"}
 
 def page_of(whole: Mapping[str, Any]) -> Page:
     """Everything that a page shows, out of the document."""
-    checkpoint, numerics, serve = whole["checkpoint"], whole["numerics"], whole["serve"]
+    checkpoint, numerics, serve = whole["checkpoint"], numerics_of(whole["numerics"]), whole["serve"]
     name = one_line(checkpoint.get("name") or "checkpoint")
     return Page(
         title=name,
@@ -46,9 +46,9 @@ def page_of(whole: Mapping[str, Any]) -> Page:
         speed_notes=speed_notes(whole.get("bench")),
         checks=check_lines(whole["checks"]),
         matrices=tuple(table for table in (matrices_of(numerics), inputs_of(numerics)) if table),
-        command=_command(whole),
-        reproduce=_known(_reproduce(whole)),
-        machine=_known(_machine(whole)),
+        command=_command(whole, numerics),
+        reproduce=_known(_reproduce(whole, numerics)),
+        machine=_known(_machine(whole, numerics)),
     )
 
 
@@ -63,34 +63,34 @@ def _subtitle(checkpoint: Mapping[str, Any]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _command(whole: Mapping[str, Any]) -> str:
+def _command(whole: Mapping[str, Any], numerics: Numerics | None) -> str:
     """The command that makes this report, as far as the document contains it."""
     name = str(whole["checkpoint"].get("name") or "CHECKPOINT")
     words = ["nvquant", "verify", argument(name)]
-    source = whole["checkpoint"].get("source") or at(whole, "numerics", "source")
+    source = whole["checkpoint"].get("source") or (numerics and numerics.source)
     if source:
         words += ["--against", argument(source)]
     for stage in stages_run(whole):
         words += ["--stage", stage]
     for key, option in LIMITS.items():
-        limit = value_at(whole, "numerics", "thresholds", key)
+        limit = getattr(numerics and numerics.thresholds, key, None)
         if is_finite(limit):
             words += [option, f"{limit:g}"]
     return shell(words)
 
 
-def _reproduce(whole: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    numerics = whole["numerics"]
-    limits = at(numerics, "thresholds") or {}
+def _reproduce(whole: Mapping[str, Any], numerics: Numerics | None) -> list[tuple[str, Any]]:
+    limits = None if numerics is None else numerics.thresholds
+    text = MeasuredText() if numerics is None or numerics.text is None else numerics.text
     words = {"max_kl": "mean KL at most", "min_top1": "top-1 agreement at least", "max_delta_nll": "ΔNLL at most"}
-    stated = [f"{words.get(key, key)} {_limit(value_at(limits, key))}" for key in limits]
+    stated = [f"{word} {_limit(getattr(limits, key))}" for key, word in words.items() if limits is not None]
     return [
         ("nvquant", __version__),
         ("vLLM", at(whole, "serve", "server", "vllm")),
         ("Server's command", at(whole, "serve", "server", "command")),
         ("Limits", ", ".join(stated)),
-        ("Text", at(numerics, "text", "name")),
-        ("Text's sha256", at(numerics, "text", "sha256")),
+        ("Text", text.name),
+        ("Text's sha256", text.sha256),
     ]
 
 
@@ -98,8 +98,8 @@ def _limit(value: Any) -> str:
     return f"{value:g}" if is_finite(value) else "(no limit)"
 
 
-def _machine(whole: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    device, dtype = at(whole, "numerics", "device"), at(whole, "numerics", "dtype")
+def _machine(whole: Mapping[str, Any], numerics: Numerics | None) -> list[tuple[str, Any]]:
+    device, dtype = (None, None) if numerics is None else (numerics.device, numerics.dtype)
     return [
         ("Numbers measured on", f"{device}, {dtype}" if device and dtype else device),
         ("Served by", at(whole, "serve", "kernel", "class")),

@@ -72,6 +72,8 @@ class ServeOptions:
         ready_seconds: to wait for the server, at most.
         request_seconds: to wait for one answer, at most.
         port: a fixed one instead of a free one.
+    Raises:
+        InputError: `url` together with `vllm` or `flags`.
     """
 
     vllm: str | None = None
@@ -84,20 +86,26 @@ class ServeOptions:
     request_seconds: float = 600.0
     port: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse options for starting a server beside the address of a running one."""
+        if self.url is not None and (self.vllm is not None or self.flags):
+            raise InputError("--url uses a running server, so --vllm and --vllm-flag have no effect. Drop one of them.")
+
 
 class ServerDied(CheckFailed):
     """A server that ended before it was ready, or was not ready in time. The message names the cause and the way out.
 
     Attributes:
         cause: the line of its log that reports the cause.
-        hint: the way out, where one is known.
+        known_hint: the way out as a phrase, where one is known.
         log: the complete log.
     """
 
     def __init__(self, doing: str, cause: str, hint: str | None, log: Path) -> None:
-        ending = f"{cause.rstrip('.')}. {_capital(hint)}." if hint else f"{cause.rstrip('.')}. The log is {log}."
-        super().__init__(f"vLLM {doing}: {ending}")
-        self.cause, self.hint, self.log = cause, hint, log
+        super().__init__(
+            f"{cause.rstrip('.')}.", where=f"vLLM {doing}", hint=_capital(hint) if hint else f"The log is {log}"
+        )
+        self.cause, self.known_hint, self.log = cause, hint, log
 
 
 @dataclass

@@ -17,6 +17,7 @@ from ..serving.server import ServeOptions
 from ..stream.memory import give_back_gpu_memory
 from .contents import describe_checkpoint
 from .loadable import COMPLETE, loading_checks
+from .numerics.document import Numerics, known
 from .numerics.emulated import emulated_logprobs
 from .numerics.stage import NumericsOptions, NumericsStage
 from .numerics.text import reference_ids
@@ -75,7 +76,8 @@ class Verification:
             raise InputError("--stage numerics compares with the source: name it with --against MODEL.")
         self._named, self._source, self._options, self._progress = checkpoint, source, options, progress
         self._checks: list[Check] = []
-        self._documents: dict[str, dict[str, Any] | None] = {"numerics": None, "serve": None}
+        self._numbers: Numerics | None = None
+        self._served: dict[str, Any] | None = None
         self._subject: Subject | None = None
         self._unread_bytes = 0
 
@@ -97,7 +99,8 @@ class Verification:
         checkpoint = {} if self._subject is None else describe_checkpoint(self._subject, self._source)
         if self._unread_bytes:
             checkpoint["unread_bytes"] = self._unread_bytes
-        return Report(tuple(self._checks), checkpoint, self._documents["numerics"], self._documents["serve"])
+        numbers = None if self._numbers is None else self._numbers.as_json()
+        return Report(tuple(self._checks), checkpoint, numbers, self._served)
 
     def _open(self) -> AbstractContextManager[Subject]:
         named = self._named
@@ -133,7 +136,7 @@ class Verification:
             if all(check.passed for check in self._checks):
                 raise
             yield Check("numerics", "predictions", Finding("not measured", [str(refusal)]))
-        self._documents["numerics"] = stage.document
+        self._numbers = stage.numbers
 
     def _serve(self, subject: Subject) -> Iterator[Check]:
         failed = self._failed(LOADABLE)
@@ -156,15 +159,15 @@ class Verification:
         for check in stage.run():
             has_failed |= not check.passed
             yield check
-        self._documents["serve"] = stage.document
+        self._served = stage.document
         if self._options.log_folder is None and not has_failed:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _source_figures(self) -> SourceFigures | None:
-        numbers = self._documents["numerics"]
+        numbers = self._numbers
         if numbers is None:
             return None
-        return SourceFigures(numbers["nll_source"], numbers["arithmetics"]["floor"]["nll_difference"])
+        return SourceFigures(known(numbers.nll_source), known(numbers.arithmetics["floor"].nll_difference))
 
     def _emulate(self, subject: Subject) -> Emulate:
         device = self._options.numerics.device

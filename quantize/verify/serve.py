@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EnvironmentLack, InputError
-from ..format.schemes import ARITHMETIC_WORDS, FP8, NVFP4, Arithmetic, arithmetics_of
-from ..recipe.heads import is_tied
-from ..recipe.roles import Role, text_config
-from ..serving.faults import Situation, known_faults
+from ..format.schemes import FP8, NVFP4
 from ..serving.http import ServerError
-from ..serving.kernels import server_arithmetic
 from ..serving.log import LogFacts, parse_log
-from ..serving.machine import gpus
 from ..serving.server import ServeOptions, Server, ServerDied, serving
 from .degeneration import LEAST_TOKENS
 from .report import Check, Finding, not_applicable
 from .served_answers import Answers
+from .served_arithmetic import ServedArithmetic, stored_arithmetics
+from .served_document import serve_document
 from .served_logprobs import Emulate, SourceFigures, compare_logprobs, knows_text, too_few
 from .served_memory import check_memory, forecast_weights
+from .served_situation import hints_of
 from .served_tokens import OwnTokenizer, check_tokens
 from .subject import Subject
 
@@ -82,36 +80,16 @@ class ServeStage:
     @property
     def document(self) -> dict[str, Any]:
         """The results so far: the part `serve` of a report's document (docs/serving.md, "Document")."""
-        server, facts, answers = self._server, self._facts, self._answers
-        arithmetic = self._arithmetic() or (self._logprobs or {}).get("arithmetic")
-        kernel = None
-        if facts.kernels or arithmetic:
-            kernel = {
-                "class": ", ".join(kernel.name for kernel in facts.kernels) or None,
-                "arithmetic": arithmetic,
-                "words": self._kernel_words(),
-            }
-        return {
-            "server": {
-                "vllm": facts.version,
-                "command": server.command if server else "",
-                "url": self._options.url,
-                "ready_seconds": round(server.ready_seconds, 1) if server and server.process else None,
-            },
-            "kernel": kernel,
-            "attention": facts.attention,
-            "memory": {
-                "reported_bytes": facts.weights_bytes,
-                "forecast_bytes": self._forecast,
-                "kv_tokens": facts.kv_tokens,
-                "kv_bytes": facts.kv_bytes,
-                "max_model_len": facts.max_model_len,
-            },
-            "answers": answers.document if answers else [],
-            "logprobs": self._logprobs,
-            "decode_tokens_per_second": answers.tokens_per_second if answers else None,
-            "hints": list(dict.fromkeys(self._hints)),
-        }
+        return serve_document(
+            self._server,
+            self._options.url,
+            self._facts,
+            self._arithmetic,
+            self._forecast,
+            self._answers,
+            self._logprobs,
+            self._hints,
+        )
 
     def run(self) -> Iterator[Check]:
         """Start the server, send it requests, and end it. Each check is yielded when it is done.
@@ -127,9 +105,9 @@ class ServeStage:
                 self._server = server
                 yield from self._ask(server)
         except ServerDied as death:
-            self._read_log(death.log)
+            self._facts = parse_log(death.log.read_text(errors="replace"))
             looked_at = f"vLLM {self._facts.version}" if self._facts.version else "vLLM"
-            self._hints += [death.hint] if death.hint else []
+            self._hints += [death.known_hint] if death.known_hint else []
             self._hints += self._known_faults()
             # vLLM does not say which file is damaged.
             yield Check(
@@ -181,7 +159,7 @@ class ServeStage:
         return Finding(f"{looked_at}, kernel: {self._kernel_words()}", self._facts.faults)
 
     def _kernel(self) -> Finding:
-        asked = self._asked()
+        arithmetic = self._arithmetic
         if self._options.url is not None:
             return not_applicable("a running server does not report its kernel, but logprobs finds its arithmetic")
         stored = {matrix.scheme.bits for matrix in self._subject.matrices.values()}
@@ -194,10 +172,10 @@ class ServeStage:
         faults = [
             f"{kernel.name} rounds inputs, but the checkpoint is weight-only"
             for kernel in self._facts.kernels
-            if kernel.arithmetic == "w4a4" and "w4a4" not in asked
+            if kernel.arithmetic == "w4a4" and "w4a4" not in arithmetic.stored
         ]
         said = self._kernel_words()
-        if "w4a4" in asked and self._arithmetic() not in ("w4a4", None):
+        if "w4a4" in arithmetic.stored and arithmetic.reported not in ("w4a4", None):
             said += " (the checkpoint is W4A4, but this server ignores its input scales)"
         return Finding(said, faults)
 
@@ -209,7 +187,7 @@ class ServeStage:
         """Keep the server's likelihoods, to compare them after its end. Returns a finding where there is nothing to
         compare."""
         ids, emulate = self._fitting_ids(), self._emulate
-        nothing = too_few(ids, self._arithmetics())
+        nothing = too_few(ids, self._arithmetic.possible)
         if nothing is not None:
             return nothing
         if emulate is None:
@@ -220,18 +198,11 @@ class ServeStage:
 
     def _compare(self, emulate: Emulate, ids: list[int], served: Sequence[float]) -> Finding:
         try:
-            emulated = {arithmetic: emulate(ids, arithmetic) for arithmetic in self._arithmetics()}
+            emulated = {arithmetic: emulate(ids, arithmetic) for arithmetic in self._arithmetic.possible}
         except (InputError, EnvironmentLack) as refusal:  # a model that cannot be walked may be served all the same
             return not_applicable(f"the checkpoint's numbers cannot be computed here ({refusal})")
         finding, self._logprobs = compare_logprobs(self._subject, served, emulated, self._source)
         return finding
-
-    def _arithmetics(self) -> list[Arithmetic]:
-        """The arithmetics that the server may use: the reported one, or all that the checkpoint allows."""
-        said = self._arithmetic()
-        if said is not None:
-            return [said]
-        return list(arithmetics_of(matrix.scheme for matrix in self._subject.matrices.values()))
 
     def _degeneration(self) -> Finding:
         assert self._answers is not None
@@ -246,47 +217,17 @@ class ServeStage:
         limit = self._facts.max_model_len
         return self._ids if self._ids is None or limit is None else self._ids[: limit - 1]
 
-    def _asked(self) -> frozenset[Arithmetic]:
-        """The arithmetics that the checkpoint's layers are made for."""
-        matrices = [matrix for matrix in self._subject.matrices.values() if matrix.scheme.has_block_scales]
-        return frozenset("w4a4" if matrix.has_input_scale else "weight_only" for matrix in matrices)
-
-    def _arithmetic(self) -> Arithmetic | None:
-        """The server's arithmetic. None where it reports none, or a kernel that nvquant does not know."""
-        return server_arithmetic(self._facts.kernels)
+    @property
+    def _arithmetic(self) -> ServedArithmetic:
+        return ServedArithmetic(
+            stored_arithmetics(self._subject),
+            frozenset(matrix.scheme for matrix in self._subject.matrices.values()),
+            self._facts.kernels,
+        )
 
     def _kernel_words(self) -> str:
-        if self._facts.kernels:
-            return ", ".join(kernel.words for kernel in self._facts.kernels)
-        if self._logprobs is not None:
-            return f"unknown (its likelihoods match {ARITHMETIC_WORDS[self._logprobs['arithmetic']]})"
-        return "unknown"
-
-    def _read_log(self, log: Path) -> None:
-        self._facts = parse_log(log.read_text(errors="replace"))
-
-    def _gpu_capability(self) -> tuple[int, int] | None:
-        if self._capability is not None or self._options.url is not None or (self._server and self._server.is_cpu):
-            return self._capability
-        return next((gpu.capability for gpu in gpus()), None)
+        return self._arithmetic.words((self._logprobs or {}).get("arithmetic"))
 
     def _known_faults(self) -> list[str]:
-        subject, options = self._subject, self._options
-        roles = set(subject.roles.values())
-        situation = Situation(
-            vllm=self._facts.version,
-            capability=self._gpu_capability(),
-            is_cpu=bool(self._server and self._server.is_cpu),
-            model_type=str(text_config(subject.config).get("model_type") or ""),
-            layout=subject.layout.name,
-            arithmetics=self._asked(),
-            is_tied=is_tied(subject.config),
-            has_experts=Role.EXPERT in roles,
-            kv_cache_dtype=options.kv_cache_dtype,
-            columns_per_rank=frozenset(
-                matrix.cols // (options.tensor_parallel if module.endswith(("o_proj", "down_proj")) else 1)
-                for module, matrix in subject.sound.items()
-            ),
-            kernel=self._facts.kernels[0].name if self._facts.kernels else None,
-        )
-        return [f"{fault.hint} ({fault.source})" for fault in known_faults(situation)]
+        is_cpu = bool(self._server and self._server.is_cpu)
+        return hints_of(self._subject, self._options, self._facts, is_cpu, self._capability)

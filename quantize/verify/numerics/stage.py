@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -21,6 +20,19 @@ from ..report import Check, Finding, counted, not_applicable
 from ..subject import Subject
 from ..tally import RMSE_LIMIT
 from ..threads import Progress
+from .document import (
+    Agreement,
+    Divergence,
+    InputLoss,
+    LayerLoss,
+    LayerLosses,
+    MatrixLoss,
+    MeasuredText,
+    Numerics,
+    Predictions,
+    Thresholds,
+    known,
+)
 from .measure import LayerNumbers, SideBySide
 from .noise import noise_words
 from .predictions import predict
@@ -39,29 +51,6 @@ SHORT = ARITHMETIC_WORDS
 MOST_LAYER_ERROR = 0.6
 MOST_CLIPPED = 0.01  # share of an input's blocks; calibration with head-room leaves none
 MOST_LOST = 0.1  # share of an input's blocks that become zeros; a scale ten thousand times too large does it
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """The limits of the measured numbers.
-
-    Attributes:
-        max_kl: mean KL divergence in nats. None for no limit.
-        min_top1: top-1 agreement, the share of tokens with the same most likely next token.
-        max_delta_nll: increase of the mean negative log-likelihood in nats.
-    """
-
-    max_kl: float | None = None
-    min_top1: float = 0.5
-    max_delta_nll: float = 1.0
-
-    def tightened(self, max_kl: float | None, min_top1: float | None) -> Thresholds:
-        """These limits, with those of the command line in their places."""
-        return Thresholds(
-            self.max_kl if max_kl is None else max_kl,
-            self.min_top1 if min_top1 is None else min_top1,
-            self.max_delta_nll,
-        )
 
 
 @dataclass(frozen=True)
@@ -94,14 +83,14 @@ class NumericsStage:
     """One run of the stage.
 
     Attributes:
-        document: the numbers after `run` has ended. None before.
+        numbers: the document after `run` has ended. None before.
     Args:
         subject: a checkpoint whose headers, layout and matrices are sound.
     """
 
     def __init__(self, subject: Subject, source: Checkpoint, options: NumericsOptions, progress: Progress) -> None:
         self._subject, self._source, self._options, self._progress = subject, source, options, progress
-        self.document: dict[str, Any] | None = None
+        self.numbers: Numerics | None = None
 
     def run(self) -> Iterator[Check]:
         """Measure, then yield the checks.
@@ -113,14 +102,14 @@ class NumericsStage:
         refuse_quantized(self._source, str(self._source.folder))
         options, subject = self._options, self._subject
         text = load_text(options.text, subject.folder, subject.config, options.samples, options.sequence_length)
-        self.document = measure(subject, self._source, text, options, self._progress)
-        for name, finding in findings(self.document).items():
+        self.numbers = measure(subject, self._source, text, options, self._progress)
+        for name, finding in findings(self.numbers).items():
             yield Check(STAGE, name, finding)
 
 
 def measure(
     subject: Subject, source: Checkpoint, text: CalibrationSet, options: NumericsOptions, progress: Progress
-) -> dict[str, Any]:
+) -> Numerics:
     """Measure a checkpoint against its source. Returns the stage's document (docs/verification.md, "Numbers")."""
     served = ServedModel(subject)
     arithmetics = served.arithmetics
@@ -135,148 +124,142 @@ def measure(
     words = {**WORDS, "floor": noise_words(run.device)}
     thresholds = thresholds_of(subject).tightened(options.max_kl, options.min_top1)
     again = {"w4a4": scores.pop("w4a4_again", None)}
-    lanes = {
-        name: {"words": words[name], **score.as_json(nll_of_tokens, again.get(name))} for name, score in scores.items()
-    }
+    lanes = {name: score.numbers(words[name], nll_of_tokens, again.get(name)) for name, score in scores.items()}
     own = lanes[arithmetics[0]]  # of the checkpoint's own scheme
-    return {
-        "kl": own["kl"]["mean"],
-        "perplexity": own["perplexity"],
-        "perplexity_source": perplexity(nll),
-        "top1": own["top1"]["agreement"],
-        "source": source.name,
-        "text": {
-            "name": text.name,
-            "framing": text.framing,
-            "sequences": len(text.samples),
-            "tokens": text.tokens,
-            "scored": len(logits["source"].targets),
-            "sha256": text.sha256,
-        },
-        "device": _device_name(run.device),
-        "dtype": str(run.dtype).removeprefix("torch."),
-        "nll_source": nll,
-        "arithmetics": lanes,
-        "layers": [_layer_json(layer, run) for layer in run.layers],
-        "matrices": run.matrices,
-        "inputs": [_input_json(name, run) for name in run.rounding.numbers],
-        "thresholds": asdict(thresholds),
-    }
+    scored = len(logits["source"].targets)
+    return Numerics(
+        kl=own.kl.mean,
+        perplexity=own.perplexity,
+        perplexity_source=perplexity(nll),
+        top1=own.top1.agreement,
+        source=source.name,
+        text=MeasuredText(text.name, text.framing, len(text.samples), text.tokens, scored, text.sha256),
+        device=_device_name(run.device),
+        dtype=str(run.dtype).removeprefix("torch."),
+        nll_source=nll,
+        arithmetics={str(name): lane for name, lane in lanes.items()},
+        layers=[_layer_losses(layer, run) for layer in run.layers],
+        matrices=[MatrixLoss(**matrix) for matrix in run.matrices],
+        inputs=[_input_loss(name, run) for name in run.rounding.numbers],
+        thresholds=thresholds,
+    )
 
 
 def _device_name(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
-def _layer_json(layer: LayerNumbers, run: SideBySide) -> dict[str, Any]:
+def _layer_losses(layer: LayerNumbers, run: SideBySide) -> LayerLosses:
     inputs = [
         n for name, n in run.rounding.numbers.items() if layer_index(f"{name}.", run.served.prefix) == layer.layer
     ]
     blocks = sum(numbers.blocks for numbers in inputs)
     clipped = sum(numbers.clipped for numbers in inputs) / blocks if blocks else None
-    made: dict[str, Any] = {"layer": layer.layer}
+    losses: dict[str, LayerLoss] = {}
     for name, own in layer.own.items():
-        made[name] = {
-            **own.as_json(),
-            "accumulated_error": layer.stream[name].relative,
-            "clipped": clipped if name == "w4a4" else None,
-        }
-    return made
+        accumulated = layer.stream[name].relative
+        losses[name] = LayerLoss(
+            **own.as_json(), accumulated_error=accumulated, clipped=clipped if name == "w4a4" else None
+        )
+    return LayerLosses(layer.layer, losses)
 
 
-def _input_json(name: str, run: SideBySide) -> dict[str, Any]:
+def _input_loss(name: str, run: SideBySide) -> InputLoss:
     numbers = run.rounding.numbers[name]
-    return {
-        "name": name,
-        "layer": layer_index(f"{name}.", run.served.prefix),
-        "amax": numbers.amax,
-        "calibrated_amax": numbers.calibrated,
-        "clipped": numbers.clipped / numbers.blocks,
-        "lost": numbers.lost / numbers.blocks,
-    }
+    return InputLoss(
+        name=name,
+        layer=layer_index(f"{name}.", run.served.prefix),
+        amax=numbers.amax,
+        calibrated_amax=numbers.calibrated,
+        clipped=numbers.clipped / numbers.blocks,
+        lost=numbers.lost / numbers.blocks,
+    )
 
 
-def findings(document: Mapping[str, Any]) -> dict[str, Finding]:
+def findings(numbers: Numerics) -> dict[str, Finding]:
     """The verdict on the numbers, check by check."""
     checks = {"predictions": _predictions, "kl": _kl, "top1": _top1, "nll": _nll}
     more = {"layers": _layers, "matrices": _matrices, "inputs": _inputs}
-    return {name: check(document) for name, check in {**checks, **more}.items()}
+    return {name: check(numbers) for name, check in {**checks, **more}.items()}
 
 
-def _compared(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {name: one for name, one in document["arithmetics"].items() if name != "floor"}
+def _compared(numbers: Numerics) -> dict[str, Predictions]:
+    return {name: one for name, one in numbers.arithmetics.items() if name != "floor"}
 
 
-def _predictions(document: Mapping[str, Any]) -> Finding:
-    text = document["text"]
+def _limits(numbers: Numerics) -> Thresholds:
+    return numbers.thresholds or Thresholds()
+
+
+def _predictions(numbers: Numerics) -> Finding:
+    text = numbers.text or MeasuredText()
     faults = [
         f"{SHORT.get(name, name)}: the predictions contain a NaN or an infinity"
-        for name, one in document["arithmetics"].items()
-        if not math.isfinite(one["kl"]["mean"]) or math.isnan(one["nll"])
+        for name, one in numbers.arithmetics.items()
+        if not math.isfinite(known(one.kl.mean)) or math.isnan(known(one.nll))
     ]
     looked_at = (
-        f"{text['scored']:,} tokens of {text['name']} ({text['framing']}), {counted(text['sequences'], 'sequence')}"
+        f"{text.scored:,} tokens of {text.name} ({text.framing}), {counted(int(known(text.sequences)), 'sequence')}"
     )
-    return Finding(f"{looked_at}, on {document['device']} in {document['dtype']}", faults)
+    return Finding(f"{looked_at}, on {numbers.device} in {numbers.dtype}", faults)
 
 
-def _kl(document: Mapping[str, Any]) -> Finding:
-    limit = document["thresholds"]["max_kl"]
+def _kl(numbers: Numerics) -> Finding:
+    limit = _limits(numbers).max_kl
     faults = [
-        f"{SHORT[name]}: mean KL divergence {one['kl']['mean']:.4f}, the limit is {limit:g}"
-        for name, one in _compared(document).items()
-        if limit is not None and not one["kl"]["mean"] <= limit
+        f"{SHORT[name]}: mean KL divergence {known(one.kl.mean):.4f}, the limit is {limit:g}"
+        for name, one in _compared(numbers).items()
+        if limit is not None and not known(one.kl.mean) <= limit
     ]
     said = [
-        f"{SHORT[name]} {one['kl']['mean']:.4f}{_spread(one['kl'])} (median {one['kl']['median']:.4f}, "
-        f"p99 {one['kl']['p99']:.3g})"
-        for name, one in _compared(document).items()
+        f"{SHORT[name]} {known(one.kl.mean):.4f}{_spread(one.kl)} (median {known(one.kl.median):.4f}, "
+        f"p99 {known(one.kl.p99):.3g})"
+        for name, one in _compared(numbers).items()
     ]
-    floor = document["arithmetics"]["floor"]
-    said.append(f"floor {floor['kl']['mean']:.2g} ({floor['words']})")
+    floor = numbers.arithmetics["floor"]
+    said.append(f"floor {known(floor.kl.mean):.2g} ({floor.words})")
     asked = "no limit set" if limit is None else f"at most {limit:g}"
     return Finding(f"mean KL divergence in nats, {asked}: {', '.join(said)}", faults)
 
 
-def _spread(numbers: Mapping[str, Any]) -> str:
-    error, noise = numbers["standard_error"], numbers["rounding_noise"]
+def _spread(numbers: Divergence | Agreement) -> str:
+    error, noise = numbers.standard_error, numbers.rounding_noise
     return ("" if error is None else f" ± {error:.2g}") + ("" if noise is None else f", rounding ± {noise:.2g}")
 
 
-def _top1(document: Mapping[str, Any]) -> Finding:
-    limit = document["thresholds"]["min_top1"]
+def _top1(numbers: Numerics) -> Finding:
+    limit = known(_limits(numbers).min_top1)
     faults = [
-        f"{SHORT[name]}: top-1 agreement {one['top1']['agreement']:.4f}, the limit is {limit:g}"
-        for name, one in _compared(document).items()
-        if not one["top1"]["agreement"] >= limit
+        f"{SHORT[name]}: top-1 agreement {known(one.top1.agreement):.4f}, the limit is {limit:g}"
+        for name, one in _compared(numbers).items()
+        if not known(one.top1.agreement) >= limit
     ]
     said = [
-        f"{SHORT[name]} {one['top1']['agreement']:.4f}{_spread(one['top1'])}"
-        for name, one in _compared(document).items()
+        f"{SHORT[name]} {known(one.top1.agreement):.4f}{_spread(one.top1)}" for name, one in _compared(numbers).items()
     ]
-    said.append(f"floor {document['arithmetics']['floor']['top1']['agreement']:.4f}")
+    said.append(f"floor {known(numbers.arithmetics['floor'].top1.agreement):.4f}")
     return Finding(f"top-1 agreement, at least {limit:g}: {', '.join(said)}", faults)
 
 
-def _nll(document: Mapping[str, Any]) -> Finding:
-    limit = document["thresholds"]["max_delta_nll"]
+def _nll(numbers: Numerics) -> Finding:
+    limit = known(_limits(numbers).max_delta_nll)
     faults = [
-        f"{SHORT[name]}: {one['delta_nll']:+.3f} nats a token, the limit is {limit:+g}"
-        for name, one in _compared(document).items()
-        if not one["delta_nll"] <= limit
+        f"{SHORT[name]}: {known(one.delta_nll):+.3f} nats a token, the limit is {limit:+g}"
+        for name, one in _compared(numbers).items()
+        if not known(one.delta_nll) <= limit
     ]
     said = [
-        f"{SHORT[name]} {one['perplexity']:.3f} ({one['delta_nll']:+.4f} nats)"
-        for name, one in _compared(document).items()
+        f"{SHORT[name]} {known(one.perplexity):.3f} ({known(one.delta_nll):+.4f} nats)"
+        for name, one in _compared(numbers).items()
     ]
-    return Finding(f"perplexity: source {document['perplexity_source']:.3f}, {', '.join(said)}", faults)
+    return Finding(f"perplexity: source {known(numbers.perplexity_source):.3f}, {', '.join(said)}", faults)
 
 
-def _layers(document: Mapping[str, Any]) -> Finding:
+def _layers(numbers: Numerics) -> Finding:
     faults = []
     said = []
-    for name in _compared(document):
-        errors = {layer["layer"]: layer[name]["relative_error"] for layer in document["layers"]}
+    for name in _compared(numbers):
+        errors = {layer.layer: known(layer.losses[name].relative_error) for layer in numbers.layers}
         worst = max(errors, key=lambda layer: _orderable(errors[layer]))
         faults += [
             f"layer {layer}, {SHORT[name]}: relative error {error:.3g} of its output on the source's own input, the "
@@ -285,24 +268,23 @@ def _layers(document: Mapping[str, Any]) -> Finding:
             if not error <= MOST_LAYER_ERROR
         ]
         said.append(f"{SHORT[name]} median {median(errors.values()):.3f}, worst {errors[worst]:.3f} (layer {worst})")
-    return Finding(f"{counted(len(document['layers']), 'layer')}, relative error each: {', '.join(said)}", faults)
+    return Finding(f"{counted(len(numbers.layers), 'layer')}, relative error each: {', '.join(said)}", faults)
 
 
 def _orderable(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _matrices(document: Mapping[str, Any]) -> Finding:
-    matrices = document["matrices"]
+def _matrices(numbers: Numerics) -> Finding:
+    matrices = numbers.matrices
     faults = [
-        f"{one['name']}: relative error {one['weight_error']:.3g}, the limit is {RMSE_LIMIT}"
+        f"{one.name}: relative error {one.weight_error:.3g}, the limit is {RMSE_LIMIT}"
         for one in matrices
-        if one["weight_error"] is not None and not one["weight_error"] <= RMSE_LIMIT
+        if one.weight_error is not None and not one.weight_error <= RMSE_LIMIT
     ]
-    totals = {
-        key: sum(one[key] for one in matrices) for key in ("blocks", "zero_blocks", "clamped_blocks", "flushed_blocks")
-    }
-    errors = [one["weight_error"] for one in matrices if one["weight_error"] is not None]
+    counts = ("blocks", "zero_blocks", "clamped_blocks", "flushed_blocks")
+    totals = {key: sum(getattr(one, key) for one in matrices) for key in counts}
+    errors = [one.weight_error for one in matrices if one.weight_error is not None]
     said = f"weight error median {median(errors):.4f}, worst {max(errors, key=_orderable):.4f}, " if errors else ""
     number = counted(len(matrices), "matrix", "matrices")
     return Finding(
@@ -312,34 +294,34 @@ def _matrices(document: Mapping[str, Any]) -> Finding:
     )
 
 
-def _inputs(document: Mapping[str, Any]) -> Finding:
-    inputs = document["inputs"]
+def _inputs(numbers: Numerics) -> Finding:
+    inputs = numbers.inputs
     if not inputs:
         return not_applicable("no input is quantized")
     faults = [
-        f"{one['name']}: its input contains a NaN or an infinity" for one in inputs if not math.isfinite(one["amax"])
+        f"{one.name}: its input contains a NaN or an infinity" for one in inputs if not math.isfinite(known(one.amax))
     ]
     faults += [
-        f"{one['name']}: {one['clipped']:.1%} of its input's blocks are clipped (amax {one['amax']:.4g}, calibrated "
-        f"{one['calibrated_amax']:.4g}): the input global scale is too large"
+        f"{one.name}: {known(one.clipped):.1%} of its input's blocks are clipped (amax {known(one.amax):.4g}, "
+        f"calibrated {known(one.calibrated_amax):.4g}): the input global scale is too large"
         for one in inputs
-        if one["clipped"] > MOST_CLIPPED
+        if known(one.clipped) > MOST_CLIPPED
     ]
     faults += [
-        f"{one['name']}: {one['lost']:.1%} of its input's blocks become zeros (amax {one['amax']:.4g}, calibrated "
-        f"{one['calibrated_amax']:.4g}): the input global scale is too small"
+        f"{one.name}: {known(one.lost):.1%} of its input's blocks become zeros (amax {known(one.amax):.4g}, calibrated "
+        f"{known(one.calibrated_amax):.4g}): the input global scale is too small"
         for one in inputs
-        if one["lost"] > MOST_LOST
+        if known(one.lost) > MOST_LOST
     ]
-    clipped = max(inputs, key=lambda one: one["clipped"])
-    lost = max(inputs, key=lambda one: one["lost"])
-    beyond = [one for one in inputs if one["amax"] > one["calibrated_amax"]]
+    clipped = max(inputs, key=lambda one: known(one.clipped))
+    lost = max(inputs, key=lambda one: known(one.lost))
+    beyond = [one for one in inputs if known(one.amax) > known(one.calibrated_amax)]
     said = ""
     if beyond:
-        ratios = [one["amax"] / one["calibrated_amax"] for one in beyond if one["calibrated_amax"]]
+        ratios = [one.growth for one in beyond if one.growth is not None]
         said = f", {len(beyond)} beyond their calibrated amax (up to {max(ratios, default=math.inf):.2f} times)"
     return Finding(
-        f"{counted(len(inputs), 'input')}{said}, most clipped blocks {clipped['clipped']:.2%} ({clipped['name']}), "
-        f"most blocks lost to zero {lost['lost']:.2%} ({lost['name']})",
+        f"{counted(len(inputs), 'input')}{said}, most clipped blocks {known(clipped.clipped):.2%} ({clipped.name}), "
+        f"most blocks lost to zero {known(lost.lost):.2%} ({lost.name})",
         faults,
     )

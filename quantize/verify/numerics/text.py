@@ -34,7 +34,7 @@ def load_text(
             name, model_folder=folder, config=config, samples=samples, sequence_length=sequence_length, seed=SEED
         )
     except InputError as error:
-        error.args = (str(error).replace("--calibration", "--text"),)
+        error.rename("--calibration", "--text")
         raise
 
 

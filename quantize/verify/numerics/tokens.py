@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .document import Agreement, Divergence, Predictions
 
 
 class RunningLogits:
@@ -114,33 +115,36 @@ class TokenScores:
     agrees: Tensor
     lengths: Sequence[int]
 
-    def as_json(self, nll_source: Tensor, again: TokenScores | None = None) -> dict[str, Any]:
+    def numbers(self, words: str, nll_source: Tensor, again: TokenScores | None = None) -> Predictions:
         """Means with their standard errors over sequences, rounding noise, median and 99th percentile.
 
         Args:
+            words: the lane's arithmetic.
             nll_source: of the reference, float64 [tokens].
-            again: the same computation in the noise of BF16. Without it, the rounding noise is null.
+            again: the same computation in the noise of BF16. Without it, the rounding noise is None.
         """
         nll = float(self.nll.mean())
+        agrees = self.agrees.double()
         kl_again, agrees_again = (None, None) if again is None else (again.kl, again.agrees.double())
-        return {
-            "kl": {
-                "mean": float(self.kl.mean()),
-                "standard_error": standard_error(self.kl, self.lengths),
-                "rounding_noise": rounding_noise(self.kl, kl_again, self.lengths),
-                "median": quantile(self.kl, 0.5),
-                "p99": quantile(self.kl, 0.99),
-            },
-            "nll": nll,
-            "delta_nll": nll - float(nll_source.mean()),
-            "nll_difference": float((self.nll - nll_source).abs().mean()),
-            "perplexity": perplexity(nll),
-            "top1": {
-                "agreement": float(self.agrees.double().mean()),
-                "standard_error": standard_error(self.agrees.double(), self.lengths),
-                "rounding_noise": rounding_noise(self.agrees.double(), agrees_again, self.lengths),
-            },
-        }
+        return Predictions(
+            words=words,
+            kl=Divergence(
+                mean=float(self.kl.mean()),
+                standard_error=standard_error(self.kl, self.lengths),
+                rounding_noise=rounding_noise(self.kl, kl_again, self.lengths),
+                median=quantile(self.kl, 0.5),
+                p99=quantile(self.kl, 0.99),
+            ),
+            nll=nll,
+            delta_nll=nll - float(nll_source.mean()),
+            nll_difference=float((self.nll - nll_source).abs().mean()),
+            perplexity=perplexity(nll),
+            top1=Agreement(
+                agreement=float(agrees.mean()),
+                standard_error=standard_error(agrees, self.lengths),
+                rounding_noise=rounding_noise(agrees, agrees_again, self.lengths),
+            ),
+        )
 
 
 def perplexity(nll: float) -> float:

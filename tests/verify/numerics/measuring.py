@@ -13,6 +13,7 @@ from nvquant.calibrate.samples import CalibrationSet
 from nvquant.calibrate.specs import shipped_folder
 from nvquant.checkpoint.source import open_checkpoint, read_json
 from nvquant.format.schemes import Arithmetic
+from nvquant.verify.numerics.document import numerics_of
 from nvquant.verify.numerics.measure import SideBySide
 from nvquant.verify.numerics.predictions import predict
 from nvquant.verify.numerics.served import ServedModel
@@ -38,7 +39,9 @@ class Measured:
 
     @property
     def findings(self) -> dict[str, Finding]:
-        return findings(self.document)
+        numbers = numerics_of(self.document)
+        assert numbers is not None
+        return findings(numbers)
 
     @property
     def failed(self) -> set[str]:
@@ -65,9 +68,8 @@ def text_of(samples: Samples) -> CalibrationSet:
 def measured(checkpoint: Path, source: Path, samples: Samples, **options: Any) -> Measured:
     """Run the stage on token ids."""
     subject = open_subject(checkpoint)
-    return Measured(
-        measure(subject, open_checkpoint(source), text_of(samples), NumericsOptions(**options), no_progress)
-    )
+    numbers = measure(subject, open_checkpoint(source), text_of(samples), NumericsOptions(**options), no_progress)
+    return Measured(numbers.as_json())
 
 
 def predicted(

@@ -13,7 +13,8 @@ import pytest
 import torch
 from nvquant.checkpoint.source import open_checkpoint
 from nvquant.errors import InputError
-from nvquant.verify.numerics.stage import NumericsOptions, NumericsStage, Thresholds, findings, thresholds_of
+from nvquant.verify.numerics.document import Thresholds
+from nvquant.verify.numerics.stage import NumericsOptions, NumericsStage, thresholds_of
 from nvquant.verify.run import Verification, VerifyOptions
 from nvquant.verify.subject import open_subject
 from support.conversions import random_samples, write_ids
@@ -41,7 +42,7 @@ def changed(document: dict[str, Any], *path: str | int, to: Any) -> Measured:
 
 
 def test_a_good_checkpoint_passes_every_check(document: dict[str, Any]) -> None:
-    assert list(findings(document)) == CHECKS
+    assert list(Measured(document).findings) == CHECKS
     assert Measured(document).failed == set()
 
 
@@ -49,7 +50,7 @@ def test_only_w4a4_has_rounding_noise_and_prints_it_beside_its_kl(document: dict
     noises = {name: numbers["kl"]["rounding_noise"] for name, numbers in document["arithmetics"].items()}
     assert noises["weight_only"] is None and noises["floor"] is None
     assert 0 < noises["w4a4"] < document["arithmetics"]["w4a4"]["kl"]["mean"]
-    words = findings(document)["kl"].looked_at
+    words = Measured(document).findings["kl"].looked_at
     assert f"rounding ± {noises['w4a4']:.2g}" in words
     assert words.count("rounding ±") == 1
 
@@ -155,12 +156,12 @@ def test_an_input_of_nothing_but_nan_never_passes(document: dict[str, Any]) -> N
 
 
 def test_no_limit_on_kl_is_said(document: dict[str, Any]) -> None:
-    assert "no limit set" in findings(document)["kl"].looked_at
+    assert "no limit set" in Measured(document).findings["kl"].looked_at
     assert "at most 0.3" in changed(document, "thresholds", "max_kl", to=0.3).findings["kl"].looked_at
 
 
 def test_words_have_the_numbers(document: dict[str, Any]) -> None:
-    words = {name: finding.looked_at for name, finding in findings(document).items()}
+    words = {name: finding.looked_at for name, finding in Measured(document).findings.items()}
     scored = document["text"]["scored"]
     assert words["predictions"] == f"{scored} tokens of ids.jsonl (ids), 6 sequences, on cpu in float32"
     assert f"W4A4 {document['arithmetics']['w4a4']['kl']['mean']:.4f} ±" in words["kl"]
@@ -195,11 +196,11 @@ def run_stage(made: Copy, ids: Path, **options: Any) -> set[str]:
     rows = len(ids.read_text().splitlines())
     chosen = NumericsOptions(text=ids, samples=rows, sequence_length=64, **options)
     stage = NumericsStage(open_subject(made.folder), open_checkpoint(made.source), chosen, no_progress)
-    assert stage.document is None
+    assert stage.numbers is None
     checks = list(stage.run())
     assert [check.name for check in checks] == CHECKS
     assert {check.stage for check in checks} == {"numerics"}
-    assert stage.document is not None
+    assert stage.numbers is not None
     return {check.name for check in checks if not check.passed}
 
 

@@ -173,14 +173,15 @@ def test_scores_are_means_over_tokens() -> None:
         agrees=torch.tensor([True, True, False]),
         lengths=[2, 1],
     )
-    found = scores.as_json(torch.tensor([1.5, 2.0, 4.0], dtype=torch.float64))
-    assert found["nll"] == 3.0 and found["delta_nll"] == 0.5
-    assert found["nll_difference"] == pytest.approx(2.5 / 3)
-    assert found["perplexity"] == pytest.approx(math.exp(3))
-    assert found["kl"]["mean"] == pytest.approx(0.2)
-    assert found["kl"]["median"] == 0.1 and found["kl"]["p99"] == 0.5
-    assert found["top1"]["agreement"] == pytest.approx(2 / 3)
-    assert found["top1"]["standard_error"] > 0
+    found = scores.numbers("a lane", torch.tensor([1.5, 2.0, 4.0], dtype=torch.float64))
+    assert found.words == "a lane"
+    assert found.nll == 3.0 and found.delta_nll == 0.5
+    assert found.nll_difference == pytest.approx(2.5 / 3)
+    assert found.perplexity == pytest.approx(math.exp(3))
+    assert found.kl.mean == pytest.approx(0.2)
+    assert found.kl.median == 0.1 and found.kl.p99 == 0.5
+    assert found.top1.agreement == pytest.approx(2 / 3)
+    assert found.top1.standard_error is not None and found.top1.standard_error > 0
 
 
 def test_a_perplexity_beyond_a_float_is_infinite() -> None:

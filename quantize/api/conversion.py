@@ -1,0 +1,217 @@
+"""A conversion from plain values to its result, for `nvquant.convert` and the command `convert`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from .. import __version__
+from ..errors import InputError
+from ..recipe.schema import Recipe
+from .inputs import AnyPath, Say, as_recipe, make_plan, named, resolve_device
+
+if TYPE_CHECKING:
+    from ..calibrate.samples import CalibrationSet
+    from ..checkpoint.hub.repository import HubModel
+    from ..convert.options import ConvertOptions, ConvertResult
+    from ..convert.progress import ProgressSink
+    from ..convert.ranks import Ranks
+    from ..convert.stop import StopRequest
+    from ..stream.trace import Trace
+
+    Display: TypeAlias = Callable[[], AbstractContextManager[ProgressSink]]
+
+ENGINES = ("nvquant", "llmcompressor")
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """A request to convert a model, in plain values. None stands for the recipe's value, or for the default.
+
+    Attributes:
+        model: a folder, or a model on the Hub.
+        output: None for MODEL-RECIPE in the current folder.
+        calibration_fallback: a set to calibrate with if the Hub data set is not available.
+        memory_budget: bytes, on the GPU and on the host each. None for the free memory.
+        restart: begin anew instead of resuming an unfinished run.
+        profile: a folder for a phase table and a trace.
+        engine: one of `ENGINES`.
+        low_disk: fetch the weights of a model on the Hub by ranges, and keep none.
+    """
+
+    model: AnyPath
+    recipe: AnyPath | Recipe = "nvfp4"
+    output: AnyPath | None = None
+    format: str = "compressed-tensors"
+    quantizer: str | None = None
+    calibration: AnyPath | None = None
+    calibration_fallback: AnyPath | None = None
+    samples: int | None = None
+    sequence_length: int | None = None
+    batch_size: int = 1
+    seed: int = 0
+    device: str = "auto"
+    memory_budget: int | None = None
+    restart: bool = False
+    profile: AnyPath | None = None
+    engine: str = "nvquant"
+    revision: str | None = None
+    low_disk: bool = False
+
+
+class Conversion:
+    """A conversion: the constructor opens the model and computes its plan, `run` executes it.
+
+    Attributes:
+        plan: the files and tensors of the output.
+        target: the folder of the output.
+        is_first: whether this process speaks for all ranks of the run. Known after `run` has begun.
+    Args:
+        say: called with messages about the run, each a sentence or a line of facts.
+    Raises:
+        InputError: wrong options, or see `make_plan`.
+    """
+
+    def __init__(self, request: ConvertRequest, say: Say) -> None:
+        if request.engine not in ENGINES:
+            raise InputError(f"engine '{request.engine}' does not exist: choose {' or '.join(ENGINES)}.")
+        if request.low_disk and request.engine != "nvquant":
+            raise InputError(
+                f"--low-disk: --engine {request.engine} reads the whole model from the disk. Drop one of the two "
+                f"options."
+            )
+        self._request, self._say = request, say
+        recipe = as_recipe(request.recipe)
+        pin = partial(_where_it_began, request, recipe.name, say)
+        self.plan = make_plan(
+            str(request.model), recipe, request.format, request.revision, request.low_disk, pin, say=say
+        )
+        from ..quantizers import get_quantizer
+        from ..stream.trace import prepare_folder
+
+        self._quantizer = get_quantizer(request.quantizer or recipe.quantizer).name
+        self.target = _output_of(request, self.plan.source.name, recipe.name)
+        self.is_first = True
+        if request.profile is not None:
+            prepare_folder(Path(request.profile))
+
+    def run(self, stop: StopRequest, display: Display) -> ConvertResult:
+        """Convert.
+
+        Args:
+            stop: checked between batches for a request to end the run.
+            display: opens a display of the progress and returns its sink. Only the first rank opens one.
+        Raises:
+            EnvironmentLack: no such device.
+            NvquantError: see `convert.pipeline.convert` and `load_calibration`.
+        """
+        from ..stream.trace import Trace
+
+        request, plan = self._request, self.plan
+        trace = Trace(keep_events=request.profile is not None)
+        with trace.span("import"):
+            from ..convert.options import ConvertOptions
+
+            device, ranks = self._places()
+        self.is_first = ranks.rank == 0
+        if self.is_first:
+            self._announce(device, ranks)
+        else:
+            logging.getLogger("nvquant").setLevel(logging.ERROR)
+            stop.is_quiet = True
+        loaded = self._load(trace) if plan.needs_calibration else None
+        sizes = (request.batch_size, request.memory_budget)
+        options = ConvertOptions(
+            self.target, self._quantizer, device, *sizes, restart=request.restart, stop=stop, ranks=ranks, trace=trace
+        )
+        result = self._execute(options, loaded, display)
+        if request.profile is not None and self.is_first:
+            trace.write(Path(request.profile))
+        return result
+
+    def _places(self) -> tuple[str, Ranks]:
+        """The device and the ranks of this run, after a check that its output and its downloads fit on the disk."""
+        from ..convert.output import check_cache, check_output
+        from ..convert.ranks import join_ranks
+
+        plan = self.plan
+        check_output(self.target, plan.file_bytes, plan.source.folder)
+        check_cache(plan.source, self.target, plan.file_bytes)
+        found, ranks = join_ranks(resolve_device(self._request.device))
+        if self._request.low_disk and ranks.size > 1:
+            raise InputError("--low-disk: every rank would fetch the whole model. Drop the option, or use one rank.")
+        return found, ranks
+
+    def _announce(self, device: str, ranks: Ranks) -> None:
+        from ..format.native import TARGETS
+
+        where = f"{device}, {ranks.size} ranks" if ranks.size > 1 else device
+        how = f"recipe {self.plan.recipe.name}, {self._quantizer}, {self.plan.layout.name}"
+        self._say(f"nvquant {__version__}: {named(self.plan)} -> {self.target}, {how}, {where}")
+        if device == "cpu" and not TARGETS:
+            self._say("The compiled CPU kernels are not installed. PyTorch computes the same bytes more slowly.")
+
+    def _load(self, trace: Trace) -> CalibrationSet:
+        """The calibration samples of the request, or else of the recipe."""
+        from ..calibrate.samples import load_calibration
+        from ..checkpoint.hub.errors import HubError
+
+        request, default = self._request, self.plan.recipe.calibration
+        load = partial(
+            load_calibration,
+            model_folder=self.plan.source.folder,
+            config=self.plan.source.config,
+            samples=request.samples or default.samples,
+            sequence_length=request.sequence_length or default.sequence_length,
+            seed=request.seed,
+        )
+        with trace.span("samples"):
+            try:
+                loaded = load(str(request.calibration or default.set))
+            except HubError as refusal:
+                fallback = request.calibration_fallback
+                if fallback is None:
+                    raise
+                self._say(f"{refusal} Calibrating with the --calibration-fallback {fallback}.")
+                loaded = load(str(fallback))
+        if self.is_first:
+            count = len(loaded.samples)
+            self._say(f"calibration {loaded.name}: {count} samples, {loaded.tokens:,} tokens, {loaded.framing}")
+        return loaded
+
+    def _execute(self, options: ConvertOptions, loaded: CalibrationSet | None, display: Display) -> ConvertResult:
+        """Convert with the engine, and show its progress."""
+        if self._request.engine == "llmcompressor":
+            from ..convert.second_opinion import convert_with_llmcompressor as run
+        else:
+            from ..convert.pipeline import convert as run
+        if not self.is_first:
+            return run(self.plan, options, loaded)
+        with display() as sink:
+            return run(self.plan, replace(options, progress=sink), loaded)
+
+
+def _output_of(request: ConvertRequest, source: str, recipe: str) -> Path:
+    """The folder of the output, MODEL-RECIPE by default."""
+    return Path(request.output or f"{source.rpartition('/')[2]}-{recipe}")
+
+
+def _where_it_began(request: ConvertRequest, recipe: str, say: Say, remote: HubModel) -> HubModel:
+    """The model at the commit of an unfinished run, although its branch may have moved."""
+    if request.restart or remote.revision == remote.commit:
+        return remote
+    from ..checkpoint.hub.repository import find_model
+    from ..convert.journal import Journal
+    from ..convert.output import partial_folder
+
+    identity = Journal(partial_folder(_output_of(request, remote.repo, recipe))).identity() or {}
+    began = identity.get("source", {}).get("hub") or {}
+    if began.get("id") != remote.repo or began.get("commit") in (None, remote.commit):
+        return remote
+    say(f"{remote.repo} has moved to {remote.commit[:12]}. The run resumes at its first commit {began['commit'][:12]}.")
+    return find_model(remote.repo, began["commit"], endpoint=remote.endpoint, cache=remote.cache)

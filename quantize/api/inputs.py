@@ -1,0 +1,178 @@
+"""Models, recipes, layouts and devices by their names, for the library's functions and the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from ..checkpoint.diagnosis import adapter_beside, names_in
+from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..errors import EnvironmentLack, InputError
+from ..format.layouts import FORMAT_NAMES, LAYOUTS, Layout
+from ..plan.plan import Plan, compute_plan
+from ..recipe.load import load_recipe
+from ..recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from ..checkpoint.hub.repository import HubModel
+
+Pin: TypeAlias = "Callable[[HubModel], HubModel]"
+Say: TypeAlias = Callable[[str], None]
+AnyPath: TypeAlias = str | Path
+DEVICES = ("auto", "cuda", "cpu")
+
+
+def as_recipe(recipe: AnyPath | Recipe) -> Recipe:
+    """A recipe, or the recipe with this shipped name or path.
+
+    Raises:
+        InputError: see `load_recipe`.
+    """
+    return recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
+
+
+def as_layout(name: str) -> Layout:
+    """The layout with this name.
+
+    Raises:
+        InputError: no layout has that name.
+    """
+    if name not in LAYOUTS:
+        raise InputError(f"layout '{name}' does not exist: choose {' or '.join(FORMAT_NAMES)}.")
+    return LAYOUTS[name]
+
+
+def resolve_device(device: str) -> str:
+    """The device of this name for torch. `auto` is a GPU if there is one.
+
+    Raises:
+        EnvironmentLack: `cuda` is requested, and torch sees no GPU.
+        InputError: no device has that name.
+    """
+    if device not in DEVICES:
+        raise InputError(f"device '{device}' does not exist: choose {', '.join(DEVICES[:-1])} or {DEVICES[-1]}.")
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentLack(
+            f"--device cuda: torch {torch.__version__} sees no CUDA device. Use --device cpu, or install a CUDA "
+            f"build of torch."
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def open_model(
+    model: str, revision: str | None = None, low_disk: bool = False, pin: Pin = lambda remote: remote
+) -> Checkpoint:
+    """The source checkpoint that MODEL names: a folder, or a model on the Hub as `org/name` or `org/name@revision`.
+
+    Args:
+        low_disk: read the weights of a model on the Hub by ranges, and keep none.
+        pin: may choose another commit of a model on the Hub.
+    Raises:
+        InputError: neither exists, it is not a safetensors model, or an option fits only the other kind.
+    """
+    remote = find_remote(model, revision)
+    if remote is None:
+        if low_disk:
+            raise InputError(f"--low-disk works only for models on the Hub, and {model} is a folder. Drop the option.")
+        return open_checkpoint(Path(model))
+    from ..checkpoint.hub.source import open_hub_checkpoint
+
+    return open_hub_checkpoint(pin(remote), low_disk)
+
+
+def find_remote(model: str, revision: str | None = None) -> HubModel | None:
+    """The model on the Hub that a name means, or None for a folder and for a name that only a folder can have.
+
+    Raises:
+        InputError: the Hub has no such model or revision, or cannot be reached. Two revisions are given, or one of a
+            folder.
+    """
+    from ..checkpoint.hub.errors import HubError
+    from ..checkpoint.hub.repository import find_model, hub_name
+
+    named = None if _exists(Path(model)) else hub_name(model)
+    if named is None:
+        if revision is not None:
+            raise InputError(f"--revision {revision}: only a model on the Hub has revisions, and {model} is a folder.")
+        return None
+    repo, of_name = named
+    if of_name is not None and revision not in (None, of_name):
+        raise InputError(f"{model} names the revision {of_name}, and --revision names {revision}. Give one of them.")
+    try:
+        return find_model(repo, of_name or revision)
+    except HubError as refusal:  # whoever meant a folder would not look for it on the Hub
+        raise HubError(f"There is no folder {model} here, so nvquant looked for it on the Hub. {refusal}") from refusal
+
+
+def make_plan(
+    model: str,
+    recipe: AnyPath | Recipe,
+    format_name: str,
+    revision: str | None = None,
+    low_disk: bool = False,
+    pin: Pin = lambda remote: remote,
+    *,
+    say: Say,
+) -> Plan:
+    """Open MODEL (see `open_model`), load the recipe, compute the plan.
+
+    Args:
+        say: called with a sentence about an adapter beside the model.
+    Raises:
+        InputError: see `open_model`, `load_recipe` and `compute_plan`.
+    """
+    found, layout = as_recipe(recipe), as_layout(format_name)
+    source, name = open_source(model, revision, low_disk, pin, say=say)
+    return compute_plan(source, found, layout, name)
+
+
+def open_source(
+    model: str,
+    revision: str | None = None,
+    low_disk: bool = False,
+    pin: Pin = lambda remote: remote,
+    *,
+    say: Say,
+) -> tuple[Checkpoint, str]:
+    """Open MODEL (see `open_model`). Returns it with its name in messages.
+
+    Args:
+        say: called with a sentence about an adapter beside the model.
+    Raises:
+        InputError: see `open_model`.
+    """
+    source = open_model(model, revision, low_disk, pin)
+    name = model.rstrip("/") if source.hub is None else source.hub.repo
+    adapter = adapter_beside(names_in(source.folder) if source.hub is None else source.hub.files)
+    if adapter is not None:
+        say(f"{name} also contains a LoRA adapter ({adapter}), which nvquant neither merges nor converts.")
+    return source, name
+
+
+def checked_plan(model: AnyPath, recipe: AnyPath | Recipe, format_name: str, revision: str | None, *, say: Say) -> Plan:
+    """A plan that `convert` would execute. See `make_plan`.
+
+    Raises:
+        CheckFailed, EnvironmentLack, InputError: see `make_plan` and `convert.checks.check_conversion`.
+    """
+    plan = make_plan(str(model), recipe, format_name, revision, say=say)
+    from ..convert.checks import check_conversion
+
+    check_conversion(plan)
+    return plan
+
+
+def named(plan: Plan) -> str:
+    """The model of a plan by its name, with the commit of a model on the Hub."""
+    hub = plan.source.hub
+    return plan.model if hub is None else f"{hub.repo} at {hub.commit[:12]}"
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for the system, or a folder that may not be searched
+        return False
