@@ -17,7 +17,8 @@ from nvquant.cli.main import cli
 from nvquant.convert.config import output_configs
 from nvquant.convert.relayout import HF_QUANT_CONFIG, RelayoutResult, relayout
 from nvquant.errors import InputError
-from nvquant.format.layouts import LAYOUTS
+from nvquant.format.layouts import GLOBAL_SCALES, LAYOUTS
+from nvquant.format.schemes import NVFP4
 from nvquant.stream.manifest import MANIFEST_NAME
 from safetensors.torch import load_file, save_file
 from support.conversions import (
@@ -109,19 +110,19 @@ def test_another_tools_checkpoint_keeps_its_bytes_and_has_its_scalars_inverted(
 ) -> None:
     source = foreign(conversions("llama", layout=layout), tmp_path / "source")
     result = laid_out(source, OTHER[layout], tmp_path / "out")
-    ours, theirs = LAYOUTS[layout], LAYOUTS[OTHER[layout]]
+    ours, theirs = (LAYOUTS[name].suffixes(NVFP4) for name in (layout, OTHER[layout]))
+    parts = {leaf: part for part, leaf in ours.items()}
     before, after = tensors_in(source), tensors_in(tmp_path / "out")
     assert len(before) == len(after)
     for name, tensor in before.items():
         module, _, leaf = name.rpartition(".")
-        is_matrix = f"{module}.{ours.weight_global}" in before
-        at = ours.suffixes.index(leaf) if is_matrix and leaf in ours.suffixes else -1
-        new = after[f"{module}.{theirs.suffixes[at]}" if at >= 0 else name]
-        if at < 2:
-            assert raw(new) == raw(tensor), name
-        else:
-            assert new.shape == theirs.scalar_shape
+        part = parts.get(leaf) if f"{module}.{ours['weight_global']}" in before else None
+        new = after[f"{module}.{theirs[part]}" if part else name]
+        if part in GLOBAL_SCALES:
+            assert new.shape == LAYOUTS[OTHER[layout]].scalar_shape
             assert abs(float(new.double() * tensor.double()) - 1) <= 2**-21, name
+        else:
+            assert raw(new) == raw(tensor), name
     assert result.scalars == "reciprocal"
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
 
@@ -201,11 +202,6 @@ def test_a_manifest_that_contradicts_a_scalar_is_refused_and_its_absence_is_not(
     assert laid_out(source, MODELOPT, tmp_path / "out").scalars == "reciprocal"
 
 
-def _drop_input_scale(tensors: dict[str, Tensor]) -> None:
-    for module in (GATE, UP):
-        del tensors[f"{module}.input_global_scale"]
-
-
 def _other_quantization(tensors: dict[str, Tensor]) -> None:
     tensors["model.layers.1.mlp.down_proj.pre_quant_scale"] = torch.ones(128)
 
@@ -230,14 +226,14 @@ def _narrow_scales(tensors: dict[str, Tensor]) -> None:
 
 
 def _both_layouts(tensors: dict[str, Tensor]) -> None:
-    for old, new in zip(LAYOUTS[COMPRESSED_TENSORS].suffixes, LAYOUTS[MODELOPT].suffixes, strict=True):
-        tensors[f"{GATE}.{new}"] = tensors.pop(f"{GATE}.{old}")
+    theirs = LAYOUTS[MODELOPT].suffixes(NVFP4)
+    for part, leaf in LAYOUTS[COMPRESSED_TENSORS].suffixes(NVFP4).items():
+        tensors[f"{GATE}.{theirs[part]}"] = tensors.pop(f"{GATE}.{leaf}")
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_drop_input_scale, "mixes W4A4 and weight-only matrices"),
         (_other_quantization, r"pre_quant_scale \(F32\) belongs to another quantization"),
         (_fp8_matrix, r"gate_proj.weight \(F8_E4M3\) belongs to another quantization"),
         (_quantized_head, r"lm_head in NVFP4 \(head\)"),

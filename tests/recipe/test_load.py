@@ -150,9 +150,8 @@ def test_an_unknown_name_is_refused_with_the_ones_that_exist(tmp_path: Path, mon
     with pytest.raises(InputError) as caught:
         load_recipe("nvfp5")
     assert str(caught.value) == (
-        "recipe 'nvfp5' does not exist: choose one of nvfp4, nvfp4-a16, nvfp4-fp8, nvfp4-full, or give the path of your "
-        "own file, "
-        "such as ./my.yaml."
+        "recipe 'nvfp5' does not exist: choose one of nvfp4, nvfp4-a16, nvfp4-fp8, nvfp4-full, or give the path of "
+        "your own file, such as ./my.yaml."
     )
 
 
