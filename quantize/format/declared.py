@@ -25,6 +25,10 @@ PRESETS: Mapping[str, str] = {NVFP4.name: "NVFP4", NVFP4_A16.name: "NVFP4A16", F
 """compressed-tensors' preset of each scheme."""
 ALGORITHMS: Mapping[str, str] = {NVFP4.name: "NVFP4", NVFP4_A16.name: "W4A16_NVFP4", FP8.name: "FP8"}
 """modelopt's name of each scheme."""
+LINEAR_ALGORITHMS = frozenset({*ALGORITHMS.values(), "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8"})
+"""The algorithms that vLLM 0.32 knows for a linear layer in a list of modules. It serves others unquantized."""
+_ROUNDING_FORMATS = frozenset({*FORMATS.values(), "naive-quantized", "int-quantized"})
+"""The stored forms of compressed-tensors for which vLLM 0.32 rounds inputs to FP8."""
 # The keys of compressed-tensors' QuantizationArgs, which refuses others; read from 0.17.0 and 0.19.0.
 _NUMBER_KEYS = frozenset(
     {"num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
@@ -38,7 +42,8 @@ def scheme_of_group(group: Mapping[str, Any], top_format: object) -> str:
     Args:
         top_format: of the config, which counts where the group has no format of its own.
     Returns:
-        a scheme's name, `refused` where vLLM raises, or other words for a scheme that nvquant does not know.
+        a scheme's name, `refused` where vLLM raises, or other words for a scheme that nvquant does not know. vLLM
+        finds no scheme for FP8 under a form for which it rounds no inputs, such as the top form of a mixed config.
     """
     weights, inputs = group.get("weights"), group.get("input_activations")
     if _is_nvfp4(weights):
@@ -46,9 +51,9 @@ def scheme_of_group(group: Mapping[str, Any], top_format: object) -> str:
             return NVFP4_A16.name
         return NVFP4.name if _is_nvfp4(inputs) else REFUSED
     if _is_fp8(weights, "channel", is_dynamic=False) and _is_fp8(inputs, "token", is_dynamic=True):
-        # vLLM drops the inputs of a group without a format that quantizes them, and finds no scheme then.
-        stored = group.get("format") or top_format
-        return FP8.name if stored == FORMATS[FP8.name] else REFUSED
+        stored = group.get("format")
+        stored = top_format if stored is None else stored
+        return FP8.name if stored in _ROUNDING_FORMATS else REFUSED
     return UNKNOWN
 
 
