@@ -6,13 +6,14 @@ modelopt.py; compressed-tensors 0.19.0, `preset_name_to_scheme` and `Compression
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .schemes import FP8, NVFP4, NVFP4_A16
 
 UNKNOWN = "another scheme"
 REFUSED = "refused"
+FP8_CALIBRATED = "FP8 with calibrated inputs"
 MIXED_FORMAT = "mixed-precision"
 MIXED_ALGORITHM = "MIXED_PRECISION"
 FORMATS: Mapping[str, str] = {
@@ -54,6 +55,8 @@ def scheme_of_group(group: Mapping[str, Any], top_format: object) -> str:
         stored = group.get("format")
         stored = top_format if stored is None else stored
         return FP8.name if stored in _ROUNDING_FORMATS else REFUSED
+    if _is_fp8(weights, "channel", is_dynamic=False) and _is_fp8(inputs, "tensor", is_dynamic=False):
+        return FP8_CALIBRATED
     return UNKNOWN
 
 
@@ -62,6 +65,12 @@ def format_of_group(group: Mapping[str, Any]) -> str:
     numbers = group.get("weights")
     is_fp8 = isinstance(numbers, Mapping) and numbers.get("num_bits") == FP8.bits
     return FORMATS[FP8.name if is_fp8 else NVFP4.name]
+
+
+def format_of_config(groups: Iterable[Mapping[str, Any]]) -> str:
+    """The name of the stored form that a config of these groups has."""
+    formats = {format_of_group(group) for group in groups}
+    return formats.pop() if len(formats) == 1 else MIXED_FORMAT
 
 
 def scheme_of_algorithm(algorithm: object) -> str:
