@@ -19,14 +19,18 @@ from nvquant.convert.relayout import HF_QUANT_CONFIG, RelayoutResult, relayout
 from nvquant.errors import InputError
 from nvquant.format.layouts import GLOBAL_SCALES, LAYOUTS
 from nvquant.format.schemes import NVFP4
+from nvquant.recipe.schema import QuantizeEntry, Recipe
 from nvquant.stream.manifest import MANIFEST_NAME
+from nvquant.verify.structure import verify_structure
 from safetensors.torch import load_file, save_file
+from support.commands import run_command
 from support.conversions import (
     COMPRESSED_TENSORS,
     MODELOPT,
     Conversions,
     TinyModels,
     contents,
+    converted,
     edit_config,
     planned,
     raw,
@@ -261,6 +265,70 @@ def test_what_is_no_nvfp4_checkpoint_is_refused_by_what_it_is(
         laid_out(fp8, MODELOPT, tmp_path / "out")
     with pytest.raises(InputError, match="is already in the modelopt layout"):
         laid_out(conversions("llama", layout=MODELOPT), MODELOPT, tmp_path / "out")
+
+
+MIXED = Recipe(
+    name="mixed",
+    quantize=(
+        QuantizeEntry(modules=("mlp",), scheme="nvfp4"),
+        QuantizeEntry(modules=("attention",), scheme="nvfp4-a16"),
+    ),
+)
+
+
+@pytest.mark.parametrize("layout", OTHER)
+@pytest.mark.parametrize("model", ["llama", "gemma4"])
+def test_a_mixture_of_both_nvfp4_schemes_is_carried_over(
+    tiny: TinyModels, tmp_path: Path, model: str, layout: str
+) -> None:
+    made, direct = (converted(tiny(model), tmp_path / name, MIXED, name, "mse") for name in (layout, OTHER[layout]))
+    result = laid_out(made, OTHER[layout], tmp_path / "out")
+    assert files_and_manifest(tmp_path / "out") == files_and_manifest(direct)
+    assert result.scalars == "exact"
+    laid_out(foreign(made, tmp_path / "foreign"), OTHER[layout], tmp_path / "by reciprocals")
+    assert failed(tmp_path / "by reciprocals", tiny(model)) == set()
+
+
+def failed(folder: Path, source: Path) -> set[str]:
+    return {check.name for check in verify_structure(folder, source).checks if not check.passed}
+
+
+FORMS = {
+    COMPRESSED_TENSORS: "a scale for each row and dynamic inputs",
+    MODELOPT: "one scale and calibrated inputs",
+}
+
+
+@pytest.mark.parametrize("layout", OTHER)
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_fp8_is_refused_with_the_form_that_the_other_layout_lacks(
+    conversions: Conversions, tmp_path: Path, layout: str, is_ours: bool
+) -> None:
+    source = conversions("llama", "nvfp4-fp8", layout)
+    source = source if is_ours else merged(foreign(source, tmp_path / "source"), _scales_in_bf16)
+    with pytest.raises(InputError) as caught:
+        laid_out(source, OTHER[layout], tmp_path / "out")
+    assert str(caught.value) == (
+        f"{source} stores model.layers.0.self_attn.k_proj and 11 more in FP8 W8A8 with {FORMS[layout]}, which the "
+        f"{OTHER[layout]} layout cannot express: convert the source again with --format {OTHER[layout]}."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def _scales_in_bf16(tensors: dict[str, Tensor]) -> None:
+    """As other tools store them."""
+    for name, tensor in tensors.items():
+        if "self_attn" in name and name.endswith("_scale"):
+            tensors[name] = tensor.bfloat16()
+
+
+def test_the_command_refuses_fp8_with_exit_code_2(
+    conversions: Conversions, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = conversions("llama", "nvfp4-fp8")
+    ended = run_command(capfd, "relayout", source, "--format", MODELOPT, "-o", tmp_path / "out")
+    assert (ended.code, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1].endswith(f"convert the source again with --format {MODELOPT}.")
 
 
 def test_a_kv_cache_other_than_fp8_is_refused(conversions: Conversions, tmp_path: Path) -> None:
