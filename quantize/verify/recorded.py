@@ -17,7 +17,7 @@ from ..format.schemes import INPUT_PARTS, Part, Scheme
 from ..quantizers import QUANTIZERS, quantizer_for
 from ..quantizers.base import Quantizer
 from ..recipe.match import select
-from ..stream.manifest import Manifest, RecordedGroup
+from ..stream.manifest import MANIFEST_NAME, Manifest, RecordedGroup
 from ..stream.scalars import scalar_values
 from .report import Finding, counted, not_applicable
 from .subject import Subject
@@ -37,7 +37,7 @@ def check_manifest(subject: Subject) -> Finding:
     if manifest is None:
         return not_applicable(_NO_MANIFEST)
     if isinstance(manifest, str):
-        return Finding("nvquant_manifest.json", [manifest])
+        return Finding(MANIFEST_NAME, [manifest])
     faults = []
     if manifest.format != subject.layout.name:
         faults.append(f"format is {manifest.format}, but the tensors are named as {subject.layout.name} does")
