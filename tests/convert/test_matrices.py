@@ -119,7 +119,7 @@ def test_a_fused_fp8_group_of_modelopt_shares_both_scales(tiny: TinyModels) -> N
         assert raw(output.tensors[f"{module}.weight"]) == raw(quantize_rows(weights[f"{module}.weight"], scale))
     scalars = group_scalars(plan, group, output.record, get_quantizer("mse"))
     assert output.record.input is not None
-    assert output.record.input.calibrated_amax == 2 * INPUTS.amax  # FP8's headroom, whatever the recipe's
+    assert output.record.input.calibrated_amax == 2 * INPUTS.amax  # FP8's headroom under `auto`
     for module in group.members:
         assert torch.equal(scalars[f"{module}.weight_scale"], scale)  # without the headroom of mse
         assert torch.equal(scalars[f"{module}.input_scale"], torch.tensor(6.0) / 448)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from support.conversions import (
     write_ids,
 )
 from support.launching import WarmRanks
+from support.synthetic_gemma4 import write_synthetic_gemma4
 from torch import Tensor
 
 LAYOUTS = (COMPRESSED_TENSORS, MODELOPT)
@@ -214,3 +216,21 @@ def test_a_recipe_of_fp8_alone_is_no_mixture(tiny: TinyModels, tmp_path: Path, l
     assert "quantized_layers" not in config
     report = verify_structure(made, tiny("llama"))
     assert [check.detail for check in report.checks if not check.passed] == []
+
+
+# Gemma 4 31B
+
+
+@pytest.mark.parametrize(
+    ("layout", "tensors", "size"), [(COMPRESSED_TENSORS, 1958, 24_160_822_392), (MODELOPT, 2188, 24_155_519_912)]
+)
+def test_the_31b_has_the_documented_size_and_lists_modules_in_modelopt_alone(
+    tmp_path: Path, layout: str, tensors: int, size: int
+) -> None:
+    plan = planned(write_synthetic_gemma4(tmp_path / "31b"), RECIPE, layout)
+    assert (plan.tensors, plan.tensor_bytes, len(plan.matrices)) == (tensors, size, 410)
+    config = quantization_config(plan)
+    assert len(config.get("quantized_layers", {})) == (0 if layout == COMPRESSED_TENSORS else 410)
+    if layout == COMPRESSED_TENSORS:
+        assert len(json.dumps(config)) < 2500
+        assert not re.search(r"layers\.[0-9]", json.dumps(config))
