@@ -186,6 +186,15 @@ def row_scales_shifted_by_one_by_another_tool(folder: Path) -> str:
     return f"{Q}: "
 
 
+@fault("weights", on=FOREIGN)
+def one_row_scale_an_eighth_too_large_by_another_tool(folder: Path) -> str:
+    def change(scales: Tensor) -> None:
+        scales[scales.argmin()] *= 1.125
+
+    _rows(folder, change)
+    return f"{O_}: 1 of 64 rows exceed the limit of error 0.08"
+
+
 @fault("weight_scales", "weights", on=CT)  # nor is it the source's
 def largest_row_scale_halved(folder: Path) -> str:
     def change(scales: Tensor) -> None:
