@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvquant.format.blocks import dequantize_blocks, quantize_blocks, weight_amax
 from nvquant.format.scales import global_scale
+from nvquant.format.schemes import NVFP4, NVFP4_A16
 from nvquant.verify.numerics import errors
 from nvquant.verify.numerics.errors import LayerError, StreamError, bfloat16_outputs, matrix_numbers, relative_error
 from nvquant.verify.numerics.served import ServedMatrix
@@ -98,7 +99,8 @@ def test_what_is_no_number_is_an_infinite_error_and_not_a_small_one() -> None:
 def served(divisor: Tensor, flushed: list[int], rounds: bool = False) -> ServedMatrix:
     mask = torch.zeros(256, dtype=torch.bool)
     mask[flushed] = True
-    return ServedMatrix(None, "group", divisor, divisor if rounds else None, mask)  # type: ignore[arg-type]
+    scheme, scalars = NVFP4 if rounds else NVFP4_A16, {"weight_global": divisor}
+    return ServedMatrix(None, scheme, "group", scalars, mask)  # type: ignore[arg-type]
 
 
 def test_a_matrixs_numbers_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
