@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -178,8 +179,9 @@ def stored_matrices(source: Checkpoint, layout: Layout) -> dict[str, Matrix]:
         matrices[module] = Matrix(module, stored.tensor, stored.scheme, rows, cols, group, group, group)
         for part, entry in matrix_entries(matrices[module], layout).items():
             info = stored.parts[part]
-            is_scalar = part != "codes" and info.nbytes == entry.nbytes and len(entry.shape) < 2
-            if info.dtype != entry.dtype or (info.shape != entry.shape and not is_scalar):
+            is_scalar = part != "codes" and prod(info.shape) == 1 and len(entry.shape) < 2
+            is_dtype = info.dtype == entry.dtype or (part != "codes" and info.dtype in stored.scheme.scale_dtypes)
+            if not is_dtype or (info.shape != entry.shape and not is_scalar):
                 raise InputError(
                     f"{entry.name} is {info.dtype} {list(info.shape)}, but {stored.scheme.words.split()[0]} stores "
                     f"{entry.dtype} {list(entry.shape)}: the checkpoint is damaged, or not in that scheme."

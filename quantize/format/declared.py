@@ -6,13 +6,14 @@ modelopt.py; compressed-tensors 0.19.0, `preset_name_to_scheme` and `Compression
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .schemes import FP8, NVFP4, NVFP4_A16
 
 UNKNOWN = "another scheme"
 REFUSED = "refused"
+FP8_CALIBRATED = "FP8 with calibrated inputs"
 MIXED_FORMAT = "mixed-precision"
 MIXED_ALGORITHM = "MIXED_PRECISION"
 FORMATS: Mapping[str, str] = {
@@ -25,6 +26,10 @@ PRESETS: Mapping[str, str] = {NVFP4.name: "NVFP4", NVFP4_A16.name: "NVFP4A16", F
 """compressed-tensors' preset of each scheme."""
 ALGORITHMS: Mapping[str, str] = {NVFP4.name: "NVFP4", NVFP4_A16.name: "W4A16_NVFP4", FP8.name: "FP8"}
 """modelopt's name of each scheme."""
+LINEAR_ALGORITHMS = frozenset({*ALGORITHMS.values(), "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8"})
+"""The algorithms that vLLM 0.32 knows for a linear layer in a list of modules. It serves others unquantized."""
+_ROUNDING_FORMATS = frozenset({*FORMATS.values(), "naive-quantized", "int-quantized"})
+"""The stored forms of compressed-tensors for which vLLM 0.32 rounds inputs to FP8."""
 # The keys of compressed-tensors' QuantizationArgs, which refuses others; read from 0.17.0 and 0.19.0.
 _NUMBER_KEYS = frozenset(
     {"num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
@@ -38,7 +43,8 @@ def scheme_of_group(group: Mapping[str, Any], top_format: object) -> str:
     Args:
         top_format: of the config, which counts where the group has no format of its own.
     Returns:
-        a scheme's name, `refused` where vLLM raises, or other words for a scheme that nvquant does not know.
+        a scheme's name, `refused` where vLLM raises, or other words for a scheme that nvquant does not know. vLLM
+        finds no scheme for FP8 under a form for which it rounds no inputs, such as the top form of a mixed config.
     """
     weights, inputs = group.get("weights"), group.get("input_activations")
     if _is_nvfp4(weights):
@@ -46,9 +52,11 @@ def scheme_of_group(group: Mapping[str, Any], top_format: object) -> str:
             return NVFP4_A16.name
         return NVFP4.name if _is_nvfp4(inputs) else REFUSED
     if _is_fp8(weights, "channel", is_dynamic=False) and _is_fp8(inputs, "token", is_dynamic=True):
-        # vLLM drops the inputs of a group without a format that quantizes them, and finds no scheme then.
-        stored = group.get("format") or top_format
-        return FP8.name if stored == FORMATS[FP8.name] else REFUSED
+        stored = group.get("format")
+        stored = top_format if stored is None else stored
+        return FP8.name if stored in _ROUNDING_FORMATS else REFUSED
+    if _is_fp8(weights, "channel", is_dynamic=False) and _is_fp8(inputs, "tensor", is_dynamic=False):
+        return FP8_CALIBRATED
     return UNKNOWN
 
 
@@ -57,6 +65,12 @@ def format_of_group(group: Mapping[str, Any]) -> str:
     numbers = group.get("weights")
     is_fp8 = isinstance(numbers, Mapping) and numbers.get("num_bits") == FP8.bits
     return FORMATS[FP8.name if is_fp8 else NVFP4.name]
+
+
+def format_of_config(groups: Iterable[Mapping[str, Any]]) -> str:
+    """The name of the stored form that a config of these groups has."""
+    formats = {format_of_group(group) for group in groups}
+    return formats.pop() if len(formats) == 1 else MIXED_FORMAT
 
 
 def scheme_of_algorithm(algorithm: object) -> str:

@@ -6,8 +6,8 @@ multimodal models before it matches, and renames exact entries too, but not regu
 model class that serves. So these rules give a verdict for every name that a layer may have, and all verdicts must be
 equal.
 Source: vLLM 0.32.0 and 0.33.0, vllm/model_executor/layers/quantization/compressed_tensors/utils.py
-(`should_ignore_layer`, `find_matched_target`), .../modelopt.py (`is_layer_excluded`), .../utils/quant_utils.py
-(`is_layer_skipped`). The behaviour is rewritten here.
+(`should_ignore_layer`, `find_matched_target`), .../modelopt.py (`is_layer_excluded`, `_resolve_quant_algo`),
+.../utils/quant_utils.py (`is_layer_skipped`). The behaviour is rewritten here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from ..format.declared import MIXED_ALGORITHM
+from ..format.declared import LINEAR_ALGORITHMS, MIXED_ALGORITHM
 from .groups import members_called
 from .patterns import matches
 from .roles import Role, role_of
@@ -35,6 +35,8 @@ _RENAMES = (
     ),
     (("model.language_model.", "model."),),
 )
+_TOWERS = ("vision_tower", "vision_model", "vit_large_projector")  # never quantized by one algorithm for all layers
+_FUSED_EVERYWHERE = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def serving_names(module: str) -> list[str]:
@@ -88,10 +90,11 @@ def modelopt_verdict(module: str, config: Mapping[str, object], members: Sequenc
     of `compressed_tensors_verdict`."""
     exclude = _entries(config.get("ignore") or config.get("exclude_modules"))
     algorithm = str(config.get("quant_algo"))
-    layers = config.get("quantized_layers") if algorithm == MIXED_ALGORITHM else None
-    listed = None
-    if isinstance(layers, Mapping):
-        listed = {str(name): _algorithm_of(entry) for name, entry in layers.items()}
+    is_mixed = algorithm == MIXED_ALGORITHM
+    layers = config.get("quantized_layers")
+    if is_mixed and not (isinstance(layers, Mapping) and layers):
+        return REFUSED
+    listed = {str(name): _algorithm_of(entry) for name, entry in layers.items()} if isinstance(layers, Mapping) else {}
 
     def verdict(name: str, at: int) -> str:
         entries = [_rename(part, at) for entry in exclude for part in _split_wildcard(entry)]
@@ -100,42 +103,58 @@ def modelopt_verdict(module: str, config: Mapping[str, object], members: Sequenc
             return REFUSED
         if skipped or any(entry in name or fnmatchcase(name, entry) for entry in entries):
             return UNQUANTIZED
-        if "vision_tower" in name or "vision_model" in name:
-            return UNQUANTIZED
-        if listed is None:
-            return algorithm
-        return _listed_algorithm(name, {_rename(module, at): found for module, found in listed.items()}, members)
+        if is_mixed:
+            found = _listed_algorithm(name, {_rename(module, at): one for module, one in listed.items()}, members)
+            return found if found in (*LINEAR_ALGORITHMS, REFUSED) else UNQUANTIZED
+        return UNQUANTIZED if any(tower in name for tower in _TOWERS) else algorithm
 
     return _same_under_all_names(module, verdict)
 
 
 def _algorithm_of(entry: object) -> str:
-    return str(entry.get("quant_algo")).upper() if isinstance(entry, Mapping) else UNQUANTIZED
+    """The algorithm of an entry of `quantized_layers`. vLLM raises where there is none."""
+    algorithm = entry.get("quant_algo") if isinstance(entry, Mapping) else None
+    return algorithm.upper() if isinstance(algorithm, str) else REFUSED
 
 
 def _listed_algorithm(name: str, listed: Mapping[str, str], members: Sequence[str] | None) -> str:
-    """The algorithm of a layer in a config that lists modules: its own, or that of all its listed members."""
-    names = [name, *_as_the_other_class(name)]
+    """The algorithm of a layer in a config that lists modules (`_resolve_quant_algo`).
+
+    It is the layer's own, else the one of all of its listed members, else the first one of a module below it, else the
+    one of the listed members that layers of its name have in most models. "unquantized" without any of these.
+    """
+    names = listed_as(name)
     own = next((listed[candidate] for candidate in names if candidate in listed), None)
     if own is not None:
         return own
-    of_members = {listed[shard] for candidate in names for shard in _shards(candidate, members) if shard in listed}
-    if len(of_members) > 1:
-        return REFUSED
-    if of_members:
-        return of_members.pop()
-    below = (algorithm for module, algorithm in listed.items() if any(module.startswith(f"{one}.") for one in names))
-    return next(below, UNQUANTIZED)
+    of_members = _algorithm_of_members(names, listed, members)
+    if of_members is not None:
+        return of_members
+    for candidate in names:
+        below = next((listed[module] for module in listed if module.startswith(f"{candidate}.")), None)
+        if below is not None:
+            return below
+    usual = _FUSED_EVERYWHERE.get(name.rpartition(".")[2], ())
+    found = (_algorithm_of_members([candidate], listed, usual) for candidate in names)
+    return next((algorithm for algorithm in found if algorithm is not None), UNQUANTIZED)
 
 
-def _as_the_other_class(name: str) -> list[str]:
-    """The other prefix under which a layer of a multimodal model may be listed."""
+def _algorithm_of_members(names: Sequence[str], listed: Mapping[str, str], members: Sequence[str] | None) -> str | None:
+    """The algorithm of the listed members of a layer, "refused" where they have several, or None without any."""
+    shards = [shard for name in names for shard in _shards(name, members)]
+    algorithms = {listed[shard] for shard in shards if shard in listed}
+    return None if not algorithms else algorithms.pop() if len(algorithms) == 1 else REFUSED
+
+
+def listed_as(name: str) -> list[str]:
+    """The names under which vLLM looks for a layer in `quantized_layers`, its own first."""
     first, second = "language_model.model.", "model.language_model."
-    if name.endswith(".lm_head"):
-        return ["lm_head"]
+    names = [name, "lm_head"] if name.endswith(".lm_head") else [name]
     if name.startswith(first):
-        return [second + name.removeprefix(first)]
-    return [first + name.removeprefix(second)] if name.startswith(second) else []
+        names.append(second + name.removeprefix(first))
+    elif name.startswith(second):
+        names.append(first + name.removeprefix(second))
+    return names
 
 
 def _entries(value: object) -> list[str]:

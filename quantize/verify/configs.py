@@ -9,10 +9,10 @@ import torch
 
 from ..checkpoint.source import read_json
 from ..errors import InputError
-from ..format.declared import format_of_group
+from ..format.declared import MIXED_ALGORITHM, format_of_config, format_of_group
 from ..format.layouts import LAYOUTS
 from ..format.schemes import SCHEMES
-from ..recipe.vllm_rules import UNQUANTIZED
+from ..recipe.vllm_rules import UNQUANTIZED, serving_names
 from ..stream.manifest import Manifest
 from ..weights.stored import KV_SCALES, input_leaf, layouts_present, split_name
 from .report import Finding
@@ -57,6 +57,9 @@ def _wrong_formats(quantization: Mapping[str, Any]) -> list[str]:
         found, wanted = group.get("format") or quantization.get("format"), format_of_group(group)
         if found != wanted:
             faults.append(f"{name} has format {found}, not {wanted}")
+    top, expected = quantization.get("format"), format_of_config(groups.values())
+    if groups and top not in (None, expected):
+        faults.append(f"the config has format {top}, not {expected}")
     return faults
 
 
@@ -74,22 +77,32 @@ def _unequal_hf_quant_config(subject: Subject) -> list[str]:
         "group_size": _group_size(subject.quantization),
         "exclude_modules": _sorted(subject.quantization.get("ignore")),
     }
-    if "quantized_layers" in subject.quantization or "quantized_layers" in nested:
-        stated["quantized_layers"] = subject.quantization.get("quantized_layers")
     found = {key: nested.get(key) for key in stated}
     found["exclude_modules"] = _sorted(found["exclude_modules"])
-    return [
+    faults = [
         f"{key} is {found[key]} in {HF_QUANT_CONFIG}, but {stated[key]} by config.json"
         for key in stated
         if stated[key] != found[key] and not (key == "group_size" and stated[key] is None)
+    ]
+    return [*faults, *_unequal_lists(subject.quantization.get("quantized_layers"), nested.get("quantized_layers"))]
+
+
+def _unequal_lists(stated: object, found: object) -> list[str]:
+    """Modules that the two files list differently."""
+    one, other = (layers if isinstance(layers, Mapping) else {} for layers in (stated, found))
+    return [
+        f"quantized_layers has {other.get(name)} for {name} in {HF_QUANT_CONFIG}, but {one.get(name)} by config.json"
+        for name in dict.fromkeys([*one, *other])
+        if one.get(name) != other.get(name)
     ]
 
 
 def _group_size(quantization: Mapping[str, Any]) -> object:
     groups = quantization.get("config_groups")
-    first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
-    weights = first.get("weights") if isinstance(first, Mapping) else None
-    return weights.get("group_size") if isinstance(weights, Mapping) else quantization.get("group_size")
+    numbers = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
+    sizes = [weights.get("group_size") for weights in numbers if isinstance(weights, Mapping)]
+    sizes = [size for size in sizes if size is not None]
+    return sizes[0] if sizes else quantization.get("group_size")
 
 
 def _sorted(entries: object) -> list[str]:
@@ -113,7 +126,7 @@ def check_config(subject: Subject) -> Finding:
             stored = subject.matrices[module].scheme
             if stored.bits != SCHEMES[layer.verdict].bits:
                 faults.append(f"{module} is stored in {stored.words}, but config.json makes it {layer.verdict}")
-    faults += _unlike_inputs(subject, layers)
+    faults += [*_unlike_inputs(subject, layers), *_unlike_list(subject, layers)]
     quantized = sum(bool(layer.quantized) for layer in layers)
     return Finding(f"{quantized} quantized and {len(layers) - quantized} other layers under vLLM's rules", faults)
 
@@ -135,6 +148,25 @@ def _unlike_inputs(subject: Subject, layers: Sequence[ServedLayer]) -> Iterator[
             )
 
 
+def _unlike_list(subject: Subject, layers: Sequence[ServedLayer]) -> Iterator[str]:
+    """Modules that modelopt's list lacks, although vLLM quantizes them as members of a fused layer, and listed modules
+    that are not stored. Readers other than vLLM look up each module, and refuse those that do not exist."""
+    listed = subject.quantization.get("quantized_layers")
+    if subject.quantization.get("quant_algo") != MIXED_ALGORITHM or not isinstance(listed, Mapping):
+        return
+    for layer in layers:
+        for module in layer.quantized if layer.verdict in SCHEMES else ():
+            if listed.keys().isdisjoint([*serving_names(module), *serving_names(layer.name)]):
+                yield f"{module} is quantized, but quantized_layers does not list it"
+    known: set[str] = set()
+    for module in {split_name(name)[0] for name in subject.infos}:
+        for name in (*serving_names(module), *serving_names(subject.fusions.name(module))):
+            while name and name not in known:
+                known.add(name)
+                name = name.rpartition(".")[0]
+    yield from (f"quantized_layers lists {name}, which is not stored" for name in listed if name not in known)
+
+
 def check_matrices(subject: Subject) -> Finding:
     """Check that each quantized matrix has exactly the tensors of its layout and scheme, with their dtypes and
     shapes."""
@@ -147,7 +179,8 @@ def check_matrices(subject: Subject) -> Finding:
             needs = form.inputs == "calibrated"
             odd = without if needs else [module for module in modules if module not in without]
             leaf = input_leaf(subject.layout, subject.matrices[modules[0]].scheme)
-            faults += [f"{module} {'lacks' if needs else 'also has'} {leaf}" for module in odd]
+            found = [f"{module} {'lacks' if needs else 'also has'} {leaf}" for module in odd]
+            faults += [fault for fault in found if fault not in faults]
     tensors = sum(len(matrix.parts) for matrix in subject.matrices.values())
     return Finding(
         f"{len(subject.matrices)} matrices of {tensors:,} tensors, {len(subject.infos) - tensors:,} other tensors",

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from ..calibrate.input_scales import stored_amax
 from ..checkpoint.headers import TensorInfo
 from ..errors import InputError
 from ..format.constants import BLOCK
+from ..format.fp8 import fp8_scale
 from ..format.scales import block_scale_bytes, decode_e4m3, global_scale
 from ..format.schemes import INPUT_PARTS, Part, Scheme
 from ..quantizers import QUANTIZERS, quantizer_for
 from ..quantizers.base import Quantizer
 from ..recipe.match import select
-from ..stream.manifest import Manifest, RecordedGroup
+from ..stream.manifest import MANIFEST_NAME, Manifest, RecordedGroup
 from ..stream.scalars import scalar_values
 from .report import Finding, counted, not_applicable
 from .subject import Subject
@@ -35,7 +37,7 @@ def check_manifest(subject: Subject) -> Finding:
     if manifest is None:
         return not_applicable(_NO_MANIFEST)
     if isinstance(manifest, str):
-        return Finding("nvquant_manifest.json", [manifest])
+        return Finding(MANIFEST_NAME, [manifest])
     faults = []
     if manifest.format != subject.layout.name:
         faults.append(f"format is {manifest.format}, but the tensors are named as {subject.layout.name} does")
@@ -125,8 +127,8 @@ def check_input_scales(subject: Subject) -> Finding:
 
 
 def check_weight_scales(subject: Subject) -> Finding:
-    """The shared scales of weights are, bit for bit, what the recorded amax and quantizer give, and block scales reach
-    it."""
+    """The shared scales of weights are, bit for bit, what the recorded amax and quantizer give, and the scales of
+    blocks, or of rows, reach it."""
     manifest, quantizer = subject.manifest, own_quantizer(subject)
     if not isinstance(manifest, Manifest) or quantizer is None:
         return not_applicable("no manifest with weight amaxes of a quantizer known here")
@@ -134,7 +136,7 @@ def check_weight_scales(subject: Subject) -> Finding:
     for group in manifest.groups.values():
         values = _recorded_values(subject, group, quantizer)
         faults += _unequal_scalars(subject, group, {p: v for p, v in values.items() if p not in INPUT_PARTS})
-        faults += _unreached_top(subject, group, quantizer)
+        faults += [*_unreached_top(subject, group, quantizer), *_unreached_rows(subject, group)]
     return Finding(f"{counted(len(manifest.groups), 'group')}, quantizer {quantizer.name}", faults)
 
 
@@ -182,3 +184,26 @@ def _unreached_top(subject: Subject, group: RecordedGroup, quantizer: Quantizer)
         return []
     largest, wanted = decode_e4m3(torch.tensor([top, nearest], dtype=torch.uint8)).tolist()
     return [f"{group.name}: its largest block scale is {largest:g}, but its recorded amax asks for about {wanted:g}"]
+
+
+def _unreached_rows(subject: Subject, group: RecordedGroup) -> list[str]:
+    """The row that holds the group's amax has the largest scale: amax / 448. A row of zeros has the scale 1."""
+    form, members = form_of(subject, group), group.record.members
+    if form is None or form.has_block_scales or "scales" in form.shared:
+        return []
+    if not all(module in subject.fp8_scales for module in members):
+        return []
+    scales = torch.cat([subject.fp8_scales[module] for module in members])
+    known = scales[scales.isfinite() & (scales > 0) & (scales != 1)]
+    wanted = fp8_scale(torch.tensor(group.record.weight_amax))
+    largest = known.amax() if len(known) else torch.ones(())
+    if largest == wanted or (wanted == 1 and largest < 1):
+        return []
+    return [f"{group.name}: its largest row scale is {float(largest)!r}, follows as {float(wanted)!r}"]
+
+
+def recorded_fp8_scale(subject: Subject, module: str) -> Tensor:
+    """The largest FP8 scale that follows from the recorded amax of a module's group. Zero without a record."""
+    groups = subject.manifest.groups if isinstance(subject.manifest, Manifest) else {}
+    group = groups.get(subject.fusions.name(module))
+    return torch.zeros(()) if group is None else fp8_scale(torch.tensor(group.record.weight_amax))

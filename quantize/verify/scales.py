@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..format.constants import SCALE_RANGE
+from ..format.constants import E4M3_MAX, SCALE_RANGE
+from ..format.layouts import GLOBAL_SCALES
 from ..format.marlin import RULE_READ_FROM, count_flushed_blocks
 from ..format.schemes import INPUT_PARTS, Part
 from ..plan.heads import HOW_READERS_TAKE_IT, equal_tensors, tied_pair
 from ..recipe.decoder import LAYER
 from ..recipe.roles import QUANTIZABLE, Role, module_of
 from ..stream.manifest import Manifest
-from .recorded import recorded_scalars
-from .report import Finding, counted
+from .recorded import recorded_fp8_scale, recorded_scalars
+from .report import NOT_READ, Finding, counted
 from .subject import Subject, pieces
+from .threads import map_in_threads
 
 # Bounds on the amax that a global scale stands for, unless the manifest records that amax. The smallest is the amax
 # whose divisor, 2688 / amax, is the largest float32 number. The largest of a weight is 2688, where divisor and
@@ -24,6 +27,7 @@ from .subject import Subject, pieces
 # Inputs have no such side: headroom alone brings them to 10^6. Their bound catches a number that is no amax at all.
 SMALLEST_AMAX = SCALE_RANGE / torch.finfo(torch.float32).max
 LARGEST_AMAX = {"weight": SCALE_RANGE, "input": 1e10}
+FP8_NANS = (0x7F, 0xFF)
 
 
 def _matrices(number: int) -> str:
@@ -63,13 +67,14 @@ def check_global_scales(subject: Subject) -> Finding:
     """Every scalar scale is finite and positive, and stands for an amax on the right side of 1.
 
     An amax is 2688 / scale where the layout stores divisors and 2688 * scale where it stores multipliers, and 448 *
-    scale for FP8. Exactly 1.0 is what stands for a matrix of zeros. A scale that follows from the manifest's amax needs
-    no bound.
+    scale for an input in FP8. Exactly 1.0 is what stands for a matrix of zeros. A scale that follows from the
+    manifest's amax needs no bound. `check_fp8` looks at the scales of weights in FP8.
     """
     recorded = recorded_scalars(subject)
     faults = []
     ranges: dict[str, list[float]] = {kind: [] for kind in LARGEST_AMAX}
-    for (module, part), value in subject.scalars.items():
+    scalars = {at: value for at, value in subject.scalars.items() if at[1] != "scales"}
+    for (module, part), value in scalars.items():
         name, kind = subject.sound[module].parts[part].name, _kind(part)
         if not math.isfinite(value) or value <= 0:
             faults.append(f"{name} is {value}")
@@ -79,7 +84,55 @@ def check_global_scales(subject: Subject) -> Finding:
         if recorded.get((module, part)) != value and not SMALLEST_AMAX <= amax <= LARGEST_AMAX[kind]:
             faults.append(f"{name} is {value:.6g}, which stands for an amax of {amax:.3g}")
     spans = [f"{kind} scales for amax {min(found):.3g} to {max(found):.3g}" for kind, found in ranges.items() if found]
-    return Finding(", ".join([_matrices(len(subject.sound)), counted(len(subject.scalars), "scale"), *spans]), faults)
+    modules = {module for module, _ in scalars}
+    return Finding(", ".join([_matrices(len(modules)), counted(len(scalars), "scale"), *spans]), faults)
+
+
+def check_fp8(subject: Subject) -> Finding:
+    """No FP8 code is a NaN (0x7F, 0xFF). Every scale of a row, or of a matrix, is finite, above zero, and stands for an
+    amax (448 * scale) that is recorded or plausible.
+
+    Codes of a checkpoint on the Hub are not read.
+    """
+    faults = [fault for module in subject.fp8 for fault in _wrong_fp8_scales(subject, module)]
+    if not subject.is_remote:
+        names = [matrix.parts["codes"].name for matrix in subject.fp8.values()]
+        found = map_in_threads(lambda name: _nan_codes(subject, name), names, subject.progress, "reading FP8 codes")
+        faults += [fault for one in found for fault in one]
+    codes = sum(matrix.rows * matrix.cols for matrix in subject.fp8.values())
+    scales = sum(scales.numel() for scales in subject.fp8_scales.values())
+    looked_at = f"{_matrices(len(subject.fp8))}, {counted(scales, 'scale')}, {counted(codes, 'code')}"
+    return Finding(f"{looked_at} {NOT_READ}" if subject.is_remote else looked_at, faults)
+
+
+def _wrong_fp8_scales(subject: Subject, module: str) -> Iterator[str]:
+    scales = subject.fp8_scales[module]
+    name = subject.sound[module].parts["scales"].name
+    most = max(torch.tensor(LARGEST_AMAX["weight"]) / E4M3_MAX, recorded_fp8_scale(subject, module))
+    wrong = (~(scales.isfinite() & (scales > 0) & (scales <= most))).nonzero().flatten()
+    if not len(wrong):
+        return
+    row = int(wrong[0])
+    value = float(scales[row])
+    is_amax = math.isfinite(value) and value > 0
+    words = f"{value:.6g}" + (f", which stands for an amax of {E4M3_MAX * value:.3g}" if is_amax else "")
+    if len(scales) == 1:
+        yield f"{name} is {words}"
+    else:
+        yield f"{name}: {len(wrong):,} of {len(scales):,} scales cannot be right (first at row {row}: {words})"
+
+
+def _nan_codes(subject: Subject, name: str) -> list[str]:
+    count, first = 0, ""
+    cols = subject.infos[name].shape[1]
+    for begin, piece in pieces(subject.checkpoint, name):
+        found = sum(piece.count(byte) for byte in FP8_NANS)
+        if found and not count:
+            at = min(at for byte in FP8_NANS if (at := piece.find(byte)) >= 0)
+            row, column = divmod(begin + at, cols)
+            first = f"first at row {row}, column {column}: byte 0x{piece[at]:02X}"
+        count += found
+    return [f"{name}: {counted(count, 'NaN code')} ({first})"] if count else []
 
 
 def _kind(part: Part) -> str:
@@ -98,7 +151,8 @@ def check_fused_groups(subject: Subject) -> Finding:
             values = {m: subject.scalars[m, part] for m in group.members if (m, part) in subject.scalars}
             if len(set(map(repr, values.values()))) > 1:
                 listed = ", ".join(f"{module.rpartition('.')[2]} {value!r}" for module, value in values.items())
-                faults.append(f"{group.name}: {_kind(part)} global scales differ: {listed}")
+                kind = f"{_kind(part)} global" if part in GLOBAL_SCALES else _kind(part)
+                faults.append(f"{group.name}: {kind} scales differ: {listed}")
     quantized = {subject.fusions.name(module) for module in subject.matrices}
     for name in subject.roles:
         is_matrix = name.endswith(".weight") and len(subject.infos[name].shape) > 1

@@ -12,6 +12,7 @@ from .report import Check, Finding, Report, not_read
 from .subject import Subject, open_subject
 
 STAGE = "structure"
+FP8_CHECK = "fp8"  # only where a matrix is in FP8
 # In the order in which they are worth reading: what stands first explains what fails further down.
 ALONE: dict[str, Callable[[Subject], Finding]] = {
     "index": files.check_index,
@@ -24,6 +25,7 @@ ALONE: dict[str, Callable[[Subject], Finding]] = {
     "tokenizer": tokenizer.check_tokenizer,
     "unquantized": architecture.check_unquantized,
     "block_scales": scales.check_block_scales,
+    FP8_CHECK: scales.check_fp8,
     "global_scales": scales.check_global_scales,
     "fused_groups": scales.check_fused_groups,
     "marlin": scales.check_marlin,
@@ -64,6 +66,8 @@ def structure_checks(subject: Subject, source: Checkpoint | None) -> Iterator[Ch
     if not headers.passed:
         return
     for name, check in ALONE.items():
+        if name == FP8_CHECK and all(matrix.scheme.has_block_scales for matrix in subject.matrices.values()):
+            continue
         yield Check(STAGE, name, check(subject))
     if source is not None:
         for name, compare in AGAINST.items():

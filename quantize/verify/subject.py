@@ -25,7 +25,7 @@ from ..checkpoint.shard_bytes import LocalBytes, ShardBytes
 from ..checkpoint.sidefiles import side_files
 from ..checkpoint.source import Checkpoint, read_json
 from ..errors import InputError
-from ..format.declared import MIXED_ALGORITHM, REFUSED, scheme_of_algorithm, scheme_of_group
+from ..format.declared import FP8_CALIBRATED, MIXED_ALGORITHM, REFUSED, scheme_of_algorithm, scheme_of_group
 from ..format.layouts import COMPRESSED_TENSORS, LAYOUTS, Layout
 from ..format.marlin import scale_histogram
 from ..format.schemes import SCHEMES, Part
@@ -201,6 +201,18 @@ class Subject:
         return histogram
 
     @cached_property
+    def fp8(self) -> dict[str, StoredMatrix]:
+        """The sound matrices in FP8: those without block scales."""
+        return {module: matrix for module, matrix in self.sound.items() if not matrix.scheme.has_block_scales}
+
+    @cached_property
+    def fp8_scales(self) -> dict[str, Tensor]:
+        """The weight scales of the sound FP8 matrices as float32, one for each row or one, by module."""
+        names = [matrix.parts["scales"].name for matrix in self.fp8.values()]
+        values = map_in_threads(self.checkpoint.read, names, self.progress, "reading FP8 scales")
+        return {module: value.float().flatten() for module, value in zip(self.fp8, values, strict=True)}
+
+    @cached_property
     def manifest(self) -> Manifest | str | None:
         """nvquant_manifest.json, or a sentence on why it cannot be used, or None for another tool's output."""
         return read_manifest(self.folder)
@@ -269,11 +281,13 @@ def refuse_other_formats(subject: Subject) -> None:
             f"{_where(subject)} is quantized, but not to NVFP4 (quant_method {subject.method}): give an NVFP4 "
             f"checkpoint."
         )
-    other = next((name for name, info in subject.infos.items() if _is_fp8_weight(name, info)), None)
     unknown = [declared for declared in _declared(subject.quantization) if declared not in (*SCHEMES, REFUSED)]
-    if other is not None and unknown:
+    fp8 = [name for name, info in subject.infos.items() if _is_fp8_weight(name, info)]
+    # FP8 matrices that store no input scale, under a config that calls for one, fail the check `config`.
+    is_known = set(unknown) <= {FP8_CALIBRATED} and all(module_of(name) in subject.sound for name in fp8)
+    if fp8 and unknown and not is_known:
         raise InputError(
-            f"{_where(subject)} mixes NVFP4 with other formats ({other} is F8_E4M3, and the config declares "
+            f"{_where(subject)} mixes NVFP4 with other formats ({fp8[0]} is F8_E4M3, and the config declares "
             f"{unknown[0]}), which verify does not support: give a checkpoint in {', '.join(SCHEMES)} alone."
         )
 

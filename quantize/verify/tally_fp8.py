@@ -25,7 +25,7 @@ def tally_fp8(subject: Subject, source: Checkpoint, matrix: StoredMatrix, is_exa
     """
     tally = Tally()
     scales = subject.checkpoint.read(matrix.parts["scales"].name).float()
-    is_by_row = scales.numel() > 1
+    is_by_row = scales.ndim == 2
     height = max(1, READ_ELEMENTS // matrix.cols)
     for first in range(0, matrix.rows, height):
         rows = range(first, min(matrix.rows, first + height))

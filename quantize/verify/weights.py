@@ -40,9 +40,10 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     """Check that every quantized matrix is its source's: the nearest code to every element, or errors within limits.
 
     For nvquant's rtn and mse, each element is the nearest E2M1 value under its stored scale, or the largest where it
-    is clipped. Each block scale is rtn's own, or among mse's candidates. Each group's amax is that of the manifest. For
-    others, the relative RMSE is at most 0.25 and the least-squares gain 0.9 to 1.1, of the matrix and of 99 % of its
-    blocks.
+    is clipped. Each block scale is rtn's own, or among mse's candidates. For FP8, each element is the nearest E4M3
+    value, and each row scale is amax / 448. Each group's amax is that of the manifest. For others, the relative RMSE is
+    at most 0.25 and the least-squares gain 0.9 to 1.1, of the matrix and of 99 % of its blocks. In FP8, the relative
+    RMSE is at most 0.08, of the matrix and of its rows.
     """
     infos = source.infos()
     quantizer = own_quantizer(subject)
@@ -149,12 +150,21 @@ def _bound_faults(matrix: StoredMatrix, tally: Tally) -> list[str]:
             f"{matrix.module}: relative RMSE {rmse:.3g} and gain {gain:.3g}, the limits are {limit} and "
             f"{GAIN_LIMITS[0]} to {GAIN_LIMITS[1]}"
         )
-    elif tally.poor_blocks > most_poor_blocks(tally.blocks):
+    elif matrix.scheme.has_block_scales and tally.poor_blocks > most_poor_blocks(tally.blocks):
         faults.append(
             f"{matrix.module}: {tally.poor_blocks:,} of {tally.blocks:,} blocks exceed the limits of error and gain, "
             f"more than 1 %"
         )
+    elif not matrix.scheme.has_block_scales and tally.poor_blocks > _most_poor_in_rows(matrix, tally):
+        rows = tally.poor_blocks * BLOCK // matrix.cols
+        faults.append(f"{matrix.module}: {rows:,} of {matrix.rows:,} rows exceed the limit of error {limit}")
     return faults
+
+
+def _most_poor_in_rows(matrix: StoredMatrix, tally: Tally) -> float:
+    """The number of blocks in rows of a sound FP8 matrix that may exceed the limit. None under a scale of each row,
+    because E4M3 is then near to every element that matters in its row. Under one scale, small rows lose bits."""
+    return most_poor_blocks(tally.blocks) if "scales" in matrix.scheme.shared else 0
 
 
 def _amax_faults(subject: Subject, amaxes: dict[str, float]) -> list[str]:

@@ -131,15 +131,19 @@ def _matrix(module: str, tensors: Mapping[str, TensorInfo], layout: Layout) -> S
 
 
 def _scheme_of(tensors: Mapping[str, TensorInfo], layout: Layout) -> Scheme:
-    """The scheme of the most tensors: its codes have the right dtype, and the other names fit it."""
+    """The scheme that the most tensors fit by name and dtype, and that misses the fewest."""
 
-    def fit(scheme: Scheme) -> tuple[bool, int, int]:
+    def fit(scheme: Scheme) -> tuple[int, int, int]:
         names, specs = layout.suffixes(scheme), scheme.parts(1, scheme.divides)
-        has_codes = names["codes"] in tensors and tensors[names["codes"]].dtype == specs["codes"].dtype
-        wanted = {names[part] for part in specs}
-        return has_codes, len(wanted & set(tensors)), -len(wanted - set(tensors))
+        present = {part: tensors[names[part]].dtype for part in specs if names[part] in tensors}
+        fitting = sum(_is_dtype(scheme, part, dtype, specs[part]) for part, dtype in present.items())
+        return fitting, len(present), -len(specs)
 
     return max(layout.schemes.values(), key=fit)
+
+
+def _is_dtype(scheme: Scheme, part: Part, dtype: str, spec: PartSpec) -> bool:
+    return dtype == spec.dtype or (part != "codes" and dtype in scheme.scale_dtypes)
 
 
 def _strangers(tensors: Iterable[str], expected: Iterable[str]) -> list[str]:
@@ -157,7 +161,7 @@ def _wrong_dtypes(parts: Mapping[Part, TensorInfo], scheme: Scheme) -> list[str]
     return [
         f"{info.name} is {info.dtype}, not {specs[part].dtype}"
         for part, info in parts.items()
-        if info.dtype != specs[part].dtype and not (info.dtype in scheme.scale_dtypes and part != "codes")
+        if not _is_dtype(scheme, part, info.dtype, specs[part])
     ]
 
 
@@ -171,8 +175,8 @@ def _wrong_shapes(parts: Mapping[Part, TensorInfo], scheme: Scheme) -> list[str]
     scales = parts.get("scales")
     if codes is not None and scales is not None and specs["scales"].shape and scales.shape != specs["scales"].shape:
         faults.append(
-            f"{scales.name} has shape {list(scales.shape)}, not {list(specs['scales'].shape)} as the packed "
-            f"{list(codes.shape)} requires"
+            f"{scales.name} has shape {list(scales.shape)}, not {list(specs['scales'].shape)} as codes of "
+            f"{list(codes.shape)} require"
         )
     return faults + _wrong_scalars(parts, specs)
 

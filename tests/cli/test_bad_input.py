@@ -114,7 +114,7 @@ def test_a_file_in_place_of_a_folder(refused: Refused, model: Path) -> None:
 def test_an_unknown_recipe_names_those_that_ship(refused: Refused, model: Path) -> None:
     sentence = refused(2, model, "--recipe", "nvfp5")
     assert "recipe 'nvfp5' does not exist" in sentence
-    assert "nvfp4, nvfp4-a16, nvfp4-full" in sentence
+    assert "nvfp4, nvfp4-a16, nvfp4-fp8, nvfp4-full" in sentence
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,16 @@ def test_an_unknown_recipe_names_those_that_ship(refused: Refused, model: Path) 
         ("name: own\nquantize:\n  - modules: [mlp]\n    scheme: fp5\n", "own.yaml:4: key 'quantize.0.scheme'"),
         ("name: own\nquantize:\n  - modules: [nothing]\n    scheme: nvfp4\n", "'nothing' matches no matrix"),
         ("name: own\nquantize:\n  - modules: ['re:.*gate_proj']\n    scheme: nvfp4\n", "which vLLM fuses with it"),
+        (
+            "name: own\nquantize:\n  - modules: [mlp]\n    scheme: nvfp4\n"
+            "  - modules: ['re:.*gate_proj']\n    scheme: fp8\n",
+            "'re:.*gate_proj' matches model.layers.0.mlp.gate_proj, which an earlier entry already quantizes",
+        ),
+        (
+            "name: own\nquantize:\n  - modules: ['re:.*q_proj']\n    scheme: fp8\n"
+            "  - modules: ['re:.*(k|v)_proj']\n    scheme: nvfp4\n",
+            "have different schemes, but vLLM fuses them: give them the same scheme",
+        ),
         ("name: own\nquantize: [", "own.yaml:2: the text is not YAML"),
         (
             "name: own\nquantizer: gptq\nquantize:\n  - modules: [mlp]\n    scheme: nvfp4\n",

@@ -17,15 +17,20 @@ from nvquant.cli.main import cli
 from nvquant.convert.config import output_configs
 from nvquant.convert.relayout import HF_QUANT_CONFIG, RelayoutResult, relayout
 from nvquant.errors import InputError
-from nvquant.format.layouts import LAYOUTS
+from nvquant.format.layouts import GLOBAL_SCALES, LAYOUTS
+from nvquant.format.schemes import NVFP4
+from nvquant.recipe.schema import QuantizeEntry, Recipe
 from nvquant.stream.manifest import MANIFEST_NAME
+from nvquant.verify.structure import verify_structure
 from safetensors.torch import load_file, save_file
+from support.commands import run_command
 from support.conversions import (
     COMPRESSED_TENSORS,
     MODELOPT,
     Conversions,
     TinyModels,
     contents,
+    converted,
     edit_config,
     planned,
     raw,
@@ -109,19 +114,19 @@ def test_another_tools_checkpoint_keeps_its_bytes_and_has_its_scalars_inverted(
 ) -> None:
     source = foreign(conversions("llama", layout=layout), tmp_path / "source")
     result = laid_out(source, OTHER[layout], tmp_path / "out")
-    ours, theirs = LAYOUTS[layout], LAYOUTS[OTHER[layout]]
+    ours, theirs = (LAYOUTS[name].suffixes(NVFP4) for name in (layout, OTHER[layout]))
+    parts = {leaf: part for part, leaf in ours.items()}
     before, after = tensors_in(source), tensors_in(tmp_path / "out")
     assert len(before) == len(after)
     for name, tensor in before.items():
         module, _, leaf = name.rpartition(".")
-        is_matrix = f"{module}.{ours.weight_global}" in before
-        at = ours.suffixes.index(leaf) if is_matrix and leaf in ours.suffixes else -1
-        new = after[f"{module}.{theirs.suffixes[at]}" if at >= 0 else name]
-        if at < 2:
-            assert raw(new) == raw(tensor), name
-        else:
-            assert new.shape == theirs.scalar_shape
+        part = parts.get(leaf) if f"{module}.{ours['weight_global']}" in before else None
+        new = after[f"{module}.{theirs[part]}" if part else name]
+        if part in GLOBAL_SCALES:
+            assert new.shape == LAYOUTS[OTHER[layout]].scalar_shape
             assert abs(float(new.double() * tensor.double()) - 1) <= 2**-21, name
+        else:
+            assert raw(new) == raw(tensor), name
     assert result.scalars == "reciprocal"
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
 
@@ -201,11 +206,6 @@ def test_a_manifest_that_contradicts_a_scalar_is_refused_and_its_absence_is_not(
     assert laid_out(source, MODELOPT, tmp_path / "out").scalars == "reciprocal"
 
 
-def _drop_input_scale(tensors: dict[str, Tensor]) -> None:
-    for module in (GATE, UP):
-        del tensors[f"{module}.input_global_scale"]
-
-
 def _other_quantization(tensors: dict[str, Tensor]) -> None:
     tensors["model.layers.1.mlp.down_proj.pre_quant_scale"] = torch.ones(128)
 
@@ -230,14 +230,14 @@ def _narrow_scales(tensors: dict[str, Tensor]) -> None:
 
 
 def _both_layouts(tensors: dict[str, Tensor]) -> None:
-    for old, new in zip(LAYOUTS[COMPRESSED_TENSORS].suffixes, LAYOUTS[MODELOPT].suffixes, strict=True):
-        tensors[f"{GATE}.{new}"] = tensors.pop(f"{GATE}.{old}")
+    theirs = LAYOUTS[MODELOPT].suffixes(NVFP4)
+    for part, leaf in LAYOUTS[COMPRESSED_TENSORS].suffixes(NVFP4).items():
+        tensors[f"{GATE}.{theirs[part]}"] = tensors.pop(f"{GATE}.{leaf}")
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_drop_input_scale, "mixes W4A4 and weight-only matrices"),
         (_other_quantization, r"pre_quant_scale \(F32\) belongs to another quantization"),
         (_fp8_matrix, r"gate_proj.weight \(F8_E4M3\) belongs to another quantization"),
         (_quantized_head, r"lm_head in NVFP4 \(head\)"),
@@ -265,6 +265,70 @@ def test_what_is_no_nvfp4_checkpoint_is_refused_by_what_it_is(
         laid_out(fp8, MODELOPT, tmp_path / "out")
     with pytest.raises(InputError, match="is already in the modelopt layout"):
         laid_out(conversions("llama", layout=MODELOPT), MODELOPT, tmp_path / "out")
+
+
+MIXED = Recipe(
+    name="mixed",
+    quantize=(
+        QuantizeEntry(modules=("mlp",), scheme="nvfp4"),
+        QuantizeEntry(modules=("attention",), scheme="nvfp4-a16"),
+    ),
+)
+
+
+@pytest.mark.parametrize("layout", OTHER)
+@pytest.mark.parametrize("model", ["llama", "gemma4"])
+def test_a_mixture_of_both_nvfp4_schemes_is_carried_over(
+    tiny: TinyModels, tmp_path: Path, model: str, layout: str
+) -> None:
+    made, direct = (converted(tiny(model), tmp_path / name, MIXED, name, "mse") for name in (layout, OTHER[layout]))
+    result = laid_out(made, OTHER[layout], tmp_path / "out")
+    assert files_and_manifest(tmp_path / "out") == files_and_manifest(direct)
+    assert result.scalars == "exact"
+    laid_out(foreign(made, tmp_path / "foreign"), OTHER[layout], tmp_path / "by reciprocals")
+    assert failed(tmp_path / "by reciprocals", tiny(model)) == set()
+
+
+def failed(folder: Path, source: Path) -> set[str]:
+    return {check.name for check in verify_structure(folder, source).checks if not check.passed}
+
+
+FORMS = {
+    COMPRESSED_TENSORS: "a scale for each row and dynamic inputs",
+    MODELOPT: "one scale and calibrated inputs",
+}
+
+
+@pytest.mark.parametrize("layout", OTHER)
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_fp8_is_refused_with_the_form_that_the_other_layout_lacks(
+    conversions: Conversions, tmp_path: Path, layout: str, is_ours: bool
+) -> None:
+    source = conversions("llama", "nvfp4-fp8", layout)
+    source = source if is_ours else merged(foreign(source, tmp_path / "source"), _scales_in_bf16)
+    with pytest.raises(InputError) as caught:
+        laid_out(source, OTHER[layout], tmp_path / "out")
+    assert str(caught.value) == (
+        f"{source} stores model.layers.0.self_attn.k_proj and 11 more in FP8 W8A8 with {FORMS[layout]}, which the "
+        f"{OTHER[layout]} layout cannot express: convert the source again with --format {OTHER[layout]}."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def _scales_in_bf16(tensors: dict[str, Tensor]) -> None:
+    """As other tools store them."""
+    for name, tensor in tensors.items():
+        if "self_attn" in name and name.endswith("_scale"):
+            tensors[name] = tensor.bfloat16()
+
+
+def test_the_command_refuses_fp8_with_exit_code_2(
+    conversions: Conversions, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = conversions("llama", "nvfp4-fp8")
+    ended = run_command(capfd, "relayout", source, "--format", MODELOPT, "-o", tmp_path / "out")
+    assert (ended.code, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines()[-1].endswith(f"convert the source again with --format {MODELOPT}.")
 
 
 def test_a_kv_cache_other_than_fp8_is_refused(conversions: Conversions, tmp_path: Path) -> None:

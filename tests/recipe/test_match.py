@@ -245,10 +245,30 @@ def test_schemes_that_differ_within_a_group_are_refused() -> None:
         f"recipe mine: {layer}gate_proj, {layer}up_proj have different schemes, but vLLM fuses them: "
         f"give them the same scheme."
     )
+    q, k, v = (f"model.layers.0.{leaf}" for leaf in (Q, K, V))
+    message = refused(own((q, "fp8"), ([k, v], "nvfp4")), plain(1))
+    assert message == (
+        f"recipe mine: {q}, {k}, {v} have different schemes, but vLLM fuses them: give them the same scheme."
+    )
     mixed = own(("mlp", "nvfp4"), ("attention", "nvfp4-a16"))
     schemes = select(mixed, infos(plain()), "m", {}).schemes
     assert {scheme for module, scheme in schemes.items() if ".mlp." in module} == {"nvfp4"}
     assert {scheme for module, scheme in schemes.items() if ".self_attn." in module} == {"nvfp4-a16"}
+
+
+def test_a_second_entry_in_another_scheme_may_not_reach_into_the_first() -> None:
+    for pattern in (r"re:.*\.gate_proj$", "model.layers.0.mlp.gate_proj"):
+        assert refused(own(("mlp", "nvfp4"), (pattern, "fp8")), plain()) == (
+            f"recipe mine: '{pattern}' matches model.layers.0.mlp.gate_proj, which an earlier entry already quantizes: "
+            f"change one of the two patterns."
+        )
+
+
+def test_fp8_and_nvfp4_stand_side_by_side(tiny: Tiny) -> None:
+    schemes = chosen(load_recipe("nvfp4-fp8"), tiny("gemma4")).schemes
+    assert {scheme for module, scheme in schemes.items() if ".mlp." in module} == {"nvfp4"}
+    assert {scheme for module, scheme in schemes.items() if ".self_attn." in module} == {"fp8"}
+    assert len(schemes) == 41
 
 
 @pytest.mark.parametrize("cols", [72, 24, 8, 1])

@@ -223,3 +223,74 @@ def test_a_config_without_groups_or_lists_quantizes_nothing_by_name() -> None:
     assert compressed_tensors_verdict(f"{TEXT}.down_proj", {}) == UNQUANTIZED
     assert compressed_tensors_verdict(f"{TEXT}.down_proj", ct([], [])) == UNQUANTIZED
     assert modelopt_verdict(f"{TEXT}.down_proj", {"quant_algo": "NVFP4"}) == "NVFP4"
+
+
+# modelopt's list of modules (MIXED_PRECISION), compared with vLLM 0.32's `_resolve_quant_algo` on 4,000 random lists
+
+
+def mixed(listed: dict[str, Any], *exclude: str) -> dict[str, Any]:
+    layers = {name: {"quant_algo": entry} if isinstance(entry, str) else entry for name, entry in listed.items()}
+    return modelopt(*exclude) | {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+
+
+PLAIN = "model.layers.5.self_attn"
+
+
+@pytest.mark.parametrize(
+    ("listed", "verdict"),
+    [
+        (dict.fromkeys(of(PLAIN, "q", "k", "v"), "FP8"), "FP8"),
+        (dict.fromkeys(of(PLAIN, "q", "k"), "FP8"), "FP8"),  # v need not exist
+        ({**dict.fromkeys(of(PLAIN, "q", "k"), "FP8"), f"{PLAIN}.v_proj": "NVFP4"}, REFUSED),
+        ({f"{PLAIN}.qkv_proj": "NVFP4", f"{PLAIN}.q_proj": "FP8"}, "NVFP4"),  # its own name comes first
+        (dict.fromkeys(of(PLAIN, "q", "k", "v"), "fp8"), "FP8"),
+        (dict.fromkeys(of(PLAIN, "q", "k", "v"), "NVFP4_AWQ"), UNQUANTIZED),  # no algorithm of a linear layer
+        ({f"{PLAIN}.q_proj": {"group_size": 16}}, REFUSED),
+        ({f"{PLAIN}.q_proj": "FP8", f"{PLAIN}.k_proj": 8}, REFUSED),
+        (dict.fromkeys(of(PLAIN, "o"), "FP8"), UNQUANTIZED),
+        ({f"{PLAIN}.qkv_proj.linear": "FP8"}, "FP8"),  # a module below it
+        ({"model.layers.50.self_attn.q_proj": "FP8"}, UNQUANTIZED),
+        ({"re:.*self_attn.*": "FP8", "*self_attn*": "FP8"}, UNQUANTIZED),  # exact names only
+        ({}, REFUSED),
+    ],
+)
+def test_a_fused_layer_has_the_algorithm_of_its_listed_members(listed: dict[str, Any], verdict: str) -> None:
+    assert modelopt_verdict(f"{PLAIN}.qkv_proj", mixed(listed)) == verdict
+
+
+def test_members_are_looked_up_where_the_model_does_not_fuse_them_too() -> None:
+    listed = dict.fromkeys(of(PLAIN, "q", "k", "v"), "FP8")
+    assert modelopt_verdict(f"{PLAIN}.qkv_proj", mixed(listed), ()) == "FP8"
+    assert modelopt_verdict(f"{PLAIN}.qkvz_proj", mixed(listed), ()) == UNQUANTIZED
+    assert modelopt_verdict(f"{PLAIN}.qkvz_proj", mixed(listed), ("q_proj", "z_proj")) == "FP8"
+
+
+@pytest.mark.parametrize("prefix", [FULL, SERVED])
+def test_a_list_may_name_layers_as_either_class_does(prefix: str) -> None:
+    """The text-only class renames no `language_model.model.`, so only the name in the files is safe."""
+    listed = dict.fromkeys(of(prefix, "q", "k"), "FP8")
+    assert modelopt_verdict(f"{SERVED}.qkv_proj", mixed(listed)) == "FP8"
+    assert modelopt_verdict(f"{FULL}.qkv_proj", mixed(listed)) == ("FP8" if prefix == FULL else REFUSED)
+
+
+def test_members_listed_under_both_prefixes_must_agree() -> None:
+    both = {f"{FULL}.q_proj": "FP8", f"{SERVED}.k_proj": "NVFP4"}
+    assert modelopt_verdict(f"{SERVED}.qkv_proj", mixed(both)) == REFUSED
+
+
+def test_a_listed_head_is_found_under_every_name() -> None:
+    for layer in ("lm_head", "language_model.lm_head"):
+        assert modelopt_verdict(layer, mixed({"lm_head": "FP8"})) == "FP8"
+        assert modelopt_verdict(layer, mixed({f"{PLAIN}.o_proj": "FP8"})) == UNQUANTIZED
+
+
+def test_an_exclusion_comes_before_the_list() -> None:
+    listed = {f"{TEXT}.down_proj": "NVFP4"}
+    assert modelopt_verdict(f"{TEXT}.down_proj", mixed(listed)) == "NVFP4"
+    assert modelopt_verdict(f"{TEXT}.down_proj", mixed(listed, "*mlp.down_proj")) == UNQUANTIZED
+
+
+def test_a_listed_tower_is_quantized_and_one_algorithm_for_all_layers_spares_it() -> None:
+    for layer in ("vision_tower.encoder.layers.0.mlp.fc1", "vit_large_projector.fc1"):
+        assert modelopt_verdict(layer, mixed({layer: "FP8"})) == "FP8"
+        assert modelopt_verdict(layer, modelopt()) == UNQUANTIZED

@@ -206,7 +206,7 @@ def w4a4_config_of_a_weight_only_checkpoint(folder: Path) -> str:
 @fault("config")
 def strategy_that_servers_do_not_take_for_nvfp4(folder: Path) -> str:
     edit_ct(folder, lambda config: config["config_groups"]["group_0"]["weights"].update(strategy="group"))
-    return "config.json makes it not NVFP4"
+    return "config.json makes it another scheme"
 
 
 @fault("config")

@@ -14,7 +14,7 @@ from nvquant.verify.subject import open_subject
 from verify.breaking import LAYER, Tensors, edit_json, edit_tensors
 from verify.checkpoints import GOOD, Copy
 
-UP = f"{LAYER}.mlp.up_proj"
+UP, O_ = f"{LAYER}.mlp.up_proj", f"{LAYER}.self_attn.o_proj"
 # Name of the good checkpoint, what is done to its tensors, the check that fails, and its words.
 Edit = Callable[[Tensors], Any]
 LACKING: dict[str, tuple[str, Edit, str, str]] = {
@@ -28,6 +28,14 @@ LACKING: dict[str, tuple[str, Edit, str, str]] = {
         lambda t: [t.pop(name) for name in list(t) if name.endswith("input_scale")],
         "complete",
         "lacks input_scale, which its scheme NVFP4 W4A4 requires",
+    ),
+    "scales of rows": ("llama-fp8-ct", lambda t: t.pop(f"{O_}.weight_scale"), "matrices", f"{O_} lacks weight_scale"),
+    "one input scale of FP8": ("llama-fp8-mo", lambda t: t.pop(f"{O_}.input_scale"), "matrices", f"{O_} lacks input"),
+    "an FP8 matrix": (
+        "llama-fp8-mo",
+        lambda t: [t.pop(name) for name in list(t) if name.startswith(f"{O_}.")],
+        "complete",
+        f"{O_}.weight is not stored",
     ),
     "shape": ("llama-a16-ct", lambda t: setattr(t[f"{UP}.weight_scale"], "shape", [4, 128]), "matrices", "has shape"),
     "dtype": ("llama-a16-ct", lambda t: setattr(t[f"{UP}.weight_scale"], "dtype", "U8"), "matrices", "is U8"),

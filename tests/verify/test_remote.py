@@ -180,3 +180,15 @@ def test_a_folder_in_place_of_a_recorded_file_is_a_missing_file(good: Callable[[
     (copy / "notes").mkdir()
     (hashes,) = [check for check in verify_structure(copy).checks if check.name == "hashes"]
     assert list(hashes.finding.faults) == ["notes is in the manifest but missing"]
+
+
+def test_by_ranges_fp8_scales_are_read_and_codes_are_not(
+    hub: HubServer, good: Callable[[str], Path], tmp_path: Path
+) -> None:
+    hub.add("model", NAME, good("llama-fp8-ct"))
+    (check,) = [check for check in prove(by_ranges=True).checks if check.name == "fp8"]
+    assert check.passed
+    assert check.detail == "12 matrices, 576 scales, 36,864 codes not read from the Hub"
+    broken(good("llama-fp8-ct"), tmp_path, hub, "o_proj.weight_scale", -1.0)
+    (check,) = [check for check in prove(by_ranges=True).checks if check.name == "fp8"]
+    assert "64 of 64 scales cannot be right" in check.detail

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from nvquant.format.fp8 import quantize_rows
 from nvquant.verify.structure import verify_structure
 from safetensors.torch import load_file, save_file
 from support.conversions import converted
+from support.conversions import tensors_in as load_tensors
 from support.tiny_models import perturb, tiny_llama
-from verify.breaking import HF_QUANT_CONFIG, MANIFEST, Stored, Tensors, edit_ct, edit_json, edit_tensors
+from verify.breaking import HF_QUANT_CONFIG, MANIFEST, Stored, Tensors, bytes_of, edit_ct, edit_json, edit_tensors
 from verify.checkpoints import Copy
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -86,6 +88,43 @@ def test_a_layer_that_it_excludes_but_quantizes_fails(copy: Callable[[str], Copy
     with edit_json(made.folder / HF_QUANT_CONFIG) as config:
         config["quantization"]["exclude_modules"].append("model.layers.1*")
     assert list(failed(made.folder, made.source)) == ["config"]
+
+
+# FP8
+
+
+def round_to_bf16(tensors: Tensors, name: str) -> torch.Tensor:
+    """Store a scale as BF16, as llm-compressor and modelopt do. Returns its values."""
+    stored = tensors[name]
+    values = torch.frombuffer(stored.data, dtype=torch.float32).bfloat16()
+    stored.dtype, stored.data = "BF16", bytes_of(values)
+    return values.float()
+
+
+def test_scales_of_rows_in_bf16_pass(copy: Callable[[str], Copy]) -> None:
+    made = copy("llama-fp8-foreign")
+    source = load_tensors(made.source)
+    with edit_tensors(made.folder) as tensors:
+        for name in [name for name in tensors if name.endswith("self_attn.o_proj.weight_scale")]:
+            scales = round_to_bf16(tensors, name)
+            weight = name.removesuffix("_scale")
+            tensors[weight].data = bytes_of(quantize_rows(source[weight], scales[:, None]))
+    assert failed(made.folder, made.source) == {}
+    assert details(made.folder, made.source)["fp8"].startswith("12 matrices, 576 scales")
+
+
+def test_scalars_of_fp8_in_bf16_pass_in_either_shape(copy: Callable[[str], Copy]) -> None:
+    made = copy("llama-fp8-mo")
+    (made.folder / MANIFEST).unlink()
+    source = load_tensors(made.source)
+    with edit_tensors(made.folder) as tensors:
+        for name in [name for name in tensors if name.endswith("self_attn.o_proj.weight_scale")]:
+            scale = round_to_bf16(tensors, name)
+            round_to_bf16(tensors, name.replace("weight", "input"))
+            tensors[name].shape = [1]
+            weight = name.removesuffix("_scale")
+            tensors[weight].data = bytes_of(quantize_rows(source[weight], scale[0]))
+    assert failed(made.folder, made.source) == {}
 
 
 # Heads

@@ -33,10 +33,11 @@ def test_a_good_checkpoint_passes_every_check(name: str, copy: Callable[[str], C
     made = copy(name)
     report = verify_structure(made.folder, made.source)
     assert [check.detail for check in report.checks if not check.passed] == []
-    assert [check.name for check in report.checks] == ["headers", *ALONE, *AGAINST]
+    expected = [check for check in ALONE if check != "fp8" or "fp8" in name]
+    assert [check.name for check in report.checks] == ["headers", *expected, *AGAINST]
     alone = verify_structure(made.folder)
     assert alone.passed
-    assert [check.name for check in alone.checks] == ["headers", *ALONE]
+    assert [check.name for check in alone.checks] == ["headers", *expected]
 
 
 @pytest.mark.parametrize("name", ["llama-mo", "gemma4-ct", "gemma4-a16-mo"])
@@ -77,15 +78,16 @@ def test_every_check_has_a_fault_that_it_alone_finds() -> None:
     assert {name for fault in FAULTS for name in fault.fails} >= NEEDS_COMPANY
 
 
-# What these find shows elsewhere too: a bad scale does not decode to the source's weights, a side file that does not
-# parse is not the source's, what must not be quantized is no target of the config either, and neither a config that
-# does not fit its tensors nor a NaN was in the source.
+# What these find shows elsewhere too: a bad scale or code does not decode to the source's weights, a side file that
+# does not parse is not the source's, what must not be quantized is no target of the config either, and neither a config
+# that does not fit its tensors nor a NaN was in the source.
 NEEDS_COMPANY = {
     "architecture",
     "unquantized",
     "protected",
     "tokenizer",
     "block_scales",
+    "fp8",
     "global_scales",
     "fused_groups",
     "weight_scales",
@@ -150,6 +152,43 @@ def test_another_quantization_is_refused(copy: Callable[[str], Copy], models: di
         config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(InputError, match=r"is quantized, but not to NVFP4 \(quant_method gptq\)"):
         verify_structure(other)
+
+
+def _weight_only(folder: Path) -> None:
+    with edit_json(folder / "config.json") as config:
+        for group in config["quantization_config"]["config_groups"].values():
+            group["input_activations"] = None
+
+
+def _by_blocks(folder: Path) -> None:
+    blocks = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+    with edit_json(folder / "config.json") as config:
+        groups = config["quantization_config"]["config_groups"].values()
+        next(group for group in groups if group["weights"]["num_bits"] == 8)["weights"] = blocks
+
+
+def _by_channel(folder: Path) -> None:
+    for name, key in (("config.json", "quantization_config"), ("hf_quant_config.json", "quantization")):
+        with edit_json(folder / name) as config:
+            for entry in config[key]["quantized_layers"].values():
+                entry["quant_algo"] = entry["quant_algo"].replace("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "declared"),
+    [
+        ("llama-fp8-foreign", _weight_only, "another scheme"),
+        ("llama-fp8-foreign", _by_blocks, "another scheme"),
+        ("llama-fp8-mo", _by_channel, "FP8_PER_CHANNEL_PER_TOKEN"),
+    ],
+)
+def test_forms_of_fp8_that_verify_does_not_read_are_refused(
+    name: str, edit: Callable[[Path], None], declared: str, copy: Callable[[str], Copy]
+) -> None:
+    made = copy(name)
+    edit(made.folder)
+    with pytest.raises(InputError, match=rf"mixes NVFP4 with other formats .* declares {declared}\), which verify"):
+        verify_structure(made.folder)
 
 
 def test_a_quantized_source_is_refused(copy: Callable[[str], Copy]) -> None:

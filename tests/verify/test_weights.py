@@ -82,7 +82,7 @@ def test_errors_are_those_of_the_decoded_matrix(
     for module, matrix in subject.sound.items():
         tally = tally_matrix(subject, source, matrix, None)
         weight = source.read(f"{module}.weight").double()
-        packed, scales = (subject.checkpoint.read(matrix.parts[part].name) for part in ("packed", "scales"))
+        packed, scales = (subject.checkpoint.read(matrix.parts[part].name) for part in ("codes", "scales"))
         decoded = dequantize_blocks(packed, scales, subject.divisor(module)).double()
         assert tally.relative_rmse == pytest.approx(float((decoded - weight).norm() / weight.norm()), rel=1e-5)
         assert tally.gain == pytest.approx(float((decoded * weight).sum() / weight.square().sum()), rel=1e-5)

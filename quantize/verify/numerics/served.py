@@ -2,6 +2,7 @@
 
 This module treats a fused group's global scales as a server does. Of several divisors it keeps the largest, of several
 multipliers likewise, and reads every member by that one (vLLM 0.33, compressed_tensors_w4a4_nvfp4.py and modelopt.py).
+FP8 members are quantized again under it.
 In a good checkpoint they are equal.
 """
 
@@ -19,6 +20,7 @@ from ...checkpoint.headers import Header, TensorInfo
 from ...checkpoint.source import Checkpoint
 from ...errors import InputError
 from ...format.constants import BLOCK, E4M3_MAX
+from ...format.fp8 import quantize_rows
 from ...format.marlin import flushed_bytes
 from ...format.schemes import Arithmetic, Part, Scheme, arithmetics_of, rounds_inputs
 from ...recipe.decoder import decoder_prefix, layer_count, layer_index
@@ -154,6 +156,8 @@ class ServedModel:
         tensors = {name: tensor for name, tensor in stored.items() if name not in parts}
         for module, served in matrices.items():
             read = {part: stored[served.matrix.parts[part].name] for part in BULK if part in served.matrix.parts}
+            if "scales" in served.scalars:
+                read["codes"] = requantized(read["codes"], read["scales"], served.scalars["scales"])
             tensors[f"{module}.weight"] = served.scheme.decode({**read, **served.scalars}, dtype)
         return tensors
 
@@ -171,6 +175,17 @@ class ServedModel:
             lost = served.flushed.to(scales.device)[scales.int()].unsqueeze(-1)
             weight = decoded[f"{module}.weight"]
             weight.view(weight.shape[0], -1, BLOCK).masked_fill_(lost, 0)
+
+
+def requantized(codes: Tensor, own: Tensor, kept: Tensor) -> Tensor:
+    """FP8 codes under the one scale that a server keeps for a fused layer, rounded again where the matrix had another.
+
+    Source: vLLM 0.32.0, `requantize_with_max_scale`, which dequantizes to float16.
+    """
+    own, kept = own.float().reshape(()), kept.to(own.device)
+    if torch.equal(own, kept):
+        return codes
+    return quantize_rows((codes.half() * own).float(), kept)
 
 
 @dataclass

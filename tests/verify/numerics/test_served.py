@@ -134,6 +134,30 @@ def test_of_differing_input_scales_the_largest_as_stored_is_used(
         assert float(divisor) == pytest.approx(largest if name == "llama-ct" else 1 / largest)
 
 
+@pytest.mark.parametrize("name", ["llama-fp8-ct", "llama-fp8-mo"])
+def test_fp8_is_decoded_by_its_rows_or_its_scalar(name: str, copy: Callable[[str], Copy]) -> None:
+    made = copy(name)
+    found, stored = decoded(made.folder, "w4a4"), tensors_in(made.folder)
+    for leaf in "qkvo":
+        module = f"{LAYER}.self_attn.{leaf}_proj"
+        expected = stored[f"{module}.weight"].float() * stored[f"{module}.weight_scale"]
+        assert torch.equal(found[f"{module}.weight"], expected)
+
+
+def test_fused_fp8_under_unequal_scales_is_quantized_again_under_the_largest(copy: Callable[[str], Copy]) -> None:
+    """As vLLM 0.32 does (`requantize_with_max_scale`), which goes through float16."""
+    made = copy("llama-fp8-mo")
+    modules = [f"{LAYER}.self_attn.{leaf}_proj" for leaf in "qkv"]
+    change_scalar(made.folder, [f"{modules[0]}.weight_scale"], lambda scale: scale * 3)
+    found, stored = decoded(made.folder, "w4a4"), tensors_in(made.folder)
+    largest = max(stored[f"{module}.weight_scale"] for module in modules)
+    for module in modules:
+        dequantized = stored[f"{module}.weight"].half() * stored[f"{module}.weight_scale"]
+        again = (dequantized.float() / largest).to(torch.float8_e4m3fn).float() * largest
+        assert torch.equal(found[f"{module}.weight"], again)
+        assert torch.equal(again, stored[f"{module}.weight"].float() * largest) == (module == modules[0])
+
+
 def test_decoded_matrices_are_those_of_the_formats_definition(copy: Callable[[str], Copy]) -> None:
     made = copy("llama-ct")
     found = decoded(made.folder, "w4a4")
