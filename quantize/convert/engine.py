@@ -30,8 +30,9 @@ from ..stream.manifest import GroupRecord, LayerRecord, ShardRecord
 from ..stream.memory import give_back_free_memory, telling_of_full_gpu
 from ..stream.reading import LayerReader, LoadedLayer
 from ..stream.trace import Trace
-from ..stream.writing import ShardWriter, copy_shard
+from ..stream.writing import YIELD_SECONDS, ShardWriter, copy_shard
 from .budget import hidden_budget
+from .head import HeadMaker, head_maker
 from .journal import Journal
 from .matrices import (
     group_scalars,
@@ -75,6 +76,7 @@ class Engine:
         self._index = {layer: at for at, layer in enumerate(self._shards)}
         self._lockstep = options.ranks  # those that go through a layer together
         self._sequences = [0]
+        self._head: HeadMaker | None = None
         self._given_up = threading.Event()
 
     def run(self, calibration: CalibrationSet | None) -> None:
@@ -92,6 +94,8 @@ class Engine:
             layers = [layer for layer in self._shards if todo and start <= layer <= todo[-1]]
         self._watch.begin(len(self._shards), len(self._shards) - len(todo))
         rest = self._to_copy()
+        with self._ranks.step():
+            self._head = head_maker(self._plan, rest, self._quantizer, self._device)
         source = self._plan.source
         source.begin(self._reading_order(layers, rest, calibration is not None))
         self._watch.follow_downloads(source.content.fetched)
@@ -133,9 +137,11 @@ class Engine:
         source.content.end()
 
     def _to_copy(self) -> list[PlannedShard]:
-        """This rank's share of the shards that contain nothing quantized and are not done."""
+        """This rank's share of the shards around the layers that are not done. The head comes first, because what is
+        read for it is also copied."""
         rest = [shard for shard in self._plan.shards if shard.layer is None]
-        return [shard for at, shard in enumerate(rest) if shard.file not in self._done and self._ranks.owns(at)]
+        mine = [shard for at, shard in enumerate(rest) if shard.file not in self._done and self._ranks.owns(at)]
+        return sorted(mine, key=lambda shard: not shard.is_head)
 
     def _reading_order(self, layers: list[int], rest: list[PlannedShard], is_calibrated: bool) -> ReadingOrder:
         """The tensors that this run reads from the source, in the order of reading."""
@@ -147,16 +153,20 @@ class Engine:
             for name in plan.source.files
             if name.startswith(root) and plan.layer_of(name) is None and plan.selection.roles[name] is not Role.DRAFT
         }
+        if not (is_calibrated and layers):
+            outer = set()
+        if self._head is not None:
+            outer.add(self._head.matrix.tensor)  # is read for its amax too
         written = {}
-        for shard in plan.shards if is_calibrated else ():
-            if shard.layer is None and shard.file in self._done:
+        for shard in plan.shards if is_calibrated or outer else ():
+            if shard.layer is None and not shard.is_head and shard.file in self._done:
                 path = self._journal.partial / shard.file
                 copied = read_header(path).tensors
                 written.update({plan.origins[name].source: (path, info) for name, info in copied.items()})
         return ReadingOrder(
             [by_layer[layer] for layer in layers],
             [plan.origins[entry.name].source for shard in rest for entry in shard.entries],
-            frozenset(outer) if is_calibrated and layers else frozenset(),
+            frozenset(outer),
             written,
             self._journal.folder / SPOOL_FOLDER,
         )
@@ -321,6 +331,10 @@ class Engine:
                 raise InputError("the run has ended.")
 
         with self._trace.span("copy", shard.file):
+            if self._head is not None and shard.is_head:
+                head = self._head.write(self._journal.partial, lambda: let_reading_go_first(YIELD_SECONDS))
+                self._journal.note(shard, head[0], None, head[1])
+                return
             digest = copy_shard(self._plan.source, self._plan, self._journal.partial, shard, let_reading_go_first)
             self._note(shard, digest, None)
         for entry in shard.entries:
