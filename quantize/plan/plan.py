@@ -203,14 +203,14 @@ def _outputs(
     embedding = selection.head.tensor if selection.head is not None and selection.head.is_embedding else None
     expected = 0
     for name, info in infos.items():
+        if name not in by_tensor or name == embedding:
+            expected += 1
+            origins[name], entries[name] = Origin(name), TensorEntry(name, info.dtype, info.shape)
         for matrix in by_tensor.get(name, ()):
             parts = matrix_entries(matrix, layout)
             expected += len(parts)
             for part, entry in parts.items():
                 origins[entry.name], entries[entry.name] = Origin(name, part, matrix.name), entry
-        if name not in by_tensor or name == embedding:
-            expected += 1
-            origins[name], entries[name] = Origin(name), TensorEntry(name, info.dtype, info.shape)
     if len(entries) != expected:
         raise InputError(
             "the source stores tensors under names that the output requires for scales: choose a source that is not "
