@@ -144,7 +144,9 @@ def test_a_served_quantized_head_gives_each_token_the_likelihood_of_the_emulatio
     emulated = token_logprobs(load_emulation(checkpoint), prompt_ids)
     differences = [abs(got - expected) for got, expected in zip(served, emulated, strict=True)]
     assert mean(differences) < 0.1
-    assert max(differences) < 0.5
+    # Rounding the head's inputs to FP8 turns the noise of BF16 into larger steps: in the emulation alone, BF16 outputs
+    # of every module change a token by up to 0.47 nat (mean 0.060) with it, and by 0.12 (mean 0.026) without.
+    assert max(differences) < (1.0 if head == "fp8" else 0.5)
     assert_close(served, source_logprobs, nll=0.3, least_correlation=0.95)
 
 
