@@ -94,8 +94,9 @@ class Engine:
             layers = [layer for layer in self._shards if todo and start <= layer <= todo[-1]]
         self._watch.begin(len(self._shards), len(self._shards) - len(todo))
         rest = self._to_copy()
-        with self._ranks.step():
-            self._head = head_maker(self._plan, rest, self._quantizer, self._device)
+        if self._plan.head is not None:
+            with self._ranks.step():
+                self._head = head_maker(self._plan, rest, self._quantizer, self._device)
         source = self._plan.source
         source.begin(self._reading_order(layers, rest, calibration is not None))
         self._watch.follow_downloads(source.content.fetched)
