@@ -29,7 +29,7 @@ from ..quantizers.base import Quantizer
 from ..recipe.groups import FusedGroup
 from ..recipe.matrices import Matrix, matrix_entries
 from ..stream.manifest import GroupRecord, HeadRecord
-from .matrices import group_scalars, is_scalar
+from .matrices import group_scalars
 
 
 def check_head(plan: Plan) -> None:
@@ -92,6 +92,24 @@ def head_maker(
     return HeadMaker(plan, plan.head, shard, quantizer, device, input_bound(plan))
 
 
+@dataclass
+class _Kept:
+    """The bytes of a part, strip by strip.
+
+    Attributes:
+        data: uint8, of the complete part.
+    """
+
+    data: Tensor
+    filled: int = 0
+
+    def add(self, tensor: Tensor) -> None:
+        """Append the bytes of the next strip's part, which is on the CPU."""
+        piece = tensor.contiguous().view(torch.uint8).flatten()
+        self.data[self.filled : self.filled + len(piece)] = piece
+        self.filled += len(piece)
+
+
 @dataclass(frozen=True)
 class HeadMaker:
     """Makes the head's shard.
@@ -130,19 +148,21 @@ class HeadMaker:
         group = FusedGroup(matrix.name, (matrix.name,))
         scalars = group_scalars(plan, group, GroupRecord(**facts), self.quantizer)
         parts = {entry.name: part for part, entry in matrix_entries(matrix, plan.layout).items()}
-        kept = self._before_codes(parts, amax, between)
+        kept = {
+            parts[entry.name]: _Kept(torch.empty(entry.nbytes, dtype=torch.uint8))
+            for entry in self.shard.entries
+            if entry.name not in scalars and parts[entry.name] != "codes"
+        }
+        self._fill_before_codes(parts, kept, amax, between)
         histogram = torch.zeros(256, dtype=torch.int64)
 
         def codes() -> Iterator[memoryview]:
-            later: dict[Part, list[Tensor]] = {}
             for strip in self._quantized(amax, between):
                 if matrix.scheme.has_block_scales:
                     histogram.add_(scale_histogram(strip["scales"]))
-                for part, tensor in strip.items():
-                    if part != "codes" and part not in kept:
-                        later.setdefault(part, []).append(tensor)
+                for part in kept:
+                    kept[part].add(strip[part])
                 yield tensor_bytes(strip["codes"].view(torch.uint8))
-            kept.update({part: torch.cat([t.view(torch.uint8) for t in found]) for part, found in later.items()})
 
         def contents(entry: TensorEntry) -> Iterator[memoryview]:
             if entry.name in scalars:
@@ -150,22 +170,22 @@ class HeadMaker:
             elif parts[entry.name] == "codes":
                 yield from codes()
             else:
-                yield tensor_bytes(kept.pop(parts[entry.name]))
+                yield tensor_bytes(kept.pop(parts[entry.name]).data)
 
         digest = write_shard(folder / self.shard.file, self.shard.entries, contents)
         if matrix.scheme.has_block_scales:
             facts["marlin_flushed_blocks"] = count_flushed_blocks(histogram)
         return digest, HeadRecord(name=matrix.name, file=self.shard.file, group=GroupRecord(**facts))
 
-    def _before_codes(self, parts: Mapping[str, Part], amax: Tensor, between: Callable[[], None]) -> dict[Part, Tensor]:
-        """The parts with a value for each row or block that precede the codes in the file."""
-        order = [entry for entry in self.shard.entries if not is_scalar(parts[entry.name], entry)]
-        early = [parts[entry.name] for entry in order[: [parts[entry.name] for entry in order].index("codes")]]
-        found: dict[Part, list[Tensor]] = {part: [] for part in early}
+    def _fill_before_codes(
+        self, parts: Mapping[str, Part], kept: Mapping[Part, _Kept], amax: Tensor, between: Callable[[], None]
+    ) -> None:
+        """Fill the kept parts that precede the codes in the file, which requires a pass of their own."""
+        order = [parts[entry.name] for entry in self.shard.entries]
+        early = [part for part in order[: order.index("codes")] if part in kept]
         for strip in self._quantized(amax, between) if early else ():
             for part in early:
-                found[part].append(strip[part])
-        return {part: torch.cat([tensor.view(torch.uint8) for tensor in pieces]) for part, pieces in found.items()}
+                kept[part].add(strip[part])
 
     def _amax(self, between: Callable[[], None]) -> Tensor:
         """The largest magnitude of the head, float32 scalar on the device."""
