@@ -26,7 +26,7 @@ from ..format.schemes import Part
 from ..plan.plan import PlannedShard
 from ..quantizers import get_quantizer, quantizer_for
 from ..recipe.groups import FusedGroup, Fusions
-from ..recipe.heads import HeadSource, stored_head
+from ..recipe.heads import HeadSource, is_tied, stored_head
 from ..recipe.match import Selection, fusions_of
 from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import QUANTIZABLE, Role, describe, roles_of, unused_tensors
@@ -268,9 +268,8 @@ def _described(source: Checkpoint, matrices: Mapping[str, Matrix], target: Layou
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     unused = unused_tensors(config, shapes)
     roles = {**roles_of(shapes, config), **dict.fromkeys(unused, Role.OTHER)}
-    head = next(
-        (HeadSource(name, m.tensor, False) for name, m in matrices.items() if m.tensor == stored_head(shapes)), None
-    )
+    own = None if is_tied(config) else stored_head(shapes)
+    head = next((HeadSource(name, m.tensor, False) for name, m in matrices.items() if m.tensor == own), None)
     _refuse_others(source, matrices, roles, head)
     selection = Selection(schemes, fusions_of(shapes, config).groups(schemes), roles, unused, head)
     return QuantizedModel(target, selection, shapes, config, _kv_cache(source))
