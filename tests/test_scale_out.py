@@ -297,7 +297,9 @@ def test_scripts_are_sound(path: Path) -> None:
 
 def test_every_file_is_told_of_on_the_page() -> None:
     text = PAGE.read_text("utf-8")
-    assert {path.name for path in FOLDER.iterdir() if path.is_file()} == set(re.findall(r"\]\(scale-out/([^)]+)\)", text))
+    assert {path.name for path in FOLDER.iterdir() if path.is_file()} == set(
+        re.findall(r"\]\(scale-out/([^)]+)\)", text)
+    )
 
 
 def test_the_tables_on_the_page_are_the_programs() -> None:

@@ -269,9 +269,13 @@ def finish_batch(skeleton: Skeleton, batch: Tensor, hidden: Tensor) -> Tensor:
     Raises:
         InputError: the model computes between its layers.
     """
-    log = _run_chain(skeleton, batch, given=hidden)
-    finished: Tensor = log.output.last_hidden_state
+    finished: Tensor = output_after_layers(skeleton, batch, hidden).last_hidden_state
     return finished
+
+
+def output_after_layers(skeleton: Skeleton, batch: Tensor, hidden: Tensor) -> Any:
+    """The output of `skeleton.model` if its last decoder layer gives `hidden`. See `finish_batch`."""
+    return _run_chain(skeleton, batch, given=hidden).output
 
 
 def _placeholder_ids(skeleton: Skeleton) -> set[int]:

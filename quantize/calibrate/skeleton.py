@@ -83,7 +83,7 @@ def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype:
 
 
 def _assemble(source: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype) -> Skeleton:
-    full = _on_meta(source, dtype)
+    full = on_meta(source, dtype)
     full.eval().requires_grad_(False)
     decoder = full.get_decoder()
     container = prefix.rpartition(".")[2]
@@ -221,13 +221,17 @@ def embedding_rows(source: Checkpoint) -> int | None:
     """Rows of the token embedding that the model's class builds from config.json, possibly more than `vocab_size`, or
     None where transformers cannot build it."""
     try:
-        return len(_on_meta(source, torch.float32).get_input_embeddings().weight)
+        return len(on_meta(source, torch.float32).get_input_embeddings().weight)
     except (EnvironmentLack, AttributeError, NotImplementedError):
         return None
 
 
-def _on_meta(source: Checkpoint, dtype: torch.dtype) -> Any:
-    """The model of the class that config.json names, without weights."""
+def on_meta(source: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model of the class that config.json names, without weights.
+
+    Raises:
+        EnvironmentLack: the installed transformers does not know the class, or cannot build it from the config.
+    """
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 

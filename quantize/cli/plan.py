@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from ..plan.conversion import Conversion, forecast_conversion
 from ..plan.conversion import as_json as time_document
 from ..plan.forecast import Memory, census, fits, forecast_memory, serving_bytes
 from ..plan.forecast import as_json as plan_document
+from ..plan.head_cost import head_cost
 from ..plan.machines import Disk
 from ..plan.plan import Plan, compute_plan
 from ..plan.serving import Serving
@@ -120,6 +122,8 @@ def _only_serving(serving: Serving, source: Checkpoint, name: str, out: Output) 
 
 def _document(plan: Plan, memory: Memory, conversion: Conversion | None, serving: Serving | None) -> dict[str, Any]:
     document = plan_document(plan, memory)
+    cost = head_cost(plan)
+    document["head"] = None if cost is None else asdict(cost)
     document["time"] = None if conversion is None else time_document(conversion)
     document["missing_packages"] = list(_missing_packages(plan))
     if serving is not None:
@@ -144,6 +148,9 @@ def _print(
         f"\n{len(plan.matrices)} matrices quantized, {plan.tensor_bytes:,} bytes of tensors in "
         f"{len(plan.shards)} files."
     )
+    cost = head_cost(plan)
+    if cost is not None:
+        out.tell(cost.words)
     if conversion is None:
         out.tell(
             f"Conversion needs up to {gigabytes(memory.host_bytes)} of host memory and "

@@ -12,9 +12,13 @@ def check_conversion(plan: Plan) -> None:
     Raises:
         CheckFailed: vLLM's rules would treat a layer in another way than the plan.
         EnvironmentLack: the recipe calibrates, but the installed transformers does not support the architecture.
-        InputError: the recipe calibrates, but nvquant cannot walk the model layer by layer.
+        InputError: the recipe calibrates, but nvquant cannot walk the model layer by layer, or see `head.check_head`.
     """
     check_patterns(plan)
+    if plan.head is not None:
+        from .head import check_head
+
+        check_head(plan)
     if plan.needs_calibration:
         import torch
 

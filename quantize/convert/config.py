@@ -14,6 +14,7 @@ from ..plan.plan import Plan
 from ..recipe.coverage import Coverage, coverage_of
 from ..recipe.drafts import draft_names
 from ..recipe.groups import Fusions
+from ..recipe.heads import OWN_NAME
 from ..recipe.match import Selection, fusions_of
 from ..recipe.roles import Role, module_of
 from ..recipe.vllm_rules import UNQUANTIZED, compressed_tensors_verdict, modelopt_verdict
@@ -49,15 +50,17 @@ def described(subject: Plan | QuantizedModel) -> QuantizedModel:
     if isinstance(subject, QuantizedModel):
         return subject
     shapes = {name: info.shape for name, info in subject.source.infos().items()}
+    if subject.head is not None:
+        shapes[f"{subject.head.name}.weight"] = (subject.head.rows, subject.head.cols)
     return QuantizedModel(
-        subject.layout, subject.selection, shapes, subject.source.config, subject.recipe.kv_cache.dtype
+        subject.layout, subject.selection, shapes, subject.output_config, subject.recipe.kv_cache.dtype
     )
 
 
 def output_configs(subject: Plan | QuantizedModel) -> dict[str, dict[str, Any]]:
     """The JSON files that describe the output: config.json, and hf_quant_config.json for the modelopt layout.
 
-    config.json is the source's JSON, key by key, plus `quantization_config`.
+    config.json is the source's JSON, key by key, plus `quantization_config`. A quantized head is not tied any more.
     Raises:
         CheckFailed: vLLM's rules would treat a layer in another way than the plan.
     """
@@ -159,7 +162,8 @@ def served_linears(subject: Plan | QuantizedModel) -> list[str]:
         if model.selection.roles[f"{module}.weight"] is Role.DRAFT
         for name in draft_names(fusions.name(module), model.config)
     ]
-    return list(dict.fromkeys([*map(fusions.name, _linears(model)), *drafts, "lm_head"]))
+    head = OWN_NAME if model.selection.head is None else model.selection.head.module
+    return list(dict.fromkeys([*map(fusions.name, _linears(model)), *drafts, head]))
 
 
 def _linears(model: QuantizedModel) -> list[str]:

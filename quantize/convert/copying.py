@@ -1,4 +1,4 @@
-"""The shards without quantized tensors, copied beside the walk with lower priority than its reading."""
+"""The shards around the layers, copied or, for a quantized head, made beside the walk. Its reading has priority."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ..errors import InputError
 from ..plan.plan import Plan, PlannedShard
 from ..stream.reading import LayerReader
 from ..stream.trace import Trace
-from ..stream.writing import copy_shard
+from ..stream.writing import YIELD_SECONDS, copy_shard
+from .head import HeadMaker
 from .journal import Journal
 
 
@@ -30,13 +31,14 @@ class Copies:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown()
 
-    def begin(self, shards: Iterable[PlannedShard], reader: LayerReader) -> None:
+    def begin(self, shards: Iterable[PlannedShard], reader: LayerReader, head: HeadMaker | None) -> None:
         """Begin to copy shards, one after the other.
 
         Args:
             reader: has priority.
+            head: makes the shard of the quantized head, which is not a copy.
         """
-        self._copies += [self._pool.submit(self._copy, shard, reader) for shard in shards]
+        self._copies += [self._pool.submit(self._copy, shard, reader, head) for shard in shards]
 
     def check(self) -> None:
         """Raise the error of a copy that has ended."""
@@ -68,15 +70,19 @@ class Copies:
         for copy in self._copies:
             copy.cancel()
 
-    def _copy(self, shard: PlannedShard, reader: LayerReader) -> None:
+    def _copy(self, shard: PlannedShard, reader: LayerReader, head: HeadMaker | None) -> None:
         def let_reading_go_first(seconds: float) -> None:
             reader.wait_until_idle(seconds)
             if self._given_up.is_set():
                 raise InputError("the run has ended.")
 
-        source = self._plan.source
+        source, partial = self._plan.source, self._journal.partial
         with self._trace.span("copy", shard.file):
-            digest = copy_shard(source, self._plan, self._journal.partial, shard, let_reading_go_first)
+            if shard.is_head and head is not None:
+                digest, record = head.write(partial, lambda: let_reading_go_first(YIELD_SECONDS))
+                self._journal.note(shard, digest, None, record)
+                return
+            digest = copy_shard(source, self._plan, partial, shard, let_reading_go_first)
             self._journal.note(shard, digest, None)
         for entry in shard.entries:
             source.content.copied(self._plan.origins[entry.name].source)

@@ -24,6 +24,7 @@ from ..stream.memory import give_back_free_memory
 from ..stream.reading import LayerReader, LoadedLayer
 from ..stream.writing import ShardWriter
 from .copying import Copies
+from .head import HeadMaker, head_maker
 from .journal import Journal
 from .layer import LayerMaker
 from .options import ConvertOptions
@@ -74,7 +75,9 @@ class Engine:
             layers = [layer for layer in self._shards if todo and start <= layer <= todo[-1]]
         watch.begin(len(self._shards), len(self._shards) - len(todo))
         rest = self._to_copy()
-        source.begin(self._reading_order(layers, rest, calibration is not None))
+        with ranks.step():
+            head = head_maker(self._plan, rest, self._quantizer, device)
+        source.begin(self._reading_order(layers, rest, head, calibration is not None))
         watch.follow_downloads(source.content.fetched)
         by_layer = self._plan.tensors_by_layer()
         with (
@@ -83,7 +86,7 @@ class Engine:
             ShardWriter(self._journal.partial, device, trace) as writer,
         ):
             watch.follow(reader, writer, self._layers_on_disk if ranks.size > 1 else None)
-            copies.begin(rest, reader)
+            copies.begin(rest, reader, head)
             loaded = _layers_while_copying(reader, copies)
             try:
                 if calibration is None or not todo:
@@ -105,11 +108,15 @@ class Engine:
         source.content.end()
 
     def _to_copy(self) -> list[PlannedShard]:
-        """This rank's share of the shards that contain nothing quantized and are not done."""
+        """This rank's share of the shards around the layers that are not done. The head comes first, because what is
+        read for it is also copied."""
         rest, ranks = [shard for shard in self._plan.shards if shard.layer is None], self._options.ranks
-        return [shard for at, shard in enumerate(rest) if shard.file not in self._done and ranks.owns(at)]
+        mine = [shard for at, shard in enumerate(rest) if shard.file not in self._done and ranks.owns(at)]
+        return sorted(mine, key=lambda shard: not shard.is_head)
 
-    def _reading_order(self, layers: list[int], rest: list[PlannedShard], is_calibrated: bool) -> ReadingOrder:
+    def _reading_order(
+        self, layers: list[int], rest: list[PlannedShard], head: HeadMaker | None, is_calibrated: bool
+    ) -> ReadingOrder:
         """The tensors that this run reads from the source, in the order of reading."""
         plan = self._plan
         by_layer = plan.tensors_by_layer()
@@ -119,16 +126,20 @@ class Engine:
             for name in plan.source.files
             if name.startswith(root) and plan.layer_of(name) is None and plan.selection.roles[name] is not Role.DRAFT
         }
+        if not (is_calibrated and layers):
+            outer = set()
+        if head is not None:
+            outer.add(head.matrix.tensor)  # is read for its amax too
         written = {}
-        for shard in plan.shards if is_calibrated else ():
-            if shard.layer is None and shard.file in self._done:
+        for shard in plan.shards if is_calibrated or outer else ():
+            if shard.layer is None and not shard.is_head and shard.file in self._done:
                 path = self._journal.partial / shard.file
                 copied = read_header(path).tensors
                 written.update({plan.origins[name].source: (path, info) for name, info in copied.items()})
         return ReadingOrder(
             [by_layer[layer] for layer in layers],
             [plan.origins[entry.name].source for shard in rest for entry in shard.entries],
-            frozenset(outer) if is_calibrated and layers else frozenset(),
+            frozenset(outer),
             written,
             self._journal.folder / SPOOL_FOLDER,
         )

@@ -19,7 +19,7 @@ from ..checkpoint.source import read_json
 from ..checkpoint.writer import sync_folder, write_json
 from ..errors import CheckFailed, InputError
 from ..plan.plan import PlannedShard
-from ..stream.manifest import FileNames, LayerRecord, ShardRecord, held_to
+from ..stream.manifest import FileNames, HeadRecord, LayerRecord, ShardRecord, held_to
 
 STATE_FOLDER = "nvquant_run"
 CLEARED_FOLDER = "nvquant_run.cleared"
@@ -73,13 +73,15 @@ class Journal:
         write_json(self.folder / IDENTITY_NAME, identity)
         sync_folder(self.partial)
 
-    def note(self, shard: PlannedShard, sha256: str, layer: LayerRecord | None) -> None:
+    def note(self, shard: PlannedShard, sha256: str, layer: LayerRecord | None, head: HeadRecord | None = None) -> None:
         """Write the record of a shard that is complete and on the disk.
 
         Args:
             layer: the manifest's entry for the layer in it, or None for the rest of the model.
+            head: the manifest's entry for the quantized head in it.
         """
-        write_json(self._path(shard), ShardRecord(sha256=sha256, layer=layer).as_json())
+        record = ShardRecord(sha256=sha256, layer=layer, **({} if head is None else {"head": head}))
+        write_json(self._path(shard), record.as_json())
 
     def has(self, shard: PlannedShard) -> bool:
         """Whether the shard has a record."""
@@ -127,6 +129,6 @@ class Journal:
             record = held_to(ShardRecord, read_json(path, ""), str(path))
         except InputError as error:
             raise CheckFailed(f"{path} is damaged: remove this file and run the same command again.") from error
-        if (record.layer is None) != (shard.layer is None):
+        if (record.layer is None, record.head is None) != (shard.layer is None, not shard.is_head):
             raise CheckFailed(f"{path} is damaged: remove this file and run the same command again.")
         return record

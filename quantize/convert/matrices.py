@@ -62,7 +62,7 @@ def refuse_damaged_before(plan: Plan, layer: int) -> None:
         NonFiniteError: see there.
         InputError: a shard vanished, changed or cannot be read.
     """
-    quantized = {matrix.tensor for matrix in plan.matrices.values()}
+    quantized = {matrix.tensor for matrix in plan.matrices.values() if matrix is not plan.head}
     embeddings = [name for name, role in plan.selection.roles.items() if role in _EMBEDDINGS]
     earlier = [name for number, names in plan.tensors_by_layer().items() if number < layer for name in names]
     for name in (*embeddings, *earlier):

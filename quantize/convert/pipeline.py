@@ -24,6 +24,7 @@ from ..stream.memory import peak_gpu_bytes, peak_host_bytes
 from .config import output_configs
 from .device import DeviceStart
 from .engine import Engine
+from .head import check_head
 from .identity import difference, run_identity
 from .journal import Journal
 from .options import ConvertOptions, ConvertResult
@@ -63,6 +64,7 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
     started = time.monotonic()
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     configs = output_configs(plan)
+    check_head(plan)
     identity = run_identity(plan, options.quantizer, calibration, _circumstances(options, dtype, calibration)).as_json()
     with ExitStack() as held:
         begun = _begin(plan, options, identity, held)
@@ -78,7 +80,7 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
                 _leave(plan, options, begun.journal, error)
                 raise
     made = held_to(Manifest, read_json(options.output / MANIFEST_NAME, ""), str(options.output / MANIFEST_NAME))
-    flushed = sum(group.marlin_flushed_blocks for layer in made.layers for group in layer.groups.values())
+    flushed = sum(group.record.marlin_flushed_blocks for group in made.groups.values())
     return ConvertResult(
         output=str(options.output),
         tensors=plan.tensors,
@@ -172,6 +174,9 @@ def _finish(
     layers = [records[shard.file].layer for shard in plan.shards if shard.layer is not None]
     files = {file: records[file].sha256 for file in sorted(records)}
     manifest = Manifest(**identity, layers=tuple(layer for layer in layers if layer is not None), files=files)
+    for shard in plan.shards:
+        if shard.is_head:
+            manifest = manifest.model_copy(update={"head": records[shard.file].head})
     write_json(partial / MANIFEST_NAME, manifest.as_json())
     assert_as_planned(plan, partial)
     publish(partial, output)

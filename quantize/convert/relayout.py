@@ -27,6 +27,7 @@ from ..format.schemes import Part
 from ..plan.plan import PlannedShard
 from ..quantizers import get_quantizer, quantizer_for
 from ..recipe.groups import FusedGroup, Fusions
+from ..recipe.heads import HeadSource, is_tied, stored_head
 from ..recipe.match import Selection, fusions_of
 from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import QUANTIZABLE, Role, describe, roles_of, unused_tensors
@@ -214,12 +215,11 @@ def recorded_amaxes(manifest: Manifest) -> dict[str, dict[Part, float]]:
     """
     amaxes: dict[str, dict[Part, float]] = {}
     chosen, layout = get_quantizer(manifest.quantizer), LAYOUTS.get(manifest.format)
-    for layer in manifest.layers if layout is not None else ():
-        for group in layer.groups.values():
-            scheme = layout.schemes.get(group.scheme) if layout is not None else None
-            if scheme is not None:
-                headroom = quantizer_for(scheme.name, chosen).claim.headroom
-                amaxes.update(dict.fromkeys(group.members, scalar_amaxes(scheme, group, headroom)))
+    for group in (recorded.record for recorded in manifest.groups.values()):
+        scheme = layout.schemes.get(group.scheme) if layout is not None else None
+        if scheme is not None:
+            headroom = quantizer_for(scheme.name, chosen).claim.headroom
+            amaxes.update(dict.fromkeys(group.members, scalar_amaxes(scheme, group, headroom)))
     return amaxes
 
 
@@ -270,8 +270,10 @@ def _described(source: Checkpoint, matrices: Mapping[str, Matrix], target: Layou
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     unused = unused_tensors(config, shapes)
     roles = {**roles_of(shapes, config), **dict.fromkeys(unused, Role.OTHER)}
-    _refuse_others(source, matrices, roles)
-    selection = Selection(schemes, fusions_of(shapes, config).groups(schemes), roles, unused)
+    own = None if is_tied(config) else stored_head(shapes)
+    head = next((HeadSource(name, m.tensor, False) for name, m in matrices.items() if m.tensor == own), None)
+    _refuse_others(source, matrices, roles, head)
+    selection = Selection(schemes, fusions_of(shapes, config).groups(schemes), roles, unused, head)
     return QuantizedModel(target, selection, shapes, config, _kv_cache(source))
 
 
@@ -293,9 +295,12 @@ def _is_part(name: str, matrices: Mapping[str, Matrix]) -> bool:
     return module in matrices and any(leaf in part_leaves(layout) for layout in LAYOUTS.values())
 
 
-def _refuse_others(source: Checkpoint, matrices: Mapping[str, Matrix], roles: Mapping[str, Role]) -> None:
+def _refuse_others(
+    source: Checkpoint, matrices: Mapping[str, Matrix], roles: Mapping[str, Role], head: HeadSource | None
+) -> None:
     """Raise InputError for quantization that the other layout's config cannot describe."""
-    protected = [module for module, matrix in matrices.items() if roles[matrix.tensor] not in QUANTIZABLE]
+    own = None if head is None else head.module
+    protected = [name for name, matrix in matrices.items() if roles[matrix.tensor] not in QUANTIZABLE and name != own]
     if protected:
         raise InputError(
             f"{source.where} has {describe(protected)} in NVFP4 ({roles[matrices[protected[0]].tensor].value}): "

@@ -117,6 +117,11 @@ def refuse_unsupported(plan: Plan, options: ConvertOptions) -> None:
         raise InputError(
             f"--engine llmcompressor does not support {plan.model}, a mixture of experts: use --engine nvquant."
         )
+    if plan.head is not None:
+        raise InputError(
+            f"--engine llmcompressor does not quantize the output head, as the key `head` of recipe "
+            f"{plan.recipe.name} requires: remove the key, or use --engine nvquant."
+        )
     other = [info for info in plan.source.infos().values() if info.dtype != "BF16"]
     if options.device != "cpu" and other:
         raise InputError(

@@ -49,14 +49,15 @@ def census(plan: Plan) -> list[Group]:
     counted: set[str] = set()
     for name, origin in plan.origins.items():
         scheme = plan.matrices[origin.matrix].scheme.name if origin.matrix else infos[origin.source].dtype
-        key = (plan.selection.roles[origin.source].value, scheme)
+        role = plan.selection.roles[f"{origin.matrix}.weight" if origin.matrix else origin.source]
+        key = (role.value, scheme)
         tensors[key] = tensors.get(key, 0) + 1
         bytes_out[key] = bytes_out.get(key, 0) + sizes[name]
         if origin.source not in counted:
             counted.add(origin.source)
             bytes_in[key] = bytes_in.get(key, 0) + infos[origin.source].nbytes
     return [
-        Group(role, scheme, count, bytes_in[role, scheme], bytes_out[role, scheme])
+        Group(role, scheme, count, bytes_in.get((role, scheme), 0), bytes_out[role, scheme])
         for (role, scheme), count in tensors.items()
     ]
 
@@ -128,6 +129,8 @@ _WITH_MODEL_BYTES = 900_000_000
 _WITH_GPU_BYTES = 2_000_000_000
 _GPU_WORKSPACE_BYTES = 600_000_000  # of matrix products, and what the allocator rounds up
 _STAGING_BYTES = 8 * (16 << 20)  # pinned pieces on their way to the GPU
+HEAD_STRIP_BYTES = 32 << 20  # of the head's rows as stored
+_HEAD_STRIP_COPIES = 6  # of such a strip while it is quantized: two or three in float32
 
 
 def fixed_memory(plan: Plan, batch_tokens: int, gpu: bool) -> Memory:
@@ -141,17 +144,34 @@ def fixed_memory(plan: Plan, batch_tokens: int, gpu: bool) -> Memory:
     layers = plan.tensors_by_layer().values()
     layer = max((sum(infos[name].nbytes for name in names) for names in layers), default=0)
     output = max((shard.tensor_bytes for shard in plan.shards if shard.layer is not None), default=0)
-    matrix = max((plan.source_bytes(matrix) for matrix in plan.matrices.values()), default=0)
+    matrix = max((plan.source_bytes(matrix) for matrix in plan.matrices.values() if matrix is not plan.head), default=0)
     text = text_config(plan.source.config)
     hidden, inner = config_int(text, "hidden_size"), config_largest(text, "intermediate_size")
     working = batch_tokens * (12 * hidden + 6 * inner) * (BF16_BYTES if gpu else 4)
+    head, strip = _head_memory(plan)
     if gpu:  # two layers on the device, one in use and one on its way; two outputs on the host, likewise
         return Memory(
-            _WITH_GPU_BYTES + 2 * output + _STAGING_BYTES, 2 * layer + output + working + _GPU_WORKSPACE_BYTES
+            _WITH_GPU_BYTES + 2 * output + _STAGING_BYTES + head,
+            2 * layer + output + working + _GPU_WORKSPACE_BYTES + strip,
         )
+    head += strip
     if not batch_tokens:
-        return Memory(_INTERPRETER_BYTES + 2 * layer + 3 * output + matrix, 0)
-    return Memory(_WITH_MODEL_BYTES + 4 * layer + 3 * output + working, 0)  # the layer in use in float32 too
+        interpreter = _INTERPRETER_BYTES if plan.head is None else _WITH_MODEL_BYTES  # its class is built
+        return Memory(interpreter + 2 * layer + 3 * output + matrix + head, 0)
+    return Memory(_WITH_MODEL_BYTES + 4 * layer + 3 * output + working + head, 0)  # the layer in use in float32 too
+
+
+def _head_memory(plan: Plan) -> tuple[int, int]:
+    """Memory for the quantization of the head, beside the walk: on the host, and where it is computed.
+
+    The host has a strip of its rows as stored and as quantized, and all of its scales. A strip in float32 and a few
+    copies are where the device computes.
+    """
+    if plan.head is None:
+        return 0, 0
+    strip = min(HEAD_STRIP_BYTES, plan.source_bytes(plan.head))
+    sizes = [entry.nbytes for shard in plan.shards if shard.is_head for entry in shard.entries]
+    return 2 * strip + sum(sizes) - max(sizes), _HEAD_STRIP_COPIES * strip
 
 
 def forecast_memory(plan: Plan, samples: int, sequence_length: int, batch_size: int, gpu: bool) -> Memory:

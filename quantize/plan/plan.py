@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..checkpoint.custom_code import lack_of_code
 from ..checkpoint.headers import DTYPE_BYTES, TensorInfo
@@ -14,6 +15,7 @@ from ..format.layouts import Layout
 from ..format.schemes import Part
 from ..recipe.decoder import decoder_prefix, layer_index
 from ..recipe.groups import FusedGroup
+from ..recipe.heads import untied
 from ..recipe.match import Selection, select
 from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import Role
@@ -45,11 +47,13 @@ class PlannedShard:
     Attributes:
         layer: number of the decoder layer in it, or None for the rest of the model.
         entries: its tensors in the order of the data.
+        is_head: whether it contains the quantized head, and nothing else.
     """
 
     file: str
     layer: int | None
     entries: tuple[TensorEntry, ...]
+    is_head: bool = False
 
     @property
     def tensor_bytes(self) -> int:
@@ -103,8 +107,20 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether servers round the inputs of any matrix under a stored scale."""
-        return any(matrix.scheme.inputs == "calibrated" for matrix in self.matrices.values())
+        """Whether servers round the inputs of any matrix under a stored scale that no norm gives, as it does for the
+        head."""
+        return any(matrix.scheme.inputs == "calibrated" for matrix in self.matrices.values() if matrix is not self.head)
+
+    @property
+    def head(self) -> Matrix | None:
+        """The output head, if it is quantized."""
+        return None if self.selection.head is None else self.matrices[self.selection.head.module]
+
+    @property
+    def output_config(self) -> Mapping[str, Any]:
+        """config.json of the output without `quantization_config`: the source's, but for the tie of a quantized
+        head."""
+        return untied(self.source.config) if self.head is not None else self.source.config
 
     def source_bytes(self, matrix: Matrix) -> int:
         """Bytes of a matrix in the source."""
@@ -152,7 +168,7 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
             f"{model} has no decoder layers (no tensor has a name like …layers.N.…): choose a decoder model."
         )
     matrices = _matrices(recipe, selection, infos, layout)
-    origins, entries = _outputs(infos, matrices, layout)
+    origins, entries = _outputs(infos, matrices, layout, selection)
     shards = _shards(entries, origins, prefix, selection)
     return Plan(model, source, recipe, layout, selection, matrices, selection.groups, origins, shards, prefix)
 
@@ -168,30 +184,33 @@ def _matrices(
                 f"recipe {recipe.name}: the {layout.name} layout has no form for scheme {name}: choose the other "
                 f"layout with --format, or another scheme."
             )
-        tensor, group = f"{module}.weight", group_of[module]
+        head = selection.head
+        tensor = head.tensor if head is not None and head.module == module else f"{module}.weight"
+        group = group_of[module]
         rows, cols = infos[tensor].shape
         result[module] = Matrix(module, tensor, layout.schemes[name], rows, cols, group, group, group)
     return result
 
 
 def _outputs(
-    infos: Mapping[str, TensorInfo], matrices: Mapping[str, Matrix], layout: Layout
+    infos: Mapping[str, TensorInfo], matrices: Mapping[str, Matrix], layout: Layout, selection: Selection
 ) -> tuple[dict[str, Origin], dict[str, TensorEntry]]:
     by_tensor: dict[str, list[Matrix]] = {}
     for matrix in matrices.values():
         by_tensor.setdefault(matrix.tensor, []).append(matrix)
     origins: dict[str, Origin] = {}
     entries: dict[str, TensorEntry] = {}
+    embedding = selection.head.tensor if selection.head is not None and selection.head.is_embedding else None
     expected = 0
     for name, info in infos.items():
+        if name not in by_tensor or name == embedding:
+            expected += 1
+            origins[name], entries[name] = Origin(name), TensorEntry(name, info.dtype, info.shape)
         for matrix in by_tensor.get(name, ()):
             parts = matrix_entries(matrix, layout)
             expected += len(parts)
             for part, entry in parts.items():
                 origins[entry.name], entries[entry.name] = Origin(name, part, matrix.name), entry
-        if name not in by_tensor:
-            expected += 1
-            origins[name], entries[name] = Origin(name), TensorEntry(name, info.dtype, info.shape)
     if len(entries) != expected:
         raise InputError(
             "the source stores tensors under names that the output requires for scales: choose a source that is not "
@@ -207,19 +226,25 @@ def _layer_of(tensor: str, prefix: str, selection: Selection) -> int | None:
 def _shards(
     entries: Mapping[str, TensorEntry], origins: Mapping[str, Origin], prefix: str, selection: Selection
 ) -> tuple[PlannedShard, ...]:
-    """One shard a decoder layer, then the rest in shards of at most 5 GB (a larger tensor has one of its own)."""
+    """One shard a decoder layer, then the rest in shards of at most 5 GB (a larger tensor has one of its own), then a
+    quantized head."""
     layers: dict[int, list[TensorEntry]] = {}
     rest: list[TensorEntry] = []
+    head: list[TensorEntry] = []
     for entry in entries.values():
+        if selection.head is not None and origins[entry.name].matrix == selection.head.module:
+            head.append(entry)
+            continue
         number = _layer_of(origins[entry.name].source, prefix, selection)
         (rest if number is None else layers.setdefault(number, [])).append(entry)
     parts: list[tuple[int | None, tuple[TensorEntry, ...]]] = [
         (number, order_entries(layers[number])) for number in sorted(layers)
     ]
     parts += [(None, order_entries(chunk)) for chunk in _chunks(rest)]
+    parts += [(None, order_entries(head))] if head else []
     total = len(parts)
     return tuple(
-        PlannedShard(f"model-{at:05d}-of-{total:05d}.safetensors", number, tensors)
+        PlannedShard(f"model-{at:05d}-of-{total:05d}.safetensors", number, tensors, bool(head) and at == total)
         for at, (number, tensors) in enumerate(parts, 1)
     )
 

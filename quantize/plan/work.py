@@ -109,7 +109,8 @@ def _layers(plan: Plan, infos: Mapping[str, TensorInfo], sequence_length: int) -
     share = share_of_experts(text_config(config))
     elements: dict[int, int] = dict.fromkeys(names, 0)
     for matrix in plan.matrices.values():
-        elements[plan.layer_of(matrix.tensor) or 0] += matrix.rows * matrix.cols
+        if matrix is not plan.head:  # which is quantized beside the walk
+            elements[plan.layer_of(matrix.tensor) or 0] += matrix.rows * matrix.cols
     found = []
     for at, (layer, tensors) in enumerate(names.items()):
         used = [infos[name] for name in tensors if name not in unused]

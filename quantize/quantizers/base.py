@@ -101,3 +101,15 @@ class Quantizer(Protocol):
             InputError: weights that the scheme or the quantizer cannot represent.
         """
         ...
+
+    def quantize_rows(self, matrix: Matrix, weight: Tensor, amax: Tensor) -> Mapping[Part, Tensor]:
+        """Quantize some rows of a matrix that stands alone, without statistics of its inputs. Together they give what
+        `quantize` gives for the complete matrix.
+
+        Args:
+            weight: [some rows, cols], finite, bfloat16, float16 or float32.
+            amax: the largest magnitude of the complete matrix, float32 scalar on the weight's device.
+        Raises:
+            InputError: see `quantize`.
+        """
+        ...

@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..format.blocks import BlockQuantized, weight_amax
 from ..format.constants import SMALLEST_WEIGHT_AMAX
 from ..format.scales import global_scale
+from ..format.schemes import Part
 from ..recipe.matrices import Matrix
 from .base import QuantizedGroup
 
@@ -33,6 +34,32 @@ class BlockScales:
 
     headroom: float
 
+    def global_scale(self, matrix: Matrix, amax: Tensor) -> Tensor:
+        """The global scale (divisor) for a group's amax, float32 scalar.
+
+        Args:
+            matrix: of the group, for messages.
+        Raises:
+            InputError: weights too small for NVFP4, or so large that the headroom exceeds float32.
+        """
+        if 0 < float(amax) < SMALLEST_WEIGHT_AMAX:
+            raise InputError(
+                f"{matrix.tensor} contains no value above {float(amax):.3g}, which is too small for NVFP4: leave it "
+                f"out of the recipe's quantize list."
+            )
+        if not math.isfinite(float(amax * self.headroom)):
+            raise InputError(
+                f"{matrix.tensor} contains values near the limit of float32: use --quantizer rtn for this model."
+            )
+        return global_scale(amax, self.headroom)
+
+    def quantize_rows(
+        self, matrix: Matrix, weight: Tensor, amax: Tensor, choose: Callable[[Tensor, Tensor], BlockQuantized]
+    ) -> dict[Part, Tensor]:
+        """See `Quantizer.quantize_rows`, and `quantize` for `choose`."""
+        quantized = choose(weight, self.global_scale(matrix, amax))
+        return {"codes": quantized.packed, "scales": quantized.scales}
+
     def quantize(
         self,
         group: Sequence[Matrix],
@@ -48,16 +75,7 @@ class BlockScales:
             InputError: weights too small for NVFP4, or so large that the headroom exceeds float32.
         """
         amax = group_amax(group, weights)
-        if 0 < float(amax) < SMALLEST_WEIGHT_AMAX:
-            raise InputError(
-                f"{group[0].tensor} contains no value above {float(amax):.3g}, which is too small for NVFP4: leave it "
-                f"out of the recipe's quantize list."
-            )
-        scale = global_scale(amax, self.headroom)
-        if not math.isfinite(float(amax * self.headroom)):
-            raise InputError(
-                f"{group[0].tensor} contains values near the limit of float32: use --quantizer rtn for this model."
-            )
+        scale = self.global_scale(group[0], amax)
         made = {}
         for matrix, weight in zip(group, weights, strict=True):
             quantized = choose(weight, scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..calibrate.statistics.ranges import InputStatistics
 from ..format.fp8 import fp8_scale, quantize_rows
-from ..format.schemes import FP8, Fp8
+from ..format.schemes import FP8, Fp8, Part
 from ..recipe.matrices import Matrix
 from .base import Claim, Need, QuantizedGroup
 from .blocks import group_amax
@@ -35,15 +35,17 @@ class Fp8Nearest:
     ) -> QuantizedGroup:
         """See `Quantizer.quantize`. `inputs` are not used."""
         amax = group_amax(group, weights)
-        made = {}
-        for matrix, weight in zip(group, weights, strict=True):
-            scheme = matrix.scheme
-            if isinstance(scheme, Fp8) and scheme.is_by_row:
-                scales = fp8_scale(row_amax(weight))
-                made[matrix.name] = {"codes": quantize_rows(weight, scales), "scales": scales}
-            else:
-                made[matrix.name] = {"codes": quantize_rows(weight, fp8_scale(amax))}
-        return QuantizedGroup(float(amax), made)  # type: ignore[arg-type]
+        made = {
+            matrix.name: self.quantize_rows(matrix, weight, amax) for matrix, weight in zip(group, weights, strict=True)
+        }
+        return QuantizedGroup(float(amax), made)
+
+    def quantize_rows(self, matrix: Matrix, weight: Tensor, amax: Tensor) -> Mapping[Part, Tensor]:
+        """See `Quantizer.quantize_rows`."""
+        if isinstance(matrix.scheme, Fp8) and matrix.scheme.is_by_row:
+            scales = fp8_scale(row_amax(weight))
+            return {"codes": quantize_rows(weight, scales), "scales": scales}
+        return {"codes": quantize_rows(weight, fp8_scale(amax))}
 
 
 def row_amax(weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ to the smaller scale. Sums are taken over neighbouring pairs in a fixed order, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,7 @@ from ..format.constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN
 from ..format.e2m1 import rounding_magic
 from ..format.kernels import has_kernel, quantize_with_kernel
 from ..format.scales import block_scale_bytes, decode_e4m3, sixth
-from ..format.schemes import NVFP4, NVFP4_A16
+from ..format.schemes import NVFP4, NVFP4_A16, Part
 from ..recipe.matrices import Matrix
 from .base import Claim, Need, QuantizedGroup
 from .blocks import BlockScales
@@ -70,6 +70,10 @@ class MSE:
         return BlockScales(self.claim.headroom).quantize(
             group, weights, lambda weight, scale: sweep_blocks(weight, scale, mean_square)
         )
+
+    def quantize_rows(self, matrix: Matrix, weight: Tensor, amax: Tensor) -> Mapping[Part, Tensor]:
+        """See `Quantizer.quantize_rows`."""
+        return BlockScales(self.claim.headroom).quantize_rows(matrix, weight, amax, sweep_blocks)
 
 
 def block_importance(cols: int, mean_square: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..calibrate.statistics.ranges import InputStatistics
 from ..format.blocks import BlockQuantized, quantize_blocks
 from ..format.kernels import has_kernel, quantize_with_kernel
-from ..format.schemes import NVFP4, NVFP4_A16
+from ..format.schemes import NVFP4, NVFP4_A16, Part
 from ..recipe.matrices import Matrix
 from .base import Claim, Need, QuantizedGroup
 from .blocks import BlockScales
@@ -46,3 +46,7 @@ class RTN:
     ) -> QuantizedGroup:
         """See `Quantizer.quantize`. `inputs` are not used."""
         return BlockScales(self.claim.headroom).quantize(group, weights, round_blocks)
+
+    def quantize_rows(self, matrix: Matrix, weight: Tensor, amax: Tensor) -> Mapping[Part, Tensor]:
+        """See `Quantizer.quantize_rows`."""
+        return BlockScales(self.claim.headroom).quantize_rows(matrix, weight, amax, round_blocks)

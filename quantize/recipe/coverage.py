@@ -55,6 +55,21 @@ class Pattern:
 
 
 @dataclass(frozen=True)
+class HeadPattern:
+    """The quantized head, under every name that a server may build it with.
+
+    Attributes:
+        leaf: the last part of its name.
+    """
+
+    leaf: str
+
+    def regex(self) -> str:
+        """See `Pattern.regex`."""
+        return rf"re:.*{re.escape(self.leaf)}$"
+
+
+@dataclass(frozen=True)
 class Coverage:
     """The patterns of a config for a model.
 
@@ -64,7 +79,7 @@ class Coverage:
         ignore_parts: parts of a name that mark a complete branch as unquantized, such as `vision_tower`.
     """
 
-    targets: Mapping[SchemeName, tuple[Pattern, ...]]
+    targets: Mapping[SchemeName, tuple[Pattern | HeadPattern, ...]]
     ignore: tuple[Pattern, ...]
     ignore_parts: tuple[str, ...]
 
@@ -92,8 +107,10 @@ def coverage_of(
     config = config or {}
     prefix, fusions = decoder_prefix(shapes, config) or "model.layers", fusions_of(shapes, config)
     quantized: dict[SchemeName, list[str]] = {}
-    for module, scheme in selection.schemes.items():
-        quantized.setdefault(scheme, []).append(module)
+    head = None if selection.head is None else selection.head.module
+    layered = [module for module in selection.schemes if module != head]
+    for module in layered:
+        quantized.setdefault(selection.schemes[module], []).append(module)
     inside = [name for name in shapes if layer_index(name, prefix) is not None and len(shapes[name]) > 1]
     unquantized = [
         _all_experts(name) if selection.roles[name] is Role.EXPERT else module_of(name)
@@ -103,11 +120,14 @@ def coverage_of(
         and selection.roles[name] is not Role.DRAFT
         and (name.endswith(".weight") or selection.roles[name] is Role.EXPERT)
     ]
-    everything = [*selection.schemes, *unquantized]
-    targets = {
+    everything = [*layered, *unquantized]
+    targets: dict[SchemeName, tuple[Pattern | HeadPattern, ...]] = {
         scheme: _patterns(modules, everything, prefix, fusions, whole_blocks=False)
         for scheme, modules in quantized.items()
     }
+    if head is not None:
+        scheme = selection.schemes[head]
+        targets[scheme] = (*targets.get(scheme, ()), HeadPattern(head.rpartition(".")[2]))
     ignore = _patterns(unquantized, everything, prefix, fusions, whole_blocks=True)
     drafts = _draft_layers(shapes, selection.roles, config, prefix)
     if drafts:
@@ -182,9 +202,9 @@ def _alternatives(leaves: tuple[str, ...]) -> str:
 
 
 def _outer_parts(shapes: Mapping[str, tuple[int, ...]], selection: Selection, prefix: str) -> tuple[str, ...]:
-    """Parts of names that mark branches outside of the decoder's layers. A head is always listed, because
-    vLLM builds one."""
-    parts = ["lm_head"]
+    """Parts of names that mark branches outside of the decoder's layers. A head is always listed unless it is
+    quantized, because vLLM builds one."""
+    parts = ["lm_head"] if selection.head is None else []
     quantized = {part for module in selection.schemes for part in module.split(".")}
     for name, shape in shapes.items():
         role = selection.roles[name]

@@ -10,12 +10,67 @@ Source: transformers 5.17, `PreTrainedModel.get_expanded_tied_weights_keys`; vLL
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from .roles import Role, decoder_prefix, layer_index, role_of, text_config
+from .roles import Role, decoder_prefix, layer_index, module_of, role_of, text_config
 
 KEY = "tie_word_embeddings"
 _MOST_DEPTH = 4  # of configs in configs
+OWN_NAME = "lm_head"  # of a head that no source stores, for every server
+_OLD_ROOT = "language_model."  # before a head where the decoder has it too, as older checkpoints of vision models
+
+
+@dataclass(frozen=True)
+class HeadSource:
+    """The head to quantize.
+
+    Attributes:
+        module: its name for servers, which the names of its stored tensors begin with.
+        tensor: the source tensor with its rows: its own, or the embedding.
+        is_embedding: whether it is the embedding, which stays as it is.
+    """
+
+    module: str
+    tensor: str
+    is_embedding: bool
+
+
+def head_source(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> HeadSource | None:
+    """The head of a model, or None where it neither stores one nor ties it to the embedding.
+
+    Args:
+        shapes: all tensors of the source.
+        config: its config.json.
+    """
+    stored = stored_head(shapes)
+    if stored is not None:
+        return HeadSource(module_of(stored), stored, is_embedding=False)
+    embedding = token_embedding(shapes, config) if is_tied(config) else None
+    if embedding is None:
+        return None
+    prefix = decoder_prefix(shapes, config) or ""
+    return HeadSource((_OLD_ROOT if prefix.startswith(_OLD_ROOT) else "") + OWN_NAME, embedding, is_embedding=True)
+
+
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the same model with a head of its own: the flag is false at the top, in the text config, and in
+    every config on the way to it, because servers and some classes read each of them."""
+    text = text_config(config)
+    changed: dict[str, Any] = dict(config)
+    for key, value in config.items():
+        if isinstance(value, Mapping) and _contains(value, text, _MOST_DEPTH):
+            changed[key] = untied(value)
+    changed[KEY] = False
+    return changed
+
+
+def _contains(config: Mapping[str, Any], inner: Mapping[str, Any], depth: int) -> bool:
+    """Whether a config is another one or has it inside."""
+    if config is inner:
+        return True
+    values = config.values() if depth else ()
+    return any(isinstance(value, Mapping) and _contains(value, inner, depth - 1) for value in values)
 
 
 def tie_of(config: Mapping[str, Any]) -> bool | None:

@@ -12,6 +12,7 @@ from ..errors import InputError, ShapeError
 from ..format.constants import BLOCK
 from .decoder import decoder_prefix, unexpected_layer
 from .groups import FusedGroup, Fusions
+from .heads import OWN_NAME, HeadSource, head_source
 from .patterns import matches
 from .roles import QUANTIZABLE, Role, describe, module_of, roles_of, unused_tensors
 from .schema import SELECTORS, Recipe, SchemeName
@@ -30,12 +31,14 @@ class Selection:
         roles: role of every tensor.
         unused: tensors that no layer of the model reads (k and v of layers that share another layer's). They are
             copied.
+        head: the quantized head, which is the last of the modules, or None.
     """
 
     schemes: Mapping[str, SchemeName]
     groups: tuple[FusedGroup, ...]
     roles: Mapping[str, Role]
     unused: frozenset[str]
+    head: HeadSource | None = None
 
 
 def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config: Mapping[str, Any]) -> Selection:
@@ -47,7 +50,8 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
         config: the model's config.json.
     Raises:
         InputError: a pattern matches nothing, a matrix that must stay unquantized, or only some members of a fused
-            group. Two entries overlap, or the recipe does not mention that the model is a mixture of experts.
+            group. Two entries overlap, or the recipe does not mention that the model is a mixture of experts, or
+            quantizes a head that the model does not have.
         ShapeError: a matrix whose columns are not a multiple of 16.
     """
     shapes = {name: info.shape for name, info in tensors.items()}
@@ -71,11 +75,26 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
         for name in tensors
         if module_of(name) in schemes and name.endswith(".weight")
     }
-    _check_matrices(ordered, tensors)
+    head = None if recipe.head_scheme is None else _head(recipe, shapes, model, config)
+    stored = {module: f"{module}.weight" for module in ordered}
+    if head is not None and recipe.head_scheme is not None:
+        ordered[head.module], stored[head.module] = recipe.head_scheme, head.tensor
+        roles[f"{head.module}.weight"] = Role.HEAD
+    _check_matrices(stored, tensors)
     fusions = fusions_of(shapes, config)
     groups = fusions.groups(ordered)
     _check_groups(recipe, groups, ordered, roles, fusions)
-    return Selection(ordered, groups, roles, unused)
+    return Selection(ordered, groups, roles, unused, head)
+
+
+def _head(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], model: str, config: Mapping[str, Any]) -> HeadSource:
+    head = head_source(shapes, config)
+    if head is None:
+        raise InputError(
+            f"recipe {recipe.name}: {model} has no output head (it stores none, and config.json ties none to the "
+            f"embedding), as a classifier: remove the key `head`."
+        )
+    return head
 
 
 def fusions_of(tensors: Iterable[str], config: Mapping[str, Any]) -> Fusions:
@@ -120,9 +139,10 @@ def _matches(
                 f"{model} stores its matrices transposed, as GPT-2 does, which vLLM cannot serve in NVFP4: "
                 f"choose a model of another architecture."
             )
+        wish = " To quantize the head, use the key `head`." if OWN_NAME in pattern else ""
         raise InputError(
             f"recipe {recipe.name}: pattern '{pattern}' matches no matrix of {model}, whose text matrices are "
-            f"{hint or 'none'}: correct the pattern."
+            f"{hint or 'none'}: correct the pattern.{wish}"
         )
     protected = [module for module in found if roles[modules[module]] not in QUANTIZABLE]
     if protected:
@@ -131,13 +151,14 @@ def _matches(
             f"recipe {recipe.name}: pattern '{pattern}' matches {describe(protected)} ({what}), which vLLM "
             f"serves unquantized: "
             "limit the pattern to the text decoder's layers, or use the selectors mlp and attention."
+            + (" To quantize the head, use the key `head`." if what == Role.HEAD.value else "")
         )
     return found
 
 
-def _check_matrices(schemes: Mapping[str, SchemeName], tensors: Mapping[str, TensorInfo]) -> None:
-    for module in schemes:
-        info = tensors[f"{module}.weight"]
+def _check_matrices(stored: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    for tensor in stored.values():
+        info = tensors[tensor]
         if len(info.shape) != 2 or info.shape[1] % BLOCK:
             raise ShapeError(info.name, info.shape)
         if info.dtype not in SOURCE_DTYPES:
@@ -168,7 +189,7 @@ def _check_groups(
         if role in QUANTIZABLE:
             siblings.setdefault(fusions.name(module_of(name)), []).append(module_of(name))
     for group in groups:
-        missing = [module for module in siblings[group.name] if module not in schemes]
+        missing = [module for module in siblings.get(group.name, ()) if module not in schemes]
         if missing:
             raise InputError(
                 f"recipe {recipe.name} quantizes {describe(group.members)}, but not {describe(missing)}, which vLLM "

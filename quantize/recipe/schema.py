@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
@@ -12,6 +13,8 @@ from .patterns import PatternError, compiled
 
 SchemeName = Literal["nvfp4", "nvfp4-a16", "fp8"]
 SELECTORS = ("mlp", "attention")
+HeadName = Literal["bf16", "fp8", "nvfp4"]
+_HEAD_SCHEMES: Mapping[str, SchemeName] = {"fp8": "fp8", "nvfp4": "nvfp4-a16"}
 
 
 class _Strict(BaseModel):
@@ -116,6 +119,8 @@ class Recipe(_Strict):
         quantize: the matrices and their schemes. Entries must not overlap.
         quantizer: `mse` or `rtn`.
         experts: whether to refuse a mixture of experts, or to leave its experts in BF16.
+        head: the output head. `fp8` also rounds its inputs, `nvfp4` is weight-only, because reading the weights takes
+            the time.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
@@ -123,7 +128,13 @@ class Recipe(_Strict):
     quantize: tuple[QuantizeEntry, ...] = Field(min_length=1)
     quantizer: Literal["mse", "rtn"] = "mse"
     experts: Literal["refuse", "bf16"] = "refuse"
+    head: HeadName = "bf16"
     activations: Annotated[Activations, BeforeValidator(_none_is_default)] = Activations()
     kv_cache: Annotated[KvCache, BeforeValidator(_none_is_default)] = KvCache()
     calibration: Annotated[Calibration, BeforeValidator(_none_is_default)] = Calibration()
     verify: Annotated[Verify, BeforeValidator(_none_is_default)] = Verify()
+
+    @property
+    def head_scheme(self) -> SchemeName | None:
+        """The scheme of the output head, or None where it stays unquantized."""
+        return _HEAD_SCHEMES.get(self.head)

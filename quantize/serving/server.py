@@ -309,6 +309,7 @@ def _refuse_own_flags(flags: tuple[str, ...]) -> None:
 
 
 def _is_weight_only_modelopt(checkpoint: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint in the modelopt layout has weight-only matrices, perhaps beside others."""
     stored = config.get("quantization_config")
     if not isinstance(stored, Mapping) and (checkpoint / "hf_quant_config.json").is_file():
         stored = {
@@ -319,9 +320,10 @@ def _is_weight_only_modelopt(checkpoint: Path, config: Mapping[str, Any]) -> boo
         return False
     groups = stored.get("config_groups")
     groups = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
-    return str(stored.get("quant_algo")).upper() == ALGORITHMS[NVFP4_A16.name] or (
-        bool(groups) and all(group.get("input_activations") is None for group in groups)
-    )
+    layers = stored.get("quantized_layers")
+    entries = [stored, *(layers.values() if isinstance(layers, Mapping) else ())]
+    named = {str(entry.get("quant_algo")).upper() for entry in entries if isinstance(entry, Mapping)}
+    return ALGORITHMS[NVFP4_A16.name] in named or any(group.get("input_activations") is None for group in groups)
 
 
 def _own_limit(config: Mapping[str, Any]) -> int:

@@ -112,12 +112,17 @@ class InputRecord(_Form):
 
 
 class GroupRecord(_Form):
-    """A fused group. A scheme whose inputs need no calibration has no `input`."""
+    """A fused group. A scheme whose inputs need no calibration has no `input`.
+
+    Attributes:
+        input_bound: the largest magnitude that the norm before the head can give, behind the head's input scale.
+    """
 
     scheme: Word
     members: Annotated[tuple[Line, ...], Field(min_length=1)]
     weight_amax: Amax
     input: InputRecord | None = None
+    input_bound: Amax | None = None
     marlin_flushed_blocks: Natural = 0
 
 
@@ -132,6 +137,18 @@ class LayerRecord(_Form):
     file: FileName
     source_sha256: Sha256 | None = None
     groups: dict[Line, GroupRecord]
+
+
+class HeadRecord(_Form):
+    """The quantized head, and the shard that contains it and nothing else.
+
+    Attributes:
+        name: of its module.
+    """
+
+    name: Line
+    file: FileName
+    group: GroupRecord
 
 
 @dataclass(frozen=True)
@@ -165,18 +182,21 @@ class Identity(_Form):
 
     @field_serializer("recipe")
     def _without_calibration(self, recipe: Recipe) -> dict[str, Any]:
-        """The recipe without its wish for a calibration, because `calibration` has that of the run."""
-        return recipe.model_dump(mode="json", exclude={"calibration"})
+        """The recipe without its wish for a calibration, because `calibration` has that of the run, and without an
+        unquantized head, so that manifests of earlier releases stay equal."""
+        return recipe.model_dump(mode="json", exclude={"calibration", *(() if recipe.head_scheme else ("head",))})
 
 
 class Manifest(Identity):
     """`nvquant_manifest.json`.
 
     Attributes:
+        head: None where the head is not quantized.
         files: sha256 of every shard, by file name.
     """
 
     layers: tuple[LayerRecord, ...]
+    head: HeadRecord | None = None
     files: dict[FileName, Sha256]
 
     @property
@@ -186,12 +206,15 @@ class Manifest(Identity):
 
     @cached_property
     def groups(self) -> dict[str, RecordedGroup]:
-        """The fused groups by name."""
-        return {
+        """The fused groups by name, that of a quantized head last."""
+        found = {
             name: RecordedGroup(name, layer.file, record)
             for layer in self.layers
             for name, record in layer.groups.items()
         }
+        if self.head is not None:
+            found[self.head.name] = RecordedGroup(self.head.name, self.head.file, self.head.group)
+        return found
 
 
 class FileNames(_Form):
@@ -201,10 +224,11 @@ class FileNames(_Form):
 
 
 class ShardRecord(_Form):
-    """A shard in a run's journal. `layer` is None for the rest of the model."""
+    """A shard in a run's journal. `layer` is None for the rest of the model, `head` for all but the quantized head."""
 
     sha256: Sha256
     layer: LayerRecord | None
+    head: HeadRecord | None = None
 
 
 _WORDS = {"missing": "is missing", "string_pattern_mismatch": "does not have the form that nvquant writes"}

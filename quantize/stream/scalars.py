@@ -27,4 +27,6 @@ def scalar_amaxes(scheme: Scheme, record: GroupRecord, headroom: float) -> dict[
             amaxes[part] = record.weight_amax * headroom
         elif record.input is not None:
             amaxes[part] = record.input.calibrated_amax
+        elif record.input_bound is not None:
+            amaxes[part] = record.input_bound
     return amaxes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..checkpoint.sidefiles import side_files
 from ..checkpoint.source import Checkpoint, read_json, tensor_bytes, torch_dtype
 from ..errors import InputError
 from ..plan.heads import equal_tensors, tied_pair
+from ..recipe.heads import head_source, untied
 from ..recipe.roles import Role, role_of, unused_tensors
 from ..weights.stored import KV_SCALES, split_name
 from .report import Finding, counted
@@ -34,6 +36,7 @@ def check_names(subject: Subject, source: Checkpoint) -> Finding:
     """
     faults = []
     copies = _copies(subject)
+    number, source = len(source.infos()), with_own_head(source, subject)
     infos = source.infos()
     unread = _unread(source) if subject.manifest is None else frozenset()
     left_out = [name for name in unread if name not in copies and split_name(name)[0] not in subject.matrices]
@@ -57,8 +60,25 @@ def check_names(subject: Subject, source: Checkpoint) -> Finding:
     faults += [f"{name} is added" for name in added if name not in copied_head]
     faults += [f"{module} is quantized, but the source has no such weight" for module in subject.matrices
                if f"{module}.weight" not in infos]  # fmt: skip
-    words = f"{counted(len(infos), 'source tensor')}, {len(subject.matrices):,} of them quantized"
+    words = f"{counted(number, 'source tensor')}, {len(subject.matrices):,} of them quantized"
+    if len(infos) > number:
+        words += f" with {subject.head}, which has the rows of the embedding"
     return Finding(f"{words}, {len(left_out)} skipped that no server reads" if left_out else words, faults)
+
+
+def with_own_head(source: Checkpoint, subject: Subject) -> Checkpoint:
+    """The source with the rows of its embedding under the name of its head too, if it ties both and the checkpoint has
+    a quantized head. Otherwise it is returned unchanged."""
+    infos = source.infos()
+    head = head_source({name: info.shape for name, info in infos.items()}, source.config)
+    if subject.head is None or head is None or not head.is_embedding or head.module != subject.head:
+        return source
+    name, file = f"{head.module}.weight", source.files[head.tensor]
+    shard = source.shards[file]
+    tensors = {**shard.tensors, name: replace(infos[head.tensor], name=name)}
+    return replace(
+        source, files={**source.files, name: file}, shards={**source.shards, file: replace(shard, tensors=tensors)}
+    )
 
 
 def _is_same_type(copied: TensorInfo, info: TensorInfo) -> bool:
@@ -153,6 +173,7 @@ def _first_difference(one: Checkpoint, other: Checkpoint, name: str) -> int | No
 
 def check_config_source(subject: Subject, source: Checkpoint) -> Finding:
     """Check that config.json describes the model as the source's does, with `quantization_config` as the only new key.
+    A model with a quantized head must not tie it, at any level of the config.
 
     In another tool's output, the keys that name the program that wrote the file may differ. The dtype and the size of
     the vocabulary may differ too, where the tensors match them.
@@ -163,7 +184,8 @@ def check_config_source(subject: Subject, source: Checkpoint) -> Finding:
         allowed |= DTYPE_KEYS
     if any(_is_padded(subject, info, infos[name]) for name, info in _copies(subject).items() if name in infos):
         allowed |= {"vocab_size", "text_config.vocab_size"}
-    differences = list(_differences(source.config, subject.config, ""))
+    expected = source.config if subject.head is None else untied(source.config)
+    differences = list(_differences(expected, subject.config, ""))
     faults = [
         words
         for key, words in differences

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from ..checkpoint.custom_code import missing_code
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import torch_dtype
 from ..format.native import amax_on_cpu, has_native
-from ..recipe.heads import tie_of, token_embedding
+from ..recipe.heads import KEY, tie_of, token_embedding
 from ..recipe.roles import Role, decoder_prefix, layer_index, role_of, text_config
 from .report import Finding, counted, not_read
 from .subject import Subject, pieces
@@ -23,7 +24,7 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 
 def check_architecture(subject: Subject) -> Finding:
     """Check that exactly the decoder layers that the config counts are there, that the embedding has a row for each
-    token, and that a head that the config does not tie to it is stored."""
+    token, that a head that the config does not tie to it is stored, and that no quantized head is tied."""
     prefix = decoder_prefix(subject.shapes, subject.config)
     layers = {layer_index(name, prefix) for name in subject.infos} - {None}
     faults = [*_wrong_layers(subject, {layer for layer in layers if layer is not None}), *_wrong_vocabulary(subject)]
@@ -31,11 +32,20 @@ def check_architecture(subject: Subject) -> Finding:
     has_head = any(role_of(name, (1, 1)) is Role.HEAD for name in names)
     if not has_head and tie_of(subject.config) is False:
         faults.append("tie_word_embeddings is false, but no head is stored: servers would leave it uninitialized")
+    if subject.head is not None and _may_be_tied(subject.config):
+        faults.append(
+            f"{subject.head} is quantized, but config.json ties it to the embedding, which servers would use instead"
+        )
     faults += [
         f"{name} is missing, which {by} {'imports' if by.endswith('.py') else 'names in auto_map'}"
         for name, by in missing_code(subject.folder).items()
     ]
     return Finding(counted(len(layers), "decoder layer"), faults)
+
+
+def _may_be_tied(config: Mapping[str, Any]) -> bool:
+    """Whether any reader ties the head: by the class, or by the flag of the config or of the text config alone."""
+    return tie_of(config) is not False or True in (config.get(KEY), text_config(config).get(KEY))
 
 
 def _wrong_layers(subject: Subject, layers: set[int]) -> Iterator[str]:

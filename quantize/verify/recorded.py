@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..calibrate.input_scales import stored_amax
+from ..calibrate.output_head import head_input_bound
 from ..checkpoint.headers import TensorInfo
-from ..errors import InputError
+from ..errors import EnvironmentLack, InputError
 from ..format.constants import BLOCK
 from ..format.fp8 import fp8_scale
 from ..format.scales import block_scale_bytes, decode_e4m3, global_scale
@@ -19,6 +20,7 @@ from ..quantizers.base import Quantizer
 from ..recipe.match import select
 from ..stream.manifest import MANIFEST_NAME, Manifest, RecordedGroup
 from ..stream.scalars import scalar_values
+from .numerics.served import ServedModel
 from .report import Finding, counted, not_applicable
 from .subject import Subject
 
@@ -85,6 +87,8 @@ def _group_faults(subject: Subject, group: RecordedGroup, members: tuple[str, ..
     faults = []
     if schemes != {record.scheme}:
         faults.append(f"{group.name} is stored as {sorted(schemes)}, not {record.scheme}")
+    if record.input_bound is not None and (group.name != subject.head or record.input is not None):
+        faults.append(f"{group.name}: a bound of its inputs is recorded, which only the head has")
     if (record.input is not None) != is_calibrated(subject, group):
         faults.append(f"{group.name}: input statistics do not fit scheme {record.scheme}")
     files = {subject.checkpoint.files[info.name] for m in members for info in subject.matrices[m].parts.values()}
@@ -97,13 +101,14 @@ def form_of(subject: Subject, group: RecordedGroup) -> Scheme | None:
 
 
 def is_calibrated(subject: Subject, group: RecordedGroup) -> bool:
-    """Whether a recorded group must have statistics of its inputs."""
+    """Whether a recorded group must have statistics of its inputs. Those of the head have a bound instead."""
     form = form_of(subject, group)
-    return form is not None and form.inputs == "calibrated"
+    return form is not None and form.inputs == "calibrated" and group.record.input_bound is None
 
 
 def check_input_scales(subject: Subject) -> Finding:
-    """Input scales are, bit for bit, what the recorded amax, low percentile and head-room give."""
+    """Input scales are, bit for bit, what the recorded amax, low percentile and head-room give, and that of the head is
+    what the norm before it gives."""
     manifest = subject.manifest
     if not isinstance(manifest, Manifest):
         return not_applicable("no manifest with observed amaxes")
@@ -111,11 +116,18 @@ def check_input_scales(subject: Subject) -> Finding:
     looked_at = 0
     for group in manifest.groups.values():
         seen, form = group.record.input, form_of(subject, group)
-        if seen is None or form is None:
+        if form is None or not INPUT_PARTS.intersection(form.shared):
             continue
-        headroom = manifest.recipe.activations.headroom
-        calibrated = stored_amax(form, seen.observed_amax, seen.low_percentile, headroom)
-        if calibrated != seen.calibrated_amax:
+        if group.record.input_bound is not None:
+            faults += _wrong_bound(subject, group)
+            calibrated = group.record.input_bound
+        elif seen is not None:
+            calibrated = stored_amax(
+                form, seen.observed_amax, seen.low_percentile, manifest.recipe.activations.headroom
+            )
+        else:
+            continue
+        if seen is not None and calibrated != seen.calibrated_amax:
             faults.append(f"{group.name}: calibrated amax is {seen.calibrated_amax!r}, follows as {calibrated!r}")
         part = next(part for part in form.shared if part in INPUT_PARTS)
         expected = float(subject.layout.stored_scalar(part, calibrated))
@@ -124,6 +136,22 @@ def check_input_scales(subject: Subject) -> Finding:
     return (
         Finding(counted(looked_at, "group"), faults) if looked_at else not_applicable("no group has quantized inputs")
     )
+
+
+def _wrong_bound(subject: Subject, group: RecordedGroup) -> list[str]:
+    """A bound of the head's inputs that is not the one of the stored norm, where transformers knows the class."""
+    if subject.is_remote:
+        return []
+    try:
+        model = ServedModel(subject)
+        bound = head_input_bound(model.checkpoint, model.prefix)
+    except (InputError, EnvironmentLack):
+        return []
+    if bound == group.record.input_bound:
+        return []
+    return [
+        f"{group.name}: the bound of its inputs is {group.record.input_bound!r}, the norm before it gives {bound!r}"
+    ]
 
 
 def check_weight_scales(subject: Subject) -> Finding:

@@ -164,20 +164,28 @@ def check_fused_groups(subject: Subject) -> Finding:
 
 
 def check_protected(subject: Subject) -> Finding:
-    """No tower, projector, router, embedding or head is quantized, and no tied model stores a head of its own."""
+    """No tower, projector, router or embedding is quantized, a head only if the recipe requires it, and no tied model
+    stores a head of its own."""
     allowed = QUANTIZABLE | {Role.EXPERT, Role.DRAFT}
     roles = {module: subject.model_roles[f"{module}.weight"] for module in subject.matrices}
     faults = [
         f"{module} ({role.value}) is quantized"
         for module, role in roles.items()
         # A second stack of layers, as an encoder's, may be quantized by other tools.
-        if role not in allowed and not (role is Role.OTHER and LAYER.match(f"{module}.weight"))
+        if role not in allowed
+        and not (role is Role.OTHER and LAYER.match(f"{module}.weight"))
+        and not (module == subject.head and _may_quantize_head(subject))
     ]
     kept = sum(role not in allowed and len(subject.infos[name].shape) > 1 for name, role in subject.roles.items())
     pair = tied_pair(subject.checkpoint)
     if pair is not None and pair[0] in subject.roles and not equal_tensors(subject.checkpoint, *pair):
         faults.append(f"{pair[0]} differs from {pair[1]}, although the config ties them: {HOW_READERS_TAKE_IT}")
     return Finding(f"{_matrices(len(subject.matrices))} quantized; {counted(kept, 'protected tensor')}", faults)
+
+
+def _may_quantize_head(subject: Subject) -> bool:
+    """Whether the recipe quantizes the head. Other tools have no recipe, and vLLM reads their heads."""
+    return not isinstance(subject.manifest, Manifest) or subject.manifest.recipe.head_scheme is not None
 
 
 def check_marlin(subject: Subject) -> Finding:

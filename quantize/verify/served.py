@@ -9,6 +9,7 @@ from typing import Any
 from ..format.declared import ALGORITHMS, scheme_of_algorithm, scheme_of_group
 from ..format.schemes import NVFP4, NVFP4_A16
 from ..recipe.drafts import draft_names
+from ..recipe.heads import OWN_NAME
 from ..recipe.patterns import PatternError
 from ..recipe.roles import Role, is_table, module_of
 from ..recipe.vllm_rules import REFUSED, UNQUANTIZED, compressed_tensors_verdict, modelopt_verdict
@@ -52,7 +53,8 @@ def served_layers(subject: Subject) -> tuple[ServedLayer, ...]:
             quantized = layers.setdefault(name, [])
             quantized += [module] if module in subject.matrices else []
             members[name] = fusions.members(module)
-    layers.setdefault("lm_head", [])
+    if subject.head is None:
+        layers.setdefault(OWN_NAME, [])
     return tuple(
         ServedLayer(layer, tuple(quantized), scheme_of(layer, subject.quantization, members.get(layer, ())))
         for layer, quantized in layers.items()

@@ -30,6 +30,7 @@ from ..format.layouts import COMPRESSED_TENSORS, LAYOUTS, Layout
 from ..format.marlin import scale_histogram
 from ..format.schemes import SCHEMES, Part
 from ..recipe.groups import FusedGroup, Fusions
+from ..recipe.heads import stored_head
 from ..recipe.roles import Role, module_of, roles_of, unused_tensors
 from ..stream.manifest import Manifest, read_manifest
 from ..weights.stored import StoredMatrix, find_matrices, layouts_present
@@ -155,6 +156,13 @@ class Subject:
     def model_roles(self) -> dict[str, Role]:
         """The role of each tensor of the unquantized model."""
         return roles_of(self.shapes, self.config)
+
+    @cached_property
+    def head(self) -> str | None:
+        """The module of the output head, if it is quantized."""
+        stored = stored_head(self.shapes)
+        module = None if stored is None else module_of(stored)
+        return module if module in self.matrices else None
 
     @cached_property
     def sound_groups(self) -> tuple[FusedGroup, ...]:

@@ -22,6 +22,7 @@ from ..quantizers.base import Quantizer
 from ..quantizers.mse import CLAIM, sweep_blocks
 from ..stream.manifest import Manifest
 from ..weights.stored import StoredMatrix
+from .against import with_own_head
 from .recorded import own_quantizer
 from .report import Finding, counted
 from .subject import Subject
@@ -45,6 +46,7 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     at most 0.25 and the least-squares gain 0.9 to 1.1, of the matrix and of 99 % of its blocks. In FP8, the relative
     RMSE is at most 0.08, of the matrix and of its rows.
     """
+    source = with_own_head(source, subject)
     infos = source.infos()
     quantizer = own_quantizer(subject)
     matrices = [

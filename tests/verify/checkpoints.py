@@ -31,7 +31,8 @@ WRITERS = {
     "llama": tiny_llama, "gemma4": tiny_gemma4, "gemma2": tiny_gemma2, "qwen2": tiny_qwen2, "deep": deep_llama,
     "untied": untied_llama,
 }  # fmt: skip
-# Name: model, layout, recipe, quantizer, and whether the manifest is kept; without it another tool might have made it.
+# Name: model, layout, recipe and perhaps head, quantizer, and whether the manifest is kept; without it another tool
+# might have made it.
 GOOD = {
     "llama-ct": ("llama", "compressed-tensors", "nvfp4-full", "rtn", True),
     "llama-mo": ("llama", "modelopt", "nvfp4-full", "mse", True),
@@ -53,6 +54,11 @@ GOOD = {
     "qwen2-a16-ct": ("qwen2", "compressed-tensors", "nvfp4-a16", "rtn", True),
     "untied-a16-ct": ("untied", "compressed-tensors", "nvfp4-a16", "rtn", True),
     "llama-foreign-mo": ("llama", "modelopt", "nvfp4-full", "rtn", False),
+    "llama-head-ct": ("llama", "compressed-tensors", "nvfp4-a16 fp8", "mse", True),
+    "llama-head-mo": ("llama", "modelopt", "nvfp4-a16 fp8", "rtn", True),
+    "gemma4-head-ct": ("gemma4", "compressed-tensors", "nvfp4-full nvfp4", "mse", True),
+    "gemma4-head-mo": ("gemma4", "modelopt", "nvfp4-a16 nvfp4", "rtn", True),
+    "untied-head-foreign": ("untied", "compressed-tensors", "nvfp4-a16 nvfp4", "rtn", False),
     "llama-foreign": ("llama", "compressed-tensors", "nvfp4-full", "rtn", False),
 }
 
@@ -68,7 +74,9 @@ class Copy:
 def convert_good(name: str, models: Mapping[str, Path], output: Path) -> Path:
     """Convert what `GOOD` says under a name."""
     model, layout, recipe, quantizer, keeps_manifest = GOOD[name]
-    plan = compute_plan(open_checkpoint(models[model]), load_recipe(recipe), LAYOUTS[layout], model)
+    named, _, head = recipe.partition(" ")
+    chosen = load_recipe(named).model_copy(update={"head": head or "bf16"})
+    plan = compute_plan(open_checkpoint(models[model]), chosen, LAYOUTS[layout], model)
     samples = token_ids(plan.source, output.parent) if plan.needs_calibration else None
     convert(plan, ConvertOptions(output, quantizer), samples)
     if not keeps_manifest:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from verify import faults_config, faults_files, faults_fp8, faults_mixed, faults_numbers, faults_seen, faults_tools
+from verify import (
+    faults_config,
+    faults_files,
+    faults_fp8,
+    faults_head,
+    faults_mixed,
+    faults_numbers,
+    faults_seen,
+    faults_tools,
+)
 
 FAULTS = [
     *faults_config.FAULTS,
     *faults_files.FAULTS,
     *faults_fp8.FAULTS,
     *faults_mixed.FAULTS,
+    *faults_head.FAULTS,
     *faults_numbers.FAULTS,
     *faults_seen.FAULTS,
     *faults_tools.FAULTS,

@@ -57,6 +57,15 @@ LACKING: dict[str, tuple[str, Edit, str, str]] = {
     ),
     "a bias": ("qwen2-a16-ct", lambda t: t.pop(f"{LAYER}.self_attn.q_proj.bias"), "complete", "q_proj.bias is not"),
     "a head": ("untied-a16-ct", lambda t: t.pop("lm_head.weight"), "architecture", "no head is stored"),
+    "the input scale of a head": (
+        "llama-head-mo", lambda t: t.pop("lm_head.input_scale"), "matrices", "lm_head lacks input_scale",
+    ),
+    "a quantized head": (
+        "llama-head-ct",
+        lambda t: [t.pop(name) for name in list(t) if name.startswith("lm_head.")],
+        "architecture",
+        "no head is stored",
+    ),
     "a layer": (
         "llama-ct",
         lambda t: [t.pop(name) for name in list(t) if name.startswith(f"{LAYER}.")],

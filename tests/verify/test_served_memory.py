@@ -38,6 +38,14 @@ def test_two_gpus_share_matrices_but_not_vectors(subject: Subject) -> None:
     assert forecast_weights(subject, 2) == matrices // 2 + vectors
 
 
+def test_a_quantized_head_counts_beside_the_embedding(good: Callable[[str], Path]) -> None:
+    with_head, without = (open_subject(good(name)) for name in ("llama-head-mo", "llama-a16-mo"))
+    rows, cols = with_head.infos["model.embed_tokens.weight"].shape
+    scalars = 8
+    assert forecast_weights(with_head, 1) == forecast_weights(without, 1) + rows * cols + scalars
+    assert forecast_weights(with_head, 2) == forecast_weights(without, 2) + rows * cols // 2 + scalars
+
+
 def test_what_was_measured_for_a_31b_fits(subject: Subject) -> None:
     large = Subject(subject.folder, CONFIG_31B, subject.headers, ())
     assert judge(large, REPORTED_31B, FORECAST_31B).faults == []

@@ -96,11 +96,20 @@ class Head:
         names = (f"{head}.bias", f"{self._name.removesuffix('.weight')}.bias")
         return next((source.read(name).float() for name in names if name in source.files), None)
 
-    def parts(self) -> Iterator[tuple[int, Tensor]]:
-        """The head's rows in parts: number of the first row, and the rows as stored, on the CPU."""
+    def ranges(self) -> Iterator[range]:
+        """The numbers of the head's rows, a part at a time."""
         height = max(1, PART_BYTES // (4 * self.cols))
         for first in range(0, self.rows, height):
-            yield first, self._skeleton.source.read_rows(self._name, range(first, min(self.rows, first + height)))
+            yield range(first, min(self.rows, first + height))
+
+    def read(self, rows: range) -> Tensor:
+        """Some of the head's rows as stored, on the CPU. A quantized head is not read here."""
+        return self._skeleton.source.read_rows(self._name, rows)
+
+    def parts(self) -> Iterator[tuple[int, Tensor]]:
+        """The head's rows in parts: number of the first row, and the rows as stored, on the CPU."""
+        for rows in self.ranges():
+            yield rows.start, self.read(rows)
 
     @torch.no_grad()
     def logits(self, finished: Tensor, first: int, rows: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from ...calibrate.lanes import Lane
 from ...calibrate.record import finish_batch
 from ...calibrate.skeleton import Skeleton
 from ...errors import InputError
+from ...format.schemes import ARITHMETICS, Arithmetic
 from ..threads import Progress
 from .head import Head
 from .lanes import LaneName
 from .measure import SideBySide
+from .served import ServedModel
 from .tokens import RunningDivergence, RunningLogits, TokenScores
 
 BLOCK_ELEMENTS = 1 << 24  # of logits at a time
@@ -32,13 +35,15 @@ def predict(run: SideBySide, progress: Progress) -> tuple[dict[LaneName, Running
     targets = torch.cat([sample[1:] for sample in samples]).to(run.device)
     lengths = [len(sample) - 1 for sample in samples]
     finished = {name: _finished(lane, run) for name, lane in run.lanes.items()}
+    for name, arithmetic in _arithmetics(run.lanes).items():
+        finished[name] = run.served.head_inputs(finished[name], arithmetic)
     run.close()
     logits = {name: RunningLogits(targets) for name in run.lanes}
     others = {name: other for name, other in logits.items() if name != "source"} if "source" in logits else {}
     divergence: dict[LaneName, RunningDivergence] = {
         name: RunningDivergence(logits["source"], other) for name, other in others.items()
     }
-    heads = _Heads(run.lanes)
+    heads = _Heads(run.lanes, run.served)
     for first, weights in heads.parts(run.device, progress):
         height = max(1, BLOCK_ELEMENTS // max(len(part) for part in weights.values()))
         for begin in range(0, len(targets), height):
@@ -76,36 +81,54 @@ def _add_part(
         running.add(rows, weights, shrink["source"], source - part[name])
 
 
-class _Heads:
-    """The head of each model, read side by side."""
+def _arithmetics(lanes: Iterable[LaneName]) -> dict[LaneName, Arithmetic]:
+    """The arithmetic of each lane of the checkpoint."""
+    return {name: found for name in lanes for found in ARITHMETICS if name in (found, f"{found}_again")}
 
-    def __init__(self, lanes: Mapping[LaneName, Lane]) -> None:
+
+class _Heads:
+    """The head of each model, read side by side. Lanes whose heads have the same rows share them.
+
+    Args:
+        served: the checkpoint, whose lanes may have a quantized head.
+    """
+
+    def __init__(self, lanes: Mapping[LaneName, Lane], served: ServedModel) -> None:
         skeletons: dict[int, Skeleton] = {id(lane.skeleton): lane.skeleton for lane in lanes.values()}
-        self._heads = {key: Head(skeleton) for key, skeleton in skeletons.items()}
-        self._of = {name: id(lane.skeleton) for name, lane in lanes.items()}
-        sizes = {(head.rows, head.cols) for head in self._heads.values()}
+        heads = {key: Head(skeleton) for key, skeleton in skeletons.items()}
+        self._of = {name: heads[id(lane.skeleton)] for name, lane in lanes.items()}
+        self._keys: dict[LaneName, str] = {}
+        self._readers: dict[str, Callable[[range], Tensor]] = {}
+        arithmetics = _arithmetics(lanes)
+        for name, head in self._of.items():
+            key, reader = str(id(head)), head.read
+            if served.head is not None and name in arithmetics:
+                key = f"{key}, {served.loses_blocks(served.head, arithmetics[name])}"
+                reader = partial(served.head_rows, arithmetic=arithmetics[name])
+            self._keys[name] = key
+            self._readers.setdefault(key, reader)
+        sizes = {(head.rows, head.cols) for head in heads.values()}
         if len(sizes) > 1:
             raise InputError(f"the heads of the two models have different shapes {sorted(sizes)}: compare like models.")
         self.rows = sizes.pop()[0]
 
-    def parts(self, device: torch.device, progress: Progress) -> Iterator[tuple[int, dict[int, Tensor]]]:
-        """Number of the first row, and each model's rows from there on, float32 on the device."""
-        keys = list(self._heads)
-        for together in zip(*(head.parts() for head in self._heads.values()), strict=True):
-            first = together[0][0]
-            progress(first, self.rows, "comparing predictions, vocabulary")
-            weights = {key: rows for key, (_, rows) in zip(keys, together, strict=True)}
+    def parts(self, device: torch.device, progress: Progress) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Number of the first row, and each head's rows from there on, float32 on the device."""
+        keys = list(self._readers)
+        for rows in next(iter(self._of.values())).ranges():
+            progress(rows.start, self.rows, "comparing predictions, vocabulary")
+            weights = {key: read(rows) for key, read in self._readers.items()}
             if len(keys) == 2 and torch.equal(*weights.values()):
                 shared = weights[keys[0]].to(device).float()
-                yield first, dict.fromkeys(keys, shared)
+                yield rows.start, dict.fromkeys(keys, shared)
             else:
-                yield first, {key: rows.to(device).float() for key, rows in weights.items()}
+                yield rows.start, {key: part.to(device).float() for key, part in weights.items()}
 
     def logits(
-        self, rows: slice, first: int, weights: Mapping[int, Tensor], finished: Mapping[LaneName, Tensor]
+        self, rows: slice, first: int, weights: Mapping[str, Tensor], finished: Mapping[LaneName, Tensor]
     ) -> dict[LaneName, Tensor]:
         """Each lane's logits of a part of the vocabulary for some of the tokens."""
         return {
-            name: self._heads[key].logits(finished[name][rows].to(weights[key].device).float(), first, weights[key])
-            for name, key in self._of.items()
+            name: self._of[name].logits(finished[name][rows].to(weights[key].device).float(), first, weights[key])
+            for name, key in self._keys.items()
         }

@@ -28,6 +28,7 @@ from ...recipe.groups import FusedGroup
 from ...weights.stored import StoredMatrix, input_leaf
 from ..served import scheme_of
 from ..subject import Subject
+from ..tally import read_rows
 
 BULK: tuple[Part, ...] = ("codes", "scales")
 """The parts of a matrix that are read with its layer. Scalars are read once for all layers."""
@@ -62,8 +63,8 @@ class ServedModel:
     Args:
         subject: a checkpoint that passes the check `matrices`.
     Raises:
-        InputError: it has no decoder layers, or a quantized matrix outside of them. `matrices` raises it where an
-            input scale that the config requires is not stored.
+        InputError: it has no decoder layers, or a quantized matrix outside of them that is not the head. `matrices`
+            raises it where an input scale that the config requires is not stored.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -72,7 +73,14 @@ class ServedModel:
         if prefix is None:
             raise InputError(f"{subject.folder} has no decoder layers: its numbers cannot be measured.")
         self.prefix = prefix
-        outside = next((module for module in subject.sound if layer_index(f"{module}.", prefix) is None), None)
+        outside = next(
+            (
+                module
+                for module in subject.sound
+                if layer_index(f"{module}.", prefix) is None and module != subject.head
+            ),
+            None,
+        )
         if outside is not None:
             raise InputError(f"{subject.folder}: {outside} is quantized but in no decoder layer: leave it in BF16.")
 
@@ -161,15 +169,45 @@ class ServedModel:
             tensors[f"{module}.weight"] = served.scheme.decode({**read, **served.scalars}, dtype)
         return tensors
 
+    @property
+    def head(self) -> ServedMatrix | None:
+        """The output head, if it is quantized."""
+        return None if self.subject.head is None else self.matrices[self.subject.head]
+
+    def head_rows(self, rows: range, arithmetic: Arithmetic) -> Tensor:
+        """Some rows of the quantized head as a server with an arithmetic has them, float32 [rows, cols] on the CPU."""
+        head = self.head
+        assert head is not None
+        read = {
+            part: read_rows(self.subject.checkpoint, head.matrix.parts[part].name, rows)
+            for part in BULK
+            if part not in head.scalars
+        }
+        decoded = head.scheme.decode({**read, **head.scalars}, torch.float32)
+        if self.loses_blocks(head, arithmetic):
+            lost = head.flushed[read["scales"].view(torch.uint8).int()].unsqueeze(-1)
+            decoded.view(len(rows), -1, BLOCK).masked_fill_(lost, 0)
+        return decoded
+
+    def head_inputs(self, inputs: Tensor, arithmetic: Arithmetic) -> Tensor:
+        """Inputs of the head as a server with an arithmetic rounds them, in their shape and dtype."""
+        if self.head is None or not rounds_inputs(arithmetic, self.head.scheme):
+            return inputs
+        return self.head.scheme.round_inputs(inputs, self.head.scalars)
+
+    def loses_blocks(self, served: ServedMatrix, arithmetic: Arithmetic) -> bool:
+        """Whether Marlin zeroes blocks of a matrix in an arithmetic: of every matrix where weights alone are quantized,
+        else of those that are served so on any GPU."""
+        if rounds_inputs(arithmetic, served.scheme) or not served.scheme.has_block_scales:
+            return False
+        return bool(self.subject.histograms[served.matrix.module][served.flushed].any())
+
     def flush(
         self, layer: int, stored: Mapping[str, Tensor], decoded: dict[str, Tensor], arithmetic: Arithmetic
     ) -> None:
-        """Zero, in the decoded matrices, the blocks that Marlin loses: of every matrix where weights alone are
-        quantized, else of those that are served so on any GPU."""
+        """Zero, in the decoded matrices, the blocks that Marlin loses. See `loses_blocks`."""
         for module, served in self.matrices_of(layer).items():
-            if rounds_inputs(arithmetic, served.scheme) or not served.scheme.has_block_scales:
-                continue
-            if not bool(self.subject.histograms[module][served.flushed].any()):
+            if not self.loses_blocks(served, arithmetic):
                 continue
             scales = stored[served.matrix.parts["scales"].name].view(torch.uint8)
             lost = served.flushed.to(scales.device)[scales.int()].unsqueeze(-1)
