@@ -79,11 +79,12 @@ class Conversion:
 
     def __init__(self, request: ConvertRequest, say: Say) -> None:
         if request.engine not in ENGINES:
-            raise InputError(f"engine '{request.engine}' does not exist: choose {' or '.join(ENGINES)}.")
+            raise InputError(f"engine '{request.engine}' does not exist", hint=f"choose {' or '.join(ENGINES)}")
         if request.low_disk and request.engine != "nvquant":
             raise InputError(
-                f"--low-disk: --engine {request.engine} reads the whole model from the disk. Drop one of the two "
-                f"options."
+                f"--engine {request.engine} reads the whole model from the disk",
+                where="--low-disk",
+                hint="Drop one of the two options",
             )
         self._request, self._say = request, say
         recipe = as_recipe(request.recipe)
@@ -144,7 +145,9 @@ class Conversion:
         check_cache(plan.source, self.target, plan.file_bytes)
         found, ranks = join_ranks(resolve_device(self._request.device))
         if self._request.low_disk and ranks.size > 1:
-            raise InputError("--low-disk: every rank would fetch the whole model. Drop the option, or use one rank.")
+            raise InputError(
+                "every rank would fetch the whole model", where="--low-disk", hint="Drop the option, or use one rank"
+            )
         return found, ranks
 
     def _announce(self, device: str, ranks: Ranks) -> None:

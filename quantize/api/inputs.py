@@ -39,7 +39,7 @@ def as_layout(name: str) -> Layout:
         InputError: no layout has that name.
     """
     if name not in LAYOUTS:
-        raise InputError(f"layout '{name}' does not exist: choose {' or '.join(FORMAT_NAMES)}.")
+        raise InputError(f"layout '{name}' does not exist", hint=f"choose {' or '.join(FORMAT_NAMES)}")
     return LAYOUTS[name]
 
 
@@ -51,13 +51,14 @@ def resolve_device(device: str) -> str:
         InputError: no device has that name.
     """
     if device not in DEVICES:
-        raise InputError(f"device '{device}' does not exist: choose {', '.join(DEVICES[:-1])} or {DEVICES[-1]}.")
+        raise InputError(f"device '{device}' does not exist", hint=f"choose {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentLack(
-            f"--device cuda: torch {torch.__version__} sees no CUDA device. Use --device cpu, or install a CUDA "
-            f"build of torch."
+            f"--device cuda: torch {torch.__version__} sees no CUDA device",
+            where="--device",
+            hint="Use --device cpu, or install a CUDA build of torch",
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
@@ -76,7 +77,11 @@ def open_model(
     remote = find_remote(model, revision)
     if remote is None:
         if low_disk:
-            raise InputError(f"--low-disk works only for models on the Hub, and {model} is a folder. Drop the option.")
+            raise InputError(
+                f"--low-disk works only for models on the Hub, and {model} is a folder",
+                where="--low-disk",
+                hint="Drop the option",
+            )
         return open_checkpoint(Path(model))
     from ..checkpoint.hub.source import open_hub_checkpoint
 
@@ -100,7 +105,11 @@ def find_remote(model: str, revision: str | None = None) -> HubModel | None:
         return None
     repo, of_name = named
     if of_name is not None and revision not in (None, of_name):
-        raise InputError(f"{model} names the revision {of_name}, and --revision names {revision}. Give one of them.")
+        raise InputError(
+            f"{model} names the revision {of_name}, and --revision names {revision}",
+            where=model,
+            hint="Give one of them",
+        )
     try:
         return find_model(repo, of_name or revision)
     except HubError as refusal:  # whoever meant a folder would not look for it on the Hub

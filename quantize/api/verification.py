@@ -62,7 +62,7 @@ def open_verification(request: VerifyRequest, progress: Progress) -> Verificatio
 
     unknown = [stage for stage in request.stages if stage not in STAGES]
     if unknown:
-        raise InputError(f"stage '{unknown[0]}' does not exist: choose from {', '.join(STAGES)}.")
+        raise InputError(f"stage '{unknown[0]}' does not exist", hint=f"choose from {', '.join(STAGES)}")
     remote = find_remote(str(request.checkpoint))
     source = None if request.against is None else open_model(str(request.against))
     numerics = NumericsOptions(

@@ -60,11 +60,15 @@ class Results:
 
     def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
         if (folder / JSON_NAME).exists():
-            raise InputError(f"{folder} already contains results: name another folder with -o, or remove it.")
+            raise InputError(
+                f"{folder} already contains results", where=folder, hint="name another folder with -o, or remove it"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{folder} cannot be written to ({error.strerror}): name another with -o.") from error
+            raise InputError(
+                f"{folder} cannot be written to ({error.strerror})", where=folder, hint="name another with -o"
+            ) from error
         self._folder = folder
         self._servers: list[dict[str, Any]] = []
         self._points: list[dict[str, Any]] = []

@@ -85,8 +85,8 @@ class Grid:
         too_long = [context for context in self.contexts if context + self.output_tokens > limit]
         if too_long:
             raise InputError(
-                f"A context of {too_long[0]} and {self.output_tokens} output tokens exceed {whose} of {limit} "
-                f"tokens: remove {too_long[0]} from --contexts."
+                f"A context of {too_long[0]} and {self.output_tokens} output tokens exceed {whose} of {limit} tokens",
+                hint=f"remove {too_long[0]} from --contexts",
             )
 
     def model_len(self, subject: Subject) -> int:
@@ -113,7 +113,9 @@ def find_targets(checkpoint: Path, url: str | None, against: Sequence[str]) -> t
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(
-            f"--against: two models have the name {twice}: rename one, as in --against OTHER={against[-1]}."
+            f"two models have the name {twice}",
+            where="--against",
+            hint=f"rename one, as in --against OTHER={against[-1]}",
         )
     return tuple(targets)
 

@@ -55,8 +55,8 @@ def find_guidellm(given: str | None) -> GuideLlm:
     words = shlex.split(given or "guidellm") or ["guidellm"]
     if shutil.which(words[0]) is None:
         raise EnvironmentLack(
-            f"There is no program {words[0]}: install it in an environment of its own ({INSTALL}) and name it with "
-            f"--guidellm."
+            f"There is no program {words[0]}",
+            hint=f"install it in an environment of its own ({INSTALL}) and name it with --guidellm",
         )
     return GuideLlm(tuple(words))
 

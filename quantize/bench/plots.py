@@ -32,7 +32,7 @@ def need_matplotlib() -> None:
 
     if find_spec("matplotlib") is None:
         raise EnvironmentLack(
-            "Plots require matplotlib: run `pip install 'nvquant[plot]'`, or skip them with --no-plots."
+            "Plots require matplotlib", hint="run `pip install 'nvquant[plot]'`, or skip them with --no-plots"
         )
 
 

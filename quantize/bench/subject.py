@@ -150,6 +150,7 @@ def need_tokenizer(subject: Subject) -> None:
     """
     if not subject.has_tokenizer:
         raise InputError(
-            f"{subject.folder} has no tokenizer, but load generators send text: copy the source's tokenizer "
-            f"files into it."
+            f"{subject.folder} has no tokenizer, but load generators send text",
+            where=subject.folder,
+            hint="copy the source's tokenizer files into it",
         )

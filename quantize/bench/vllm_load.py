@@ -71,8 +71,9 @@ def bench_command(vllm: VllmCommand) -> VllmBench:
     if words[-1] == COMMAND_MODULE:
         return VllmBench((*words, "bench", "serve"), vllm.version)
     raise InputError(
-        f"--vllm {' '.join(words)}: nvquant cannot derive the call of `vllm bench serve` from it. Give a command that "
-        f"ends in `serve`, or use --load-generator guidellm."
+        "nvquant cannot derive the call of `vllm bench serve` from it",
+        where=f"--vllm {' '.join(words)}",
+        hint="Give a command that ends in `serve`, or use --load-generator guidellm",
     )
 
 
@@ -134,5 +135,5 @@ def _explain_lack(words: Sequence[str], said: Path) -> None:
         return
     python = words[0] if "-c" in words or "-m" in words else "the Python of that vLLM"
     raise EnvironmentLack(
-        f"vllm bench serve lacks a package ({text}): install it with `{python} -m pip install 'vllm[bench]'`."
+        f"vllm bench serve lacks a package ({text})", hint=f"install it with `{python} -m pip install 'vllm[bench]'`"
     )

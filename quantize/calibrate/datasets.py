@@ -88,7 +88,9 @@ def find_dataset(
     if not chosen:
         wanted = ", ".join(patterns) or "*.parquet, *.jsonl, *.json, *.csv or *.txt"
         seen = ", ".join(sorted(names)[:5]) or "none"
-        raise InputError(f"Hub data set {repo} has no file {wanted} (it has {seen}): name its files in a YAML spec.")
+        raise InputError(
+            f"Hub data set {repo} has no file {wanted} (it has {seen})", hint="name its files in a YAML spec"
+        )
     logger.info("Hub data set %s at %s: %d files, the first is %s", repo, commit, len(chosen), chosen[0])
     return HubDataset(repo, commit, tuple(chosen), revision, endpoint, cache)
 

@@ -51,7 +51,11 @@ def read_id_samples(path: Path, config: Mapping[str, Any], *, samples: int, sequ
     result = [_unpadded(ids, mask, config, where)[:sequence_length] for where, ids, mask in rows]
     for index, ids in enumerate(result, 1):
         if len(ids) < 2:
-            raise InputError(f"{path.name}, row {index} has {len(ids)} tokens besides padding: give at least two.")
+            raise InputError(
+                f"{path.name}, row {index} has {len(ids)} tokens besides padding",
+                where=path.name,
+                hint="give at least two",
+            )
     bos_id = config_value(config, "bos_token_id")
     without_bos = sum(int(ids[0]) != bos_id for ids in result)
     if isinstance(bos_id, int) and without_bos:
@@ -80,7 +84,8 @@ def check_vocabulary(samples: list[torch.Tensor], config: Mapping[str, Any], ori
         if wrong.numel():
             raise InputError(
                 f"{origin}, sample {number} has token id {int(wrong[0])}, but the model's vocabulary has {size} "
-                "entries: use this model's tokenizer."
+                "entries",
+                hint="use this model's tokenizer",
             )
 
 
@@ -88,7 +93,9 @@ def _table_rows(path: Path, samples: int) -> Iterator[tuple[str, torch.Tensor, t
     for number, row in islice(read_rows(path, None), samples):
         where = f"{path.name}, row {number}"
         if "input_ids" not in row:
-            raise InputError(f"{where} has no input_ids (columns: {columns_of(row)}): give ids in every row.")
+            raise InputError(
+                f"{where} has no input_ids (columns: {columns_of(row)})", where=where, hint="give ids in every row"
+            )
         mask = row.get("attention_mask")
         yield (
             where,
@@ -100,25 +107,26 @@ def _table_rows(path: Path, samples: int) -> Iterator[tuple[str, torch.Tensor, t
 def _vector(value: object, where: str) -> torch.Tensor:
     """A flat list of integers as int64."""
     if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise InputError(f"{where} is not a flat list of integers: write one sequence a line.")
+        raise InputError(f"{where} is not a flat list of integers", where=where, hint="write one sequence a line")
     try:
         return torch.tensor(value, dtype=torch.int64)
     except (OverflowError, RuntimeError, ValueError) as error:
-        raise InputError(f"{where} contains a number beyond 64 bits: write token ids.") from error
+        raise InputError(f"{where} contains a number beyond 64 bits", where=where, hint="write token ids") from error
 
 
 def _safetensors_rows(path: Path, samples: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise InputError(f"{path} is not a file: name an existing file with --calibration.")
+        raise InputError(f"{path} is not a file", where=path, hint="name an existing file with --calibration")
     try:
         with safe_open(path, framework="pt") as file:
             names = sorted(file.keys())
             if "input_ids" not in names:
                 raise InputError(
-                    f"{path.name} has no tensor input_ids (it has {', '.join(names) or 'none'}): give ids under "
-                    f"that name."
+                    f"{path.name} has no tensor input_ids (it has {', '.join(names) or 'none'})",
+                    where=path.name,
+                    hint="give ids under that name",
                 )
             present = [name for name in ("input_ids", "attention_mask") if name in names]
             shapes = [file.get_slice(name).get_shape() for name in present]
@@ -131,7 +139,9 @@ def _safetensors_rows(path: Path, samples: int) -> Iterator[tuple[str, torch.Ten
                     )
             tensors = {name: file.get_slice(name)[:samples].long() for name in present}
     except SafetensorError as error:
-        raise InputError(f"{path.name} is not a complete safetensors file ({error}): write it again.") from error
+        raise InputError(
+            f"{path.name} is not a complete safetensors file ({error})", where=path.name, hint="write it again"
+        ) from error
     ids, mask = tensors["input_ids"], tensors.get("attention_mask")
     for row in range(len(ids)):
         yield f"{path.name}, row {row + 1}", ids[row], None if mask is None else mask[row]
@@ -148,7 +158,7 @@ def _unpadded(ids: torch.Tensor, mask: torch.Tensor | None, config: Mapping[str,
         return ids[:0]
     first, last = int(attended[0]), int(attended[-1])
     if last - first + 1 != len(attended):
-        raise InputError(f"{where}: attention_mask has a gap: mask only padding at the ends.")
+        raise InputError("attention_mask has a gap", where=where, hint="mask only padding at the ends")
     return ids[first : last + 1]
 
 

@@ -306,13 +306,16 @@ def _run_chain(skeleton: Skeleton, batch: Tensor, form: int = 0, given: Tensor |
     name = type(skeleton.decoder).__name__
     if log.hands_more:
         raise InputError(
-            f"{name} passes more than a hidden state from one decoder layer to the next, which the layer-by-layer walk "
-            f"does not support: use a weight-only recipe."
+            f"{name} passes more than a hidden state from one decoder layer to the next, which the layer-by-layer "
+            "walk does not support",
+            where=name,
+            hint="use a weight-only recipe",
         )
     if not log.is_chain or log.hidden is None or len(log.calls) != len(skeleton.layers):
         raise InputError(
-            f"{name} computes between its decoder layers, which the layer-by-layer walk does not support: "
-            f"use a weight-only recipe."
+            f"{name} computes between its decoder layers, which the layer-by-layer walk does not support",
+            where=name,
+            hint="use a weight-only recipe",
         ) from log.error
     return log
 
@@ -333,7 +336,8 @@ def _run(skeleton: Skeleton, batch: Tensor, form: int, given: Tensor | None) -> 
             reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(" .:")
             raise InputError(
                 f"{type(skeleton.model).__name__} does not run without the weights that surround its decoder "
-                f"({type(error).__name__}: {reason}), as the layer-by-layer walk needs: use a weight-only recipe."
+                f"({type(error).__name__}: {reason}), as the layer-by-layer walk needs",
+                hint="use a weight-only recipe",
             ) from error
         log.is_chain, log.error = False, error  # the loop takes the layers' output to be something else
     finally:

@@ -66,9 +66,13 @@ def read_rows(source: Path | Traversable, seed: int | None) -> Iterator[tuple[in
             is_empty = False
             yield number, row
     except _UNREADABLE as error:
-        raise InputError(f"{source.name} cannot be read ({_in_words(error)}): check the file.") from error
+        raise InputError(
+            f"{source.name} cannot be read ({_in_words(error)})", where=source.name, hint="check the file"
+        ) from error
     if is_empty:
-        raise InputError(f"{source.name} has no rows: give a file with text, messages or token ids.")
+        raise InputError(
+            f"{source.name} has no rows", where=source.name, hint="give a file with text, messages or token ids"
+        )
 
 
 def read_text(source: Path | Traversable) -> str:
@@ -82,9 +86,11 @@ def read_text(source: Path | Traversable) -> str:
         with _bytes_of(source) as stream:
             text = _whole(stream, source).decode("utf-8-sig")
     except _UNREADABLE as error:
-        raise InputError(f"{source.name} cannot be read ({_in_words(error)}): give a UTF-8 text.") from error
+        raise InputError(
+            f"{source.name} cannot be read ({_in_words(error)})", where=source.name, hint="give a UTF-8 text"
+        ) from error
     if not text.strip():
-        raise InputError(f"{source.name} is empty: give a file with some text.")
+        raise InputError(f"{source.name} is empty", where=source.name, hint="give a file with some text")
     return text
 
 
@@ -104,7 +110,7 @@ def _check_is_file(source: Path | Traversable) -> None:
     except (OSError, ValueError):  # a name that the system refuses
         is_there = False
     if not is_there:
-        raise InputError(f"{source} is not a file: name an existing file with --calibration.")
+        raise InputError(f"{source} is not a file", where=source, hint="name an existing file with --calibration")
 
 
 def _whole(stream: IO[bytes] | lzma.LZMAFile | gzip.GzipFile, source: Path | Traversable) -> bytes:
@@ -112,7 +118,9 @@ def _whole(stream: IO[bytes] | lzma.LZMAFile | gzip.GzipFile, source: Path | Tra
     data = stream.read(MOST_WHOLE_BYTES + 1)
     if len(data) > MOST_WHOLE_BYTES:
         raise InputError(
-            f"{source.name} contains more than {MOST_WHOLE_BYTES:,} bytes: split it, or give it as .jsonl or .parquet."
+            f"{source.name} contains more than {MOST_WHOLE_BYTES:,} bytes",
+            where=source.name,
+            hint="split it, or give it as .jsonl or .parquet",
         )
     return data
 
@@ -120,7 +128,11 @@ def _whole(stream: IO[bytes] | lzma.LZMAFile | gzip.GzipFile, source: Path | Tra
 def _lines(stream: IO[bytes], source: Path | Traversable) -> Iterator[bytes]:
     while line := stream.readline(MOST_LINE_BYTES + 1):
         if len(line) > MOST_LINE_BYTES:
-            raise InputError(f"{source.name} has a line of more than {MOST_LINE_BYTES:,} bytes: check the file.")
+            raise InputError(
+                f"{source.name} has a line of more than {MOST_LINE_BYTES:,} bytes",
+                where=source.name,
+                hint="check the file",
+            )
         yield line
 
 
@@ -167,7 +179,9 @@ def _json(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int, R
         return
     for index in _order(len(rows), seed):
         if not isinstance(rows[index], dict):
-            raise InputError(f"{source.name}, row {index + 1} is not a JSON object: write one object a row.")
+            raise InputError(
+                f"{source.name}, row {index + 1} is not a JSON object", where=source.name, hint="write one object a row"
+            )
         yield index + 1, rows[index]
 
 
@@ -175,9 +189,9 @@ def _parsed(data: bytes, where: str, kind: type = dict) -> Any:
     try:
         value = parse_json(data, with_mark=True)
     except ValueError as error:
-        raise InputError(f"{where} is not valid JSON ({error}): write one object a line.") from error
+        raise InputError(f"{where} is not valid JSON ({error})", where=where, hint="write one object a line") from error
     if not isinstance(value, kind):
-        raise InputError(f"{where} is not a JSON object: write one object a line.")
+        raise InputError(f"{where} is not a JSON object", where=where, hint="write one object a line")
     return value
 
 
@@ -201,7 +215,9 @@ def _parquet(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int
         import pyarrow.parquet
     except ImportError as error:
         raise EnvironmentLack(
-            f"{source.name} is a Parquet file, which needs pyarrow: pip install 'nvquant[data]'."
+            f"{source.name} is a Parquet file, which needs pyarrow",
+            where=source.name,
+            hint="pip install 'nvquant[data]'",
         ) from error
     with source.open("rb") as stream:
         try:
@@ -213,5 +229,7 @@ def _parquet(source: Path | Traversable, seed: int | None) -> Iterator[tuple[int
                     yield first + index, rows.slice(index, 1).to_pylist()[0]
         except pyarrow.ArrowInvalid as error:
             raise InputError(
-                f"{source.name} is not a complete Parquet file ({error}): download or write it again."
+                f"{source.name} is not a complete Parquet file ({error})",
+                where=source.name,
+                hint="download or write it again",
             ) from error

@@ -80,9 +80,11 @@ def load_calibration(
         EnvironmentLack: Parquet without pyarrow.
     """
     if samples < 1:
-        raise InputError(f"--samples {samples} is too few: give at least 1.")
+        raise InputError(f"--samples {samples} is too few", where="--samples", hint="give at least 1")
     if sequence_length < 2:
-        raise InputError(f"--sequence-length {sequence_length} is too short: give at least 2.")
+        raise InputError(
+            f"--sequence-length {sequence_length} is too short", where="--sequence-length", hint="give at least 2"
+        )
     path = _as_file(name)
     if path is not None and holds_ids(path):
         title, remark = path.name, ""
@@ -131,7 +133,8 @@ def _chats(
         chats = chat_samples(tokenizer, documents, samples=samples, sequence_length=sequence_length)
     except ChatTemplateError as refusal:
         raise InputError(
-            f"The model's chat template cannot render a question and an answer ({refusal}): repair chat_template.jinja."
+            f"The model's chat template cannot render a question and an answer ({refusal})",
+            hint="repair chat_template.jinja",
         ) from refusal
     remark = ""
     if chats.refused:
@@ -153,11 +156,13 @@ def _as_file(name: str) -> Path | None:
         return None
     path = Path(name).expanduser()
     if path.is_dir():
-        raise InputError(f"--calibration {name} is a folder: name one file in it.")
+        raise InputError(f"--calibration {name} is a folder", where="--calibration", hint="name one file in it")
     is_file_name = data_suffix(path.name) or path.suffix in (*SPEC_SUFFIXES, IDS_SUFFIX)
     if path.exists() and not is_file_name:
         raise InputError(
-            f"--calibration {name} has no known suffix: use .txt, .jsonl, .json, .csv, .parquet, .safetensors or .yaml."
+            f"--calibration {name} has no known suffix",
+            where="--calibration",
+            hint="use .txt, .jsonl, .json, .csv, .parquet, .safetensors or .yaml",
         )
     return path if is_file_name else None
 
@@ -175,8 +180,9 @@ def _sources(name: str, path: Path | None) -> tuple[str, list[Source]]:
         dataset = find_dataset(repo, revision or None)
         return f"{repo}@{dataset.commit}", [Source(dataset)]
     raise InputError(
-        f"--calibration {name} is not a shipped set ({', '.join(shipped_names())}). "
-        "Give one of these, a Hub data set org/name, or a file."
+        f"--calibration {name} is not a shipped set ({', '.join(shipped_names())})",
+        where="--calibration",
+        hint="Give one of these, a Hub data set org/name, or a file",
     )
 
 
@@ -190,7 +196,7 @@ def _spec_sources(spec: CalibrationSpec) -> tuple[str, list[Source]]:
         shipped = shipped_folder() / str(part.bundled)
         if not shipped.is_file():
             raise InputError(
-                f"{spec.name}: nvquant ships no text {part.bundled}: name a shipped text or a Hub data set."
+                f"nvquant ships no text {part.bundled}", where=spec.name, hint="name a shipped text or a Hub data set"
             )
         sources.append(Source(shipped, Columns(part.messages, part.text, kind="kind"), part.weight))
     return spec.name, sources
@@ -199,12 +205,14 @@ def _spec_sources(spec: CalibrationSpec) -> tuple[str, list[Source]]:
 def _too_few(title: str, available: int, samples: int, sequence_length: int, remark: str) -> InputError:
     if available == 0:
         return InputError(
-            f"--calibration {title} has too little text for one sample of {sequence_length} tokens{remark}: "
-            "use a shorter --sequence-length or a larger set."
+            f"--calibration {title} has too little text for one sample of {sequence_length} tokens{remark}",
+            where="--calibration",
+            hint="use a shorter --sequence-length or a larger set",
         )
     return InputError(
-        f"--calibration {title} has only {available} samples of {sequence_length} tokens, not {samples}{remark}: "
-        f"use --samples {available} or a larger set."
+        f"--calibration {title} has only {available} samples of {sequence_length} tokens, not {samples}{remark}",
+        where="--calibration",
+        hint=f"use --samples {available} or a larger set",
     )
 
 

@@ -90,7 +90,9 @@ def _assemble(source: Checkpoint, prefix: str, device: torch.device, dtype: torc
     layers = getattr(decoder, container, None)
     if not isinstance(layers, nn.ModuleList):
         raise InputError(
-            f"{source.where}: {type(decoder).__name__} has no list of decoder layers: use a weight-only recipe."
+            f"{type(decoder).__name__} has no list of decoder layers",
+            where=source.where,
+            hint="use a weight-only recipe",
         )
     root = prefix.removesuffix(container)
     # Some classes name a base model that they do not have; their base model is then the whole.
@@ -250,11 +252,12 @@ def _model_class(source: Checkpoint) -> Any:
         here = f"{source.where}: transformers {transformers.__version__} does not know the architecture {architecture}"
         if source.config.get("auto_map"):
             raise EnvironmentLack(
-                f"{here}, and nvquant does not run the code that auto_map names: convert with a weight-only recipe, "
-                f"and verify with --stage structure or --stage serve."
+                f"{here}, and nvquant does not run the code that auto_map names",
+                hint="convert with a weight-only recipe, and verify with --stage structure or --stage serve",
             )
         raise EnvironmentLack(
-            f"{here} (the model was made with {wrote}): install a transformers that does, or use a weight-only recipe."
+            f"{here} (the model was made with {wrote})",
+            hint="install a transformers that does, or use a weight-only recipe",
         )
     return model_class
 
@@ -281,9 +284,10 @@ def _build(source: Checkpoint, dtype: torch.dtype) -> Any:
     reason = (str(last)[:MOST_REASON].strip() or "no reason given").splitlines()[0].rstrip(" .:")
     _, wrote = _made_with(source)
     raise EnvironmentLack(
-        f"{source.where}: transformers {transformers.__version__} cannot build {model_class.__name__} from "
-        f"config.json, made with {wrote} ({type(last).__name__}: {reason}): install the transformers that wrote "
-        f"it, or use a weight-only recipe."
+        f"transformers {transformers.__version__} cannot build {model_class.__name__} from config.json, made with "
+        f"{wrote} ({type(last).__name__}: {reason})",
+        where=source.where,
+        hint="install the transformers that wrote it, or use a weight-only recipe",
     ) from last
 
 
@@ -328,14 +332,16 @@ def _check_tensors(skeleton: Skeleton) -> None:
     if missing:
         raise InputError(
             f"{source.where} lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors that "
-            f"{type(skeleton.decoder).__name__} needs): "
-            "download the checkpoint again, or use a weight-only recipe if it is complete."
+            f"{type(skeleton.decoder).__name__} needs)",
+            where=source.where,
+            hint="download the checkpoint again, or use a weight-only recipe if it is complete",
         )
     for name, shape in wanted.items():
         if source.info(name).shape != shape:
             raise InputError(
-                f"{source.where}: {name} has shape {list(source.info(name).shape)}, but config.json describes "
-                f"{list(shape)}: use the config and weights of one model."
+                f"{name} has shape {list(source.info(name).shape)}, but config.json describes {list(shape)}",
+                where=source.where,
+                hint="use the config and weights of one model",
             )
 
 
@@ -362,7 +368,8 @@ def _load_embedding_rows(skeleton: Skeleton, name: str, embedding: nn.Embedding,
     largest = int(token_ids.max())
     if largest >= rows:
         raise InputError(
-            f"calibration contains the token id {largest}, but {name} has {rows} rows: use the model's own tokenizer."
+            f"calibration contains the token id {largest}, but {name} has {rows} rows",
+            hint="use the model's own tokenizer",
         )
     # On the device: sixteen threads of the CPU beside those that read and hash took 200 ms for it.
     known = torch.unique(torch.cat([token_ids.flatten(), _padding_id(skeleton, rows)]).to(skeleton.device))
@@ -373,7 +380,9 @@ def _load_embedding_rows(skeleton: Skeleton, name: str, embedding: nn.Embedding,
     def look_up(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         rows = torch.searchsorted(known, args[0]).clamp_(max=len(known) - 1)
         if not torch.equal(known[rows], args[0]):
-            raise InputError(f"{name} looks up ids that calibration does not have: use a weight-only recipe.")
+            raise InputError(
+                f"{name} looks up ids that calibration does not have", where=name, hint="use a weight-only recipe"
+            )
         return rows, *args[1:]
 
     skeleton._lookups.append(embedding.register_forward_pre_hook(look_up))

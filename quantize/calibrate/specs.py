@@ -99,14 +99,18 @@ def load_spec(source: Path | Traversable) -> CalibrationSpec:
         InputError: missing file, YAML that does not parse, unknown or missing keys.
     """
     if not source.is_file():
-        raise InputError(f"{source} is not a file: name an existing YAML spec with --calibration.")
+        raise InputError(f"{source} is not a file", where=source, hint="name an existing YAML spec with --calibration")
     data = read_regular(source) if isinstance(source, Path) else source.read_bytes()
     try:
         return CalibrationSpec.model_validate(parse_yaml(data)[1])
     except YamlFault as error:
-        raise InputError(f"{source.name}:{error.line}: {error.problem}: give a YAML spec.") from error
+        raise InputError(
+            f"{source.name}:{error.line}: {error.problem}", where=source.name, hint="give a YAML spec"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part)[:60] for part in first["loc"]) or "the top level"
         what = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{source.name}: {where}: {what}. A spec has name, description, licence and parts.") from error
+        raise InputError(
+            f"{where}: {what}", where=source.name, hint="A spec has name, description, licence and parts"
+        ) from error

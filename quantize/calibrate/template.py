@@ -104,7 +104,9 @@ class ChatTemplate:
 
     def _beyond(self, words: str) -> InputError:
         return InputError(
-            f"{self._folder}: the model's chat template {words}: repair it, or give token ids, which need none."
+            f"the model's chat template {words}",
+            where=self._folder,
+            hint="repair it, or give token ids, which need none",
         )
 
     def _ask(self, request: bytes) -> dict[str, Any]:
@@ -142,8 +144,8 @@ class ChatTemplate:
         except (OSError, TimeoutError, EOFError) as error:
             self._end()
             raise EnvironmentLack(
-                f"The process that renders chat templates cannot be started ({error or type(error).__name__}): free "
-                f"memory, or give token ids with --calibration."
+                f"The process that renders chat templates cannot be started ({error or type(error).__name__})",
+                hint="free memory, or give token ids with --calibration",
             ) from error
         return self._process
 

@@ -167,7 +167,11 @@ def _text(row: Row, columns: Columns, where: str) -> str | None:
     if columns.messages or columns.text:
         column = columns.messages or columns.text
         if column not in row:
-            raise InputError(f"{where} has no column {column} (columns: {seen}): name the right one in the YAML spec.")
+            raise InputError(
+                f"{where} has no column {column} (columns: {seen})",
+                where=where,
+                hint="name the right one in the YAML spec",
+            )
         text = None if columns.messages else row[column]
     elif "text" in row or any(column in row for column in DIALOGUE_COLUMNS):
         text = row.get("text")
@@ -176,12 +180,15 @@ def _text(row: Row, columns: Columns, where: str) -> str | None:
         strings = [column for column, value in row.items() if isinstance(value, str | None)]
         if len(strings) != 1:
             raise InputError(
-                f"{where} has neither text nor messages nor input_ids (columns: {seen}): "
-                "rename a column, or name it in a YAML spec."
+                f"{where} has neither text nor messages nor input_ids (columns: {seen})",
+                where=where,
+                hint="rename a column, or name it in a YAML spec",
             )
         text = row[strings[0]]
     if text is not None and not isinstance(text, str):
-        raise InputError(f"{where}: the text is {_kind_of(text)}, not a string: name another column in a YAML spec.")
+        raise InputError(
+            f"the text is {_kind_of(text)}, not a string", where=where, hint="name another column in a YAML spec"
+        )
     return text
 
 
@@ -204,7 +211,9 @@ def _turns(value: object, where: str) -> tuple[Turn, ...]:
         except ValueError:
             pass
     if not isinstance(value, list):
-        raise InputError(f"{where} is {_kind_of(value)}, not a list of turns: each turn is {{role, content}}.")
+        raise InputError(
+            f"{where} is {_kind_of(value)}, not a list of turns", where=where, hint="each turn is {role, content}"
+        )
     turns = [_turn(item, where) for item in value]
     return tuple(turn for turn in turns if turn is not None) if None not in turns else ()
 
@@ -212,13 +221,13 @@ def _turns(value: object, where: str) -> tuple[Turn, ...]:
 def _turn(item: object, where: str) -> Turn | None:
     """One turn with ShareGPT's `from` and `value` renamed and other keys kept, or None for more than text."""
     if not isinstance(item, dict):
-        raise InputError(f"{where} contains {_kind_of(item)}, not a turn: write {{role, content}}.")
+        raise InputError(f"{where} contains {_kind_of(item)}, not a turn", where=where, hint="write {role, content}")
     turn = dict(item)
     for theirs, ours in (("from", "role"), ("value", "content")):
         if ours not in turn and theirs in turn:
             turn[ours] = turn.pop(theirs)
     if not isinstance(turn.get("role"), str) or "content" not in turn:
-        raise InputError(f"{where} contains a turn with {columns_of(item)}: write role and content.")
+        raise InputError(f"{where} contains a turn with {columns_of(item)}", where=where, hint="write role and content")
     lowered = turn["role"].strip().lower()
     turn["role"] = ROLES.get(lowered, lowered if lowered in _OWN_ROLES else turn["role"])
     content = turn["content"]

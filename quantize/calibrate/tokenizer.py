@@ -100,8 +100,9 @@ def encoded(tokenizer: Any, text: str, folder: Path, **options: bool) -> list[in
     except Exception as error:
         reason = (str(error)[:MOST_REASON].strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
-            f"{folder}: the tokenizer cannot encode a text ({type(error).__name__}: {reason}): repair its files, or "
-            f"give token ids, which need none."
+            f"the tokenizer cannot encode a text ({type(error).__name__}: {reason})",
+            where=folder,
+            hint="repair its files, or give token ids, which need none",
         ) from error
 
 
@@ -116,7 +117,9 @@ def load_tokenizer(folder: Path) -> Any:
     side_files(folder)  # transformers would follow every link, and wait for a pipe
     lack = lack_of_packages(folder)
     if lack is not None:
-        raise InputError(f"{folder}: {lack}, or give token ids with --calibration, which need no tokenizer.")
+        raise InputError(
+            f"{folder}", where=folder, hint=f"{lack}, or give token ids with --calibration, which need no tokenizer"
+        )
     refuse_large_ids(folder)
     try:
         with quiet_transformers(), quiet_descriptors():
@@ -124,6 +127,7 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # OSError, ValueError, ImportError, KeyError and bare Exception are all in use there
         reason = (str(error)[:MOST_REASON].strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
-            f"{folder} has no tokenizer that transformers can load ({reason}): put the model's tokenizer files there, "
-            "or give token ids with --calibration, which need none."
+            f"{folder} has no tokenizer that transformers can load ({reason})",
+            where=folder,
+            hint="put the model's tokenizer files there, or give token ids with --calibration, which need none",
         ) from error

@@ -70,8 +70,11 @@ def refuse_large_ids(folder: Path) -> None:
                 number = int(number)
             if isinstance(number, int) and not 0 <= number <= MOST_TOKEN_ID:
                 raise InputError(
-                    f"{path} gives the token {quoted(token)} the id {number}, and ids end at {MOST_TOKEN_ID:,}: put "
-                    f"the model's tokenizer files there, or give token ids with --calibration, which need none."
+                    f"{path} gives the token {quoted(token)} the id {number}, and ids end at {MOST_TOKEN_ID:,}",
+                    where=path,
+                    hint=(
+                        "put the model's tokenizer files there, or give token ids with --calibration, which need none"
+                    ),
                 )
 
 

@@ -188,9 +188,10 @@ class Walk:
         sequences, tokens = self._batches[at].shape
         free = torch.cuda.mem_get_info(self.skeleton.device)[0]
         return InputError(
-            f"--batch-size {sequences}: the GPU's memory does not hold one decoder layer and a batch of {sequences} x "
-            f"{tokens} tokens ({free:,} bytes are free): use a smaller --batch-size, a smaller --sequence-length, or "
-            f"--device cpu."
+            f"the GPU's memory does not hold one decoder layer and a batch of {sequences} x {tokens} tokens "
+            f"({free:,} bytes are free)",
+            where=f"--batch-size {sequences}",
+            hint="use a smaller --batch-size, a smaller --sequence-length, or --device cpu",
         )
 
 
@@ -200,7 +201,7 @@ def run_layer(module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     result = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(result, Tensor) or result.shape != hidden.shape:
         raise CheckFailed(
-            f"{type(module).__name__} returned something that is not a hidden state: use a weight-only recipe."
+            f"{type(module).__name__} returned something that is not a hidden state", hint="use a weight-only recipe"
         )
     return result
 

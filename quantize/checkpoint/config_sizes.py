@@ -65,7 +65,9 @@ def _refuse_beyond(most: int, part: str, key: str, value: int, words: str) -> No
     if value > most:
         where = f"{part}.{key}" if part else key
         raise InputError(
-            f"config.json: {where} is {quoted(value)}, but {words}: use the config and weights of one model."
+            f"{where} is {quoted(value)}, but {words}",
+            where="config.json",
+            hint="use the config and weights of one model",
         )
 
 

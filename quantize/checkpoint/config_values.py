@@ -44,7 +44,7 @@ def config_kinds(config: Mapping[str, Any], key: str = "layer_types") -> list[st
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(kind, str) for kind in value):
-        raise InputError(f"config.json: {key} is {quoted(value)}, not a list of words: {_WAY_OUT}.")
+        raise InputError(f"{key} is {quoted(value)}, not a list of words", where="config.json", hint=_WAY_OUT)
     return value
 
 
@@ -65,6 +65,8 @@ def _checked(value: object, key: str, minimum: int) -> int:
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= most:
         raise InputError(
-            f"config.json: {key} is {quoted(value)}, not a whole number from {minimum} to {most:,}: {_WAY_OUT}."
+            f"{key} is {quoted(value)}, not a whole number from {minimum} to {most:,}",
+            where="config.json",
+            hint=_WAY_OUT,
         )
     return value

@@ -110,8 +110,9 @@ def parse_header(path: Path, blob: bytes, file_bytes: int) -> Header:
         position = tensor.end
     if position != file_bytes:
         raise InputError(
-            f"{path.name} ends at byte {file_bytes:,} but its header describes {position:,} bytes: "
-            "download the shard again."
+            f"{path.name} ends at byte {file_bytes:,} but its header describes {position:,} bytes",
+            where=path.name,
+            hint="download the shard again",
         )
     return Header(path, {tensor.name: tensor for tensor in tensors}, metadata, start, file_bytes)
 
@@ -135,8 +136,9 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
         raise _damaged(path, f"has a header whose entry {name!r} lacks dtype, shape or data_offsets") from error
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise InputError(
-            f"{path.name}: tensor {name} has the dtype {quoted(dtype)}, which nvquant does not read: convert the "
-            f"model to BF16, F16 or F32 first."
+            f"tensor {name} has the dtype {quoted(dtype)}, which nvquant does not read",
+            where=path.name,
+            hint="convert the model to BF16, F16 or F32 first",
         )
     if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
         raise _damaged(path, f"has a header whose entry {name!r} has a shape or an offset that is not a natural number")
@@ -154,8 +156,12 @@ def _check_length(path: Path, length: int, file_bytes: int) -> None:
     if length < 2 or length > HEADER_LIMIT_BYTES:
         raise _damaged(path, "is not a safetensors file: its header length is out of range")
     if 8 + length > file_bytes:
-        raise InputError(f"{path.name} ends at byte {file_bytes:,}, inside its own header: download the shard again.")
+        raise InputError(
+            f"{path.name} ends at byte {file_bytes:,}, inside its own header",
+            where=path.name,
+            hint="download the shard again",
+        )
 
 
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path.name} {what}: {_AGAIN}.")
+    return InputError(f"{path.name} {what}", where=path.name, hint=_AGAIN)

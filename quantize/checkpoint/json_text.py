@@ -89,13 +89,13 @@ def read_json(
     try:
         data = read_regular(path, None if is_named else folder or path.parent, way_out, most)
     except MissingFile as error:
-        raise MissingFile(f"{path} is missing: {hint or way_out}.") from error
+        raise MissingFile(f"{path} is missing", where=path, hint=hint or way_out) from error
     try:
         value = parse_json(data, unique=unique)
     except ValueError as error:
-        raise InputError(f"{path} is not readable JSON ({error}): {way_out}.") from error
+        raise InputError(f"{path} is not readable JSON ({error})", where=path, hint=way_out) from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object: {way_out}.")
+        raise InputError(f"{path} is not a JSON object", where=path, hint=way_out)
     return value
 
 

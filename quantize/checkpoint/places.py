@@ -23,7 +23,9 @@ def refuse_link(path: Path, what: str = "") -> None:
     if path.is_symlink():
         named = f"{what} {path}" if what else str(path)
         raise InputError(
-            f"{named} is a link, which nvquant does not write through: remove it, or choose another place."
+            f"{named} is a link, which nvquant does not write through",
+            where=named,
+            hint="remove it, or choose another place",
         )
 
 
@@ -54,7 +56,9 @@ def write_whole(path: Path, data: bytes) -> None:
                 left = left[file.write(left) :]
         temporary.replace(path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): choose another place for it.") from error
+        raise InputError(
+            f"{path} cannot be written ({error.strerror})", where=path, hint="choose another place for it"
+        ) from error
 
 
 def own_folder(path: Path) -> None:

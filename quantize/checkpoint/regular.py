@@ -102,7 +102,7 @@ def read_regular(
         except OSError as error:
             raise unreadable(path, error, hint) from error
     if data is None or len(data) > most:
-        raise InputError(f"{path} is larger than the {most:,} bytes that such a file may have: {hint}.")
+        raise InputError(f"{path} is larger than the {most:,} bytes that such a file may have", where=path, hint=hint)
     return data
 
 
@@ -112,18 +112,18 @@ def unreadable(path: Path, error: Exception, hint: str) -> InputError:
         return error
     if isinstance(error, FileNotFoundError):
         if path.is_symlink():
-            return InputError(f"{path} is a link that leads nowhere: {hint}.")
-        return MissingFile(f"{path} is missing: {hint}.")
+            return InputError(f"{path} is a link that leads nowhere", where=path, hint=hint)
+        return MissingFile(f"{path} is missing", where=path, hint=hint)
     if isinstance(error, RuntimeError) or getattr(error, "errno", None) == errno.ELOOP:
-        return InputError(f"{path} is a link that leads back to itself: {hint}.")
+        return InputError(f"{path} is a link that leads back to itself", where=path, hint=hint)
     reason = error.strerror if isinstance(error, OSError) else None
-    return InputError(f"{path} cannot be read ({reason or error}): {hint}.")
+    return InputError(f"{path} cannot be read ({reason or error})", where=path, hint=hint)
 
 
 def _refuse_irregular(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(status.st_mode)), "something else")
-        raise InputError(f"{path} is {kind}, not a file: put the file itself in its place.")
+        raise InputError(f"{path} is {kind}, not a file", where=path, hint="put the file itself in its place")
 
 
 def _refuse_foreign(path: Path, real: Path, folder: Path) -> None:
@@ -135,4 +135,6 @@ def _refuse_foreign(path: Path, real: Path, folder: Path) -> None:
     blobs = folder.parent.parent / "blobs"
     if folder.parent.name == "snapshots" and real.parent == blobs:
         return
-    raise InputError(f"{path} is a link to a file outside of its folder: put the file itself in its place.")
+    raise InputError(
+        f"{path} is a link to a file outside of its folder", where=path, hint="put the file itself in its place"
+    )

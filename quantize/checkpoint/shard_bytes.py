@@ -112,18 +112,24 @@ def read_range(path: Path, begin: int, buffer: memoryview, known: Header | None 
             while done < len(buffer):
                 got = uncached.read(descriptor, buffer[done : done + READ_CHUNK_BYTES], begin + done)
                 if not got:
-                    raise InputError(f"{path} changed during the run and ended at byte {begin + done:,}: restore it.")
+                    raise InputError(
+                        f"{path} changed during the run and ended at byte {begin + done:,}",
+                        where=path,
+                        hint="restore it",
+                    )
                 done += got
         finally:
             os.close(descriptor)
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}): restore the file and run the command again."
+            f"{path} cannot be read ({error.strerror})", where=path, hint="restore the file and run the command again"
         ) from error
 
 
 def _refuse_changed(path: Path, now: os.stat_result, known: Header) -> None:
     if known.mtime_ns and (now.st_size, now.st_mtime_ns) != (known.file_bytes, known.mtime_ns):
         raise InputError(
-            f"{path} changed while it was being read: wait until nothing writes it, and run the command again."
+            f"{path} changed while it was being read",
+            where=path,
+            hint="wait until nothing writes it, and run the command again",
         )

@@ -253,25 +253,28 @@ def read_index(path: Path) -> dict[str, str]:
     """
     weight_map = read_json(path, "it lists the shards", unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{path} has no weight_map: download it again.")
+        raise InputError(f"{path} has no weight_map", where=path, hint="download it again")
     for tensor, name in weight_map.items():
         fault = check_name(tensor)
         if fault is not None:
-            raise InputError(f"{path} has {fault}: download it again.")
+            raise InputError(f"{path} has {fault}", where=path, hint="download it again")
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
             raise InputError(
-                f"{path}: the index places tensor {tensor} in {quoted(name)}, outside of the folder: download the "
-                f"model from a source that you trust."
+                f"the index places tensor {tensor} in {quoted(name)}, outside of the folder",
+                where=path,
+                hint="download the model from a source that you trust",
             )
         if not name.isprintable() or len(os.fsencode(name)) > MOST_FILE_NAME_BYTES:
             raise InputError(
-                f"{path}: the index places tensor {tensor} in {quoted(name)}, which is not the name of a shard: "
-                f"download the model from a source that you trust."
+                f"the index places tensor {tensor} in {quoted(name)}, which is not the name of a shard",
+                where=path,
+                hint="download the model from a source that you trust",
             )
         if not name.endswith(".safetensors"):
             raise InputError(
-                f"{path}: tensor {tensor} lies in {name}, which is not a safetensors file: convert the model to "
-                f"safetensors first."
+                f"tensor {tensor} lies in {name}, which is not a safetensors file",
+                where=path,
+                hint="convert the model to safetensors first",
             )
     return weight_map
 
@@ -284,15 +287,20 @@ def check_index(folder: str, files: Mapping[str, str], shards: Mapping[str, Head
     """
     for tensor, name in files.items():
         if tensor not in shards[name].tensors:
-            raise InputError(f"{folder}: the index lists {tensor} in {name}, which lacks it: download the shard again.")
+            raise InputError(
+                f"the index lists {tensor} in {name}, which lacks it", where=folder, hint="download the shard again"
+            )
     for name, header in shards.items():
         for tensor in header.tensors:
             if tensor not in files:
                 raise InputError(
-                    f"{folder}: {name} contains {tensor}, which the index does not list: download the index again."
+                    f"{name} contains {tensor}, which the index does not list",
+                    where=folder,
+                    hint="download the index again",
                 )
             if files[tensor] != name:
                 raise InputError(
-                    f"{folder}: {tensor} lies in {name} and in {files[tensor]}: download the shards and the "
-                    f"index again."
+                    f"{tensor} lies in {name} and in {files[tensor]}",
+                    where=folder,
+                    hint="download the shards and the index again",
                 )

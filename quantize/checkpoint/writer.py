@@ -137,7 +137,9 @@ def _replacing(path: Path) -> Iterator[int]:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise InputError(
-                f"{path} cannot be written ({error.strerror}): free space or choose another folder with -o."
+                f"{path} cannot be written ({error.strerror})",
+                where=path,
+                hint="free space or choose another folder with -o",
             ) from error
         raise
 

@@ -192,16 +192,18 @@ def _server_and_generator(values: dict[str, Any]) -> tuple[LoadGenerator, ServeO
     vllm, is_running = values["vllm"], values["url"] is not None
     dtypes = tuple(dict.fromkeys(word.strip() for word in values["kv_cache_dtype"].split(",") if word.strip()))
     if not dtypes:
-        raise InputError("--kv-cache-dtype is empty: write auto,fp8.")
+        raise InputError("--kv-cache-dtype is empty", where="--kv-cache-dtype", hint="write auto,fp8")
     if is_running:
         if dtypes != ("auto",):
             raise InputError(
-                "--url measures a running server, whose KV cache nvquant cannot change: drop --kv-cache-dtype."
+                "--url measures a running server, whose KV cache nvquant cannot change",
+                where="--url",
+                hint="drop --kv-cache-dtype",
             )
         values["vllm"] = None
     options = take_serve_options(values)
     if values["load_generator"] == "guidellm" and values["dataset"] != "random":
-        raise InputError("guidellm sends random prompts only: drop --dataset, or --load-generator guidellm.")
+        raise InputError("guidellm sends random prompts only", hint="drop --dataset, or --load-generator guidellm")
     takes_guidellm, guidellm = values.pop("load_generator") == "guidellm", values.pop("guidellm")
     if guidellm and not takes_guidellm:
         raise InputError("--guidellm has no effect without --load-generator guidellm.")

@@ -95,15 +95,19 @@ def read_machine(
     if on is None:
         named = [option for option, value in given.items() if value is not None]
         if named:
-            raise InputError(f"{named[0]} affects only the forecast of a machine. Name the machine with --on.")
+            raise InputError(f"{named[0]} affects only the forecast of a machine", hint="Name the machine with --on")
         return None
     count, gpu = find_gpu(on)
     if from_hub and network is None:
         network = HUB_BYTES
     if low_disk and network is None:
-        raise InputError("--low-disk works only for models on the Hub. Give their rate with --network too.")
+        raise InputError(
+            "--low-disk works only for models on the Hub", where="--low-disk", hint="Give their rate with --network too"
+        )
     if low_disk and count > 1:
-        raise InputError(f"--low-disk: every rank would fetch the whole model. Drop the option, or use one of {on}.")
+        raise InputError(
+            "every rank would fetch the whole model", where="--low-disk", hint=f"Drop the option, or use one of {on}"
+        )
     return Machine(gpu, count, disk or DISKS[DEFAULT_DISK], network, low_disk)
 
 

@@ -100,7 +100,7 @@ def command(
     calibration = recipe.calibration
     sizes = (samples or calibration.samples, sequence_length or calibration.sequence_length, batch_size)
     if machine is not None and machine.gpu is not None and not gpu:
-        raise InputError(f"--no-gpu and --on {on} contradict each other. Drop one of them.")
+        raise InputError(f"--no-gpu and --on {on} contradict each other", where="--no-gpu", hint="Drop one of them")
     memory = forecast_memory(plan, *sizes, gpu=gpu if machine is None else machine.gpu is not None)
     conversion = None if machine is None else forecast_conversion(plan, machine, *sizes, usd_per_hour=price)
     out.report(

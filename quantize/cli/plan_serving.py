@@ -60,7 +60,7 @@ def read_load(context: int | None, users: int | None, kv_cache: str | None) -> L
     for option, value in (("--users", users), ("--kv-cache", kv_cache)):
         if value is not None:
             raise InputError(
-                f"{option} affects only the comparison of recipes for a context. Give the context with --context."
+                f"{option} affects only the comparison of recipes for a context", hint="Give the context with --context"
             )
     return None
 

@@ -169,7 +169,7 @@ def _check_writable(folder: Path | None) -> None:
     while not there.exists():
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"{folder} is not writable. Name another folder for the report.")
+        raise InputError(f"{folder} is not writable", where=folder, hint="Name another folder for the report")
 
 
 def _write(

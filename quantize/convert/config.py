@@ -104,8 +104,8 @@ def check_patterns(subject: Plan | QuantizedModel) -> None:
 def _refuse_disagreements(model: QuantizedModel, config: Mapping[str, Any]) -> None:
     for layer, expected, found in disagreements(model, config):
         raise CheckFailed(
-            f"vLLM would read {layer} from the config as {found}, but the plan has {expected}: report this model's "
-            f"names as an issue."
+            f"vLLM would read {layer} from the config as {found}, but the plan has {expected}",
+            hint="report this model's names as an issue",
         )
 
 

@@ -219,8 +219,10 @@ class Engine:
         with self._options.trace.span("replay", f"layer {loaded.layer}"), self._options.ranks.step():
             if loaded.sha256 not in (None, record.source_sha256):
                 raise InputError(
-                    f"{self._plan.model}: the weights of layer {loaded.layer} changed since the earlier run, although "
-                    f"size and time of their files did not: restore the files, or begin anew with --restart."
+                    f"the weights of layer {loaded.layer} changed since the earlier run, although size and time "
+                    "of their files did not",
+                    where=self._plan.model,
+                    hint="restore the files, or begin anew with --restart",
                 )
             walk.replay(loaded.layer, loaded.tensors)
 

@@ -52,8 +52,9 @@ def check_head(plan: Plan) -> None:
         why = None  # the source has a head of its own, so servers that know the class read one
     if why is not None:
         raise InputError(
-            f"recipe {plan.recipe.name}: the head of {plan.model} cannot be quantized ({class_name(plan.source)} "
-            f"{why}): remove the key `head`."
+            f"the head of {plan.model} cannot be quantized ({class_name(plan.source)} {why})",
+            where=f"recipe {plan.recipe.name}",
+            hint="remove the key `head`",
         )
     if plan.source.hub is None:
         input_bound(plan)
@@ -71,9 +72,10 @@ def input_bound(plan: Plan) -> float | None:
     bound = head_input_bound(plan.source, plan.prefix)
     if bound is None:
         raise InputError(
-            f"recipe {plan.recipe.name}: the {plan.layout.name} layout stores a scale of the head's inputs, but "
-            f"{class_name(plan.source)} does not read them from an RMSNorm, which would bound them: use --format "
-            f"compressed-tensors."
+            f"the {plan.layout.name} layout stores a scale of the head's inputs, but {class_name(plan.source)} "
+            "does not read them from an RMSNorm, which would bound them",
+            where=f"recipe {plan.recipe.name}",
+            hint="use --format compressed-tensors",
         )
     return bound
 

@@ -49,7 +49,7 @@ class Journal:
         try:
             return read_json(path, "") if path.exists() else None
         except InputError as error:
-            raise CheckFailed(f"{path} is damaged: begin anew with --restart.") from error
+            raise CheckFailed(f"{path} is damaged", where=path, hint="begin anew with --restart") from error
 
     def listed(self) -> frozenset[str] | None:
         """Names of the files that the run is going to write; None if it has no list."""
@@ -109,8 +109,8 @@ class Journal:
         for shard, digest in zip(noted, found, strict=True):
             if digest != records[shard.file].sha256:
                 raise CheckFailed(
-                    f"{self.partial / shard.file} is damaged (its sha256 differs from the journal's): remove this file "
-                    f"and run the same command again, which rebuilds this file alone."
+                    f"{self.partial / shard.file} is damaged (its sha256 differs from the journal's)",
+                    hint="remove this file and run the same command again, which rebuilds this file alone",
                 )
         return records
 
@@ -128,7 +128,9 @@ class Journal:
         try:
             record = held_to(ShardRecord, read_json(path, ""), str(path))
         except InputError as error:
-            raise CheckFailed(f"{path} is damaged: remove this file and run the same command again.") from error
+            raise CheckFailed(
+                f"{path} is damaged", where=path, hint="remove this file and run the same command again"
+            ) from error
         if (record.layer is None, record.head is None) != (shard.layer is None, not shard.is_head):
-            raise CheckFailed(f"{path} is damaged: remove this file and run the same command again.")
+            raise CheckFailed(f"{path} is damaged", where=path, hint="remove this file and run the same command again")
         return record

@@ -47,16 +47,20 @@ def check_output(output: Path, needed_bytes: int, source: Path) -> None:
         _check_places(output, source)
         _check_room(output, needed_bytes)
     except OSError as error:  # a name that is too long, a folder that may not be searched
-        raise InputError(f"-o {output} is not writable ({error.strerror}): choose another folder with -o.") from error
+        raise InputError(
+            f"-o {output} is not writable ({error.strerror})", where="-o", hint="choose another folder with -o"
+        ) from error
 
 
 def _check_places(output: Path, source: Path) -> None:
     if source.resolve().is_relative_to(output.resolve()):
-        raise InputError(f"-o {output} is the source itself, or contains it: choose another folder.")
+        raise InputError(f"-o {output} is the source itself, or contains it", where="-o", hint="choose another folder")
     if output.exists():
         if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST_NAME).exists()):
             raise InputError(
-                f"-o {output} exists, but nvquant did not write it: choose another folder, or remove it yourself."
+                f"-o {output} exists, but nvquant did not write it",
+                where="-o",
+                hint="choose another folder, or remove it yourself",
             )
     partial = partial_folder(output)
     for folder in (partial, _replaced_folder(output)):
@@ -64,7 +68,9 @@ def _check_places(output: Path, source: Path) -> None:
         refuse_link(folder / STATE_FOLDER)
         if folder.exists() and not (folder.is_dir() and is_ours(folder)):
             raise InputError(
-                f"{folder} exists, but nvquant did not write it: remove it, or choose another folder with -o."
+                f"{folder} exists, but nvquant did not write it",
+                where=folder,
+                hint="remove it, or choose another folder with -o",
             )
 
 
@@ -75,8 +81,9 @@ def _check_room(output: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(parent).free + freed
     if free < needed_bytes + SLACK_BYTES:
         raise InputError(
-            f"-o {output} needs {needed_bytes + SLACK_BYTES:,} bytes, but {parent} has {free:,} free: free "
-            f"space, or choose another disk with -o."
+            f"-o {output} needs {needed_bytes + SLACK_BYTES:,} bytes, but {parent} has {free:,} free",
+            where="-o",
+            hint="free space, or choose another disk with -o",
         )
 
 
@@ -95,8 +102,9 @@ def check_finished(output: Path, identity: Mapping[str, Any], restart: bool) -> 
     differs = difference(read_json(path, "nvquant writes one"), identity)
     if differs is not None:
         raise InputError(
-            f"-o {output} contains the finished checkpoint of another run ({differs}): choose another folder, or "
-            f"replace it with --restart."
+            f"-o {output} contains the finished checkpoint of another run ({differs})",
+            where="-o",
+            hint="choose another folder, or replace it with --restart",
         )
     return True
 
@@ -114,17 +122,19 @@ def locked_partial(output: Path) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
-        raise InputError(f"{partial} cannot be created ({error.strerror}): choose another folder with -o.") from error
+        raise InputError(
+            f"{partial} cannot be created ({error.strerror})", where=partial, hint="choose another folder with -o"
+        ) from error
     try:
         try:
             # On the folder itself: the lock goes with it when it is renamed, and ends with the process.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(
-                f"another run is writing to {partial}: wait until it ends, or choose another folder with -o."
+                f"another run is writing to {partial}", hint="wait until it ends, or choose another folder with -o"
             ) from error
         if not partial.exists() or partial.stat().st_ino != os.fstat(descriptor).st_ino:
-            raise InputError(f"another run has just finished or removed {partial}: run the command again.")
+            raise InputError(f"another run has just finished or removed {partial}", hint="run the command again")
         yield partial
     finally:
         os.close(descriptor)
@@ -147,8 +157,9 @@ def open_partial(partial: Path, identity: Mapping[str, Any], restart: bool, file
         if differs is None:
             return journal
         raise InputError(
-            f"{partial} contains another run ({differs}): use the same files and options to resume it, or --restart to "
-            f"begin anew."
+            f"{partial} contains another run ({differs})",
+            where=partial,
+            hint="use the same files and options to resume it, or --restart to begin anew",
         )
     refuse_link(journal.folder)
     refuse_foreign(partial, "--restart" if restart else "a new run")
@@ -226,9 +237,10 @@ def check_cache(source: Checkpoint, output: Path, output_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if missing and free < needed + SLACK_BYTES:
         raise InputError(
-            f"{source.name} has {missing:,} bytes to download, but the disk of the cache, {folder}, has {free:,} free"
-            f"{' for it and the output' if is_shared else ''}: use --low-disk, which keeps no weights, or set HF_HOME "
-            f"to a folder on a larger disk."
+            f"{source.name} has {missing:,} bytes to download, but the disk of the cache, {folder}, has {free:,} "
+            f"free{' for it and the output' if is_shared else ''}",
+            where=source.name,
+            hint="use --low-disk, which keeps no weights, or set HF_HOME to a folder on a larger disk",
         )
 
 

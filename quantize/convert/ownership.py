@@ -52,8 +52,9 @@ def refuse_foreign(folder: Path, doing: str) -> None:
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise InputError(
-            f"{folder} holds {foreign[0]}{more}, which nvquant did not write, so {doing} does not remove the folder: "
-            f"move it away, or choose another folder with -o."
+            f"{folder} holds {foreign[0]}{more}, which nvquant did not write, so {doing} does not remove the folder",
+            where=folder,
+            hint="move it away, or choose another folder with -o",
         )
 
 

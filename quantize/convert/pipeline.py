@@ -151,9 +151,11 @@ def _begin(plan: Plan, options: ConvertOptions, identity: Mapping[str, Any], hel
         first, found = ranks.exchange((begun, identity))[0]
         differs = difference(found, identity)
         if differs is not None:
-            raise InputError(f"the ranks differ ({differs}): give all ranks the same files, versions and GPUs.")
+            raise InputError(f"the ranks differ ({differs})", hint="give all ranks the same files, versions and GPUs")
         if not journal.partial.is_dir() and not first.is_finished:
-            raise InputError(f"rank {ranks.rank} cannot see {journal.partial}: name a folder that all ranks share.")
+            raise InputError(
+                f"rank {ranks.rank} cannot see {journal.partial}", hint="name a folder that all ranks share"
+            )
     assert isinstance(first, _Begun)
     return first
 
@@ -166,7 +168,7 @@ def _finish(
     records = journal.records(plan.shards)
     missing = [shard.file for shard in plan.shards if shard.file not in records]
     if missing:
-        raise CheckFailed(f"{partial} lacks {missing[0]}: run the same command again.")
+        raise CheckFailed(f"{partial} lacks {missing[0]}", where=partial, hint="run the same command again")
     weight_map = {entry.name: shard.file for shard in plan.shards for entry in shard.entries}
     index = {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(partial / INDEX_NAME, index)
@@ -192,13 +194,15 @@ def assert_as_planned(plan: Plan, folder: Path) -> None:
         written = open_checkpoint(folder)
     except NvquantError as error:
         raise CheckFailed(
-            f"the output is not readable ({str(error).rstrip('.')}): run the same command with --restart."
+            f"the output is not readable ({str(error).rstrip('.')})", hint="run the same command with --restart"
         ) from error
     for shard in plan.shards:
         found = [(info.name, info.dtype, info.shape) for info in written.shards[shard.file].tensors.values()]
         planned = [(entry.name, entry.dtype, entry.shape) for entry in shard.entries]
         if found != planned:
-            raise CheckFailed(f"the tensors of {shard.file} differ from the plan: run the same command with --restart.")
+            raise CheckFailed(
+                f"the tensors of {shard.file} differ from the plan", hint="run the same command with --restart"
+            )
 
 
 def _leave(plan: Plan, options: ConvertOptions, journal: Journal, error: BaseException) -> None:

@@ -188,8 +188,8 @@ class Ranks:
         except RuntimeError as error:  # what torch.distributed raises when a connection closes
             self._is_lost = True
             raise RankLost(
-                f"one of the {self.size} ranks ended (rank {self.rank} lost its connection): read the last lines of "
-                f"that rank for the reason. To resume, run the same command again."
+                f"one of the {self.size} ranks ended (rank {self.rank} lost its connection)",
+                hint="read the last lines of that rank for the reason. To resume, run the same command again",
             ) from error
 
     def leave(self) -> None:
@@ -228,7 +228,7 @@ def join_ranks(device: str) -> tuple[str, Ranks]:
         store, rank, size = next(rendezvous("env://", timeout=_MEETING))
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise RankLost(f"the ranks cannot connect ({str(error).splitlines()[0]}): start them again.") from error
+        raise RankLost(f"the ranks cannot connect ({str(error).splitlines()[0]})", hint="start them again") from error
     ranks = Ranks(rank, size, local_size)
     atexit.register(ranks.leave)
     return device, ranks
@@ -240,5 +240,6 @@ def _number(name: str, default: int) -> int:
         return int(value)
     except ValueError as error:
         raise EnvironmentLack(
-            f"the environment variable {name} is {value!r}, which is not a number: unset it, or use another launcher."
+            f"the environment variable {name} is {value!r}, which is not a number",
+            hint="unset it, or use another launcher",
         ) from error

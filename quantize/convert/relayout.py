@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,25 +21,30 @@ from ..checkpoint.sidefiles import flat_side_files
 from ..checkpoint.source import INDEX_NAME, Checkpoint, open_checkpoint, read_json, tensor_bytes
 from ..checkpoint.writer import TensorEntry, order_entries, write_json, write_shard
 from ..errors import CheckFailed, InputError
-from ..format.layouts import GLOBAL_SCALES, LAYOUTS, Layout
+from ..format.layouts import LAYOUTS, Layout
 from ..format.schemes import Part
 from ..plan.plan import PlannedShard
-from ..quantizers import get_quantizer, quantizer_for
-from ..recipe.groups import FusedGroup, Fusions
 from ..recipe.heads import HeadSource, is_tied, stored_head
 from ..recipe.match import Selection, fusions_of
 from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import QUANTIZABLE, Role, describe, roles_of, unused_tensors
 from ..recipe.schema import SchemeName
-from ..stream.manifest import MANIFEST_NAME, Manifest, held_to
-from ..stream.scalars import scalar_amaxes
-from ..weights.stored import find_matrices, is_complete, part_leaves
+from ..stream.manifest import MANIFEST_NAME
+from ..weights.stored import part_leaves
 from .config import QuantizedModel, output_configs
 from .identity import source_identity
 from .output import check_output, fresh_partial, publish, write_side_files
+from .relayout_source import (
+    HF_QUANT_CONFIG,
+    read_manifest,
+    recorded_amaxes,
+    scalar_names,
+    stored_layout,
+    stored_matrices,
+    unequal_groups,
+)
 
 COPY_CHUNK_BYTES = 16 << 20
-HF_QUANT_CONFIG = "hf_quant_config.json"
 # What marks a tensor as a part of some other quantization.
 _FOREIGN_DTYPES = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 _FOREIGN_LEAF = re.compile(
@@ -98,16 +102,17 @@ def relayout(source: Checkpoint, target: Layout, output: Path) -> RelayoutResult
     layout = stored_layout(source)
     if layout is target:
         raise InputError(
-            f"{source.where} is already in the {target.name} layout: use it as it is, or choose the other layout "
-            f"with --format."
+            f"{source.where} is already in the {target.name} layout",
+            where=source.where,
+            hint="use it as it is, or choose the other layout with --format",
         )
     matrices = stored_matrices(source, layout)
-    manifest = _read_manifest(source, layout)
+    manifest = read_manifest(source, layout)
     amaxes = recorded_amaxes(manifest[1]) if manifest else {}
     scalars = {
         name: _inverted(source, name, part, target, layout, amaxes.get(name.rpartition(".")[0], {}).get(part))
         for matrix in matrices.values()
-        for part, name in _scalar_names(matrix, layout).items()
+        for part, name in scalar_names(matrix, layout).items()
     }
     configs = output_configs(_described(source, matrices, target))
     shards = _shards(source, matrices, layout, target, scalars)
@@ -135,129 +140,25 @@ def relayout(source: Checkpoint, target: Layout, output: Path) -> RelayoutResult
     )
 
 
-def stored_layout(source: Checkpoint) -> Layout:
-    """The layout of a checkpoint, from the names of its tensors.
-
-    Raises:
-        InputError: it is not quantized, or not in NVFP4, or in both layouts at once.
-    """
-    infos = source.infos()
-    found = [
-        layout
-        for layout in LAYOUTS.values()
-        if any(
-            matrix.scheme.has_block_scales and is_complete(matrix, layout) and matrix.parts["codes"].dtype == "U8"
-            for matrix in find_matrices(infos, layout).values()
-        )
-    ]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InputError(f"{source.where} contains NVFP4 matrices in both layouts: convert its source again.")
-    config = source.config.get("quantization_config")
-    if config is None and not (source.folder / HF_QUANT_CONFIG).exists():
-        raise InputError(f"{source.where} is not quantized: convert it with `nvquant convert --format`.")
-    method = config.get("quant_method", "unknown") if isinstance(config, Mapping) else "modelopt"
-    raise InputError(
-        f"{source.where} is quantized (quant_method {method}), but not in NVFP4: give an NVFP4 checkpoint."
-    )
-
-
-def stored_matrices(source: Checkpoint, layout: Layout) -> dict[str, Matrix]:
-    """The quantized matrices of a checkpoint by module, in its order.
-
-    Raises:
-        InputError: a tensor has the wrong dtype or shape.
-    """
-    matrices = {}
-    fusions = _fusions(source, layout)
-    for module, stored in find_matrices(source.infos(), layout).items():
-        if not is_complete(stored, layout):
-            continue
-        shape = stored.parts["codes"].shape
-        rows, cols = stored.scheme.shape_of(shape) if len(shape) == 2 else (0, 0)
-        group = fusions.name(module)
-        matrices[module] = Matrix(module, stored.tensor, stored.scheme, rows, cols, group, group, group)
-        for part, entry in matrix_entries(matrices[module], layout).items():
-            info = stored.parts[part]
-            is_scalar = part != "codes" and prod(info.shape) == 1 and len(entry.shape) < 2
-            is_dtype = info.dtype == entry.dtype or (part != "codes" and info.dtype in stored.scheme.scale_dtypes)
-            if not is_dtype or (info.shape != entry.shape and not is_scalar):
-                raise InputError(
-                    f"{entry.name} is {info.dtype} {list(info.shape)}, but {stored.scheme.words.split()[0]} stores "
-                    f"{entry.dtype} {list(entry.shape)}: the checkpoint is damaged, or not in that scheme."
-                )
-    return matrices
-
-
-def _fusions(source: Checkpoint, layout: Layout) -> Fusions:
-    """The matrices of a quantized checkpoint that servers fuse."""
-    ends = (".weight", *(f".{layout.suffixes(scheme)['codes']}" for scheme in layout.schemes.values()))
-    return Fusions((name.rpartition(".")[0] for name in source.infos() if name.endswith(ends)), source.config)
-
-
-def unequal_groups(source: Checkpoint, matrices: Mapping[str, Matrix], layout: Layout) -> list[FusedGroup]:
-    """The fused groups whose members do not share their weight's, or their input's, global scale bit for bit."""
-    found = []
-    for group in _fusions(source, layout).groups(matrices):
-        scalars = [_scalar_names(matrices[member], layout) for member in group.members]
-        values = {tuple(float(source.read(name)) for name in names.values()) for names in scalars}
-        if len(values) > 1:
-            found.append(group)
-    return found
-
-
-def recorded_amaxes(manifest: Manifest) -> dict[str, dict[Part, float]]:
-    """The amaxes behind the global scales, by module and part, with headroom.
-
-    Raises:
-        InputError: the quantizer is unknown.
-    """
-    amaxes: dict[str, dict[Part, float]] = {}
-    chosen, layout = get_quantizer(manifest.quantizer), LAYOUTS.get(manifest.format)
-    for group in (recorded.record for recorded in manifest.groups.values()):
-        scheme = layout.schemes.get(group.scheme) if layout is not None else None
-        if scheme is not None:
-            headroom = quantizer_for(scheme.name, chosen).claim.headroom
-            amaxes.update(dict.fromkeys(group.members, scalar_amaxes(scheme, group, headroom)))
-    return amaxes
-
-
-def _read_manifest(source: Checkpoint, layout: Layout) -> tuple[dict[str, Any], Manifest] | None:
-    """The manifest as JSON and parsed, or None without a manifest."""
-    path = source.folder / MANIFEST_NAME
-    if not path.exists():
-        return None
-    manifest = read_json(path, "nvquant writes one")
-    try:
-        form = held_to(Manifest, manifest, str(path))
-    except InputError as error:
-        raise InputError(f"{str(error).rstrip('.')}: remove it, and relayout uses the tensors alone.") from error
-    if form.format != layout.name:
-        raise InputError(
-            f"{path} names the {form.format} layout, but the tensors are in {layout.name}: remove it, and relayout "
-            f"uses the tensors alone."
-        )
-    return manifest, form
-
-
-def _scalar_names(matrix: Matrix, layout: Layout) -> dict[Part, str]:
-    return {part: entry.name for part, entry in matrix_entries(matrix, layout).items() if part in GLOBAL_SCALES}
-
-
 def _inverted(source: Checkpoint, name: str, part: Part, target: Layout, layout: Layout, amax: float | None) -> Tensor:
     """A global scale in the other layout: from its amax if that is known, otherwise by a reciprocal."""
     stored = source.read(name).reshape(())
     if amax is not None:
         if not torch.equal(stored, layout.stored_scalar(part, amax).reshape(())):
             raise InputError(
-                f"{name} is {float(stored)!r}, which differs from the amax in {MANIFEST_NAME}: download or convert the "
-                f"checkpoint again, or remove the manifest, and relayout uses the tensors alone."
+                f"{name} is {float(stored)!r}, which differs from the amax in {MANIFEST_NAME}",
+                where=name,
+                hint=(
+                    "download or convert the checkpoint again, or remove the manifest, and relayout uses the "
+                    "tensors alone"
+                ),
             )
         return target.stored_scalar(part, amax)
     inverse = 1.0 / stored
     if not (float(stored) > 0 and bool(torch.isfinite(inverse))):
-        raise InputError(f"{name} is {float(stored)!r}, which has no reciprocal: the checkpoint is damaged.")
+        raise InputError(
+            f"{name} is {float(stored)!r}, which has no reciprocal", where=name, hint="the checkpoint is damaged"
+        )
     return inverse.reshape(target.scalar_shape)
 
 
@@ -284,8 +185,9 @@ def _refuse_other_forms(source: Checkpoint, matrices: Mapping[str, Matrix], targ
         scheme = other[0].scheme
         raise InputError(
             f"{source.where} stores {describe([matrix.name for matrix in other], 1)} in {scheme.words} with "
-            f"{scheme.form}, which the {target.name} layout cannot express: convert the "
-            f"source again with --format {target.name}."
+            f"{scheme.form}, which the {target.name} layout cannot express",
+            where=source.where,
+            hint=f"convert the source again with --format {target.name}",
         )
 
 
@@ -303,8 +205,9 @@ def _refuse_others(
     protected = [name for name, matrix in matrices.items() if roles[matrix.tensor] not in QUANTIZABLE and name != own]
     if protected:
         raise InputError(
-            f"{source.where} has {describe(protected)} in NVFP4 ({roles[matrices[protected[0]].tensor].value}): "
-            f"nvquant describes only text linears in NVFP4."
+            f"{source.where} has {describe(protected)} in NVFP4 ({roles[matrices[protected[0]].tensor].value})",
+            where=source.where,
+            hint="nvquant describes only text linears in NVFP4",
         )
     for name, info in source.infos().items():
         if _is_part(name, matrices):
@@ -333,7 +236,9 @@ def _kv_cache(source: Checkpoint) -> Literal["bf16", "fp8"]:
     )
     if (scheme and not is_fp8) or algorithm not in (None, "FP8"):
         raise InputError(
-            f"{source.where} does not quantize the KV cache in FP8 per tensor: relayout supports no other way."
+            f"{source.where} does not quantize the KV cache in FP8 per tensor",
+            where=source.where,
+            hint="relayout supports no other way",
         )
     return "fp8" if scheme or algorithm else "bf16"
 
@@ -398,4 +303,4 @@ def _check_written(partial: Path, planned: list[PlannedShard]) -> None:
     for shard in planned:
         found = [TensorEntry(info.name, info.dtype, info.shape) for info in written.shards[shard.file].tensors.values()]
         if found != list(shard.entries):
-            raise CheckFailed(f"the tensors of {shard.file} differ from the plan: run the same command again.")
+            raise CheckFailed(f"the tensors of {shard.file} differ from the plan", hint="run the same command again")

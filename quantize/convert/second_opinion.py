@@ -103,30 +103,40 @@ def refuse_unsupported(plan: Plan, options: ConvertOptions) -> None:
     """Raise InputError for requests that llm-compressor does not support, or handles in another way than nvquant."""
     if plan.layout.name != "compressed-tensors":
         raise InputError(
-            "--engine llmcompressor writes the compressed-tensors layout only: drop --format, and use `nvquant "
-            "relayout` on the output."
+            "--engine llmcompressor writes the compressed-tensors layout only",
+            where="--engine",
+            hint="drop --format, and use `nvquant relayout` on the output",
         )
     if options.quantizer != "rtn":
         raise InputError(
-            f"--engine llmcompressor chooses scales with its own observers, which do not include nvquant's "
-            f"{options.quantizer}: use --quantizer rtn."
+            "--engine llmcompressor chooses scales with its own observers, which do not include nvquant's "
+            f"{options.quantizer}",
+            where="--engine",
+            hint="use --quantizer rtn",
         )
     if options.batch_size != 1:
-        raise InputError("--engine llmcompressor calibrates one sequence at a time: drop --batch-size.")
+        raise InputError(
+            "--engine llmcompressor calibrates one sequence at a time", where="--engine", hint="drop --batch-size"
+        )
     if Role.EXPERT in plan.selection.roles.values():
         raise InputError(
-            f"--engine llmcompressor does not support {plan.model}, a mixture of experts: use --engine nvquant."
+            f"--engine llmcompressor does not support {plan.model}, a mixture of experts",
+            where="--engine",
+            hint="use --engine nvquant",
         )
     if plan.head is not None:
         raise InputError(
-            f"--engine llmcompressor does not quantize the output head, as the key `head` of recipe "
-            f"{plan.recipe.name} requires: remove the key, or use --engine nvquant."
+            "--engine llmcompressor does not quantize the output head, as the key `head` of recipe "
+            f"{plan.recipe.name} requires",
+            where="--engine",
+            hint="remove the key, or use --engine nvquant",
         )
     other = [info for info in plan.source.infos().values() if info.dtype != "BF16"]
     if options.device != "cpu" and other:
         raise InputError(
-            f"--engine llmcompressor would round {other[0].name} ({other[0].dtype}) to bfloat16 on a GPU: use "
-            f"--device cpu."
+            f"--engine llmcompressor would round {other[0].name} ({other[0].dtype}) to bfloat16 on a GPU",
+            where="--engine",
+            hint="use --device cpu",
         )
 
 
@@ -152,15 +162,19 @@ def check_memory(plan: Plan, calibration: CalibrationSet | None, device: str, dt
         if free is not None and size > free:
             what = "host memory" if place == "cpu" else "GPU memory"
             raise InputError(
-                f"--engine llmcompressor loads the complete model and needs {size:,} bytes of {what}, but {free:,} are "
-                f"free: use --engine nvquant, which streams the model."
+                f"--engine llmcompressor loads the complete model and needs {size:,} bytes of {what}, but "
+                f"{free:,} are free",
+                where="--engine",
+                hint="use --engine nvquant, which streams the model",
             )
 
 
 def _require_package() -> None:
     if importlib.util.find_spec(PACKAGE) is None:
         raise EnvironmentLack(
-            f"--engine llmcompressor requires llm-compressor, which is not installed: run `{INSTALL}`."
+            "--engine llmcompressor requires llm-compressor, which is not installed",
+            where="--engine",
+            hint=f"run `{INSTALL}`",
         )
 
 
@@ -185,15 +199,15 @@ def quantize_and_save(
             model.save_pretrained(folder, save_compressed=True, max_shard_size=SHARD_LIMIT_BYTES)
     except ImportError as error:
         raise EnvironmentLack(
-            f"llm-compressor {version} does not work with the installed packages ({error}): run `{INSTALL}` in a new "
-            f"environment."
+            f"llm-compressor {version} does not work with the installed packages ({error})",
+            hint=f"run `{INSTALL}` in a new environment",
         ) from error
     except NvquantError:
         raise
     except Exception as error:  # whatever it raises; the traceback is shown with --debug
         raise NvquantError(
-            f"llm-compressor {version} failed ({type(error).__name__}: {error}): run the command with --debug for its "
-            f"traceback, or use --engine nvquant."
+            f"llm-compressor {version} failed ({type(error).__name__}: {error})",
+            hint="run the command with --debug for its traceback, or use --engine nvquant",
         ) from error
     finally:
         gc.collect()  # its session and observers hold the model in cycles

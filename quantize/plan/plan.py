@@ -157,7 +157,9 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
     lack = lack_of_code(source.folder)
     if lack is not None:
         raise InputError(
-            f"{model} lacks {lack}: download that file, or remove auto_map if servers know the architecture without it."
+            f"{model} lacks {lack}",
+            where=model,
+            hint="download that file, or remove auto_map if servers know the architecture without it",
         )
     infos = source.infos()
     shapes = {name: info.shape for name, info in infos.items()}
@@ -165,7 +167,9 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
     prefix = decoder_prefix(shapes, source.config)
     if prefix is None:
         raise InputError(
-            f"{model} has no decoder layers (no tensor has a name like …layers.N.…): choose a decoder model."
+            f"{model} has no decoder layers (no tensor has a name like …layers.N.…)",
+            where=model,
+            hint="choose a decoder model",
         )
     matrices = _matrices(recipe, selection, infos, layout)
     origins, entries = _outputs(infos, matrices, layout, selection)
@@ -181,8 +185,9 @@ def _matrices(
     for module, name in selection.schemes.items():
         if name not in layout.schemes:
             raise InputError(
-                f"recipe {recipe.name}: the {layout.name} layout has no form for scheme {name}: choose the other "
-                f"layout with --format, or another scheme."
+                f"the {layout.name} layout has no form for scheme {name}",
+                where=f"recipe {recipe.name}",
+                hint="choose the other layout with --format, or another scheme",
             )
         head = selection.head
         tensor = head.tensor if head is not None and head.module == module else f"{module}.weight"
@@ -213,8 +218,8 @@ def _outputs(
                 origins[entry.name], entries[entry.name] = Origin(name, part, matrix.name), entry
     if len(entries) != expected:
         raise InputError(
-            "the source stores tensors under names that the output requires for scales: choose a source that is not "
-            "quantized."
+            "the source stores tensors under names that the output requires for scales",
+            hint="choose a source that is not quantized",
         )
     return origins, entries
 

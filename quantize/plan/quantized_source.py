@@ -46,16 +46,17 @@ def refuse_quantized(source: Checkpoint, model: str) -> None:
     way_out = "convert from the original BF16 model"
     if claim is None:
         if proof is not None:
-            raise InputError(f"{model} is quantized already ({proof}): {way_out}.")
+            raise InputError(f"{model} is quantized already ({proof})", where=model, hint=way_out)
         return
     key, file, method = claim
     where = f"{key} of {file}" if key else file
     if proof is not None:
-        raise InputError(f"{model} is quantized already ({where} names {method}): {way_out}.")
+        raise InputError(f"{model} is quantized already ({where} names {method})", where=model, hint=way_out)
     dtype = next((info.dtype for info in infos if len(info.shape) > 1), "absent")
     raise InputError(
-        f"{model}: {where} names {method}, but no tensor is quantized, and the matrices are {dtype}: remove "
-        f"{f'{key} from {file}' if key else file} if these are the model's original weights."
+        f"{where} names {method}, but no tensor is quantized, and the matrices are {dtype}",
+        where=model,
+        hint=f"remove {f'{key} from {file}' if key else file} if these are the model's original weights",
     )
 
 

@@ -118,7 +118,9 @@ def refuse_context(source: Checkpoint, context: int) -> None:
     """
     most = config_int(text_config(source.config), "max_position_embeddings")
     if most and context > most:
-        raise InputError(f"--context {context}: the model supports {most} tokens: use --context {most}.")
+        raise InputError(
+            f"the model supports {most} tokens", where=f"--context {context}", hint=f"use --context {most}"
+        )
 
 
 def forecast_serving(

@@ -70,7 +70,7 @@ def checkpoint_files(folder: Path) -> tuple[LocalFile, ...]:
         InputError: the folder contains no complete checkpoint.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give the output of a conversion.")
+        raise InputError(f"{folder} is not a folder", where=folder, hint="give the output of a conversion")
     shards = open_checkpoint(folder).shards
     names = [*(name for name in DESCRIPTIONS if (folder / name).is_file()), *side_files(folder), *shards]
     for name in names:

@@ -60,21 +60,29 @@ def read_earlier(path: Path, folder: Path) -> dict[str, Any]:
     found = read_json(path, "`nvquant verify --json` writes one", is_named=True, way_out="write it again")
     of_checkpoint = found.get("checkpoint")
     if not _is_document(found) or not isinstance(of_checkpoint, Mapping):
-        raise InputError(f"{path} is not a document of `nvquant verify --json`. Give such a file with --verify-json.")
+        raise InputError(
+            f"{path} is not a document of `nvquant verify --json`",
+            where=path,
+            hint="Give such a file with --verify-json",
+        )
     stated, actual = {key: of_checkpoint.get(key) for key in checkpoint_identity(folder)}, checkpoint_identity(folder)
     if actual["manifest_sha256"] is None:
         raise InputError(
-            f"{folder} has no manifest of nvquant, so {path} cannot be matched to its bytes. Drop --verify-json, and "
-            f"measure with --against MODEL."
+            f"{folder} has no manifest of nvquant, so {path} cannot be matched to its bytes",
+            where=folder,
+            hint="Drop --verify-json, and measure with --against MODEL",
         )
     if stated["manifest_sha256"] is None:
         raise InputError(
-            f"{path} does not identify the bytes it describes. Write it again with `nvquant verify --json`."
+            f"{path} does not identify the bytes it describes",
+            where=path,
+            hint="Write it again with `nvquant verify --json`",
         )
     if stated != actual:
         raise InputError(
-            f"{path} belongs to another checkpoint ({of_checkpoint.get('name')}, or an earlier state of it). Write it "
-            f"again with `{shell(['nvquant', 'verify', argument(folder), '--json'])}`."
+            f"{path} belongs to another checkpoint ({of_checkpoint.get('name')}, or an earlier state of it)",
+            where=path,
+            hint=f"Write it again with `{shell(['nvquant', 'verify', argument(folder), '--json'])}`",
         )
     whole = {"numerics": None, "serve": None, "bench": None, **found}
     refuse_unreadable(whole, path, "nvquant verify --json")

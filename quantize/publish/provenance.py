@@ -72,7 +72,9 @@ def read_provenance(folder: Path, base_model: str | None) -> Provenance:
     """
     name = None if base_model is None else hub_name(base_model)
     if base_model is not None and (name is None or name[1] is not None):
-        raise InputError(f"--base-model {base_model} is not a model's id. Give it as org/name.")
+        raise InputError(
+            f"--base-model {base_model} is not a model's id", where="--base-model", hint="Give it as org/name"
+        )
     path = folder / MANIFEST_NAME
     manifest = read_json(path, "nvquant writes one") if path.is_file() else {}
     form = held_to(Manifest, manifest, str(path)) if manifest or path.is_file() else None
@@ -80,7 +82,11 @@ def read_provenance(folder: Path, base_model: str | None) -> Provenance:
     if known is None:
         return Provenance(form, manifest, base_model, None)
     if base_model is not None and base_model != known.id:
-        raise InputError(f"--base-model {base_model}: {MANIFEST_NAME} names {known.id} as the source. Drop the option.")
+        raise InputError(
+            f"{MANIFEST_NAME} names {known.id} as the source",
+            where=f"--base-model {base_model}",
+            hint="Drop the option",
+        )
     return Provenance(form, manifest, known.id, known.commit)
 
 

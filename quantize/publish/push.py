@@ -188,18 +188,25 @@ def refuse_failed(request: PushRequest) -> None:
     """
     stated = {key: at(request.document, "checkpoint", key) for key in checkpoint_identity(request.folder)}
     if stated != checkpoint_identity(request.folder):
-        raise InputError(f"{request.folder} is not the verified checkpoint. Verify it again, then push it.")
+        raise InputError(
+            f"{request.folder} is not the verified checkpoint",
+            where=request.folder,
+            hint="Verify it again, then push it",
+        )
     failed = failed_checks(request.document)
     if request.unverified:
         return
     if not request.document["checks"]:
         raise CheckFailed(
-            f"{request.folder} was not verified. Verify it first, or publish it anyway with --unverified."
+            f"{request.folder} was not verified",
+            where=request.folder,
+            hint="Verify it first, or publish it anyway with --unverified",
         )
     if failed:
         raise CheckFailed(
-            f"{request.folder} fails {len(failed)} of {len(request.document['checks'])} checks ({', '.join(failed)}). "
-            f"Run `nvquant verify` for the causes, or publish it with --unverified and a note in the card."
+            f"{request.folder} fails {len(failed)} of {len(request.document['checks'])} checks ({', '.join(failed)})",
+            where=request.folder,
+            hint="Run `nvquant verify` for the causes, or publish it with --unverified and a note in the card",
         )
 
 
@@ -211,7 +218,11 @@ def _make(request: PushRequest) -> Target:
         patiently(lambda: api.create_repo(request.repo, private=is_private, exist_ok=True), f"creating {request.repo}")
     made = look_at(request.repo, request.endpoint)
     if made.commit is None:
-        raise InputError(f"{request.repo} was created, but the Hub does not list it. Run the same command again.")
+        raise InputError(
+            f"{request.repo} was created, but the Hub does not list it",
+            where=request.repo,
+            hint="Run the same command again",
+        )
     return made
 
 

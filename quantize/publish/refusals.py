@@ -70,11 +70,11 @@ def push_errors(repo: str) -> Iterator[None]:
         except errors.HfHubHTTPError as error:
             raise InputError(_refused(repo, error)) from error
         except network_error() as error:
-            raise InputError(f"The Hub cannot be reached for {repo} ({type(error).__name__}): {AGAIN}.") from error
+            raise InputError(f"The Hub cannot be reached for {repo} ({type(error).__name__})", hint=AGAIN) from error
         except ValueError as error:
             raise InputError(f"The Hub refused the upload to {repo}: {_without_addresses(error)}.") from error
         except (RuntimeError, OSError) as error:
-            raise InputError(f"The upload to {repo} was interrupted ({type(error).__name__}): {AGAIN}.") from error
+            raise InputError(f"The upload to {repo} was interrupted ({type(error).__name__})", hint=AGAIN) from error
 
 
 def patiently(work: Callable[[], Result], doing: str) -> Result:

@@ -84,7 +84,9 @@ def check_repo_name(repo: str) -> None:
     """
     name = hub_name(repo)
     if name is None or name[1] is not None:
-        raise InputError(f"{repo} is not a repository's name: give it as org/name, such as me/gemma-4-31b-NVFP4.")
+        raise InputError(
+            f"{repo} is not a repository's name", where=repo, hint="give it as org/name, such as me/gemma-4-31b-NVFP4"
+        )
 
 
 def check_rights(repo: str, endpoint: str | None = None) -> None:
@@ -98,7 +100,9 @@ def check_rights(repo: str, endpoint: str | None = None) -> None:
 
     check_repo_name(repo)
     if get_token() is None:
-        raise InputError(f"Pushing to {repo} requires a token with write access. Run `hf auth login`, or set HF_TOKEN.")
+        raise InputError(
+            f"Pushing to {repo} requires a token with write access", hint="Run `hf auth login`, or set HF_TOKEN"
+        )
     with quiet_hub(), push_errors(repo):
         try:
             user = hub_api(endpoint).whoami()
@@ -108,8 +112,8 @@ def check_rights(repo: str, endpoint: str | None = None) -> None:
             raise
     if _role(user) == "read":
         raise InputError(
-            f"The token ({_token_name(user)}) is read-only. Create one with write access to {repo.partition('/')[0]} "
-            f"at {TOKENS}, and run `hf auth login`."
+            f"The token ({_token_name(user)}) is read-only",
+            hint=f"Create one with write access to {repo.partition('/')[0]} at {TOKENS}, and run `hf auth login`",
         )
 
 
@@ -151,14 +155,18 @@ def changes_for(target: Target, files: Sequence[LocalFile], *, replace: bool, ne
     foreign = foreign_files(target, files)
     if foreign and not replace:
         raise InputError(
-            f"{target.repo} contains files that do not belong to this checkpoint but that loaders would read with it "
-            f"({shortened(foreign)}). Choose another repository, or delete them with --replace."
+            f"{target.repo} contains files that do not belong to this checkpoint but that loaders would read with "
+            f"it ({shortened(foreign)})",
+            where=target.repo,
+            hint="Choose another repository, or delete them with --replace",
         )
     keeps_card = not (target.is_card_ours or replace)
     if keeps_card and needs_card:
         raise InputError(
-            f"{target.repo} has a README.md that nvquant did not write, but the card must report that this checkpoint "
-            f"did not pass: replace it with --replace, or choose another repository."
+            f"{target.repo} has a README.md that nvquant did not write, but the card must report that this "
+            "checkpoint did not pass",
+            where=target.repo,
+            hint="replace it with --replace, or choose another repository",
         )
     wanted = [file for file in files if not (keeps_card and file.name == CARD_NAME)]
     unchanged = [file for file in wanted if file.name in target.files and _is_there(file, target)]

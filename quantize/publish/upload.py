@@ -87,8 +87,9 @@ def confirm(api: HfApi, repo: str, commit: str, files: Sequence[LocalFile]) -> N
     ]
     if wrong:
         raise CheckFailed(
-            f"{repo} at commit {commit[:12]} lacks {shortened(wrong)}, or has it with another size or hash. "
-            f"Push again, and if that does not help, delete the file on the repository's page first."
+            f"{repo} at commit {commit[:12]} lacks {shortened(wrong)}, or has it with another size or hash",
+            where=repo,
+            hint="Push again, and if that does not help, delete the file on the repository's page first",
         )
 
 
@@ -132,7 +133,7 @@ def _commit(api: HfApi, target: Target, changes: Changes, operations: list[Any],
             if landed is not None:
                 return landed
             if status_of(error) == MOVED:
-                raise InputError(f"{target.repo} changed during the upload: {AGAIN}.") from error
+                raise InputError(f"{target.repo} changed during the upload", where=target.repo, hint=AGAIN) from error
             patience.wait_after(error, doing)
 
 

@@ -20,7 +20,7 @@ def get_quantizer(name: str) -> Quantizer:
         InputError: no quantizer has that name.
     """
     if name not in QUANTIZERS:
-        raise InputError(f"quantizer '{name}' does not exist: choose {' or '.join(QUANTIZERS)}.")
+        raise InputError(f"quantizer '{name}' does not exist", hint=f"choose {' or '.join(QUANTIZERS)}")
     return QUANTIZERS[name]
 
 

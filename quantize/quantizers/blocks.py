@@ -44,12 +44,12 @@ class BlockScales:
         """
         if 0 < float(amax) < SMALLEST_WEIGHT_AMAX:
             raise InputError(
-                f"{matrix.tensor} contains no value above {float(amax):.3g}, which is too small for NVFP4: leave it "
-                f"out of the recipe's quantize list."
+                f"{matrix.tensor} contains no value above {float(amax):.3g}, which is too small for NVFP4",
+                hint="leave it out of the recipe's quantize list",
             )
         if not math.isfinite(float(amax * self.headroom)):
             raise InputError(
-                f"{matrix.tensor} contains values near the limit of float32: use --quantizer rtn for this model."
+                f"{matrix.tensor} contains values near the limit of float32", hint="use --quantizer rtn for this model"
             )
         return global_scale(amax, self.headroom)
 

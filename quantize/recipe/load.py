@@ -51,8 +51,8 @@ def load_recipe(name: str) -> Recipe:
     except OSError as error:
         raise unreadable(path, error, "give the path of a YAML file") from error
     raise InputError(
-        f"recipe '{name}' does not exist: choose one of {', '.join(shipped_recipes())}, or give the path of your own "
-        f"file, such as ./my.yaml."
+        f"recipe '{name}' does not exist",
+        hint=f"choose one of {', '.join(shipped_recipes())}, or give the path of your own file, such as ./my.yaml",
     )
 
 
@@ -107,7 +107,11 @@ def _refuse_duplicates(root: yaml.Node | None, file: str) -> None:
             for key, value in node.value:
                 name = key.value if isinstance(key, yaml.ScalarNode) else ""
                 if name in names:
-                    raise InputError(f"{file}:{key.start_mark.line + 1}: key {quoted(name)} occurs twice: remove one.")
+                    raise InputError(
+                        f"{file}:{key.start_mark.line + 1}: key {quoted(name)} occurs twice",
+                        where=file,
+                        hint="remove one",
+                    )
                 names |= {name} - {""}
                 waiting.append(value)
 

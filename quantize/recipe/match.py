@@ -66,8 +66,9 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
             for module in _matches(pattern, tensors, roles, unused, recipe, model):
                 if module in schemes:
                     raise InputError(
-                        f"recipe {recipe.name}: '{pattern}' matches {module}, which an earlier entry already "
-                        f"quantizes: change one of the two patterns."
+                        f"'{pattern}' matches {module}, which an earlier entry already quantizes",
+                        where=f"recipe {recipe.name}",
+                        hint="change one of the two patterns",
                     )
                 schemes[module] = entry.scheme
     ordered = {
@@ -91,8 +92,9 @@ def _head(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], model: str, con
     head = head_source(shapes, config)
     if head is None:
         raise InputError(
-            f"recipe {recipe.name}: {model} has no output head (it stores none, and config.json ties none to the "
-            f"embedding), as a classifier: remove the key `head`."
+            f"{model} has no output head (it stores none, and config.json ties none to the embedding), as a classifier",
+            where=f"recipe {recipe.name}",
+            hint="remove the key `head`",
         )
     return head
 
@@ -106,8 +108,9 @@ def _check_layers(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, An
     unexpected = unexpected_layer(shapes, config, decoder_prefix(shapes, config) or "")
     if unexpected is not None:
         raise InputError(
-            f"{model} stores {unexpected}, but config.json describes fewer decoder layers: use the config.json that "
-            f"belongs to these weights."
+            f"{model} stores {unexpected}, but config.json describes fewer decoder layers",
+            where=model,
+            hint="use the config.json that belongs to these weights",
         )
 
 
@@ -136,22 +139,25 @@ def _matches(
         )
         if Role.TRANSPOSED in roles.values():
             raise InputError(
-                f"{model} stores its matrices transposed, as GPT-2 does, which vLLM cannot serve in NVFP4: "
-                f"choose a model of another architecture."
+                f"{model} stores its matrices transposed, as GPT-2 does, which vLLM cannot serve in NVFP4",
+                where=model,
+                hint="choose a model of another architecture",
             )
-        wish = " To quantize the head, use the key `head`." if OWN_NAME in pattern else ""
         raise InputError(
             f"recipe {recipe.name}: pattern '{pattern}' matches no matrix of {model}, whose text matrices are "
-            f"{hint or 'none'}: correct the pattern.{wish}"
+            f"{hint or 'none'}",
+            where=f"recipe {recipe.name}",
+            hint="to quantize the head, use the key `head`" if OWN_NAME in pattern else "correct the pattern",
         )
     protected = [module for module in found if roles[modules[module]] not in QUANTIZABLE]
     if protected:
         what = roles[modules[protected[0]]].value
+        way_out = "limit the pattern to the text decoder's layers, or use the selectors mlp and attention"
         raise InputError(
             f"recipe {recipe.name}: pattern '{pattern}' matches {describe(protected)} ({what}), which vLLM "
-            f"serves unquantized: "
-            "limit the pattern to the text decoder's layers, or use the selectors mlp and attention."
-            + (" To quantize the head, use the key `head`." if what == Role.HEAD.value else "")
+            f"serves unquantized",
+            where=f"recipe {recipe.name}",
+            hint="to quantize the head, use the key `head`" if what == Role.HEAD.value else way_out,
         )
     return found
 
@@ -163,8 +169,9 @@ def _check_matrices(stored: Mapping[str, str], tensors: Mapping[str, TensorInfo]
             raise ShapeError(info.name, info.shape)
         if info.dtype not in SOURCE_DTYPES:
             raise InputError(
-                f"{info.name} is stored as {info.dtype}, but nvquant reads BF16, F16 and F32: convert the unquantized "
-                f"model."
+                f"{info.name} is stored as {info.dtype}, but nvquant reads BF16, F16 and F32",
+                where=info.name,
+                hint="convert the unquantized model",
             )
 
 
@@ -172,8 +179,9 @@ def _check_experts(recipe: Recipe, roles: Mapping[str, Role], model: str) -> Non
     experts = [name for name, role in roles.items() if role is Role.EXPERT]
     if experts and recipe.experts == "refuse":
         raise InputError(
-            f"{model} is a mixture of experts ({describe(experts, 1)}), and nvquant does not quantize experts yet: "
-            f"write a recipe with `experts: bf16` to leave them in BF16."
+            f"{model} is a mixture of experts ({describe(experts, 1)}), and nvquant does not quantize experts yet",
+            where=model,
+            hint="write a recipe with `experts: bf16` to leave them in BF16",
         )
 
 
@@ -192,11 +200,13 @@ def _check_groups(
         missing = [module for module in siblings.get(group.name, ()) if module not in schemes]
         if missing:
             raise InputError(
-                f"recipe {recipe.name} quantizes {describe(group.members)}, but not {describe(missing)}, which vLLM "
-                f"fuses with it: quantize all of them or none."
+                f"recipe {recipe.name} quantizes {describe(group.members)}, but not {describe(missing)}, which "
+                "vLLM fuses with it",
+                hint="quantize all of them or none",
             )
         if len({schemes[module] for module in group.members}) > 1:
             raise InputError(
-                f"recipe {recipe.name}: {describe(group.members)} have different schemes, but vLLM fuses them: "
-                f"give them the same scheme."
+                f"{describe(group.members)} have different schemes, but vLLM fuses them",
+                where=f"recipe {recipe.name}",
+                hint="give them the same scheme",
             )

@@ -87,8 +87,8 @@ def matches(pattern: str, name: str) -> bool:
 
 def _slow(pattern: str) -> SlowPattern:
     return SlowPattern(
-        f"pattern {quoted(pattern)} takes more than {MOST_SECONDS:.0f} s to match: write it without repetitions "
-        f"within repetitions."
+        f"pattern {quoted(pattern)} takes more than {MOST_SECONDS:.0f} s to match",
+        hint="write it without repetitions within repetitions",
     )
 
 

@@ -34,7 +34,9 @@ def refuse_unreadable(whole: Mapping[str, Any], path: Path, written_by: str) -> 
         render_html(page)
     except _WRONG_FORM as error:
         raise InputError(
-            f"{path} does not have the form that `{written_by}` writes ({type(error).__name__}): write it again."
+            f"{path} does not have the form that `{written_by}` writes ({type(error).__name__})",
+            where=path,
+            hint="write it again",
         ) from error
 
 
@@ -47,7 +49,9 @@ def refuse_unreadable_bench(bench: Mapping[str, Any], path: Path) -> None:
     try:
         whole = document(Report(()), bench)
     except _WRONG_FORM as error:
-        raise InputError(f"{path} does not have the form that `nvquant bench` writes: write it again.") from error
+        raise InputError(
+            f"{path} does not have the form that `nvquant bench` writes", where=path, hint="write it again"
+        ) from error
     refuse_unreadable(whole, path, "nvquant bench")
 
 

@@ -31,8 +31,9 @@ def base_url(url: str) -> str:
         raise _refused(full)
     if parts.username is not None or parts.password is not None:
         raise InputError(
-            f"--url {without_secrets(full)} contains a user name or a password, which nvquant does not send: give the "
-            f"address without them."
+            f"--url {without_secrets(full)} contains a user name or a password, which nvquant does not send",
+            where="--url",
+            hint="give the address without them",
         )
     # urlsplit drops line feeds and tabulators: they must not pass as if they had not been there.
     if parts.query or parts.fragment or _PATH.fullmatch(parts.path) is None or re.search(r"[\s?#\\]", full):
@@ -58,4 +59,8 @@ def _is_host(host: str) -> bool:
 
 
 def _refused(full: str) -> InputError:
-    return InputError(f"--url {without_secrets(full)} is not the address of a server: write http://127.0.0.1:8000.")
+    return InputError(
+        f"--url {without_secrets(full)} is not the address of a server",
+        where="--url",
+        hint="write http://127.0.0.1:8000",
+    )

@@ -122,7 +122,9 @@ class Client:
         body = {"prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         entries = self._choices("/v1/completions", body, 1).choices[0].prompt_logprobs
         if entries is None or len(entries) != len(ids):
-            raise ServerError(f"{self.url} returned no prompt_logprobs: this stage requires a vLLM server.")
+            raise ServerError(
+                f"{self.url} returned no prompt_logprobs", where=self.url, hint="this stage requires a vLLM server"
+            )
         found = [
             None if entry is None else entry.get(str(token)) for entry, token in zip(entries[1:], ids[1:], strict=True)
         ]
@@ -142,7 +144,11 @@ class Client:
     def _choices(self, path: str, body: Mapping[str, Any], number: int) -> Choices:
         answer = self._post(path, body, Choices)
         if len(answer.choices) != number:
-            raise ServerError(f"{self.url} returned an answer without choices: name a server that generates text.")
+            raise ServerError(
+                f"{self.url} returned an answer without choices",
+                where=self.url,
+                hint="name a server that generates text",
+            )
         return answer
 
     def _fact(self, path: str) -> bytes:

@@ -75,8 +75,12 @@ def find_vllm(given: str | None) -> VllmCommand:
     if shutil.which("uvx") and has_gpu():
         return VllmCommand(("uvx", f"vllm@{PINNED_VLLM}", "serve"), version=PINNED_VLLM)
     raise EnvironmentLack(
-        "No vLLM was found: name one with --vllm, as a command or as the Python of the environment that has it "
-        "(integrations/vllm_cpu/README.md describes one that needs no GPU), or name a running server with --url."
+        "No vLLM was found",
+        hint=(
+            "name one with --vllm, as a command or as the Python of the environment that has it "
+            "(integrations/vllm_cpu/README.md describes one that needs no GPU), or name a running server with "
+            "--url"
+        ),
     )
 
 
@@ -93,15 +97,18 @@ def _split(given: str) -> list[str]:
     try:
         words = shlex.split(given)
     except ValueError as error:
-        raise InputError(f"--vllm is not a command line ({error}): check its quotes.") from error
+        raise InputError(f"--vllm is not a command line ({error})", where="--vllm", hint="check its quotes") from error
     if not words:
         raise InputError(
-            "--vllm is empty: give a command, such as vllm, or the Python of an environment that has vLLM."
+            "--vllm is empty",
+            where="--vllm",
+            hint="give a command, such as vllm, or the Python of an environment that has vLLM",
         )
     if shutil.which(words[0]) is None:
         raise InputError(
-            f"--vllm {words[0]} does not exist or is not executable: give a command, such as vllm, or the Python of an "
-            f"environment that has vLLM."
+            f"--vllm {words[0]} does not exist or is not executable",
+            where="--vllm",
+            hint="give a command, such as vllm, or the Python of an environment that has vLLM",
         )
     return words
 
@@ -148,10 +155,14 @@ def _probe(python: list[str]) -> dict[str, dict[str, str]]:
     shown = shell_without_secrets(python)
     if done is None or done.returncode != 0:
         said = "" if done is None else (done.stderr.strip().splitlines() or [""])[-1]
-        raise EnvironmentLack(f"{shown} does not start{f' ({said})' if said else ''}: name another one with --vllm.")
+        raise EnvironmentLack(
+            f"{shown} does not start{f' ({said})' if said else ''}", where=shown, hint="name another one with --vllm"
+        )
     facts: dict[str, dict[str, str]] = json.loads(done.stdout)
     if not facts["module"]:
-        raise EnvironmentLack(f"{shown} has no vLLM: name the Python of an environment that has one with --vllm.")
+        raise EnvironmentLack(
+            f"{shown} has no vLLM", where=shown, hint="name the Python of an environment that has one with --vllm"
+        )
     return facts
 
 

@@ -90,7 +90,9 @@ class Http:
             except urllib.error.HTTPError as error:
                 if error.code in _REDIRECTS:
                     raise ServerError(
-                        f"{where} answered {error.code}, which redirects to another address: give that one with --url."
+                        f"{where} answered {error.code}, which redirects to another address",
+                        where=where,
+                        hint="give that one with --url",
                     ) from error
                 if error.code not in _BUSY or attempt == ATTEMPTS:
                     raise ServerError(f"{where} answered {error.code}: {_words_of(error)}") from error

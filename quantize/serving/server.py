@@ -89,7 +89,11 @@ class ServeOptions:
     def __post_init__(self) -> None:
         """Refuse options for starting a server beside the address of a running one."""
         if self.url is not None and (self.vllm is not None or self.flags):
-            raise InputError("--url uses a running server, so --vllm and --vllm-flag have no effect. Drop one of them.")
+            raise InputError(
+                "--url uses a running server, so --vllm and --vllm-flag have no effect",
+                where="--url",
+                hint="Drop one of them",
+            )
 
 
 class ServerDied(CheckFailed):
@@ -209,7 +213,7 @@ def _running(options: ServeOptions) -> Server:
     except ServerGone as error:
         raise InputError(f"--url {options.url}: no server answers there ({error})") from error
     if not models:
-        raise InputError(f"--url {options.url}: the server there serves no model: name another one.")
+        raise InputError("the server there serves no model", where=f"--url {options.url}", hint="name another one")
     client.model = models[0].id
     return Server(client, client.url, client.model)
 
@@ -305,7 +309,7 @@ def _refuse_own_flags(flags: tuple[str, ...]) -> None:
     for flag in flags:
         name = flag.partition("=")[0].replace("_", "-")
         if name in _OWN_FLAGS:
-            raise InputError(f"--vllm-flag {name}: {_OWN_FLAGS[name]}. Drop the flag.")
+            raise InputError(f"{_OWN_FLAGS[name]}", where=f"--vllm-flag {name}", hint="Drop the flag")
 
 
 def _is_weight_only_modelopt(checkpoint: Path, config: Mapping[str, Any]) -> bool:
@@ -349,7 +353,7 @@ def _refuse_taken(port: int) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             raise InputError(
-                f"Port {port} is in use by another program: choose another port, or end that program."
+                f"Port {port} is in use by another program", hint="choose another port, or end that program"
             ) from error
 
 

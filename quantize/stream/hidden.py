@@ -108,7 +108,8 @@ class HiddenStates:
             shape, dtype = self._shapes[at]
             raise InputError(
                 f"a decoder layer turns a hidden state of {list(shape)} in {dtype} into {list(hidden.shape)} in "
-                f"{hidden.dtype}, which the layer-by-layer walk does not support: use a weight-only recipe."
+                f"{hidden.dtype}, which the layer-by-layer walk does not support",
+                hint="use a weight-only recipe",
             )
         place = self._places[at]
         self._coming.pop(at, None)  # what it was before
@@ -276,6 +277,6 @@ class _File:
 
     def _failed(self, error: OSError) -> InputError:
         return InputError(
-            f"hidden states cannot be stored in {self._folder} ({error.strerror}): free space, use fewer --samples, or "
-            f"give a larger --memory-budget."
+            f"hidden states cannot be stored in {self._folder} ({error.strerror})",
+            hint="free space, use fewer --samples, or give a larger --memory-budget",
         )

@@ -90,6 +90,9 @@ def telling_of_full_gpu(what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise EnvironmentLack(
-            f"the GPU ran out of memory for {what}: end other programs that use it, leave fewer hidden states on it "
-            f"with a lower --memory-budget, or use --device cpu."
+            f"the GPU ran out of memory for {what}",
+            hint=(
+                "end other programs that use it, leave fewer hidden states on it with a lower --memory-budget, "
+                "or use --device cpu"
+            ),
         ) from error

@@ -229,7 +229,9 @@ def prepare_folder(folder: Path) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> InputError:
-    return InputError(f"{folder} cannot be written ({error.strerror}): name another folder with --profile.")
+    return InputError(
+        f"{folder} cannot be written ({error.strerror})", where=folder, hint="name another folder with --profile"
+    )
 
 
 class _Total:

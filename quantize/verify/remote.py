@@ -49,7 +49,7 @@ def remote_subject(model: HubModel, progress: Progress) -> Iterator[Subject]:
     damaged = []
     names = shards_of(model)
     if not names:
-        raise InputError(f"Hub model {model.repo} contains no {SUFFIX} file: name a checkpoint that vLLM reads.")
+        raise InputError(f"Hub model {model.repo} contains no {SUFFIX} file", hint="name a checkpoint that vLLM reads")
     for at, name in enumerate(names):
         progress(at, len(names), "reading headers")
         try:

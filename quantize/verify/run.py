@@ -73,7 +73,9 @@ class Verification:
         self, checkpoint: Path | HubModel, source: Checkpoint | None, options: VerifyOptions, progress: Progress
     ) -> None:
         if source is None and "numerics" in options.stages:
-            raise InputError("--stage numerics compares with the source: name it with --against MODEL.")
+            raise InputError(
+                "--stage numerics compares with the source", where="--stage", hint="name it with --against MODEL"
+            )
         self._named, self._source, self._options, self._progress = checkpoint, source, options, progress
         self._checks: list[Check] = []
         self._numbers: Numerics | None = None

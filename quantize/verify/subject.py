@@ -281,13 +281,13 @@ def refuse_other_formats(subject: Subject) -> None:
     """
     if not subject.quantization and not subject.matrices:
         raise InputError(
-            f"{_where(subject)} is not quantized (config.json has no quantization_config, and no tensor is "
-            f"packed): give the output of a conversion."
+            f"{_where(subject)} is not quantized (config.json has no quantization_config, and no tensor is packed)",
+            hint="give the output of a conversion",
         )
     if not subject.matrices and subject.method not in LAYOUTS:
         raise InputError(
-            f"{_where(subject)} is quantized, but not to NVFP4 (quant_method {subject.method}): give an NVFP4 "
-            f"checkpoint."
+            f"{_where(subject)} is quantized, but not to NVFP4 (quant_method {subject.method})",
+            hint="give an NVFP4 checkpoint",
         )
     unknown = [declared for declared in _declared(subject.quantization) if declared not in (*SCHEMES, REFUSED)]
     fp8 = [name for name, info in subject.infos.items() if _is_fp8_weight(name, info)]
@@ -296,7 +296,8 @@ def refuse_other_formats(subject: Subject) -> None:
     if fp8 and unknown and not is_known:
         raise InputError(
             f"{_where(subject)} mixes NVFP4 with other formats ({fp8[0]} is F8_E4M3, and the config declares "
-            f"{unknown[0]}), which verify does not support: give a checkpoint in {', '.join(SCHEMES)} alone."
+            f"{unknown[0]}), which verify does not support",
+            hint=f"give a checkpoint in {', '.join(SCHEMES)} alone",
         )
 
 

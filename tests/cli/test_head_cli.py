@@ -52,7 +52,7 @@ def test_plan_prints_the_cost_and_has_it_in_its_document(nvquant: Command, tiny:
         (
             {"quantize": [{"modules": ["lm_head"], "scheme": "fp8"}]},
             {},
-            "correct the pattern. To quantize the head, use the key `head`.",
+            ": to quantize the head, use the key `head`.",
         ),
     ],
 )

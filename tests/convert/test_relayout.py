@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from nvquant.checkpoint.source import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from nvquant.cli.main import cli
 from nvquant.convert.config import output_configs
-from nvquant.convert.relayout import HF_QUANT_CONFIG, RelayoutResult, relayout
+from nvquant.convert.relayout import RelayoutResult, relayout
+from nvquant.convert.relayout_source import HF_QUANT_CONFIG
 from nvquant.errors import InputError
 from nvquant.format.layouts import GLOBAL_SCALES, LAYOUTS
 from nvquant.format.schemes import NVFP4

@@ -73,5 +73,5 @@ class KeyValueAmax:
             raise CheckFailed(f"calibration never reached {name}: the model does not use transformers' attention.")
         amax = float(self._amax)
         if not math.isfinite(amax):
-            raise CheckFailed(f"calibration found a NaN or an infinity in {name}: check the model.")
+            raise CheckFailed(f"calibration found a NaN or an infinity in {name}", hint="check the model")
         return amax

@@ -163,8 +163,8 @@ class InputRanges:
         amax = float(self._amax)
         if not math.isfinite(amax):
             raise CheckFailed(
-                f"calibration found a NaN or an infinity at the input of {name}: check the model, or calibrate with "
-                f"other samples."
+                f"calibration found a NaN or an infinity at the input of {name}",
+                hint="check the model, or calibrate with other samples",
             )
         mean_square = None
         if self._squares:

@@ -49,8 +49,8 @@ class Counter:
                 counter.bytes += int(n or 0)
                 if counter.most is not None and counter.bytes > counter.most:
                     raise InputError(
-                        f"The Hub sent more than the {counter.most:,} bytes that it published for a file: check "
-                        f"HF_ENDPOINT and the network."
+                        f"The Hub sent more than the {counter.most:,} bytes that it published for a file",
+                        hint="check HF_ENDPOINT and the network",
                     )
                 return None
 
@@ -90,7 +90,9 @@ def download(model: HubModel, name: str, closed: threading.Event | None = None, 
         _remove(path)
         if model.is_offline or attempt:
             break
-    raise InputError(f"Hub model {model.repo}: {name} {fault}: the download is damaged: try again later.")
+    raise InputError(
+        f"{name} {fault}: the download is damaged", where=f"Hub model {model.repo}", hint="try again later"
+    )
 
 
 def _fetch(model: HubModel, name: str, closed: threading.Event, counter: Counter) -> Path:
@@ -121,8 +123,9 @@ def _fetch(model: HubModel, name: str, closed: threading.Event, counter: Counter
             except (OSError, RuntimeError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise InputError(
-                        f"{name} of {model.repo} cannot be stored in the cache ({error.strerror}): free space there, "
-                        f"or set HF_HOME to a larger disk."
+                        f"{name} of {model.repo} cannot be stored in the cache ({error.strerror})",
+                        where=name,
+                        hint="free space there, or set HF_HOME to a larger disk",
                     ) from error
                 patience.wait_after(_as_network(error), f"{name} of {model.repo}")
 

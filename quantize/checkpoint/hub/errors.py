@@ -33,27 +33,31 @@ def hub_errors(what: str, repo: str, revision: str | None = None, otherwise: str
         yield
     except errors.GatedRepoError as error:
         raise HubError(
-            f"Hub {what} {repo} is gated: accept its terms on its page, and run `hf auth login` (or set HF_TOKEN)."
+            f"Hub {what} {repo} is gated",
+            hint="accept its terms on its page, and run `hf auth login` (or set HF_TOKEN)",
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise HubError(f"Hub {what} {repo} has no revision {revision}: give a commit, branch or tag of it.") from error
+        raise HubError(
+            f"Hub {what} {repo} has no revision {revision}", hint="give a commit, branch or tag of it"
+        ) from error
     except errors.LocalEntryNotFoundError as error:
         raise HubError(_unreachable(what, where, otherwise)) from error
     except errors.EntryNotFoundError as error:
-        raise HubError(f"Hub {what} {where} lacks a file that it listed: {otherwise}.") from error
+        raise HubError(f"Hub {what} {where} lacks a file that it listed", hint=otherwise) from error
     except errors.RepositoryNotFoundError as error:
         raise HubError(
-            f"Hub {what} {repo} does not exist or is private: check the name, or run `hf auth login`."
+            f"Hub {what} {repo} does not exist or is private", hint="check the name, or run `hf auth login`"
         ) from error
     except errors.HfHubHTTPError as error:
         raise HubError(_refused(f"Hub {what} {where}", f"{what} {where}", status_of(error), otherwise)) from error
     except (network_error(), errors.OfflineModeIsEnabled) as error:
         raise HubError(_unreachable(what, where, otherwise)) from error
     except errors.HFValidationError as error:
-        raise HubError(f"{repo} is not a valid name on the Hub: give it as org/name.") from error
+        raise HubError(f"{repo} is not a valid name on the Hub", where=repo, hint="give it as org/name") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise HubError(
-            f"Hub {what} {where}: the server's answer does not have the Hub's form: check HF_ENDPOINT and the network."
+            f"Hub {what} {where}: the server's answer does not have the Hub's form",
+            hint="check HF_ENDPOINT and the network",
         ) from error
 
 

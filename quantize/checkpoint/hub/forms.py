@@ -107,8 +107,9 @@ def siblings_of(found: Any, where: str) -> list[Any]:
     siblings = list(found.siblings or ())
     if len(siblings) > MOST_FILES:
         raise InputError(
-            f"{where} lists {len(siblings):,} files, more than the {MOST_FILES:,} that nvquant reads: choose another "
-            f"repository."
+            f"{where} lists {len(siblings):,} files, more than the {MOST_FILES:,} that nvquant reads",
+            where=where,
+            hint="choose another repository",
         )
     return siblings
 
@@ -116,4 +117,6 @@ def siblings_of(found: Any, where: str) -> list[Any]:
 def _refused(where: str, what: str, value: object) -> InputError:
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
-    return InputError(f"{where}: the server sent {shown} in place of {what}: check HF_ENDPOINT and the network.")
+    return InputError(
+        f"the server sent {shown} in place of {what}", where=where, hint="check HF_ENDPOINT and the network"
+    )

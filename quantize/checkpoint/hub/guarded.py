@@ -109,7 +109,9 @@ def _bound(response: Any) -> None:
     inner, where = response.stream, f"The answer of {response.request.url.host}"
     is_file = not response.request.url.path.startswith("/api/")
     if not is_file and response.headers.get("content-encoding", "identity") != "identity":
-        raise InputError(f"{where} is compressed without a request for it: check HF_ENDPOINT and the network.")
+        raise InputError(
+            f"{where} is compressed without a request for it", where=where, hint="check HF_ENDPOINT and the network"
+        )
     pieces = _paced if is_file else _ending
 
     class Bounded(stream):  # type: ignore[misc]
@@ -132,7 +134,9 @@ def _ending(inner: Iterable[bytes], where: str) -> Iterator[bytes]:
     for piece in inner:
         size += len(piece)
         if size > MOST_ANSWER_BYTES or time.monotonic() - begun > MOST_ANSWER_SECONDS:
-            raise InputError(f"{where} has no end ({size:,} bytes so far): check HF_ENDPOINT and the network.")
+            raise InputError(
+                f"{where} has no end ({size:,} bytes so far)", where=where, hint="check HF_ENDPOINT and the network"
+            )
         yield piece
 
 
@@ -154,8 +158,9 @@ def _paced(inner: Iterable[bytes], where: str) -> Iterator[bytes]:
         if waited > PACE_SECONDS:
             if size < LEAST_BYTES_PER_SECOND * waited:
                 raise InputError(
-                    f"{where} brings {size:,} bytes of a file in {waited:.0f} s, too few to complete it: check "
-                    f"HF_ENDPOINT and the network, and run the same command again to resume."
+                    f"{where} brings {size:,} bytes of a file in {waited:.0f} s, too few to complete it",
+                    where=where,
+                    hint="check HF_ENDPOINT and the network, and run the same command again to resume",
                 )
             waited, size = 0.0, 0
         yield piece

@@ -86,14 +86,16 @@ class RangeReader:
             return
         if response.status_code != 206:
             raise InputError(
-                f"Hub model {self.model.repo}: the server does not send {name} in ranges (HTTP "
-                f"{response.status_code}): run without --low-disk, or download the model first."
+                f"the server does not send {name} in ranges (HTTP {response.status_code})",
+                where=f"Hub model {self.model.repo}",
+                hint="run without --low-disk, or download the model first",
             )
         first, _, total = stated.removeprefix("bytes ").partition("/")
         if not first.startswith(f"{begin}-") or (total.isdigit() and size is not None and int(total) != size):
             raise InputError(
-                f"Hub model {self.model.repo}: the server sent another range of {name} than requested "
-                f"({stated or 'none'} of {size}): check HF_ENDPOINT and the network."
+                f"the server sent another range of {name} than requested ({stated or 'none'} of {size})",
+                where=f"Hub model {self.model.repo}",
+                hint="check HF_ENDPOINT and the network",
             )
 
     def _address(self, name: str) -> str:
@@ -107,8 +109,9 @@ class RangeReader:
                 found = get_hf_file_metadata(url, endpoint=model.endpoint)
                 if (found.etag, found.size, found.commit_hash) != (file.etag, file.size, model.commit):
                     raise InputError(
-                        f"Hub model {model.repo}: {name} has another ETag or size than published at commit "
-                        f"{model.commit[:12]}: try again later."
+                        f"{name} has another ETag or size than published at commit {model.commit[:12]}",
+                        where=f"Hub model {model.repo}",
+                        hint="try again later",
                     )
                 self._addresses[name] = found.location
             return self._addresses[name]

@@ -71,7 +71,7 @@ class HubModel:
         """
         if name not in self.files:
             raise InputError(
-                f"Hub model {self.repo} has no file {name} at commit {self.commit[:12]}: choose another revision."
+                f"Hub model {self.repo} has no file {name} at commit {self.commit[:12]}", hint="choose another revision"
             )
         return self.files[name]
 

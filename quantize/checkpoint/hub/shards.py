@@ -237,8 +237,9 @@ class _Kept:
                     self._fetch(reader, file, info)
                 except OSError as error:
                     raise InputError(
-                        f"{info.name} cannot be stored in {self._path.parent} ({error.strerror}): free {info.nbytes:,} "
-                        f"bytes there, and run the same command again."
+                        f"{info.name} cannot be stored in {self._path.parent} ({error.strerror})",
+                        where=info.name,
+                        hint=f"free {info.nbytes:,} bytes there, and run the same command again",
                     ) from error
                 self._is_there = True
             return self._path

@@ -108,7 +108,9 @@ def read_remote_header(reader: RangeReader, folder: Path, name: str) -> Header:
     size = reader.model.file(name).size
     if size is None or size < 8:
         raise InputError(
-            f"Hub model {reader.model.repo}: {name} is too short for a safetensors file: choose another revision."
+            f"{name} is too short for a safetensors file",
+            where=f"Hub model {reader.model.repo}",
+            hint="choose another revision",
         )
     head = bytearray(min(size, max(8, min(_FIRST_READ_BYTES, size // _FIRST_READ_SHARE))))
     reader.read_into(name, 0, memoryview(head))

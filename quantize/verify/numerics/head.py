@@ -32,7 +32,7 @@ class Head:
         full: Any = skeleton.full
         head = full.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            raise InputError(f"{type(full).__name__} has no head with logits: its numbers cannot be measured.")
+            raise InputError(f"{type(full).__name__} has no head with logits", hint="its numbers cannot be measured")
         self._module = head
         self._owner, self._base = self._find_base(full)
         name = next(name for name, module in full.named_modules() if module is head)
@@ -63,8 +63,10 @@ class Head:
                 return embedding
         if stored is None:
             raise InputError(
-                f"{skeleton.source.where} stores no {head}.weight, and {type(full).__name__} does not tie it to the "
-                f"embedding: the checkpoint is incomplete."
+                f"{skeleton.source.where} stores no {head}.weight, and {type(full).__name__} does not tie it to "
+                "the embedding",
+                where=skeleton.source.where,
+                hint="the checkpoint is incomplete",
             )
         return stored
 
@@ -88,7 +90,11 @@ class Head:
         inside = next(inside for inside, module in skeleton.decoder.named_modules() if module is embedding)
         name = f"{skeleton.root}{inside}.weight"
         if name not in skeleton.source.files:
-            raise InputError(f"{skeleton.source.where} stores no {name}: the checkpoint is incomplete.")
+            raise InputError(
+                f"{skeleton.source.where} stores no {name}",
+                where=skeleton.source.where,
+                hint="the checkpoint is incomplete",
+            )
         return name
 
     def _stored_bias(self, head: str) -> Tensor | None:

@@ -90,7 +90,9 @@ def _source_skeleton(source: Checkpoint, served: ServedModel, quantized: Skeleto
     if len(skeleton.layers) != len(quantized.layers):
         raise InputError(
             f"{source.folder} has {len(skeleton.layers)} decoder layers, {served.subject.folder} has "
-            f"{len(quantized.layers)}: name the model that the checkpoint was made from."
+            f"{len(quantized.layers)}",
+            where=source.folder,
+            hint="name the model that the checkpoint was made from",
         )
     return skeleton
 

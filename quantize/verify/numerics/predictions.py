@@ -109,7 +109,9 @@ class _Heads:
             self._readers.setdefault(key, reader)
         sizes = {(head.rows, head.cols) for head in heads.values()}
         if len(sizes) > 1:
-            raise InputError(f"the heads of the two models have different shapes {sorted(sizes)}: compare like models.")
+            raise InputError(
+                f"the heads of the two models have different shapes {sorted(sizes)}", hint="compare like models"
+            )
         self.rows = sizes.pop()[0]
 
     def parts(self, device: torch.device, progress: Progress) -> Iterator[tuple[int, dict[str, Tensor]]]:

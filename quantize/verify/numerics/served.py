@@ -71,7 +71,9 @@ class ServedModel:
         self.subject = subject
         prefix = decoder_prefix(subject.shapes, subject.config)
         if prefix is None:
-            raise InputError(f"{subject.folder} has no decoder layers: its numbers cannot be measured.")
+            raise InputError(
+                f"{subject.folder} has no decoder layers", where=subject.folder, hint="its numbers cannot be measured"
+            )
         self.prefix = prefix
         outside = next(
             (
@@ -82,7 +84,9 @@ class ServedModel:
             None,
         )
         if outside is not None:
-            raise InputError(f"{subject.folder}: {outside} is quantized but in no decoder layer: leave it in BF16.")
+            raise InputError(
+                f"{outside} is quantized but in no decoder layer", where=subject.folder, hint="leave it in BF16"
+            )
 
     @property
     def arithmetics(self) -> tuple[Arithmetic, ...]:
@@ -104,7 +108,9 @@ class ServedModel:
         if scheme.inputs == "calibrated" and lacking:
             raise InputError(
                 f"{subject.folder} makes {lacking[0]} {scheme.words} but stores no "
-                f"{input_leaf(subject.layout, scheme)} for it: its numbers cannot be measured."
+                f"{input_leaf(subject.layout, scheme)} for it",
+                where=subject.folder,
+                hint="its numbers cannot be measured",
             )
         # One tensor for all members: by it an input that they share is known to be rounded already.
         scalars = {part: self._kept(group, part) for part in scheme.shared}
