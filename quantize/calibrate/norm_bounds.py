@@ -43,7 +43,7 @@ def rms_norm_bound(module: nn.Module, width: int | None = None) -> float | None:
     expected = probes / probes.square().mean(-1, keepdim=True).sqrt() * effective
     if not bool(((got - expected).abs() <= TOLERANCE * expected.abs().max()).all()):
         return None
-    return _rounded_up(math.sqrt(width) * float(effective.abs().max()) * ROOM)
+    return rounded_up(math.sqrt(width) * float(effective.abs().max()) * ROOM)
 
 
 def _width(module: nn.Module) -> int | None:
@@ -57,7 +57,7 @@ def _output(module: nn.Module, vectors: Tensor) -> Tensor | None:
     return output.float() if is_like else None
 
 
-def _rounded_up(value: float) -> float:
+def rounded_up(value: float) -> float:
     """The next number with `BITS` significant bits."""
     mantissa, exponent = math.frexp(value)
     return math.ldexp(math.ceil(math.ldexp(mantissa, BITS)), exponent - BITS)

@@ -12,13 +12,18 @@ def check_conversion(plan: Plan) -> None:
     Raises:
         CheckFailed: vLLM's rules would treat a layer in another way than the plan.
         EnvironmentLack: the recipe calibrates, but the installed transformers does not support the architecture.
-        InputError: the recipe calibrates, but nvquant cannot walk the model layer by layer, or see `head.check_head`.
+        InputError: the recipe calibrates, but nvquant cannot walk the model layer by layer. See also `head.check_head`
+            and `kv_cache.cache_bounds`.
     """
     check_patterns(plan)
     if plan.head is not None:
         from .head import check_head
 
         check_head(plan)
+    if plan.cached and plan.source.hub is None:
+        from .kv_cache import cache_bounds
+
+        cache_bounds(plan)
     if plan.needs_calibration:
         import torch
 

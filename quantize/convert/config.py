@@ -53,7 +53,7 @@ def described(subject: Plan | QuantizedModel) -> QuantizedModel:
     if subject.head is not None:
         shapes[f"{subject.head.name}.weight"] = (subject.head.rows, subject.head.cols)
     return QuantizedModel(
-        subject.layout, subject.selection, shapes, subject.output_config, subject.recipe.kv_cache.dtype
+        subject.layout, subject.selection, shapes, subject.output_config, subject.recipe.kv_cache.served
     )
 
 

@@ -26,6 +26,7 @@ from ..stream.writing import ShardWriter
 from .copying import Copies
 from .head import HeadMaker, head_maker
 from .journal import Journal
+from .kv_cache import Bounds, cache_bounds
 from .layer import LayerMaker
 from .options import ConvertOptions
 from .ranks import Ranks
@@ -58,6 +59,7 @@ class Engine:
         self._journal, self._done, self._watch = journal, done, watch
         self._shards = {shard.layer: shard for shard in plan.shards if shard.layer is not None}
         self._index = {layer: at for at, layer in enumerate(self._shards)}
+        self._cache: Bounds | None = None
 
     def run(self, calibration: CalibrationSet | None) -> None:
         """Make every shard that is not done, this rank's share of them.
@@ -77,6 +79,7 @@ class Engine:
         rest = self._to_copy()
         with ranks.step():
             head = head_maker(self._plan, rest, self._quantizer, device)
+            self._cache = cache_bounds(self._plan) if todo else None
         source.begin(self._reading_order(layers, rest, head, calibration is not None))
         watch.follow_downloads(source.content.fetched)
         by_layer = self._plan.tensors_by_layer()
@@ -149,7 +152,7 @@ class Engine:
     ) -> None:
         options = self._options
         lockstep = Ranks() if walk is None else options.ranks  # those that go through a layer together
-        maker = LayerMaker(self._plan, self._quantizer, lockstep, self._watch, options.trace)
+        maker = LayerMaker(self._plan, self._quantizer, self._cache, lockstep, self._watch, options.trace)
         behind: int | None = None
         while True:
             try:

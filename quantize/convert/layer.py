@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..calibrate.key_value_bounds import KeyValueBounds
 from ..calibrate.statistics.ranges import InputStatistics
 from ..errors import CheckFailed
 from ..plan.plan import Plan
 from ..quantizers.base import Quantizer
 from ..recipe.groups import FusedGroup
-from ..stream.manifest import GroupRecord, LayerRecord
+from ..stream.manifest import AttentionRecord, GroupRecord, LayerRecord
 from ..stream.memory import telling_of_full_gpu
 from ..stream.reading import LoadedLayer
 from ..stream.trace import Trace
+from .kv_cache import Bounds, attention_records, cache_scales, unbounded_sites
 from .matrices import (
     group_scalars,
     groups_of_layer,
@@ -45,15 +47,31 @@ class MadeLayer:
     record: LayerRecord
 
 
+@dataclass(frozen=True)
+class _Amaxes:
+    """The observations of a layer.
+
+    Attributes:
+        inputs: of fused groups, by their names.
+        cached: of keys and values, by site.
+    """
+
+    inputs: Mapping[str, InputStatistics]
+    cached: Mapping[str, float]
+
+
 class LayerMaker:
     """Makes the output of one layer after another.
 
     Args:
+        cache: bounds on keys and values, or None without an FP8 KV cache.
         ranks: those that go through each layer together.
     """
 
-    def __init__(self, plan: Plan, quantizer: Quantizer, ranks: Ranks, watch: Watch, trace: Trace) -> None:
-        self._plan, self._quantizer, self._ranks = plan, quantizer, ranks
+    def __init__(
+        self, plan: Plan, quantizer: Quantizer, cache: Bounds | None, ranks: Ranks, watch: Watch, trace: Trace
+    ) -> None:
+        self._plan, self._quantizer, self._cache, self._ranks = plan, quantizer, cache, ranks
         self._watch, self._trace = watch, trace
         self._shards = {shard.layer: shard for shard in plan.shards if shard.layer is not None}
         self._index = {layer: at for at, layer in enumerate(self._shards)}
@@ -69,23 +87,39 @@ class LayerMaker:
             CheckFailed: an input is not finite, or never reached.
         """
         groups = groups_of_layer(self._plan.groups, self._plan.prefix, loaded.layer)
-        inputs = {} if walk is None else self._observe(groups, loaded, walk)
-        quantized, records = self._quantize(groups, loaded, inputs)
+        bounds = None if self._cache is None else self._cache.get(loaded.layer, {})
+        observed = _Amaxes({}, {}) if walk is None else self._observe(groups, loaded, walk, bounds or {})
+        attention = None if bounds is None else attention_records(bounds, observed.cached)
+        quantized, records = self._quantize(groups, loaded, observed.inputs)
         with self._ranks.step(), telling_of_full_gpu(f"the output of layer {loaded.layer}"):
             is_owner = self._ranks.owns(self._index[loaded.layer])
-            yield self._gather(groups, loaded, quantized, records) if is_owner else None
+            yield self._gather(groups, loaded, quantized, records, attention) if is_owner else None
 
     def _observe(
-        self, groups: Sequence[FusedGroup], loaded: LoadedLayer, walk: SourceWalk
-    ) -> dict[str, InputStatistics]:
-        """Statistics of the inputs of the groups that are calibrated, over the samples of all ranks."""
+        self,
+        groups: Sequence[FusedGroup],
+        loaded: LoadedLayer,
+        walk: SourceWalk,
+        bounds: Mapping[str, KeyValueBounds],
+    ) -> _Amaxes:
+        """Statistics of the inputs of the groups that are calibrated, and of keys and values without a bound, over the
+        samples of all ranks."""
         ranks = self._ranks
         calibrated = [group for group in groups if self._plan.matrices[group.members[0]].scheme.inputs == "calibrated"]
         with ranks.step():
-            found = walk.observe(loaded.layer, loaded.tensors, calibrated, "mean_square" in self._quantizer.needs)
+            found = walk.observe(
+                loaded.layer,
+                loaded.tensors,
+                calibrated,
+                "mean_square" in self._quantizer.needs,
+                unbounded_sites(bounds),
+            )
         with self._trace.span("gather") if ranks.size > 1 else nullcontext():
             try:
-                return {name: ranks.merged(ranges).result(name) for name, ranges in found.items()}
+                return _Amaxes(
+                    {name: ranks.merged(ranges).result(name) for name, ranges in found.inputs.items()},
+                    {site: ranks.merged(amax).result(site) for site, amax in found.cached.items()},
+                )
             except CheckFailed:
                 refuse_damaged(loaded.tensors)  # a damaged weight is the cause, not the input that it spoiled
                 refuse_damaged_before(self._plan, loaded.layer)
@@ -133,12 +167,15 @@ class LayerMaker:
         loaded: LoadedLayer,
         quantized: dict[str, Tensor],
         records: Mapping[str, GroupRecord],
+        attention: dict[str, AttentionRecord] | None,
     ) -> MadeLayer:
-        """Add the global scales and the tensors that are not quantized."""
+        """Add the global scales, those of the KV cache, and the tensors that are not quantized."""
         shard = self._shards[loaded.layer]
         made = dict(quantized)
         for group in groups:
             made.update(group_scalars(self._plan, group, records[group.name], self._quantizer))
+        if attention is not None:
+            made.update(cache_scales(self._plan, loaded.layer, attention))
         kept = {entry.name: loaded.tensors[entry.name] for entry in shard.entries if entry.name not in made}
         record = LayerRecord(
             layer=loaded.layer,
@@ -146,4 +183,6 @@ class LayerMaker:
             source_sha256=loaded.sha256,
             groups={group.name: records[group.name] for group in groups},
         )
+        if attention is not None:
+            record = record.model_copy(update={"kv_cache": attention})
         return MadeLayer(made, kept, record)

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,7 +25,9 @@ from ..errors import CheckFailed, InputError
 from ..format.layouts import LAYOUTS, Layout
 from ..format.schemes import Part
 from ..plan.plan import PlannedShard
+from ..recipe.decoder import decoder_prefix
 from ..recipe.heads import HeadSource, is_tied, stored_head
+from ..recipe.kv_cache import HALVES, attention_modules, scale_names, scale_spellings
 from ..recipe.match import Selection, fusions_of
 from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import QUANTIZABLE, Role, describe, roles_of, unused_tensors
@@ -50,11 +53,6 @@ _FOREIGN_DTYPES = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 _FOREIGN_LEAF = re.compile(
     r"(weight|input|output)_(scale|scale_2|scale_inv|global_scale|packed|zero_point|g_idx|shape)|pre_quant_scale"
 )
-# Scales of an FP8 KV cache: values are equal in both layouts, names are not.
-_KV_SCALE = {
-    "compressed-tensors": (re.compile(r"(.+\.self_attn)\.([kv])_proj\.\2_scale"), r"\1.\2_scale"),
-    "modelopt": (re.compile(r"(.+\.self_attn)\.([kv])_scale"), r"\1.\2_proj.\2_scale"),
-}
 
 
 @dataclass(frozen=True)
@@ -166,8 +164,7 @@ def _described(source: Checkpoint, matrices: Mapping[str, Matrix], target: Layou
     """The subject of the new config: the unquantized model's tensors and their schemes."""
     _refuse_other_forms(source, matrices, target)
     schemes = {module: cast(SchemeName, matrix.scheme.name) for module, matrix in matrices.items()}
-    shapes = {name: info.shape for name, info in source.infos().items() if not _is_part(name, matrices)}
-    shapes |= {matrix.tensor: (matrix.rows, matrix.cols) for matrix in matrices.values()}
+    shapes = _shapes(source, matrices)
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     unused = unused_tensors(config, shapes)
     roles = {**roles_of(shapes, config), **dict.fromkeys(unused, Role.OTHER)}
@@ -243,6 +240,24 @@ def _kv_cache(source: Checkpoint) -> Literal["bf16", "fp8"]:
     return "fp8" if scheme or algorithm else "bf16"
 
 
+def _cache_names(source: Checkpoint, matrices: Mapping[str, Matrix], target: Layout) -> dict[str, str]:
+    """The new names of the scales of an FP8 KV cache by every old name. Their values are equal in both layouts."""
+    shapes = _shapes(source, matrices)
+    prefix = decoder_prefix(shapes, source.config)
+    unused = unused_tensors(source.config, shapes)
+    names: dict[str, str] = {}
+    for attention in attention_modules(roles_of(shapes, source.config), unused, source.config, prefix or ""):
+        new = scale_names(attention, target)
+        names |= {old: new[half] for half in HALVES for old in scale_spellings(attention, half)}
+    return names
+
+
+def _shapes(source: Checkpoint, matrices: Mapping[str, Matrix]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the unquantized model's tensors, by name."""
+    shapes = {name: info.shape for name, info in source.infos().items() if not _is_part(name, matrices)}
+    return shapes | {matrix.tensor: (matrix.rows, matrix.cols) for matrix in matrices.values()}
+
+
 def _shards(
     source: Checkpoint,
     matrices: Mapping[str, Matrix],
@@ -256,14 +271,14 @@ def _shards(
         new = matrix_entries(matrix, target)
         for part, entry in matrix_entries(matrix, layout).items():
             moved[entry.name] = _Move(new[part], entry.name, scalars.get(entry.name))
-    pattern, replacement = _KV_SCALE[target.name]
+    cached = _cache_names(source, matrices, target)
     shards = {}
     for file, header in source.shards.items():
         moves = {}
         for name, info in header.tensors.items():
-            kept = TensorEntry(
-                pattern.sub(replacement, name) if pattern.fullmatch(name) else name, info.dtype, info.shape
-            )
+            is_scalar = name in cached and prod(info.shape) == 1
+            shape = target.scalar_shape if is_scalar else info.shape
+            kept = TensorEntry(cached.get(name, name), info.dtype, shape)
             move = moved.get(name, _Move(kept, name))
             moves[move.entry] = move
         shards[file] = [moves[entry] for entry in order_entries(moves)]

@@ -131,6 +131,12 @@ def refuse_unsupported(plan: Plan, options: ConvertOptions) -> None:
             where="--engine",
             hint="remove the key, or use --engine nvquant",
         )
+    if plan.cached:
+        raise InputError(
+            f"--engine llmcompressor does not write the scales of the KV cache that recipe {plan.recipe.name} requires",
+            where="--engine",
+            hint="use kv_cache: {dtype: fp8}, or --engine nvquant",
+        )
     other = [info for info in plan.source.infos().values() if info.dtype != "BF16"]
     if options.device != "cpu" and other:
         raise InputError(
@@ -310,7 +316,7 @@ def assert_holds_plan(plan: Plan, written: Checkpoint) -> None:
             if origin.source in plan.selection.unused or plan.selection.roles[origin.source] is Role.HEAD:
                 continue
             raise CheckFailed(f"llm-compressor did not save {name}.")
-        if origin.part is None and not _same_bytes(plan.source, written, name):
+        if origin.is_copy and not _same_bytes(plan.source, written, name):
             raise CheckFailed(f"llm-compressor saved {name}, but its values differ from the source's.")
         if origin.part in GLOBAL_SCALES:
             value = float(written.read(name))
@@ -327,6 +333,8 @@ def _flushed_blocks(plan: Plan, written: Checkpoint) -> int:
     """Blocks that Marlin would serve as zeros. See `format.marlin`."""
     total = 0
     for group in plan.groups:
+        if not plan.matrices[group.members[0]].scheme.has_block_scales:
+            continue
         names = (matrix_entries(plan.matrices[member], plan.layout)["scales"].name for member in group.members)
         histograms = [scale_histogram(written.read(name)) for name in names]
         total += count_flushed_blocks(torch.stack(histograms).sum(0))

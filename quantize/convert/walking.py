@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from ..calibrate.lanes import Lane, LayerPass
 from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import build_skeleton
+from ..calibrate.statistics.base import Statistic
+from ..calibrate.statistics.key_value import KeyValueAmax
 from ..calibrate.statistics.ranges import InputRanges
-from ..calibrate.taps import LinearTap
+from ..calibrate.taps import KeyValueTap, LinearTap, Taps
 from ..calibrate.walk import Walk, make_batches
 from ..errors import InputError
 from ..plan.plan import Plan
@@ -23,6 +26,19 @@ from .options import ConvertOptions
 from .watch import Watch
 
 SOURCE = "source"
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The statistics of a layer.
+
+    Attributes:
+        inputs: of fused groups, by their names.
+        cached: of keys and values, by site.
+    """
+
+    inputs: Mapping[str, InputRanges]
+    cached: Mapping[str, KeyValueAmax]
 
 
 class SourceWalk:
@@ -46,21 +62,33 @@ class SourceWalk:
         return self._walk.shares_state
 
     def observe(
-        self, layer: int, tensors: Mapping[str, Tensor], groups: Sequence[FusedGroup], wants_mean_square: bool
-    ) -> dict[str, InputRanges]:
-        """Send every batch through a layer. Returns the ranges of the inputs of fused groups, by their names.
+        self,
+        layer: int,
+        tensors: Mapping[str, Tensor],
+        groups: Sequence[FusedGroup],
+        wants_mean_square: bool,
+        cached: Sequence[str] = (),
+    ) -> Observed:
+        """Send every batch through a layer.
 
         Args:
             tensors: the layer's tensors by their names in the checkpoint, on the device.
-            groups: fused groups of the layer.
+            groups: fused groups of the layer, whose inputs are observed.
+            cached: sites of a `KeyValueTap` that are observed, with the names in the checkpoint.
         Raises:
             InputError: not even one batch fits the device's memory.
         """
-        tap = LinearTap.of_groups(groups, f"{self._walk.skeleton.layer_prefix}.{layer}.")
-        ranges = {group.name: InputRanges(wants_mean_square, SOURCE) for group in groups}
-        statistics = {name: [statistic] for name, statistic in ranges.items()}
+        prefix = f"{self._walk.skeleton.layer_prefix}.{layer}."
+        inputs = LinearTap.of_groups(groups, prefix)
+        seen = Observed(
+            {group.name: InputRanges(wants_mean_square, SOURCE) for group in groups},
+            {site: KeyValueAmax(SOURCE) for site in cached},
+        )
+        statistics: dict[str, list[Statistic]] = {name: [statistic] for name, statistic in seen.inputs.items()}
+        statistics |= {site: [statistic] for site, statistic in seen.cached.items()}
+        tap = Taps(inputs, KeyValueTap(prefix)) if cached else inputs
         self._walk.forward(layer, [LayerPass(self._source, tensors)], tap, statistics)
-        return ranges
+        return seen
 
     def replay(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
         """`observe` nothing."""

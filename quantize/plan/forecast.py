@@ -12,6 +12,7 @@ from .gpus import GPUS
 from .plan import Plan
 
 SERVED_TOKENS = 8192
+CACHE_SCALES = "KV cache"  # the part of their scales
 SERVING_OVERHEAD_BYTES = 1_500_000_000
 # The share of a GPU that vLLM takes without --gpu-memory-utilization. Source: vLLM 0.32.0, config/cache.py.
 VLLM_SHARE = 0.92
@@ -48,12 +49,14 @@ def census(plan: Plan) -> list[Group]:
     bytes_in: dict[tuple[str, str], int] = {}
     counted: set[str] = set()
     for name, origin in plan.origins.items():
-        scheme = plan.matrices[origin.matrix].scheme.name if origin.matrix else infos[origin.source].dtype
-        role = plan.selection.roles[f"{origin.matrix}.weight" if origin.matrix else origin.source]
-        key = (role.value, scheme)
+        if origin.cached is not None:
+            key = (CACHE_SCALES, "fp8")
+        else:
+            scheme = plan.matrices[origin.matrix].scheme.name if origin.matrix else infos[origin.source].dtype
+            key = (plan.selection.roles[f"{origin.matrix}.weight" if origin.matrix else origin.source].value, scheme)
         tensors[key] = tensors.get(key, 0) + 1
         bytes_out[key] = bytes_out.get(key, 0) + sizes[name]
-        if origin.source not in counted:
+        if origin.cached is None and origin.source not in counted:
             counted.add(origin.source)
             bytes_in[key] = bytes_in.get(key, 0) + infos[origin.source].nbytes
     return [

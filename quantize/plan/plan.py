@@ -16,6 +16,7 @@ from ..format.schemes import Part
 from ..recipe.decoder import decoder_prefix, layer_index
 from ..recipe.groups import FusedGroup
 from ..recipe.heads import untied
+from ..recipe.kv_cache import Attention, Half, attention_modules, scale_names
 from ..recipe.match import Selection, select
 from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import Role
@@ -28,16 +29,23 @@ SHARD_LIMIT_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Origin:
-    """The origin of an output tensor: a copied source tensor, or a part of a quantized matrix.
+    """The origin of an output tensor: a copied source tensor, a part of a quantized matrix, or a scale of the KV cache.
 
     Attributes:
-        source: name of the source tensor.
-        matrix: name of the matrix, or None for a copy.
+        source: name of the source tensor. A scale of the KV cache has that of its layer's queries.
+        matrix: name of the matrix, or None.
+        cached: whether it scales keys or values, or None.
     """
 
     source: str
     part: Part | None = None
     matrix: str | None = None
+    cached: Half | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the output has the source's bytes."""
+        return self.part is None and self.cached is None
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ class Plan:
         matrices: the matrices to quantize by name, in the model's order.
         groups: their fused groups.
         origins: the origin of each output tensor.
+        cached: the attention modules that get scales for the KV cache.
         shards: the output files, in the order of their names.
         prefix: the text before a layer's number in the source's names.
     """
@@ -86,6 +95,7 @@ class Plan:
     selection: Selection
     matrices: Mapping[str, Matrix]
     groups: tuple[FusedGroup, ...]
+    cached: tuple[Attention, ...]
     origins: Mapping[str, Origin]
     shards: tuple[PlannedShard, ...]
     prefix: str
@@ -107,9 +117,10 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether servers round the inputs of any matrix under a stored scale that no norm gives, as it does for the
-        head."""
-        return any(matrix.scheme.inputs == "calibrated" for matrix in self.matrices.values() if matrix is not self.head)
+        """Whether servers round the inputs of any matrix, or keys and values, under a stored scale that no norm gives,
+        as it does for the head."""
+        inner = (matrix for matrix in self.matrices.values() if matrix is not self.head)
+        return bool(self.cached) or any(matrix.scheme.inputs == "calibrated" for matrix in inner)
 
     @property
     def head(self) -> Matrix | None:
@@ -172,9 +183,26 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
             hint="choose a decoder model",
         )
     matrices = _matrices(recipe, selection, infos, layout)
-    origins, entries = _outputs(infos, matrices, layout, selection)
+    cached = _cached(recipe, selection, source.config, prefix, model)
+    origins, entries = _outputs(infos, matrices, layout, selection, cached)
     shards = _shards(entries, origins, prefix, selection)
-    return Plan(model, source, recipe, layout, selection, matrices, selection.groups, origins, shards, prefix)
+    return Plan(model, source, recipe, layout, selection, matrices, selection.groups, cached, origins, shards, prefix)
+
+
+def _cached(
+    recipe: Recipe, selection: Selection, config: Mapping[str, Any], prefix: str, model: str
+) -> tuple[Attention, ...]:
+    """The attention modules that get scales for the KV cache."""
+    if not recipe.kv_cache.has_scales:
+        return ()
+    found = attention_modules(selection.roles, selection.unused, config, prefix)
+    if not found:
+        raise InputError(
+            f"{model} has no attention modules whose keys and values servers cache under scales",
+            where=f"recipe {recipe.name}",
+            hint="use kv_cache: {dtype: fp8}",
+        )
+    return tuple(found)
 
 
 def _matrices(
@@ -198,7 +226,11 @@ def _matrices(
 
 
 def _outputs(
-    infos: Mapping[str, TensorInfo], matrices: Mapping[str, Matrix], layout: Layout, selection: Selection
+    infos: Mapping[str, TensorInfo],
+    matrices: Mapping[str, Matrix],
+    layout: Layout,
+    selection: Selection,
+    cached: Iterable[Attention],
 ) -> tuple[dict[str, Origin], dict[str, TensorEntry]]:
     by_tensor: dict[str, list[Matrix]] = {}
     for matrix in matrices.values():
@@ -216,6 +248,11 @@ def _outputs(
             expected += len(parts)
             for part, entry in parts.items():
                 origins[entry.name], entries[entry.name] = Origin(name, part, matrix.name), entry
+    for attention in cached:
+        for half, name in scale_names(attention, layout).items():
+            expected += 1
+            origins[name] = Origin(attention.query, cached=half)
+            entries[name] = TensorEntry(name, "F32", layout.scalar_shape)
     if len(entries) != expected:
         raise InputError(
             "the source stores tensors under names that the output requires for scales",

@@ -15,7 +15,7 @@ from .. import __version__
 from ..checkpoint.sidefiles import side_files
 from ..quoting import code, fenced, one_line, shell
 from ..quoting import markdown as escaped
-from ..report.document import at
+from ..report.document import at, rows
 from ..report.markdown import table
 from ..report.page import page_of
 from ..report.parts import Page, Stage
@@ -110,7 +110,7 @@ def _serving(facts: CardFacts, page: Page) -> dict[str, Any]:
         "hardware": hardware_table(),
         "plugin_link": f"[integrations/vllm_cpu]({nvquant_page()}/tree/main/integrations/vllm_cpu)",
         "served": page.served.facts if page.served else (),
-        "faults": faults_table(facts.folder, "fp8" if kv_cache == "fp8" else "auto"),
+        "faults": faults_table(facts.folder, "fp8" if str(kv_cache).startswith("fp8") else "auto"),
     }
 
 
@@ -119,9 +119,12 @@ def _making(facts: CardFacts) -> dict[str, Any]:
 
     provenance, manifest = facts.provenance, facts.provenance.manifest
     recipe = at(manifest, "recipe")
-    quantized, kept = group_names(facts.document)
+    groups = group_names(facts.document)
+    listed = {"In 4 bits": groups["NVFP4"], "In 8 bits": groups["FP8"], "As in the source": groups[""]}
     return {
-        "quantized_sentence": f"In 4 bits: {_listed(quantized)}. As in the source: {_listed(kept)}.",
+        "quantized_sentence": " ".join(f"{where}: {_listed(names)}." for where, names in listed.items() if names),
+        "has_fp8": bool(groups["FP8"]),
+        "cache_sentence": _cache_sentence(facts),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip() if recipe else None,
         "recipe_sentence": (
             f"Recipe {at(recipe, 'name')}, scales by the quantizer {at(manifest, 'quantizer')}, in the layout of "
@@ -161,10 +164,26 @@ def _what(facts: CardFacts) -> str:
     """One sentence: what this is."""
     base = facts.provenance.base_model
     name = f"[{base}](https://huggingface.co/{base})" if base else "A model"
-    parts = " and ".join(dict.fromkeys(name.partition(",")[0] for name in group_names(facts.document)[0]))
+    groups, forms = group_names(facts.document), {"NVFP4": "4-bit floating point", "FP8": "8-bit floating point"}
+    parts = ", and ".join(
+        f"{' and '.join(dict.fromkeys(name.partition(',')[0] for name in groups[scheme]))} in {scheme}, {form}"
+        for scheme, form in forms.items()
+        if groups[scheme]
+    )
     made_by = at(facts.document, "checkpoint", "made_by")
     by = f", made by {one_line(made_by)}" if made_by else ""
-    return f"{name} with {escaped(f'{one_line(parts)} in NVFP4, 4-bit floating point, for vLLM{by}')}."
+    return f"{name} with {escaped(f'{one_line(parts)}, for vLLM{by}')}."
+
+
+def _cache_sentence(facts: CardFacts) -> str | None:
+    """What is known of keys and values where the checkpoint requires an FP8 KV cache."""
+    checks = {str(check.get("name")): str(check.get("looked_at")) for check in rows(at(facts.document, "checks"))}
+    scheme, _, known = checks.get("kv_cache", "").partition("; ")
+    if not scheme.startswith("FP8"):
+        return None
+    scales = "unit scales" if scheme.endswith(" 0 scales") else "stored scales"
+    words = f"The KV cache is FP8 with {scales}, so it stores magnitudes up to 448 times the scale."
+    return f"{words} {known.capitalize()}."
 
 
 def _stage(stage: Stage) -> str:

@@ -185,10 +185,14 @@ def source_bytes(document: Mapping[str, Any], provenance: Provenance) -> int | N
     return found if isinstance(found, int) else provenance.source_file_bytes
 
 
-def group_names(document: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Groups of tensors that are in NVFP4, and those that are not, largest first, as `MLP, NVFP4 W4A4`."""
-    names = [str(group.get("name")) for group in rows(at(document, "checkpoint", "groups"))]
-    return [name for name in names if "NVFP4" in name], [name for name in names if "NVFP4" not in name]
+def group_names(document: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Groups of tensors in `NVFP4`, in `FP8` and not quantized (an empty text), largest first, as `MLP, NVFP4 W4A4`."""
+    found: dict[str, list[str]] = {"NVFP4": [], "FP8": [], "": []}
+    for group in rows(at(document, "checkpoint", "groups")):
+        name = str(group.get("name"))
+        scheme = name.partition(", ")[2].partition(" ")[0]
+        found[scheme if scheme in found else ""].append(name)
+    return found
 
 
 def _origins(spec: CalibrationSpec) -> str:

@@ -74,9 +74,23 @@ class Activations(_Strict):
 
 
 class KvCache(_Strict):
-    """The dtype of the served model's KV cache: `bf16`, or `fp8` with unit scales."""
+    """The served model's KV cache.
 
-    dtype: Literal["bf16", "fp8"] = "bf16"
+    Attributes:
+        dtype: `bf16`, `fp8` with unit scales, or `fp8-calibrated` with scales from calibration.
+    """
+
+    dtype: Literal["bf16", "fp8", "fp8-calibrated"] = "bf16"
+
+    @property
+    def served(self) -> Literal["bf16", "fp8"]:
+        """The dtype that servers cache."""
+        return "bf16" if self.dtype == "bf16" else "fp8"
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether the checkpoint stores scales."""
+        return self.dtype == "fp8-calibrated"
 
 
 class Calibration(_Strict):

@@ -126,17 +126,38 @@ class GroupRecord(_Form):
     marlin_flushed_blocks: Natural = 0
 
 
+class CachedRecord(_Form):
+    """The largest magnitude of an attention module's keys or values. A model without calibration may have neither.
+
+    Attributes:
+        bound: proved from the norm in front of them, whatever the text.
+        observed: in calibration. Not recorded with a bound.
+    """
+
+    bound: Amax | None = None
+    observed: Amax | None = None
+
+
+class AttentionRecord(_Form):
+    """What an FP8 KV cache stores of an attention module."""
+
+    k: CachedRecord
+    v: CachedRecord
+
+
 class LayerRecord(_Form):
     """A layer, and the shard that contains it.
 
     Attributes:
         source_sha256: of the layer's source (`stream.reading.layer_digest`).
+        kv_cache: by attention module. None without an FP8 KV cache.
     """
 
     layer: Natural | None = None
     file: FileName
     source_sha256: Sha256 | None = None
     groups: dict[Line, GroupRecord]
+    kv_cache: dict[Line, AttentionRecord] | None = None
 
 
 class HeadRecord(_Form):
@@ -203,6 +224,11 @@ class Manifest(Identity):
     def framing(self) -> str | None:
         """How the calibration's samples were made. None without calibration."""
         return None if self.calibration is None else self.calibration.framing
+
+    @property
+    def attention(self) -> dict[str, AttentionRecord]:
+        """What an FP8 KV cache stores, by attention module."""
+        return {name: record for layer in self.layers for name, record in (layer.kv_cache or {}).items()}
 
     @cached_property
     def groups(self) -> dict[str, RecordedGroup]:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..checkpoint.source import read_json
 from ..errors import InputError
 from ..format.declared import MIXED_ALGORITHM, format_of_config, format_of_group
 from ..format.layouts import LAYOUTS
 from ..format.schemes import SCHEMES
 from ..recipe.vllm_rules import UNQUANTIZED, serving_names
-from ..stream.manifest import Manifest
-from ..weights.stored import KV_SCALES, input_leaf, layouts_present, split_name
+from ..weights.stored import input_leaf, layouts_present, split_name
 from .report import Finding
 from .served import ServedLayer, served_layers
 from .subject import HF_QUANT_CONFIG, Subject
@@ -186,39 +183,3 @@ def check_matrices(subject: Subject) -> Finding:
         f"{len(subject.matrices)} matrices of {tensors:,} tensors, {len(subject.infos) - tensors:,} other tensors",
         faults,
     )
-
-
-def check_kv_cache(subject: Subject) -> Finding:
-    """Check that servers accept the KV cache's scheme, that the recipe requires it, and that its scales are positive
-    scalars."""
-    scheme = subject.quantization.get("kv_cache_scheme")
-    scales = [name for name in subject.infos if split_name(name)[1] in KV_SCALES]
-    faults = []
-    if scheme is not None and not _is_fp8_kv(scheme, subject.quantization):
-        faults.append(f"kv_cache_scheme is {scheme}, not 8-bit float with one static scale")
-    if isinstance(subject.manifest, Manifest) and (scheme is not None) != (
-        subject.manifest.recipe.kv_cache.dtype == "fp8"
-    ):
-        faults.append(f"kv_cache_scheme is {scheme}, but the recipe requires {subject.manifest.recipe.kv_cache.dtype}")
-    if scales and scheme is None:
-        faults.append(f"{scales[0]} is stored although the config has no kv_cache_scheme")
-    for name in scales:
-        values = subject.checkpoint.read(name).float()
-        if values.numel() != 1 or not bool(torch.isfinite(values).all() and (values > 0).all()):
-            faults.append(f"{name} is not a positive scalar")
-        # vLLM takes a lone k_scale for both, but asserts that there is one.
-        if (
-            split_name(name)[1] == "v_scale"
-            and name.replace("v_proj", "k_proj").replace("v_scale", "k_scale") not in scales
-        ):
-            faults.append(f"{name} has no k_scale beside it")
-    return Finding(f"{'FP8' if scheme is not None else 'no'} scheme, {len(scales)} scales", faults)
-
-
-def _is_fp8_kv(scheme: object, quantization: Mapping[str, Any]) -> bool:
-    if not isinstance(scheme, Mapping) or scheme.get("num_bits") != 8 or scheme.get("type") != "float":
-        return False
-    if scheme.get("dynamic", False) is not False:
-        return False
-    is_modelopt = quantization.get("quant_method") == "modelopt"
-    return is_modelopt or (scheme.get("strategy") == "tensor" and scheme.get("symmetric", True) is True)

@@ -46,7 +46,8 @@ def check_manifest(subject: Subject) -> Finding:
     if manifest.quantizer not in QUANTIZERS:
         faults.append(f"quantizer {manifest.quantizer} is unknown (known: {', '.join(QUANTIZERS)})")
     faults += _unlike_recipe(subject, manifest)
-    if (manifest.framing is not None) != any(is_calibrated(subject, group) for group in manifest.groups.values()):
+    is_wanted = any(is_calibrated(subject, group) for group in manifest.groups.values())
+    if (manifest.framing is not None) != (is_wanted or manifest.recipe.kv_cache.has_scales):
         faults.append("calibration is recorded although no group requires it, or missing for groups that do")
     stored = {group.name: group.members for group in subject.groups}
     faults += [f"{name} is recorded but not quantized" for name in manifest.groups if name not in stored]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..plan.quantized_source import refuse_quantized
-from . import against, architecture, configs, files, recorded, scales, tokenizer, weights
+from . import against, architecture, configs, files, kv_cache, recorded, scales, tokenizer, weights
 from .report import Check, Finding, Report, not_read
 from .subject import Subject, open_subject
 
@@ -21,7 +21,7 @@ ALONE: dict[str, Callable[[Subject], Finding]] = {
     "config": configs.check_config,
     "architecture": architecture.check_architecture,
     "protected": scales.check_protected,
-    "kv_cache": configs.check_kv_cache,
+    "kv_cache": kv_cache.check_kv_cache,
     "tokenizer": tokenizer.check_tokenizer,
     "unquantized": architecture.check_unquantized,
     "block_scales": scales.check_block_scales,

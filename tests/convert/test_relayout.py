@@ -177,7 +177,7 @@ def test_kv_cache_scales_are_renamed_with_their_values(conversions: Conversions,
 
     there, back = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "back")
     for name, value in scales.items():
-        assert torch.equal(there[name.replace("k_proj.", "").replace("v_proj.", "")], value)
+        assert torch.equal(there[name.replace("k_proj.", "").replace("v_proj.", "")], value.reshape(1))
         assert torch.equal(back[name], value)
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert written["kv_cache_scheme"]["num_bits"] == 8

@@ -15,6 +15,7 @@ from nvquant.format.layouts import LAYOUTS
 from nvquant.plan.plan import compute_plan
 from nvquant.recipe.load import load_recipe
 from nvquant.recipe.roles import text_config
+from nvquant.recipe.schema import KvCache
 from support.tiny_models import tiny_gemma2, tiny_gemma4, tiny_llama, tiny_qwen2
 
 
@@ -31,8 +32,8 @@ WRITERS = {
     "llama": tiny_llama, "gemma4": tiny_gemma4, "gemma2": tiny_gemma2, "qwen2": tiny_qwen2, "deep": deep_llama,
     "untied": untied_llama,
 }  # fmt: skip
-# Name: model, layout, recipe and perhaps head, quantizer, and whether the manifest is kept; without it another tool
-# might have made it.
+# Name: model, layout, recipe and perhaps head or KV cache, quantizer, and whether the manifest is kept; without it
+# another tool might have made it.
 GOOD = {
     "llama-ct": ("llama", "compressed-tensors", "nvfp4-full", "rtn", True),
     "llama-mo": ("llama", "modelopt", "nvfp4-full", "mse", True),
@@ -59,6 +60,12 @@ GOOD = {
     "gemma4-head-ct": ("gemma4", "compressed-tensors", "nvfp4-full nvfp4", "mse", True),
     "gemma4-head-mo": ("gemma4", "modelopt", "nvfp4-a16 nvfp4", "rtn", True),
     "untied-head-foreign": ("untied", "compressed-tensors", "nvfp4-a16 nvfp4", "rtn", False),
+    "llama-kv-ct": ("llama", "compressed-tensors", "nvfp4-full kv:fp8-calibrated", "rtn", True),
+    "llama-kv-mo": ("llama", "modelopt", "nvfp4-a16 kv:fp8-calibrated", "rtn", True),
+    "llama-kv-unit": ("llama", "compressed-tensors", "nvfp4 kv:fp8", "rtn", True),
+    "gemma4-kv-ct": ("gemma4", "compressed-tensors", "nvfp4-a16 kv:fp8", "rtn", True),
+    "gemma4-kv-mo": ("gemma4", "modelopt", "nvfp4-full kv:fp8-calibrated", "rtn", True),
+    "gemma4-kv-foreign": ("gemma4", "compressed-tensors", "nvfp4-a16 kv:fp8", "rtn", False),
     "llama-foreign": ("llama", "compressed-tensors", "nvfp4-full", "rtn", False),
 }
 
@@ -74,8 +81,11 @@ class Copy:
 def convert_good(name: str, models: Mapping[str, Path], output: Path) -> Path:
     """Convert what `GOOD` says under a name."""
     model, layout, recipe, quantizer, keeps_manifest = GOOD[name]
-    named, _, head = recipe.partition(" ")
-    chosen = load_recipe(named).model_copy(update={"head": head or "bf16"})
+    named, _, more = recipe.partition(" ")
+    is_cache = more.startswith("kv:")
+    chosen = load_recipe(named).model_copy(
+        update={"kv_cache": KvCache(dtype=more.removeprefix("kv:"))} if is_cache else {"head": more or "bf16"}  # type: ignore[arg-type]
+    )
     plan = compute_plan(open_checkpoint(models[model]), chosen, LAYOUTS[layout], model)
     samples = token_ids(plan.source, output.parent) if plan.needs_calibration else None
     convert(plan, ConvertOptions(output, quantizer), samples)

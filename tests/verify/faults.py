@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from verify import (
+    faults_cache,
     faults_config,
     faults_files,
     faults_fp8,
@@ -14,6 +15,7 @@ from verify import (
 )
 
 FAULTS = [
+    *faults_cache.FAULTS,
     *faults_config.FAULTS,
     *faults_files.FAULTS,
     *faults_fp8.FAULTS,
