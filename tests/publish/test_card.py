@@ -15,12 +15,17 @@ from markdown_it import MarkdownIt
 from nvquant.errors import InputError
 from nvquant.publish.card import CardFacts, render_card
 from nvquant.publish.frontmatter import split_card
+from nvquant.publish.proof import prove
 from nvquant.publish.provenance import read_provenance
 from nvquant.publish.target import MARKER
 from nvquant.quoting import one_line
+from nvquant.recipe.load import load_recipe
+from nvquant.recipe.schema import KvCache
 from nvquant.report.words import ABSENT
 from nvquant.serving.machine import FP4_WORDS
 from support import reports
+from support.conversions import Conversions, TinyModels
+from support.conversions import converted as converted_anew
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "me/llama-NVFP4"
@@ -138,6 +143,37 @@ def test_what_is_quantized_and_by_which_recipe(converted: Path, proved: dict[str
     assert "Recipe nvfp4, scales by the quantizer rtn, in the layout of compressed-tensors." in text
     recipe = yaml.safe_load(text.split("```text\n", 1)[1].split("\n```", 1)[0])
     assert recipe == json.loads((converted / "nvquant_manifest.json").read_text())["recipe"]
+
+
+def test_a_mixed_checkpoint_names_both_formats(conversions: Conversions) -> None:
+    folder = conversions("llama", "nvfp4-fp8")
+    card = card_of(folder, prove(folder, None, None, lambda _done, _total, _phase: None))
+    assert "with MLP in NVFP4, 4-bit floating point, and attention in FP8, 8-bit floating point, for vLLM" in card
+    text = section(card, "Quantized modules")
+    assert "In 4 bits: MLP (NVFP4 W4A4). In 8 bits: attention (FP8 " in text
+    assert "As in the source: embedding (BF16)" in text
+    assert "FP8 keeps it in 8 bits (E4M3), with one scale in 32 bits for each row or matrix." in text
+    assert "KV cache" not in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        (
+            "fp8",
+            "with unit scales, so it stores magnitudes up to 448 times the scale. Keys and values: 6 observed to be",
+        ),
+        (
+            "fp8-calibrated",
+            "with stored scales, so it stores magnitudes up to 448 times the scale. Keys and values: 6 ",
+        ),
+    ],
+)
+def test_what_is_known_of_keys_and_values(tiny: TinyModels, tmp_path: Path, dtype: str, words: str) -> None:
+    recipe = load_recipe("nvfp4").model_copy(update={"kv_cache": KvCache(dtype=dtype)})  # type: ignore[arg-type]
+    folder = converted_anew(tiny("llama"), tmp_path / "out", recipe)
+    text = section(card_of(folder, prove(folder, None, None, lambda _done, _total, _phase: None)), "Quantized modules")
+    assert f"The KV cache is FP8 {words}" in text
 
 
 @pytest.mark.parametrize(
