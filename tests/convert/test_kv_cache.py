@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import transformers
 from nvquant.checkpoint.source import open_checkpoint
 from nvquant.convert.kv_cache import cache_bounds
 from nvquant.convert.options import ConvertOptions
+from nvquant.convert.pipeline import convert
+from nvquant.convert.progress import Progress
 from nvquant.convert.relayout import relayout
 from nvquant.convert.second_opinion import refuse_unsupported
 from nvquant.errors import InputError
@@ -26,12 +29,15 @@ from support.conversions import (
     COMPRESSED_TENSORS,
     MODELOPT,
     TinyModels,
+    calibration_of,
     contents,
     converted,
     planned,
     random_samples,
     tensors_in,
+    write_ids,
 )
+from support.launching import WarmRanks
 from support.tiny_hybrids import tiny_latent
 from support.tiny_models import tiny_llama
 
@@ -233,6 +239,53 @@ def test_the_plan_counts_the_scales(tiny: TinyModels) -> None:
     row = next(group for group in census(plan) if group.name == "KV cache")
     assert (row.scheme, row.tensors, row.bytes_in, row.bytes_out) == ("fp8", 6, 0, 24)
     assert sum(group.bytes_in for group in census(plan)) == sum(group.bytes_in for group in census(plain))
+
+
+# Several ranks, and a run that ended
+
+
+RECIPE = """\
+name: cached
+quantize: [{modules: [mlp, attention], scheme: nvfp4}]
+kv_cache: {dtype: fp8-calibrated}
+"""
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmRanks]:
+    """Runs a job on several ranks."""
+    with WarmRanks(tmp_path_factory.mktemp("ranks")) as warm:
+        yield warm
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma4"])
+def test_two_ranks_and_a_resumed_run_give_the_bytes_of_one_run(
+    launch: WarmRanks, tiny: TinyModels, tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / "cached.yaml"
+    file.write_text(RECIPE)
+    expected = converted(tiny(name), tmp_path / "out", load_recipe(str(file)))
+    ids = write_ids(tmp_path / "out.jsonl", random_samples())
+    ended = launch(2, source=tiny(name), output=tmp_path / "ranks" / "out", ids=ids, recipe=str(file), quantizer="rtn")
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert contents(tmp_path / "ranks" / "out") == contents(expected)
+
+    plan = planned(tiny(name), load_recipe(str(file)))
+    samples = calibration_of(tiny(name), ids)
+
+    def stop(now: Progress) -> None:
+        if now.layers_done == 1:
+            raise Ended
+
+    with pytest.raises(Ended):
+        convert(plan, ConvertOptions(tmp_path / "again" / "out", "rtn", progress=stop), samples)
+    result = convert(plan, ConvertOptions(tmp_path / "again" / "out", "rtn"), samples)
+    assert result.layers_resumed
+    assert contents(tmp_path / "again" / "out") == contents(expected)
+
+
+class Ended(Exception):
+    """Ends a run after a layer."""
 
 
 # What cannot be done
