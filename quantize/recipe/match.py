@@ -152,12 +152,12 @@ def _matches(
     protected = [module for module in found if roles[modules[module]] not in QUANTIZABLE]
     if protected:
         what = roles[modules[protected[0]]].value
-        way_out = "limit the pattern to the text decoder's layers, or use the selectors mlp and attention"
+        head = ", or quantize the head with the key `head`" if what == Role.HEAD.value else ""
         raise InputError(
             f"recipe {recipe.name}: pattern '{pattern}' matches {describe(protected)} ({what}), which vLLM "
             f"serves unquantized",
             where=f"recipe {recipe.name}",
-            hint="to quantize the head, use the key `head`" if what == Role.HEAD.value else way_out,
+            hint=f"limit the pattern to the text decoder's layers, or use the selectors mlp and attention{head}",
         )
     return found
 

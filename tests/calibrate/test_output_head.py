@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from nvquant.calibrate.output_head import head_input_bound
 from nvquant.checkpoint.source import open_checkpoint
 from nvquant.format.fp8 import round_under
-from transformers import AutoModelForCausalLM
 from verify.numerics.measuring import held_out
 
 
@@ -18,7 +18,7 @@ from verify.numerics.measuring import held_out
 def test_the_bound_loses_no_more_than_twice_the_observed_amax(
     smollm2: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     seen: list[torch.Tensor] = []
     model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
     with torch.no_grad():

@@ -36,7 +36,7 @@ def rest_of(plan: Plan) -> list[PlannedShard]:
 
 
 def begin(copies: Copies, shards: list[PlannedShard]) -> None:
-    copies.begin(shards, Idle())  # type: ignore[arg-type]
+    copies.begin(shards, Idle(), None)  # type: ignore[arg-type]
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, copy: Callable[..., str]) -> None:

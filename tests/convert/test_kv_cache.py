@@ -15,7 +15,6 @@ from nvquant.convert.options import ConvertOptions
 from nvquant.convert.pipeline import convert
 from nvquant.convert.progress import Progress
 from nvquant.convert.relayout import relayout
-from nvquant.convert.second_opinion import refuse_unsupported
 from nvquant.errors import InputError
 from nvquant.format.layouts import LAYOUTS
 from nvquant.plan.forecast import census
@@ -299,6 +298,8 @@ def test_a_latent_cache_gets_no_scales(tmp_path: Path) -> None:
 
 
 def test_llm_compressor_does_not_write_the_scales(tiny: TinyModels, tmp_path: Path) -> None:
+    from nvquant.convert.second_opinion import refuse_unsupported
+
     plan = planned(tiny("llama"), with_cache("fp8-calibrated"))
     with pytest.raises(InputError, match="does not write the scales of the KV cache"):
         refuse_unsupported(plan, ConvertOptions(tmp_path / "out", "rtn"))

@@ -8,17 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from nvquant.calibrate.statistics.key_value import KeyValueAmax
 from nvquant.calibrate.statistics.ranges import InputRanges, calibrated_amax
+from nvquant.convert.kv_cache import cache_bounds
 from nvquant.convert.layer import LayerMaker, MadeLayer
 from nvquant.convert.matrices import quantize_group
 from nvquant.convert.options import ConvertOptions
 from nvquant.convert.ranks import Ranks
+from nvquant.convert.walking import Observed
 from nvquant.convert.watch import Watch
 from nvquant.errors import CheckFailed, NvquantError
 from nvquant.format.blocks import NonFiniteError
 from nvquant.plan.plan import Plan
 from nvquant.quantizers import get_quantizer
 from nvquant.recipe.groups import FusedGroup
+from nvquant.recipe.load import load_recipe
+from nvquant.recipe.schema import KvCache
 from nvquant.stream.reading import LoadedLayer
 from nvquant.stream.trace import Trace
 from support.conversions import TinyModels, planned
@@ -36,15 +41,24 @@ class Walked:
         self.asked: list[tuple[int, list[str], bool]] = []
 
     def observe(
-        self, layer: int, tensors: Mapping[str, Tensor], groups: Sequence[FusedGroup], wants_mean_square: bool
-    ) -> dict[str, InputRanges]:
+        self,
+        layer: int,
+        tensors: Mapping[str, Tensor],
+        groups: Sequence[FusedGroup],
+        wants_mean_square: bool,
+        cached: Sequence[str] = (),
+    ) -> Observed:
         self.asked.append((layer, [group.name for group in groups], wants_mean_square))
         found = {group.name: InputRanges(wants_mean_square) for group in groups}
         for group in groups:
             cols = tensors[f"{group.members[0]}.weight"].shape[1]
             found[group.name].observe({"source": torch.full((1, 5, cols), self.value)})
             found[group.name].commit()
-        return found
+        seen = Observed(found, {site: KeyValueAmax() for site in cached})
+        for amax in seen.cached.values():
+            amax.observe({"source": torch.full((1, 2, 5, 16), -self.value)})
+            amax.commit()
+        return seen
 
 
 class Steps(Ranks):
@@ -69,7 +83,7 @@ class Steps(Ranks):
 
 def maker_of(plan: Plan, quantizer: str = "rtn", ranks: Ranks | None = None) -> LayerMaker:
     options = ConvertOptions(Path("out"), quantizer)
-    return LayerMaker(plan, get_quantizer(quantizer), ranks or Steps(), Watch(options), Trace())
+    return LayerMaker(plan, get_quantizer(quantizer), cache_bounds(plan), ranks or Steps(), Watch(options), Trace())
 
 
 def loaded(plan: Plan) -> LoadedLayer:
@@ -110,8 +124,8 @@ def test_every_group_is_quantized_with_its_statistics(tiny: TinyModels, quantize
     walk = Walked(0.5)
     made, layer = made_of(plan, walk, quantizer)
     chosen = get_quantizer(quantizer)
-    assert walk.asked == [(LAYER, [group.name for group in groups_of(plan)], chosen.uses_mean_square)]
-    ranges = walk.observe(LAYER, layer.tensors, groups_of(plan), chosen.uses_mean_square)
+    assert walk.asked == [(LAYER, [group.name for group in groups_of(plan)], "mean_square" in chosen.needs)]
+    ranges = walk.observe(LAYER, layer.tensors, groups_of(plan), "mean_square" in chosen.needs).inputs
     for group in groups_of(plan):
         wanted = quantize_group(plan, group, layer.tensors, ranges[group.name].result(group.name), chosen)
         assert all(torch.equal(made.made[name], tensor) for name, tensor in wanted.tensors.items())
@@ -120,6 +134,20 @@ def test_every_group_is_quantized_with_its_statistics(tiny: TinyModels, quantize
         assert found.input is not None
         assert (found.input.observed_amax, found.input.tokens) == (0.5, 5)
         assert found.input.calibrated_amax == calibrated_amax(0.5, 0.5)
+
+
+def test_keys_and_values_without_a_bound_are_observed_and_get_scales(tiny: TinyModels) -> None:
+    recipe = load_recipe("nvfp4-full").model_copy(update={"kv_cache": KvCache(dtype="fp8-calibrated")})
+    made, _ = made_of(planned(tiny("qwen3"), recipe), Walked(448.0))
+    module = f"model.layers.{LAYER}.self_attn"
+    assert made.record.kv_cache is not None
+    record = made.record.kv_cache[module]
+    assert (record.k.observed, record.v.bound, record.v.observed) == (None, None, 448.0)
+    assert record.k.bound is not None
+    assert {
+        name: float(tensor) for name, tensor in made.made.items() if module in name and name.endswith("v_scale")
+    } == {f"{module}.v_scale": 2.0}
+    assert float(made.made[f"{module}.k_scale"]) == 1
 
 
 def test_only_inputs_of_w4a4_matrices_are_observed(tiny: TinyModels) -> None:

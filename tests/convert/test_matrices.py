@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nvquant.calibrate.statistics import InputStatistics
+from nvquant.calibrate.statistics.ranges import InputStatistics
 from nvquant.checkpoint.writer import TensorEntry
 from nvquant.convert.matrices import (
     GroupOutput,

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from nvquant.convert.config import disagreements, quantization_config
 from nvquant.convert.journal import STATE_FOLDER
 from nvquant.convert.options import ConvertOptions
@@ -117,6 +115,9 @@ def test_a_modelopt_list_has_exactly_the_quantized_modules(tiny: TinyModels) -> 
 def test_compressed_tensors_makes_the_same_codes_and_decodes_them_alike(
     tiny: TinyModels, done: Conversions, name: str
 ) -> None:
+    from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
     folder = done(name, RECIPE)
     written = json.loads((folder / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(written)

@@ -19,7 +19,7 @@ from nvquant.errors import EnvironmentLack
 from safetensors.torch import load_file, save_file
 from support.conversions import MODELOPT, Conversions, TinyModels, contents, converted, random_samples, write_ids
 from support.launching import RankEnded, WarmRanks
-from support.rank_process import Kept, plain
+from support.states import Kept, plain
 from support.tiny_models import tiny_llama
 
 OTHER_SAMPLES = random_samples((40, 24), seed=1)

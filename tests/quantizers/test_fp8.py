@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nvquant.calibrate.statistics import InputStatistics
+from nvquant.calibrate.statistics.ranges import InputStatistics
 from nvquant.errors import NonFiniteError
 from nvquant.format.fp8 import dequantize_rows, fp8_scale
 from nvquant.format.schemes import FP8, FP8_STATIC, Scheme

@@ -95,7 +95,10 @@ MESSAGES = [
         for value in ("3", "0.5", "-2", "0", ".inf", ".nan", "true", "lots", "[]", "1e300")
     ),
     (HEAD + "kv_cache: fp8\n", "my.yaml:5: key 'kv_cache': must be a map of keys."),
-    (HEAD + "kv_cache:\n  dtype: fp4\n", "my.yaml:6: key 'kv_cache.dtype': input should be 'bf16' or 'fp8'."),
+    (
+        HEAD + "kv_cache:\n  dtype: fp4\n",
+        "my.yaml:6: key 'kv_cache.dtype': input should be 'bf16', 'fp8' or 'fp8-calibrated'.",
+    ),
     (HEAD + "experts: nvfp4\n", "my.yaml:5: key 'experts': input should be 'refuse' or 'bf16'."),
     (
         HEAD + "calibration:\n  set: offline\n  samples: 0\n",

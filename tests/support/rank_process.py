@@ -4,17 +4,14 @@ they ended. Nothing is computed here, so that forks have no threads to miss."""
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 import transformers.models.gemma4.modeling_gemma4
 import transformers.models.llama.modeling_llama  # noqa: F401 - imported once for all ranks
 from nvquant.convert import ranks as ranks_module
@@ -24,7 +21,7 @@ from nvquant.convert.ranks import join_ranks
 from nvquant.convert.stop import StopRequest
 from nvquant.errors import NvquantError
 from support.conversions import calibration_of, planned
-from torch import Tensor
+from support.states import Kept, plain
 
 
 class SignalAfter(StopRequest):
@@ -44,47 +41,6 @@ class SignalAfter(StopRequest):
     @number.setter
     def number(self, value: int | None) -> None:
         self._told = value
-
-
-class Kept:
-    """A statistic of tensors whose sizes differ between ranks, and which keeps what it is merged from."""
-
-    name: ClassVar[str] = "kept"
-    lanes: tuple[str, ...] = ()
-
-    def __init__(self, rank: int, states: Sequence[Mapping[str, Tensor]] = ()) -> None:
-        self.rank, self.states = rank, states
-
-    def observe(self, seen: Mapping[str, Tensor]) -> None:
-        """Nothing."""
-
-    def commit(self) -> None:
-        """Nothing."""
-
-    def discard(self) -> None:
-        """Nothing."""
-
-    def state(self) -> dict[str, Tensor]:
-        rows = torch.arange(3 * self.rank, dtype=torch.float64).reshape(self.rank, 3)
-        return {
-            "none": torch.empty(0),
-            "rows": rows / 7,
-            "nan": torch.tensor([math.nan, -math.inf, -0.0], dtype=torch.float32) * (1 + self.rank),
-            "turned": torch.tensor([[1, 2, 3], [4, 5, 6 + self.rank]]).t(),
-            "bytes": torch.tensor([7 + self.rank], dtype=torch.uint8),
-        }
-
-    @classmethod
-    def merged(cls, states: Sequence[Mapping[str, Tensor]]) -> Kept:
-        return cls(-1, states)
-
-
-def plain(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Dtype, shape and bytes of each tensor."""
-    return {
-        name: [str(tensor.dtype), str(list(tensor.shape)), tensor.contiguous().numpy().tobytes().hex()]
-        for name, tensor in state.items()
-    }
 
 
 def run_rank(rank: int, job: dict[str, Any]) -> dict[str, Any]:
