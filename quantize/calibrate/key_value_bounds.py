@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.source import Checkpoint
 from ..recipe.kv_cache import HALVES, Half
 from ..recipe.roles import text_config
+from ..weights.base import Weights
 from .norm_bounds import MAGNITUDES, ROOM, rms_norm_bound, rounded_up
 from .record import LayerCall, record_batches
 from .skeleton import Skeleton, build_skeleton, load_outer
@@ -36,7 +36,7 @@ class KeyValueBounds:
     v: float | None
 
 
-def key_value_bounds(source: Checkpoint, prefix: str) -> dict[int, dict[str, KeyValueBounds]]:
+def key_value_bounds(source: Weights, prefix: str) -> dict[int, dict[str, KeyValueBounds]]:
     """The bounds of every attention module, by decoder layer and by the module's name in the checkpoint.
 
     Each layer's own forward runs up to its attention function. Its linears give random vectors of very different

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.source import Checkpoint
 from ..errors import InputError
+from ..weights.base import Weights
 from .norm_bounds import rms_norm_bound
 from .record import output_after_layers
 from .skeleton import Skeleton, build_skeleton, load_outer, on_meta
@@ -46,13 +47,13 @@ def why_no_own_head(source: Checkpoint, config: Mapping[str, Any], module: str) 
     return None
 
 
-def class_name(source: Checkpoint) -> str:
+def class_name(source: Weights) -> str:
     """The class that config.json names, for messages."""
     named = source.config.get("architectures")
     return str(named[0]) if isinstance(named, list) and named else "the model's class"
 
 
-def head_input_bound(source: Checkpoint, prefix: str) -> float | None:
+def head_input_bound(source: Weights, prefix: str) -> float | None:
     """The largest magnitude of the head's input, whatever the text, or None where it is not proved.
 
     The model's own forward runs with random vectors as the output of its last layer. The head's input must be the

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.json_text import quoted
-from ..checkpoint.source import Checkpoint
 from ..errors import EnvironmentLack, InputError
+from ..weights.base import Weights
 from .quiet import quiet_transformers
 from .stored_form import Joined, joined_parameters, joined_shape
 
@@ -45,7 +45,7 @@ class Skeleton:
         joined: layers' parameters that the checkpoint stores in another form, by layer and name inside it.
     """
 
-    source: Checkpoint
+    source: Weights
     full: nn.Module
     model: nn.Module
     decoder: nn.Module
@@ -67,7 +67,7 @@ class Skeleton:
         }
 
 
-def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype) -> Skeleton:
+def build_skeleton(source: Weights, prefix: str, device: torch.device, dtype: torch.dtype) -> Skeleton:
     """Build the model of a checkpoint on the meta device and check that the checkpoint has all that its decoder needs.
 
     Args:
@@ -82,7 +82,7 @@ def build_skeleton(source: Checkpoint, prefix: str, device: torch.device, dtype:
     return skeleton
 
 
-def _assemble(source: Checkpoint, prefix: str, device: torch.device, dtype: torch.dtype) -> Skeleton:
+def _assemble(source: Weights, prefix: str, device: torch.device, dtype: torch.dtype) -> Skeleton:
     full = on_meta(source, dtype)
     full.eval().requires_grad_(False)
     decoder = full.get_decoder()
@@ -100,7 +100,7 @@ def _assemble(source: Checkpoint, prefix: str, device: torch.device, dtype: torc
     return Skeleton(source, full, model, decoder, layers, root, prefix, device, dtype)
 
 
-def wanted_shapes(source: Checkpoint, prefix: str) -> dict[str, tuple[int, ...]]:
+def wanted_shapes(source: Weights, prefix: str) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that the model's decoder has, by its name in the checkpoint. Arguments and errors are
     those of `build_skeleton`, which refuses a checkpoint that lacks one."""
     return _wanted(_assemble(source, prefix, torch.device("cpu"), torch.float32))
@@ -198,7 +198,7 @@ def computing_on(device: torch.device) -> Iterator[None]:
             model_class.device = own
 
 
-def import_model_code(source: Checkpoint) -> None:
+def import_model_code(source: Weights) -> None:
     """Import the modules that `build_skeleton` needs, which takes seconds.
 
     Raises:
@@ -209,7 +209,7 @@ def import_model_code(source: Checkpoint) -> None:
     _model_class(source)
 
 
-def _made_with(source: Checkpoint) -> tuple[str, str]:
+def _made_with(source: Weights) -> tuple[str, str]:
     """The architecture and the version of transformers that config.json names, as messages can repeat them."""
     named, wrote = source.config.get("architectures"), source.config.get("transformers_version")
     first = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "none"
@@ -219,7 +219,7 @@ def _made_with(source: Checkpoint) -> tuple[str, str]:
     )
 
 
-def embedding_rows(source: Checkpoint) -> int | None:
+def embedding_rows(source: Weights) -> int | None:
     """Rows of the token embedding that the model's class builds from config.json, possibly more than `vocab_size`, or
     None where transformers cannot build it."""
     try:
@@ -228,7 +228,7 @@ def embedding_rows(source: Checkpoint) -> int | None:
         return None
 
 
-def on_meta(source: Checkpoint, dtype: torch.dtype) -> Any:
+def on_meta(source: Weights, dtype: torch.dtype) -> Any:
     """The model of the class that config.json names, without weights.
 
     Raises:
@@ -241,7 +241,7 @@ def on_meta(source: Checkpoint, dtype: torch.dtype) -> Any:
         return _build(source, dtype)
 
 
-def _model_class(source: Checkpoint) -> Any:
+def _model_class(source: Weights) -> Any:
     """The class that config.json names."""
     import transformers
 
@@ -262,7 +262,7 @@ def _model_class(source: Checkpoint) -> Any:
     return model_class
 
 
-def _build(source: Checkpoint, dtype: torch.dtype) -> Any:
+def _build(source: Weights, dtype: torch.dtype) -> Any:
     """The model of the class that config.json names, from its config alone."""
     import transformers
 
@@ -322,8 +322,8 @@ def _wanted(skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
 
 def _check_tensors(skeleton: Skeleton) -> None:
     source = skeleton.source
-    wanted = _wanted(skeleton)
-    missing = [name for name in wanted if name not in source.files]
+    infos, wanted = source.infos(), _wanted(skeleton)
+    missing = [name for name in wanted if name not in infos]
     if missing:
         _find_joined(skeleton, missing)
         made = {f"{skeleton.layer_prefix}.{layer}.{name}" for layer, found in skeleton.joined.items() for name in found}
@@ -337,9 +337,9 @@ def _check_tensors(skeleton: Skeleton) -> None:
             hint="download the checkpoint again, or use a weight-only recipe if it is complete",
         )
     for name, shape in wanted.items():
-        if source.info(name).shape != shape:
+        if infos[name].shape != shape:
             raise InputError(
-                f"{name} has shape {list(source.info(name).shape)}, but config.json describes {list(shape)}",
+                f"{name} has shape {list(infos[name].shape)}, but config.json describes {list(shape)}",
                 where=source.where,
                 hint="use the config and weights of one model",
             )
@@ -349,8 +349,8 @@ def _find_joined(skeleton: Skeleton, missing: list[str]) -> None:
     """Note how the stored tensors make the layers' parameters that are not stored unchanged."""
     source, prefix = skeleton.source, skeleton.layer_prefix
     path = next(name for name, module in skeleton.full.named_modules() if module is skeleton.layers)
-    stored = [name for name in source.files if name.startswith(f"{prefix}.")]
-    shapes = {name: source.info(name).shape for name in stored}
+    shapes = {name: info.shape for name, info in source.infos().items() if name.startswith(f"{prefix}.")}
+    stored = list(shapes)
     joined = joined_parameters(skeleton.full, stored)
     for name in missing:
         layer, _, inside = name.removeprefix(f"{prefix}.").partition(".")
@@ -364,7 +364,7 @@ def _find_joined(skeleton: Skeleton, missing: list[str]) -> None:
 
 def _load_embedding_rows(skeleton: Skeleton, name: str, embedding: nn.Embedding, token_ids: Tensor) -> None:
     """Load only the rows of an embedding that are needed, and let it look up ids among them."""
-    rows = skeleton.source.info(name).shape[0]
+    rows = skeleton.source.infos()[name].shape[0]
     largest = int(token_ids.max())
     if largest >= rows:
         raise InputError(

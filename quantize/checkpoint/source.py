@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +74,16 @@ class Checkpoint:
     def infos(self) -> dict[str, TensorInfo]:
         """All tensors by name, in the order of shards and data."""
         return {name: info for header in self.shards.values() for name, info in header.tensors.items()}
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        """The tensor alone: it is stored as the model computes with it (see `weights.base.Weights`)."""
+        return (self.info(name).name,)
+
+    def assemble(
+        self, names: Iterable[str], stored: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """The stored tensors of these names, unchanged."""
+        return {name: stored[name] for name in names}
 
     def read_into(self, name: str, buffer: memoryview, begin: int = 0) -> None:
         """Fill `buffer` with the tensor's bytes from its byte `begin` on.

@@ -8,10 +8,16 @@ all readers see the same model.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING
 
 from ..checkpoint.source import COPY_CHUNK_BYTES, Checkpoint, torch_dtype
 from ..errors import InputError
 from ..recipe.heads import is_tied, stored_head, token_embedding
+from ..weights.base import Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPAN_BYTES = 64 << 10
 HOW_READERS_TAKE_IT = "transformers 5 and vLLM 0.32 use the stored head, older readers use the embedding"
@@ -62,35 +68,30 @@ def _are_equal(source: Checkpoint, head: str, embedding: str) -> bool:
         reader.end()
 
 
-def equal_tensors(checkpoint: Checkpoint, one: str, other: str, is_sampled: bool = False) -> bool:
-    """Whether two tensors of a checkpoint have the same values, in any dtypes.
+def equal_tensors(weights: Weights, one: str, other: str, is_sampled: bool = False) -> bool:
+    """Whether two tensors of a model, with rows, have the same values, in any dtypes.
 
     Args:
         is_sampled: compare the beginning, the middle and the end only.
     """
-    left, right = checkpoint.info(one), checkpoint.info(other)
+    infos = weights.infos()
+    left, right = infos[one], infos[other]
     if left.shape != right.shape:
         return False
     sizes = [torch_dtype(info.dtype).itemsize for info in (left, right)]
-    count = left.nbytes // sizes[0]
-    span = (SPAN_BYTES if is_sampled else COPY_CHUNK_BYTES) // max(sizes)
-    starts = [0, max(0, count // 2 - span), max(0, count - span)] if is_sampled else range(0, count, span)
+    rows, row_bytes = left.shape[0], max(sizes) * prod(left.shape[1:])
+    height = max(1, (SPAN_BYTES if is_sampled else COPY_CHUNK_BYTES) // max(1, row_bytes))
+    starts = {0, max(0, rows // 2 - height), max(0, rows - height)} if is_sampled else range(0, rows, height)
     for start in starts:
-        length = min(span, count - start)
-        values = []
-        for info, size in zip((left, right), sizes, strict=True):
-            piece = bytearray(length * size)
-            checkpoint.read_into(info.name, memoryview(piece), start * size)
-            values.append(piece)
-        if values[0] != values[1] and (left.dtype == right.dtype or not _same_values(values, left.dtype, right.dtype)):
+        part = range(start, min(rows, start + height))
+        if not _same_values(weights.read_rows(one, part), weights.read_rows(other, part)):
             return False
     return True
 
 
-def _same_values(pieces: list[bytearray], *dtypes: str) -> bool:
+def _same_values(one: Tensor, other: Tensor) -> bool:
     import torch
 
-    left, right = (
-        torch.frombuffer(piece, dtype=torch_dtype(name)).float() for piece, name in zip(pieces, dtypes, strict=True)
-    )
-    return torch.equal(left, right)
+    if one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
+        return True  # a NaN too
+    return torch.equal(one.float(), other.float())

@@ -137,7 +137,7 @@ def _proved(subject: Subject) -> dict[str, KeyValueBounds]:
         return {}
     try:
         model = ServedModel(subject)
-        bounds = key_value_bounds(model.checkpoint, model.prefix)
+        bounds = key_value_bounds(model, model.prefix)
     except (InputError, EnvironmentLack):
         return {}
     return {module: one for found in bounds.values() for module, one in found.items()}

@@ -72,7 +72,7 @@ def _wanted(subject: Subject) -> tuple[Mapping[str, tuple[int, ...]], str]:
     """The tensors of the model's decoder, and the prefix of a layer's number. Empty where they are unknown."""
     try:
         model = ServedModel(subject)
-        return wanted_shapes(model.checkpoint, model.prefix), model.prefix
+        return wanted_shapes(model, model.prefix), model.prefix
     except (InputError, EnvironmentLack):
         return {}, ""
 

@@ -145,7 +145,7 @@ def _wrong_bound(subject: Subject, group: RecordedGroup) -> list[str]:
         return []
     try:
         model = ServedModel(subject)
-        bound = head_input_bound(model.checkpoint, model.prefix)
+        bound = head_input_bound(model, model.prefix)
     except (InputError, EnvironmentLack):
         return []
     if bound == group.record.input_bound:

@@ -38,7 +38,7 @@ class Head:
         name = next(name for name, module in full.named_modules() if module is head)
         self._name = self._stored_name(name)
         self._bias = self._stored_bias(name) if head.bias is not None else None
-        self.rows, self.cols = skeleton.source.info(self._name).shape
+        self.rows, self.cols = skeleton.source.infos()[self._name].shape
 
     def _find_base(self, owner: nn.Module) -> tuple[nn.Module, str]:
         """The owner of the base model, which contains the decoder but not the head, and its name there."""
@@ -73,10 +73,10 @@ class Head:
     def _own_name(self, head: str) -> str | None:
         """The stored weight of the head: of the model's own name, or else of the same shape under another."""
         source = self._skeleton.source
-        if f"{head}.weight" in source.files:
+        if f"{head}.weight" in source.infos():
             return f"{head}.weight"
         name = stored_head({name: info.shape for name, info in source.infos().items()})
-        return name if name is not None and source.info(name).shape == self._module.weight.shape else None
+        return name if name is not None and source.infos()[name].shape == self._module.weight.shape else None
 
     def _embedding(self) -> str:
         """The stored weight of the embedding.
@@ -89,7 +89,7 @@ class Head:
         embedding = decoder.get_input_embeddings()
         inside = next(inside for inside, module in skeleton.decoder.named_modules() if module is embedding)
         name = f"{skeleton.root}{inside}.weight"
-        if name not in skeleton.source.files:
+        if name not in skeleton.source.infos():
             raise InputError(
                 f"{skeleton.source.where} stores no {name}",
                 where=skeleton.source.where,
@@ -100,7 +100,7 @@ class Head:
     def _stored_bias(self, head: str) -> Tensor | None:
         source = self._skeleton.source
         names = (f"{head}.bias", f"{self._name.removesuffix('.weight')}.bias")
-        return next((source.read(name).float() for name in names if name in source.files), None)
+        return next((source.read(name).float() for name in names if name in source.infos()), None)
 
     def ranges(self) -> Iterator[range]:
         """The numbers of the head's rows, a part at a time."""

@@ -17,9 +17,10 @@ from ...calibrate.walk import Walk
 from ...checkpoint.source import Checkpoint
 from ...errors import InputError
 from ...format.schemes import Arithmetic
-from ...recipe.decoder import decoder_prefix, layer_index
+from ...recipe.decoder import decoder_prefix
 from ...stream.hidden import HiddenBudget
 from ...stream.memory import available_host_bytes
+from ...weights.base import names_by_layer
 from .served import ServedModel
 
 LaneName = Literal["source", "floor", "w4a4", "w4a4_again", "w8a8", "weight_only"]
@@ -52,7 +53,7 @@ class Lanes(Mapping[LaneName, Lane]):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        quantized = build_skeleton(served.checkpoint, served.prefix, device, dtype)
+        quantized = build_skeleton(served, served.prefix, device, dtype)
         self.quantized = Walk(quantized, batches, keeps_last=True)
         self.original: Walk | None = None
         if source is not None:
@@ -119,13 +120,3 @@ def largest_layer_bytes(checkpoint: Checkpoint, prefix: str) -> int:
     """The bytes that the largest decoder layer under a prefix takes in the file."""
     layers = names_by_layer(checkpoint, prefix).values()
     return max(sum(checkpoint.info(name).nbytes for name in names) for names in layers)
-
-
-def names_by_layer(checkpoint: Checkpoint, prefix: str) -> dict[int, list[str]]:
-    """Names of the tensors under a prefix, by layer."""
-    layers: dict[int, list[str]] = {}
-    for name in checkpoint.files:
-        layer = layer_index(name, prefix)
-        if layer is not None:
-            layers.setdefault(layer, []).append(name)
-    return layers

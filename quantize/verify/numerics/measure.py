@@ -28,9 +28,10 @@ from ...format.schemes import Arithmetic
 from ...stream.memory import give_back_free_memory
 from ...stream.reading import LayerReader, LoadedLayer
 from ...stream.trace import Trace
+from ...weights.base import names_by_layer, stored_names
 from ..threads import Progress
 from .errors import LayerError, StreamError, matrix_numbers
-from .lanes import Lanes, names_by_layer
+from .lanes import Lanes
 from .noise import noise_on
 from .served import InputRounding, ServedModel
 
@@ -90,6 +91,7 @@ class SideBySide:
         self.rounding = InputRounding(served)
         self.layers: list[LayerNumbers] = []
         self.matrices: list[dict[str, Any]] = []
+        self._names: dict[int, list[str]] = {}
         self._progress = progress
         self.lanes = Lanes(served, source, self.batches, self.arithmetics, self.device, self.dtype)
 
@@ -104,7 +106,9 @@ class SideBySide:
             InputError: a shard vanished or changed, or not even one sequence fits the device's memory.
         """
         count = len(self.lanes.quantized.skeleton.layers)
-        stored = self._reader(self.served.subject.checkpoint, self.served.stored_names(), count)
+        self._names = names_by_layer(self.served, self.served.prefix)
+        wanted = {layer: stored_names(self.served, names) for layer, names in self._names.items()}
+        stored = self._reader(self.served.subject.checkpoint, wanted, count)
         original = nullcontext() if self.source is None else self._reader(
             self.source, names_by_layer(self.source, self._source_prefix), count
         )  # fmt: skip
@@ -132,7 +136,7 @@ class SideBySide:
         layer = loaded.layer
         numbers = LayerNumbers(layer)
         kept = [] if beside is None else self._source_layer(layer, beside)
-        decoded = self.served.decoded(layer, loaded.tensors, self.dtype)
+        decoded = self.served.assemble(self._names[layer], loaded.tensors, self.dtype)
         self._matrix_numbers(layer, decoded, beside)
         for arithmetic in self.arithmetics:
             self.served.flush(layer, loaded.tensors, decoded, arithmetic)

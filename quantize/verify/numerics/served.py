@@ -8,27 +8,29 @@ In a good checkpoint they are equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...calibrate.taps import Handle, LinearTap
-from ...checkpoint.headers import Header, TensorInfo
-from ...checkpoint.source import Checkpoint
+from ...checkpoint.headers import TensorInfo
 from ...errors import InputError
 from ...format.constants import BLOCK, E4M3_MAX
 from ...format.fp8 import quantize_rows
 from ...format.marlin import flushed_bytes
 from ...format.schemes import Arithmetic, Part, Scheme, arithmetics_of, rounds_inputs
-from ...recipe.decoder import decoder_prefix, layer_count, layer_index
+from ...recipe.decoder import decoder_prefix, layer_index
 from ...recipe.groups import FusedGroup
+from ...recipe.roles import module_of
 from ...weights.stored import StoredMatrix, input_leaf
 from ..served import scheme_of
 from ..subject import Subject
-from ..tally import read_rows
 
 BULK: tuple[Part, ...] = ("codes", "scales")
 """The parts of a matrix that are read with its layer. Scalars are read once for all layers."""
@@ -96,7 +98,7 @@ class ServedModel:
     @cached_property
     def matrices(self) -> dict[str, ServedMatrix]:
         """The quantized matrices by module."""
-        return {module: made for group in self.subject.groups for module, made in self._group(group)}
+        return {module: made for group in self.subject.sound_groups for module, made in self._group(group)}
 
     def _group(self, group: FusedGroup) -> Iterator[tuple[str, ServedMatrix]]:
         subject = self.subject
@@ -124,56 +126,88 @@ class ServedModel:
         stored = [self.subject.scalars[module, part] for module in group.members]
         return self.subject.layout.canonical(part, torch.tensor(max(stored), dtype=torch.float32))
 
+    # The model's weights as `weights.base.Weights` has them
+
+    @property
+    def folder(self) -> Path:
+        """The folder of config.json."""
+        return self.subject.folder
+
     @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """The checkpoint as if its matrices were not quantized: for building the model, whose names and shapes it has.
-        The matrices themselves cannot be read through it."""
+    def config(self) -> Mapping[str, Any]:
+        """config.json of the unquantized model."""
+        return {key: value for key, value in self.subject.config.items() if key != "quantization_config"}
+
+    @property
+    def where(self) -> str:
+        """The name in messages."""
+        return self.subject.checkpoint.where
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """See `Weights.infos`."""
+        return self._infos
+
+    @cached_property
+    def _infos(self) -> Mapping[str, TensorInfo]:
         parts = {info.name for matrix in self.subject.sound.values() for info in matrix.parts.values()}
-        files = {name: file for name, file in self.subject.checkpoint.files.items() if name not in parts}
-        shards = {
-            file: replace(header, tensors={name: info for name, info in header.tensors.items() if name not in parts})
-            for file, header in self.subject.headers.items()
-        }
+        found = {name: info for name, info in self.subject.infos.items() if name not in parts}
         for module, matrix in self.subject.sound.items():
             name = f"{module}.weight"
-            files[name] = self.subject.checkpoint.files[matrix.parts["codes"].name]
-            header: Header = shards[files[name]]
-            info = TensorInfo(name, "BF16", (matrix.rows, matrix.cols), 0, 0)
-            shards[files[name]] = replace(header, tensors={**header.tensors, name: info})
-        config = {key: value for key, value in self.subject.config.items() if key != "quantization_config"}
-        return Checkpoint(self.subject.folder, config, shards, files)
+            found[name] = TensorInfo(name, "BF16", (matrix.rows, matrix.cols), 0, 0)
+        return found
 
-    def stored_names(self) -> dict[int, list[str]]:
-        """Names of the tensors as stored, by layer."""
-        layers: dict[int, list[str]] = {}
-        count = layer_count(self.subject.config)
-        for name in self.subject.checkpoint.files:
-            layer = layer_index(name, self.prefix)
-            if layer is not None and (count is None or layer < count):
-                layers.setdefault(layer, []).append(name)
-        return dict(sorted(layers.items()))
+    def stored(self, name: str) -> tuple[str, ...]:
+        """See `Weights.stored`."""
+        matrix = self.subject.sound.get(module_of(name))
+        if matrix is None:
+            return (self._infos[name].name,)
+        return tuple(matrix.parts[part].name for part in BULK if part in matrix.parts)
+
+    def assemble(self, names: Iterable[str], stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `Weights.assemble`. The arithmetic of decoding is float32."""
+        tensors = {}
+        for name in names:
+            served = self.matrices.get(module_of(name))
+            if served is None:
+                tensors[name] = stored[name]
+                continue
+            read = {part: stored[served.matrix.parts[part].name] for part in BULK if part in served.matrix.parts}
+            tensors[name] = self._decoded(served, read, dtype)
+        return tensors
+
+    @staticmethod
+    def _decoded(served: ServedMatrix, read: dict[Part, Tensor], dtype: torch.dtype) -> Tensor:
+        if "scales" in served.scalars:
+            read["codes"] = requantized(read["codes"], read["scales"], served.scalars["scales"])
+        return served.scheme.decode({**read, **served.scalars}, dtype)
+
+    def read(self, name: str) -> Tensor:
+        """See `Weights.read`."""
+        stored = {part: self.subject.checkpoint.read(part) for part in self.stored(name)}
+        return self.assemble([name], stored, torch.float32)[name]
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """See `Weights.read_rows`."""
+        served = self.matrices.get(module_of(name))
+        if served is None:
+            return self.subject.checkpoint.read_rows(name, rows)
+        return self._decoded(served, self._parts_of_rows(served, rows), torch.float32)
+
+    def _parts_of_rows(self, served: ServedMatrix, rows: Sequence[int]) -> dict[Part, Tensor]:
+        """The bulk of some rows. A scale of the complete matrix is read with them."""
+        found: dict[Part, Tensor] = {}
+        for part in BULK:
+            info = served.matrix.parts.get(part)
+            if info is not None:
+                is_whole = prod(info.shape) == 1
+                checkpoint = self.subject.checkpoint
+                found[part] = checkpoint.read(info.name) if is_whole else checkpoint.read_rows(info.name, rows)
+        return found
 
     def matrices_of(self, layer: int) -> dict[str, ServedMatrix]:
         """The quantized matrices of a layer, by module."""
         begin = f"{self.prefix}.{layer}."
         return {module: served for module, served in self.matrices.items() if module.startswith(begin)}
-
-    def decoded(self, layer: int, stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """A layer's tensors under the names that they have in the unquantized model.
-
-        Args:
-            stored: as stored, on the device.
-            dtype: of decoded matrices. The arithmetic is float32.
-        """
-        matrices = self.matrices_of(layer)
-        parts = {info.name for served in matrices.values() for info in served.matrix.parts.values()}
-        tensors = {name: tensor for name, tensor in stored.items() if name not in parts}
-        for module, served in matrices.items():
-            read = {part: stored[served.matrix.parts[part].name] for part in BULK if part in served.matrix.parts}
-            if "scales" in served.scalars:
-                read["codes"] = requantized(read["codes"], read["scales"], served.scalars["scales"])
-            tensors[f"{module}.weight"] = served.scheme.decode({**read, **served.scalars}, dtype)
-        return tensors
 
     @property
     def head(self) -> ServedMatrix | None:
@@ -184,12 +218,8 @@ class ServedModel:
         """Some rows of the quantized head as a server with an arithmetic has them, float32 [rows, cols] on the CPU."""
         head = self.head
         assert head is not None
-        read = {
-            part: read_rows(self.subject.checkpoint, head.matrix.parts[part].name, rows)
-            for part in BULK
-            if part not in head.scalars
-        }
-        decoded = head.scheme.decode({**read, **head.scalars}, torch.float32)
+        read = self._parts_of_rows(head, rows)
+        decoded = self._decoded(head, dict(read), torch.float32)
         if self.loses_blocks(head, arithmetic):
             lost = head.flushed[read["scales"].view(torch.uint8).int()].unsqueeze(-1)
             decoded.view(len(rows), -1, BLOCK).masked_fill_(lost, 0)

@@ -15,6 +15,7 @@ from nvquant.format.marlin import count_flushed_blocks
 from nvquant.verify.numerics.emulated import emulated_logprobs
 from nvquant.verify.numerics.served import InputRounding, ServedModel
 from nvquant.verify.subject import open_subject
+from nvquant.weights.base import names_by_layer, stored_names
 from support.conversions import random_samples, tensors_in
 from support.emulation import decode, load_emulation, token_logprobs
 from torch import Tensor, nn
@@ -40,8 +41,9 @@ def plant_tiny_scales(folder: Path, leaf: str = "mlp.down_proj", byte: int = 1, 
 def decoded(folder: Path, arithmetic: str) -> dict[str, Tensor]:
     """Layer 1 as the lane of an arithmetic computes it."""
     served = ServedModel(open_subject(folder))
-    stored = {name: served.subject.checkpoint.read(name) for name in served.stored_names()[1]}
-    tensors = served.decoded(1, stored, torch.float32)
+    names = names_by_layer(served, served.prefix)[1]
+    stored = {name: served.subject.checkpoint.read(name) for name in stored_names(served, names)}
+    tensors = served.assemble(names, stored, torch.float32)
     served.flush(1, stored, tensors, arithmetic)  # type: ignore[arg-type]
     return tensors
 
