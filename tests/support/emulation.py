@@ -81,7 +81,10 @@ def decode_tensors(stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
             rounds[layer] = partial(quantize_dequantize, global_scale=tensor)
         elif kind == "input_scale" and f"{layer}.weight_scale_2" in stored:
             rounds[layer] = partial(quantize_dequantize, global_scale=1 / tensor)
-        elif kind not in ("weight_scale", "weight_global_scale", "weight_scale_2", "input_scale"):
+        elif kind not in (
+            *("weight_scale", "weight_global_scale", "weight_scale_2", "input_scale"),
+            *("k_scale", "v_scale"),  # of the KV cache, which the emulation does not have
+        ):
             state[key] = tensor.float()
     return state, rounds
 
