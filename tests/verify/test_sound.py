@@ -63,7 +63,9 @@ def test_such_an_export_with_scales_of_an_fp8_cache_passes(copy: Callable[[str],
     with edit_tensors(made.folder) as tensors:
         store_cache_scales(tensors)
     assert failed(made.folder, made.source) == {}
-    assert details(made.folder, made.source)["kv_cache"] == "FP8 scheme, 6 scales"
+    assert details(made.folder, made.source)["kv_cache"] == (
+        "FP8 scheme, 6 scales; keys and values: 6 neither proved nor observed"
+    )
 
 
 def test_its_cache_scales_without_a_word_in_the_file_fail(copy: Callable[[str], Copy]) -> None:
