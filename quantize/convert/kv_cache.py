@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +13,9 @@ from ..errors import EnvironmentLack, InputError
 from ..plan.plan import Plan
 from ..recipe.kv_cache import HALVES, scale_names
 from ..stream.manifest import AttentionRecord, CachedRecord
-from ..stream.scalars import cache_scale
+from ..stream.scalars import cache_scale, clipped
+
+logger = logging.getLogger("nvquant.convert")
 
 Bounds = Mapping[int, Mapping[str, KeyValueBounds]]
 """By layer and attention module."""
@@ -69,6 +72,18 @@ def attention_records(
                 halves[half] = CachedRecord(observed=observed[site]) if site in observed else CachedRecord()
         records[module] = AttentionRecord(**halves)
     return records
+
+
+def warn_of_clipping(plan: Plan, records: Mapping[str, AttentionRecord]) -> None:
+    """Log keys and values that an FP8 cache with unit scales clips."""
+    for module, record in records.items() if not plan.cached else ():
+        for half, words in (("k", "keys"), ("v", "values")):
+            one: CachedRecord = getattr(record, half)
+            if clipped(one, 1.0):
+                logger.warning(
+                    "The %s of %s reach %g, but an FP8 cache stores at most 448: use kv_cache: {dtype: fp8-calibrated}",
+                    *(words, module, one.observed if one.bound is None else one.bound),
+                )
 
 
 def cache_scales(plan: Plan, layer: int, records: Mapping[str, AttentionRecord]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from ..stream.manifest import AttentionRecord, GroupRecord, LayerRecord
 from ..stream.memory import telling_of_full_gpu
 from ..stream.reading import LoadedLayer
 from ..stream.trace import Trace
-from .kv_cache import Bounds, attention_records, cache_scales, unbounded_sites
+from .kv_cache import Bounds, attention_records, cache_scales, unbounded_sites, warn_of_clipping
 from .matrices import (
     group_scalars,
     groups_of_layer,
@@ -176,6 +176,7 @@ class LayerMaker:
             made.update(group_scalars(self._plan, group, records[group.name], self._quantizer))
         if attention is not None:
             made.update(cache_scales(self._plan, loaded.layer, attention))
+            warn_of_clipping(self._plan, attention)
         kept = {entry.name: loaded.tensors[entry.name] for entry in shard.entries if entry.name not in made}
         record = LayerRecord(
             layer=loaded.layer,

@@ -182,7 +182,7 @@ def _refuse_other_forms(source: Checkpoint, matrices: Mapping[str, Matrix], targ
         scheme = other[0].scheme
         raise InputError(
             f"{source.where} stores {describe([matrix.name for matrix in other], 1)} in {scheme.words} with "
-            f"{scheme.form}, which the {target.name} layout cannot express",
+            f"{scheme.form}, which nvquant does not write in the {target.name} layout",
             where=source.where,
             hint=f"convert the source again with --format {target.name}",
         )

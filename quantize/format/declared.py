@@ -67,6 +67,12 @@ def format_of_group(group: Mapping[str, Any]) -> str:
     return FORMATS[FP8.name if is_fp8 else NVFP4.name]
 
 
+def is_of_attention(group: Mapping[str, Any]) -> bool:
+    """Whether a config group quantizes attention itself, as llm-compressor's does for a KV cache. vLLM 0.32 skips it."""
+    targets = group.get("targets")
+    return isinstance(targets, list) and len(targets) == 1 and str(targets[0]).endswith("Attention")
+
+
 def format_of_config(groups: Iterable[Mapping[str, Any]]) -> str:
     """The name of the stored form that a config of these groups has."""
     formats = {format_of_group(group) for group in groups}

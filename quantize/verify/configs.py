@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoint.source import read_json
 from ..errors import InputError
-from ..format.declared import MIXED_ALGORITHM, format_of_config, format_of_group
+from ..format.declared import MIXED_ALGORITHM, format_of_config, format_of_group, is_of_attention
 from ..format.layouts import LAYOUTS
 from ..format.schemes import SCHEMES
 from ..recipe.vllm_rules import UNQUANTIZED, serving_names
@@ -50,6 +50,7 @@ def _wrong_formats(quantization: Mapping[str, Any]) -> list[str]:
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         return ["config_groups is not a map of groups"]
     faults = []
+    groups = {name: group for name, group in groups.items() if not is_of_attention(group)}
     for name, group in groups.items():
         found, wanted = group.get("format") or quantization.get("format"), format_of_group(group)
         if found != wanted:

@@ -154,9 +154,13 @@ def test_verify_proves_the_bounds_of_other_tools_checkpoints(tiny: TinyModels, t
     assert "12 proved to be at most 8.06" in kv_words(folder)
 
 
-def test_a_cache_that_clips_fails(tmp_path: Path) -> None:
+def test_a_cache_that_clips_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = grown(tmp_path / "model", {"v": 2048.0})
-    folder = converted(source, tmp_path / "out", with_cache("fp8"))
+    with caplog.at_level("WARNING", "nvquant"):
+        folder = converted(source, tmp_path / "out", with_cache("fp8"))
+    told = [record.getMessage() for record in caplog.records if record.name == "nvquant.convert"]
+    assert len(told) == 3
+    assert told[0].startswith("The values of model.layers.0.self_attn reach ")
     faults = verdicts(folder)
     assert set(faults) == {"kv_cache"}
     assert len(faults["kv_cache"]) == 3

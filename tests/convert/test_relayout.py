@@ -310,8 +310,8 @@ def test_fp8_is_refused_with_the_form_that_the_other_layout_lacks(
     with pytest.raises(InputError) as caught:
         laid_out(source, OTHER[layout], tmp_path / "out")
     assert str(caught.value) == (
-        f"{source} stores model.layers.0.self_attn.k_proj and 11 more in FP8 W8A8 with {FORMS[layout]}, which the "
-        f"{OTHER[layout]} layout cannot express: convert the source again with --format {OTHER[layout]}."
+        f"{source} stores model.layers.0.self_attn.k_proj and 11 more in FP8 W8A8 with {FORMS[layout]}, which "
+        f"nvquant does not write in the {OTHER[layout]} layout: convert the source again with --format {OTHER[layout]}."
     )
     assert not (tmp_path / "out").exists()
 

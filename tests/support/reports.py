@@ -20,7 +20,7 @@ ANSWER = (
 )
 WORDS = {
     "w4a4": "W4A4, as GPUs with FP4 units compute it",
-    "weight_only": "weight-only, as Marlin computes it on Hopper, Ada and Ampere",
+    "weight_only": "weight-only, as Marlin computes it on GPUs without units for the formats",
     "floor": "the source with every module's output rounded to BF16, against float32",
 }
 STRUCTURE = {
@@ -128,7 +128,7 @@ def numerics(layers: int = 60) -> dict[str, Any]:
         "arithmetics": {
             "w4a4": arithmetic(WORDS["w4a4"], 0.0831, 0.8924, 0.0378),
             "weight_only": arithmetic(
-                "weight-only, as Marlin computes it on Hopper, Ada and Ampere", 0.0317, 0.9341, 0.0124
+                "weight-only, as Marlin computes it on GPUs without units for the formats", 0.0317, 0.9341, 0.0124
             ),
             "floor": arithmetic(
                 "the source with every module's output rounded to BF16, against float32", 0.00021, 0.9962, 0.0001

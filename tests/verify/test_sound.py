@@ -68,6 +68,15 @@ def test_such_an_export_with_scales_of_an_fp8_cache_passes(copy: Callable[[str],
     )
 
 
+def test_a_config_group_of_attention_is_no_group_of_matrices(copy: Callable[[str], Copy]) -> None:
+    """llm-compressor writes one for a KV cache, and vLLM skips it."""
+    made = copy("llama-foreign")
+    numbers = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    group = {"targets": ["LlamaAttention"], "input_activations": numbers, "weights": None, "format": None}
+    edit_ct(made.folder, lambda config: config["config_groups"].update(group_1=group))
+    assert failed(made.folder, made.source) == {}
+
+
 def test_its_cache_scales_without_a_word_in_the_file_fail(copy: Callable[[str], Copy]) -> None:
     made = copy("llama-foreign-mo")
     make_legacy(made.folder)

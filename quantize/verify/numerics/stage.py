@@ -44,7 +44,7 @@ STAGE = "numerics"
 WORDS: Mapping[str, str] = {
     "w4a4": "W4A4, as GPUs with FP4 units compute it",
     "w8a8": "FP8 with rounded inputs, NVFP4 weight-only, as Hopper and Ada compute it",
-    "weight_only": "weight-only, as Marlin computes it on Hopper, Ada and Ampere",
+    "weight_only": "weight-only, as Marlin computes it on GPUs without units for the formats",
 }
 SHORT = ARITHMETIC_WORDS
 # Sound W4A4 layers of SmolLM2-135M have 0.1 to 0.32 (docs/verification.md).
