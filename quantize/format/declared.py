@@ -68,7 +68,7 @@ def format_of_group(group: Mapping[str, Any]) -> str:
 
 
 def is_of_attention(group: Mapping[str, Any]) -> bool:
-    """Whether a config group quantizes attention itself, as llm-compressor's does for a KV cache. vLLM 0.32 skips it."""
+    """Whether a config group quantizes attention itself, as llm-compressor's for a KV cache. vLLM 0.32 skips it."""
     targets = group.get("targets")
     return isinstance(targets, list) and len(targets) == 1 and str(targets[0]).endswith("Attention")
 

@@ -155,6 +155,17 @@ def test_multimodal_model_with_two_schemes_is_quantized_alike(tiny: TinyModels, 
 
 
 @needs_llmcompressor
+def test_fp8_beside_nvfp4_is_quantized_alike(tiny: TinyModels, tmp_path: Path) -> None:
+    ours = converted(tiny("llama"), tmp_path / "ours", "nvfp4-fp8")
+    result = second_opinion(tiny("llama"), tmp_path / "theirs", "nvfp4-fp8")
+    found = differences(ours, tmp_path / "theirs")
+    assert (found.scale_bytes, found.codes, found.unquantized) == (0, 0, ())
+    assert found.global_ulps <= ULPS
+    assert (result.quantized, len(found.headrooms)) == (21, 9)
+    assert (ours / "config.json").read_bytes() == (tmp_path / "theirs" / "config.json").read_bytes()
+
+
+@needs_llmcompressor
 def test_weight_only_recipe_needs_no_samples_and_gives_the_same_files(tiny: TinyModels, tmp_path: Path) -> None:
     ours = converted(tiny("llama"), tmp_path / "ours", "nvfp4-a16")
     result = second_opinion(tiny("llama"), tmp_path / "theirs", "nvfp4-a16")
