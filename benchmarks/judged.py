@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import common
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from nvquant.demo.smollm2 import build_smollm2
-from support.emulation import load_emulation
+from support.emulation import load_emulation, read_tensors
 from verify.numerics.measuring import Samples, held_out, measured, original, whole_models
 
 Figures = dict[str, dict[str, float]]
@@ -38,7 +40,7 @@ def main() -> None:
     prepare(source, checkpoint, options.recipe)
     samples = held_out(source, options.samples, options.sequence_length)
     ours = stage_says(source, checkpoint, samples)
-    theirs = judge_says(source, checkpoint, samples)
+    theirs = judge_says(source, checkpoint, samples, list(ours))
     report = {
         "benchmark": "judged",
         "machine": common.machine(),
@@ -77,15 +79,21 @@ def stage_says(source: Path, checkpoint: Path, samples: Samples) -> Figures:
     }
 
 
-def judge_says(source: Path, checkpoint: Path, samples: Samples) -> Figures:
-    """The same from the whole models."""
+def judge_says(source: Path, checkpoint: Path, samples: Samples, arithmetics: Sequence[str]) -> Figures:
+    """The same from the whole models.
+
+    Args:
+        arithmetics: those of the checkpoint, the one that rounds most inputs first.
+    """
     model, emulation = original(source), load_emulation(checkpoint)
+    in_fp8 = {name for name, tensor in read_tensors(checkpoint).items() if tensor.dtype == torch.float8_e4m3fn}
     found: Figures = {}
-    for name in ("w4a4", "weight_only"):
+    for name, fewer in zip(arithmetics, [*arithmetics[1:], None], strict=True):
         kl, nll, top1 = whole_models(model, emulation, samples)
         found[name] = {"kl": kl, "top1": top1, "nll": nll}
-        for module in emulation.modules():
-            module._forward_pre_hooks.clear()  # the rounding of inputs
+        for module_name, module in emulation.named_modules():
+            if fewer != "w8a8" or f"{module_name}.weight" not in in_fp8:
+                module._forward_pre_hooks.clear()  # the rounding of inputs
     return found
 
 
