@@ -42,7 +42,7 @@ def main() -> None:
             ids.unlink(missing_ok=True)
     output_bytes = runs[f"nvquant {options.quantizers[0]}"]["tensor_bytes"]
     report = {
-        "benchmark": "gemma4_slice" if options.recipe == "nvfp4" else options.recipe.replace("nvfp4-", "gemma4_slice_"),
+        "benchmark": "gemma4_slice",
         "machine": info,
         "versions": common.versions(),
         "work": {
