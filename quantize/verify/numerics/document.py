@@ -8,9 +8,9 @@ and anything else is None. A document of an older nvquant may lack a value, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeAlias, TypeVar
 
 Number: TypeAlias = float | int | None
 _WRITTEN = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # as `report.plain_json` writes them
@@ -195,6 +195,11 @@ class Numerics:
         }
 
 
+Form = TypeVar(
+    "Form", Divergence, Agreement, Predictions, LayerLoss, MatrixLoss, InputLoss, MeasuredText, Thresholds, Numerics
+)
+
+
 def known(number: Number) -> float:
     """A number, or NaN for a missing one, which no comparison with a limit passes."""
     return math.nan if number is None else number
@@ -207,27 +212,15 @@ def numerics_of(document: object) -> Numerics | None:
     """
     if not isinstance(document, Mapping):
         return None
-    return Numerics(
-        **_values(document, ("kl", "perplexity", "perplexity_source", "top1", "nll_source"), _number),
-        **_values(document, ("source", "device", "dtype"), _text),
-        text=_text_of(document.get("text")),
+    return replace(
+        _parsed(Numerics, document),
+        text=_parsed_if_there(MeasuredText, document.get("text")),
         arithmetics={name: _predictions(one) for name, one in _map(document.get("arithmetics")).items() if one},
         layers=tuple(_layer(row) for row in _rows(document.get("layers")) if isinstance(row.get("layer"), int)),
-        matrices=tuple(
-            MatrixLoss(**_values(row, ("name", "scheme"), _text), **_values(row, _MATRIX_NUMBERS, _number))
-            for row in _rows(document.get("matrices"))
-        ),
-        inputs=tuple(
-            InputLoss(**_values(row, ("name",), _text), **_values(row, _INPUT_NUMBERS, _number))
-            for row in _rows(document.get("inputs"))
-        ),
-        thresholds=_thresholds(document.get("thresholds")),
+        matrices=tuple(_parsed(MatrixLoss, row) for row in _rows(document.get("matrices"))),
+        inputs=tuple(_parsed(InputLoss, row) for row in _rows(document.get("inputs"))),
+        thresholds=_parsed_if_there(Thresholds, document.get("thresholds")),
     )
-
-
-_MATRIX_NUMBERS = ("layer", "weight_error", "blocks", "zero_blocks", "clamped_blocks", "flushed_blocks")
-_INPUT_NUMBERS = ("layer", "amax", "calibrated_amax", "clipped", "lost")
-_LAYER_NUMBERS = ("relative_error", "sqnr_db", "cosine", "accumulated_error", "clipped")
 
 
 def _number(value: object) -> Number:
@@ -249,38 +242,30 @@ def _rows(value: object) -> list[Mapping[str, Any]]:
     return [row for row in value if isinstance(row, Mapping)] if is_list else []  # type: ignore[attr-defined]
 
 
-def _values(document: object, keys: Sequence[str], parse: Any) -> dict[str, Any]:
+_PARSERS: Mapping[object, Callable[[object], Any]] = {"Number": _number, "str | None": _text}
+"""The parser of a field, by its annotation."""
+
+
+def _parsed(form: type[Form], document: object) -> Form:
+    """A part of the document. Its numbers and texts are read, and its other fields keep their defaults."""
     found = _map(document)
-    return {key: parse(found.get(key)) for key in keys}
+    parsers = {field.name: _PARSERS[field.type] for field in fields(form) if field.type in _PARSERS}
+    return form(**{name: parse(found.get(name)) for name, parse in parsers.items()})
+
+
+def _parsed_if_there(form: type[Form], document: object) -> Form | None:
+    return _parsed(form, document) if isinstance(document, Mapping) else None
 
 
 def _predictions(document: object) -> Predictions:
     found = _map(document)
-    spread = ("standard_error", "rounding_noise")
-    return Predictions(
-        words=_text(found.get("words")),
-        kl=Divergence(**_values(found.get("kl"), ("mean", *spread, "median", "p99"), _number)),
-        **_values(found, ("nll", "delta_nll", "nll_difference", "perplexity"), _number),
-        top1=Agreement(**_values(found.get("top1"), ("agreement", *spread), _number)),
+    return replace(
+        _parsed(Predictions, found),
+        kl=_parsed(Divergence, found.get("kl")),
+        top1=_parsed(Agreement, found.get("top1")),
     )
 
 
 def _layer(document: Mapping[str, Any]) -> LayerLosses:
     losses = {name: value for name, value in document.items() if isinstance(value, Mapping)}
-    return LayerLosses(
-        int(document["layer"]),
-        {name: LayerLoss(**_values(value, _LAYER_NUMBERS, _number)) for name, value in losses.items()},
-    )
-
-
-def _text_of(document: object) -> MeasuredText | None:
-    if not isinstance(document, Mapping):
-        return None
-    numbers = _values(document, ("sequences", "tokens", "scored"), _number)
-    return MeasuredText(**_values(document, ("name", "framing", "sha256"), _text), **numbers)
-
-
-def _thresholds(document: object) -> Thresholds | None:
-    if not isinstance(document, Mapping):
-        return None
-    return Thresholds(**_values(document, ("max_kl", "min_top1", "max_delta_nll"), _number))
+    return LayerLosses(int(document["layer"]), {name: _parsed(LayerLoss, value) for name, value in losses.items()})

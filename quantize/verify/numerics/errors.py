@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ...format.constants import BLOCK, E4M3_MAX, E4M3_MIN
+from .document import MatrixLoss
 from .served import ServedMatrix
 
 STRIP_ELEMENTS = 1 << 24
@@ -84,7 +85,7 @@ def _dot(one: Tensor, other: Tensor) -> float:
 
 
 def matrix_numbers(name: str, layer: int, served: ServedMatrix, source: Tensor | None, decoded: Tensor,
-                   histogram: Tensor | None) -> dict[str, Any]:  # fmt: skip
+                   histogram: Tensor | None) -> MatrixLoss:  # fmt: skip
     """The effect of quantization on a matrix, in numbers.
 
     Args:
@@ -92,8 +93,8 @@ def matrix_numbers(name: str, layer: int, served: ServedMatrix, source: Tensor |
         decoded: as a server decodes it, no block flushed.
         histogram: of its block scales, int64 [256]. None of FP8.
     Returns:
-        The document of the contract: relative error, and counts of blocks. A zero block is one whose elements are all
-        stored as zero although the source's are not. A clamped one would need a block scale beyond E4M3's range.
+        Relative error, and counts of blocks. A zero block is one whose elements are all stored as zero although the
+        source's are not. A clamped one would need a block scale beyond E4M3's range.
     """
     error = energy = 0.0
     zero = clamped = 0
@@ -105,16 +106,16 @@ def matrix_numbers(name: str, layer: int, served: ServedMatrix, source: Tensor |
             clamped += int(((wanted > E4M3_MAX + 16) | ((wanted < E4M3_MIN / 2) & (amax > 0))).sum())
         energy += _dot(weight, weight)
         error += _dot(stored - weight, stored - weight)
-    return {
-        "name": name,
-        "layer": layer,
-        "scheme": served.scheme.words.rpartition(" ")[2],
-        "weight_error": None if source is None else relative_error(error, energy),
-        "blocks": decoded.numel() // BLOCK,
-        "zero_blocks": zero,
-        "clamped_blocks": clamped,
-        "flushed_blocks": 0 if histogram is None else int(histogram[served.flushed].sum()),
-    }
+    return MatrixLoss(
+        name=name,
+        layer=layer,
+        scheme=served.scheme.words.rpartition(" ")[2],
+        weight_error=None if source is None else relative_error(error, energy),
+        blocks=decoded.numel() // BLOCK,
+        zero_blocks=zero,
+        clamped_blocks=clamped,
+        flushed_blocks=0 if histogram is None else int(histogram[served.flushed].sum()),
+    )
 
 
 def _strips(source: Tensor | None, decoded: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from ...stream.reading import LayerReader, LoadedLayer
 from ...stream.trace import Trace
 from ...weights.base import names_by_layer, stored_names
 from ..threads import Progress
+from .document import MatrixLoss
 from .errors import LayerError, StreamError, matrix_numbers
 from .lanes import Lanes
 from .noise import noise_on
@@ -90,7 +90,7 @@ class SideBySide:
         self.batches = make_batches(samples, 1)
         self.rounding = InputRounding(served)
         self.layers: list[LayerNumbers] = []
-        self.matrices: list[dict[str, Any]] = []
+        self.matrices: list[MatrixLoss] = []
         self._names: dict[int, list[str]] = {}
         self._progress = progress
         self.lanes = Lanes(served, source, self.batches, self.arithmetics, self.device, self.dtype)

@@ -26,7 +26,6 @@ from .document import (
     InputLoss,
     LayerLoss,
     LayerLosses,
-    MatrixLoss,
     MeasuredText,
     Numerics,
     Predictions,
@@ -139,7 +138,7 @@ def measure(
         nll_source=nll,
         arithmetics={str(name): lane for name, lane in lanes.items()},
         layers=[_layer_losses(layer, run) for layer in run.layers],
-        matrices=[MatrixLoss(**matrix) for matrix in run.matrices],
+        matrices=run.matrices,
         inputs=[_input_loss(name, run) for name in run.rounding.numbers],
         thresholds=thresholds,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -117,17 +118,18 @@ def test_a_matrixs_numbers_are_those_counted_by_hand(monkeypatch: pytest.MonkeyP
     decoded[3, :16] = 0  # lost, although it need not be
     histogram = torch.zeros(256, dtype=torch.int64)
     histogram[[3, 9, 100]] = torch.tensor([2, 5, 9])
-    found = matrix_numbers("m", 7, served(divisor, [3, 9]), weight, decoded, histogram)
+    found = asdict(matrix_numbers("m", 7, served(divisor, [3, 9]), weight, decoded, histogram))
     assert found["weight_error"] == pytest.approx(float((decoded - weight).norm() / weight.norm()), rel=1e-5)
     assert found == {
         "name": "m", "layer": 7, "scheme": "weight-only", "weight_error": found["weight_error"], "blocks": 16,
         "zero_blocks": 2, "clamped_blocks": 2, "flushed_blocks": 7,
     }  # fmt: skip
-    assert matrix_numbers("m", 7, served(divisor, [], True), weight, decoded, histogram)["scheme"] == "W4A4"
+    assert matrix_numbers("m", 7, served(divisor, [], True), weight, decoded, histogram).scheme == "W4A4"
 
 
 def test_without_a_source_a_matrix_has_no_error() -> None:
     decoded = random(2, 32)
-    found = matrix_numbers("m", 0, served(torch.tensor(1.0), []), None, decoded, torch.zeros(256, dtype=torch.int64))
+    histogram = torch.zeros(256, dtype=torch.int64)
+    found = asdict(matrix_numbers("m", 0, served(torch.tensor(1.0), []), None, decoded, histogram))
     assert found["weight_error"] is None
     assert (found["blocks"], found["zero_blocks"], found["clamped_blocks"]) == (4, 0, 0)
