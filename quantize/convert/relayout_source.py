@@ -15,7 +15,8 @@ from ..recipe.groups import FusedGroup, Fusions
 from ..recipe.matrices import Matrix, matrix_entries
 from ..stream.manifest import MANIFEST_NAME, Manifest, held_to
 from ..stream.scalars import scalar_amaxes
-from ..weights.stored import find_matrices, is_complete
+from ..weights.stored import find_matrices, fits_dtype, is_complete
+from .matrices import is_scalar
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 
@@ -73,9 +74,8 @@ def stored_matrices(source: Checkpoint, layout: Layout) -> dict[str, Matrix]:
         matrices[module] = Matrix(module, stored.tensor, stored.scheme, rows, cols, group, group, group)
         for part, entry in matrix_entries(matrices[module], layout).items():
             info = stored.parts[part]
-            is_scalar = part != "codes" and prod(info.shape) == 1 and len(entry.shape) < 2
-            is_dtype = info.dtype == entry.dtype or (part != "codes" and info.dtype in stored.scheme.scale_dtypes)
-            if not is_dtype or (info.shape != entry.shape and not is_scalar):
+            has_shape = info.shape == entry.shape or (is_scalar(part, entry) and prod(info.shape) == 1)
+            if not (has_shape and fits_dtype(stored.scheme, part, info.dtype, entry.dtype)):
                 raise InputError(
                     f"{entry.name} is {info.dtype} {list(info.shape)}, but {stored.scheme.words.split()[0]} "
                     f"stores {entry.dtype} {list(entry.shape)}",

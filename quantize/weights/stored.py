@@ -136,14 +136,15 @@ def _scheme_of(tensors: Mapping[str, TensorInfo], layout: Layout) -> Scheme:
     def fit(scheme: Scheme) -> tuple[int, int, int]:
         names, specs = layout.suffixes(scheme), scheme.parts(1, scheme.divides)
         present = {part: tensors[names[part]].dtype for part in specs if names[part] in tensors}
-        fitting = sum(_is_dtype(scheme, part, dtype, specs[part]) for part, dtype in present.items())
+        fitting = sum(fits_dtype(scheme, part, dtype, specs[part].dtype) for part, dtype in present.items())
         return fitting, len(present), -len(specs)
 
     return max(layout.schemes.values(), key=fit)
 
 
-def _is_dtype(scheme: Scheme, part: Part, dtype: str, spec: PartSpec) -> bool:
-    return dtype == spec.dtype or (part != "codes" and dtype in scheme.scale_dtypes)
+def fits_dtype(scheme: Scheme, part: Part, dtype: str, wanted: str) -> bool:
+    """Whether a part may have a dtype: the one that the scheme wants, or for scales another that servers read."""
+    return dtype == wanted or (part != "codes" and dtype in scheme.scale_dtypes)
 
 
 def _strangers(tensors: Iterable[str], expected: Iterable[str]) -> list[str]:
@@ -161,7 +162,7 @@ def _wrong_dtypes(parts: Mapping[Part, TensorInfo], scheme: Scheme) -> list[str]
     return [
         f"{info.name} is {info.dtype}, not {specs[part].dtype}"
         for part, info in parts.items()
-        if not _is_dtype(scheme, part, info.dtype, specs[part])
+        if not fits_dtype(scheme, part, info.dtype, specs[part].dtype)
     ]
 
 
