@@ -77,12 +77,12 @@ def attention_records(
 def warn_of_clipping(plan: Plan, records: Mapping[str, AttentionRecord]) -> None:
     """Log keys and values that an FP8 cache with unit scales clips."""
     for module, record in records.items() if not plan.cached else ():
-        for half, words in (("k", "keys"), ("v", "values")):
+        for half, words in HALVES.items():
             one: CachedRecord = getattr(record, half)
             if clipped(one, 1.0):
                 logger.warning(
                     "The %s of %s reach %g, but an FP8 cache stores at most 448: use kv_cache: {dtype: fp8-calibrated}",
-                    *(words, module, one.observed if one.bound is None else one.bound),
+                    *(words, module, one.largest),
                 )
 
 

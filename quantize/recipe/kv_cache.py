@@ -11,7 +11,8 @@ from .decoder import layer_index
 from .roles import Role, text_config
 
 Half = Literal["k", "v"]
-HALVES: tuple[Half, ...] = ("k", "v")
+HALVES: Mapping[Half, str] = {"k": "keys", "v": "values"}
+"""The two halves of a cache, in words."""
 _QUERIES = ("q_proj", "qkv_proj")
 
 

@@ -137,6 +137,11 @@ class CachedRecord(_Form):
     bound: Amax | None = None
     observed: Amax | None = None
 
+    @property
+    def largest(self) -> float | None:
+        """The bound, or else the observation. None if neither is known."""
+        return self.observed if self.bound is None else self.bound
+
 
 class AttentionRecord(_Form):
     """What an FP8 KV cache stores of an attention module."""

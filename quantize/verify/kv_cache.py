@@ -21,8 +21,6 @@ from .numerics.served import ServedModel
 from .report import Finding, counted
 from .subject import Subject
 
-_WORDS: Mapping[Half, str] = {"k": "keys", "v": "values"}
-
 
 def check_kv_cache(subject: Subject) -> Finding:
     """Check that servers accept the KV cache's scheme, that the recipe requires it, that its scales are positive
@@ -82,15 +80,14 @@ class _Known:
 
     def faults(self, manifest: Manifest | None) -> Iterator[str]:
         """A phrase for each fault."""
-        what, best = f"the {_WORDS[self.half]} of {self.module}", self.best
+        what, best = f"the {HALVES[self.half]} of {self.module}", self.best
         recorded = None if self.recorded is None else self.recorded.bound
         if recorded is not None and self.proved is not None and recorded != self.proved:
             yield f"{what}: the recorded bound is {recorded!r}, the norm in front of them gives {self.proved!r}"
         if clipped(best, self.scale):
-            reach = best.bound if best.bound is not None else best.observed
             limit = E4M3_MAX * self.scale
             yield (
-                f"{what} reach {reach:g}, but the cache stores at most {limit:g}: convert again with kv_cache: "
+                f"{what} reach {best.largest:g}, but the cache stores at most {limit:g}: convert again with kv_cache: "
                 f"{{dtype: fp8-calibrated}}"
             )
         if manifest is None:
