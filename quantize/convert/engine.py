@@ -57,8 +57,7 @@ class Engine:
     ) -> None:
         self._plan, self._options, self._quantizer, self._dtype = plan, options, quantizer, dtype
         self._journal, self._done, self._watch = journal, done, watch
-        self._shards = {shard.layer: shard for shard in plan.shards if shard.layer is not None}
-        self._index = {layer: at for at, layer in enumerate(self._shards)}
+        self._shards = plan.layer_shards
         self._cache: Bounds | None = None
 
     def run(self, calibration: CalibrationSet | None) -> None:
@@ -187,7 +186,7 @@ class Engine:
 
     def _is_own(self, layer: int) -> bool:
         """Whether this rank writes a layer, and hashes its source."""
-        return self._options.ranks.owns(self._index[layer])
+        return self._options.ranks.owns(self._plan.layer_places[layer])
 
     @contextmanager
     def _walk(self, calibration: CalibrationSet, layers: list[int], snapshots: Snapshots) -> Iterator[SourceWalk]:

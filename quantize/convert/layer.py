@@ -73,8 +73,6 @@ class LayerMaker:
     ) -> None:
         self._plan, self._quantizer, self._cache, self._ranks = plan, quantizer, cache, ranks
         self._watch, self._trace = watch, trace
-        self._shards = {shard.layer: shard for shard in plan.shards if shard.layer is not None}
-        self._index = {layer: at for at, layer in enumerate(self._shards)}
 
     @contextmanager
     def made(self, loaded: LoadedLayer, walk: SourceWalk | None) -> Iterator[MadeLayer | None]:
@@ -92,7 +90,7 @@ class LayerMaker:
         attention = None if bounds is None else attention_records(bounds, observed.cached)
         quantized, records = self._quantize(groups, loaded, observed.inputs)
         with self._ranks.step(), telling_of_full_gpu(f"the output of layer {loaded.layer}"):
-            is_owner = self._ranks.owns(self._index[loaded.layer])
+            is_owner = self._ranks.owns(self._plan.layer_places[loaded.layer])
             yield self._gather(groups, loaded, quantized, records, attention) if is_owner else None
 
     def _observe(
@@ -156,7 +154,7 @@ class LayerMaker:
             records = {name: record for part in ranks.exchange(own) for name, record in part.items()}
             shapes = made_shapes(plan, groups)
             by_rank = {name: makers[group] for name, (group, _) in shapes.items()}
-            owner = self._index[loaded.layer] % ranks.size
+            owner = ranks.owner_of(plan.layer_places[loaded.layer])
             flat = {name: shape for name, (_, shape) in shapes.items()}
             device = next(iter(loaded.tensors.values())).device
             return ranks.hand_over(owner, by_rank, flat, made, device), records
@@ -170,7 +168,7 @@ class LayerMaker:
         attention: dict[str, AttentionRecord] | None,
     ) -> MadeLayer:
         """Add the global scales, those of the KV cache, and the tensors that are not quantized."""
-        shard = self._shards[loaded.layer]
+        shard = self._plan.layer_shards[loaded.layer]
         made = dict(quantized)
         for group in groups:
             made.update(group_scalars(self._plan, group, records[group.name], self._quantizer))

@@ -68,9 +68,13 @@ class Ranks:
         self.rank, self.size, self.local_size = rank, size, local_size
         self._is_lost = False
 
+    def owner_of(self, index: int) -> int:
+        """The rank that writes the layer or file of that index."""
+        return index % self.size
+
     def owns(self, index: int) -> bool:
         """Whether this rank writes the layer or file of that index."""
-        return index % self.size == self.rank
+        return self.owner_of(index) == self.rank
 
     def split(self, batches: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Batches by rank, in their order, so that the samples of rank 0 come before those of rank 1."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..checkpoint.custom_code import lack_of_code
@@ -140,7 +141,17 @@ class Plan:
     @property
     def layers(self) -> list[int]:
         """Numbers of the decoder's layers, ascending."""
-        return [shard.layer for shard in self.shards if shard.layer is not None]
+        return list(self.layer_shards)
+
+    @cached_property
+    def layer_shards(self) -> dict[int, PlannedShard]:
+        """The shard of each decoder layer, by the layer's number, ascending."""
+        return {shard.layer: shard for shard in self.shards if shard.layer is not None}
+
+    @cached_property
+    def layer_places(self) -> dict[int, int]:
+        """The place of each decoder layer among all of them, by its number."""
+        return {layer: at for at, layer in enumerate(self.layer_shards)}
 
     def layer_of(self, tensor: str) -> int | None:
         """The number of the decoder layer that owns a source tensor, or None outside of them, as for draft layers."""
