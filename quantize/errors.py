@@ -6,6 +6,7 @@ nothing else is printed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from .quoting import message
@@ -84,6 +85,17 @@ class EnvironmentLack(NvquantError):
     """The environment lacks something: a package, a version, a device."""
 
     exit_code = 3
+
+
+def unknown_name(kind: str, name: str, choices: Iterable[str]) -> InputError:
+    """The error for a name that is none of the choices.
+
+    Args:
+        kind: such as `layout`.
+        choices: two or more.
+    """
+    *others, last = choices
+    return InputError(f"{kind} '{name}' does not exist", hint=f"choose {', '.join(others)} or {last}")
 
 
 class ShapeError(InputError):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from .. import __version__
-from ..errors import InputError
+from ..errors import InputError, unknown_name
 from ..recipe.schema import Recipe
 from .inputs import AnyPath, Say, as_recipe, make_plan, named, resolve_device
 
@@ -79,7 +79,7 @@ class Conversion:
 
     def __init__(self, request: ConvertRequest, say: Say) -> None:
         if request.engine not in ENGINES:
-            raise InputError(f"engine '{request.engine}' does not exist", hint=f"choose {' or '.join(ENGINES)}")
+            raise unknown_name("engine", request.engine, ENGINES)
         if request.low_disk and request.engine != "nvquant":
             raise InputError(
                 f"--engine {request.engine} reads the whole model from the disk",

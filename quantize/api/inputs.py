@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ..checkpoint.diagnosis import adapter_beside, names_in
 from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..errors import EnvironmentLack, InputError
+from ..errors import EnvironmentLack, InputError, unknown_name
 from ..format.layouts import FORMAT_NAMES, LAYOUTS, Layout
 from ..plan.plan import Plan, compute_plan
 from ..recipe.load import load_recipe
@@ -39,7 +39,7 @@ def as_layout(name: str) -> Layout:
         InputError: no layout has that name.
     """
     if name not in LAYOUTS:
-        raise InputError(f"layout '{name}' does not exist", hint=f"choose {' or '.join(FORMAT_NAMES)}")
+        raise unknown_name("layout", name, FORMAT_NAMES)
     return LAYOUTS[name]
 
 
@@ -51,7 +51,7 @@ def resolve_device(device: str) -> str:
         InputError: no device has that name.
     """
     if device not in DEVICES:
-        raise InputError(f"device '{device}' does not exist", hint=f"choose {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
+        raise unknown_name("device", device, DEVICES)
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import InputError
+from ..errors import unknown_name
 from .base import Quantizer
 from .fp8 import Fp8Nearest
 from .mse import MSE
@@ -20,7 +20,7 @@ def get_quantizer(name: str) -> Quantizer:
         InputError: no quantizer has that name.
     """
     if name not in QUANTIZERS:
-        raise InputError(f"quantizer '{name}' does not exist", hint=f"choose {' or '.join(QUANTIZERS)}")
+        raise unknown_name("quantizer", name, QUANTIZERS)
     return QUANTIZERS[name]
 
 
