@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from nvquant.checkpoint.hub import patience
+from nvquant.checkpoint.hub import guarded, patience
 from support.hub_server import HubServer
 
 
@@ -21,4 +21,6 @@ def hub_for_this_process(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterat
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(patience, "FIRST_WAIT_SECONDS", 0.01)
+        # The Hubs of earlier tests had ports that another server may have now.
+        monkeypatch.setattr(guarded, "_trusted", set())
         yield hub
