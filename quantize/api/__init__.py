@@ -88,7 +88,7 @@ def convert(
     Args:
         model, recipe, format, revision: see `plan`.
         output: the folder to write. None for MODEL-RECIPE in the current folder.
-        quantizer: `mse` or `rtn`. None for the recipe's.
+        quantizer: `mse`, `rtn` or `gptq`. None for the recipe's.
         calibration: a shipped set, a Hub data set, or a file. None for the recipe's set.
         calibration_fallback: the set to use if the Hub data set is not available. None to raise.
         samples, sequence_length: the size of the calibration set in sequences and tokens. None for the recipe's.

@@ -50,7 +50,7 @@ Examples:
     show_default="MODEL-RECIPE in the current folder",
 )
 @format_option
-@click.option("--quantizer", help="Override the recipe's quantizer with mse or rtn.")
+@click.option("--quantizer", help="Override the recipe's quantizer with mse, rtn or gptq.")
 @click.option(
     "--calibration",
     help="Calibrate with a shipped set, a Hub data set, a .txt/.jsonl/.parquet/.csv file, or token ids.",

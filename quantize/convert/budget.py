@@ -20,12 +20,15 @@ SHARE_OF_FREE_GPU = 0.9
 SHARE_OF_AVAILABLE_HOST = 0.5  # the rest is left to the page cache and to others
 
 
-def hidden_budget(plan: Plan, batches: Sequence[Tensor], options: ConvertOptions, folder: Path) -> HiddenBudget:
-    """The memories in which the hidden states of this process may wait.
+def hidden_budget(
+    plan: Plan, batches: Sequence[Tensor], options: ConvertOptions, folder: Path, lanes: int
+) -> HiddenBudget:
+    """The memories in which the hidden states of each lane of this process may wait.
 
     Args:
         batches: int64 [sequences, tokens] each.
         folder: for a file with the hidden states that fit no memory.
+        lanes: their number.
     """
     is_gpu = options.device != "cpu"
     largest = max((batch.numel() for batch in batches), default=0)
@@ -38,4 +41,4 @@ def hidden_budget(plan: Plan, batches: Sequence[Tensor], options: ConvertOptions
     if is_gpu:
         free = int(SHARE_OF_FREE_GPU * torch.cuda.mem_get_info(options.device)[0])
         gpu = min(given, free) if given is not None else free
-    return HiddenBudget(max(0, gpu - fixed.gpu_bytes), max(0, host - fixed.host_bytes), folder)
+    return HiddenBudget(max(0, gpu - fixed.gpu_bytes) // lanes, max(0, host - fixed.host_bytes) // lanes, folder)

@@ -12,10 +12,11 @@ from types import TracebackType
 
 import torch
 
-from ..calibrate.statistics.ranges import InputRanges
+from ..calibrate.statistics.moments import Moments
+from ..calibrate.statistics.ranges import InputRanges, InputStatistics
 from ..format.schemes import Scheme
 from ..quantizers import quantizer_for
-from ..quantizers.base import Quantizer
+from ..quantizers.base import GroupInputs, Quantizer
 from ..recipe.matrices import Matrix
 
 TOKENS, COLS = 256, 1024  # divisible by 16, as Triton compiles for such sizes apart; large enough for the usual kernels
@@ -48,7 +49,10 @@ def start_gpu(device: torch.device, quantizer: Quantizer, schemes: Collection[Sc
     weight = torch.ones((TOKENS, COLS), dtype=torch.bfloat16, device=device)
     for scheme in schemes:
         matrix = Matrix("start", "start", scheme, TOKENS, COLS, "start", "start", "start")
-        quantizer_for(scheme.name, quantizer).quantize([matrix], [weight], None)
+        own = quantizer_for(scheme.name, quantizer)
+        inputs = InputStatistics(1.0, 1.0, torch.ones(COLS, dtype=torch.float64), TOKENS)
+        moments = Moments(torch.eye(COLS, device=device), None, False) if "moments" in own.needs else None
+        own.quantize([matrix], [weight], GroupInputs(inputs, moments))
     if is_calibrated:
         ranges = InputRanges("mean_square" in quantizer.needs)
         ranges.observe({"source": weight.unsqueeze(0) @ weight.t() @ weight})

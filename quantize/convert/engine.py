@@ -30,8 +30,9 @@ from .kv_cache import Bounds, cache_bounds
 from .layer import LayerMaker
 from .options import ConvertOptions
 from .ranks import Ranks
+from .site_by_site import path_from_shard
 from .snapshot import Snapshots
-from .walking import SourceWalk, open_walk
+from .walking import CalibrationWalk, open_walk
 from .watch import Watch
 
 SPOOL_FOLDER = "source"  # in the run's own folder: what of a remote source is read twice
@@ -147,7 +148,7 @@ class Engine:
         )
 
     def _all_layers(
-        self, layers: Iterator[LoadedLayer], writer: ShardWriter, walk: SourceWalk | None, snapshots: Snapshots
+        self, layers: Iterator[LoadedLayer], writer: ShardWriter, walk: CalibrationWalk | None, snapshots: Snapshots
     ) -> None:
         options = self._options
         lockstep = Ranks() if walk is None else options.ranks  # those that go through a layer together
@@ -189,10 +190,13 @@ class Engine:
         return self._options.ranks.owns(self._plan.layer_places[layer])
 
     @contextmanager
-    def _walk(self, calibration: CalibrationSet, layers: list[int], snapshots: Snapshots) -> Iterator[SourceWalk]:
+    def _walk(self, calibration: CalibrationSet, layers: list[int], snapshots: Snapshots) -> Iterator[CalibrationWalk]:
         """This rank's batches, ready to enter the first of `layers`."""
         folder = self._journal.folder
-        walk = open_walk(self._plan, calibration, self._options, self._dtype, folder, self._watch, len(layers))
+        has_quantized = self._quantizer.lane == "quantized"
+        walk = open_walk(
+            self._plan, calibration, self._options, self._dtype, folder, self._watch, len(layers), has_quantized
+        )
         try:
             if layers[0] != next(iter(self._shards)):
                 snapshots.restore(walk.hidden)
@@ -202,7 +206,7 @@ class Engine:
         finally:
             walk.close()
 
-    def _make(self, maker: LayerMaker, loaded: LoadedLayer, walk: SourceWalk | None, writer: ShardWriter) -> None:
+    def _make(self, maker: LayerMaker, loaded: LoadedLayer, walk: CalibrationWalk | None, writer: ShardWriter) -> None:
         """Make a layer, and pass it to the writer if this rank writes it."""
         self._watch.phase("layers")
         shard = self._shards[loaded.layer]
@@ -215,7 +219,7 @@ class Engine:
         self._journal.note(shard, digest, layer)
         self._watch.layer_done()
 
-    def _replay(self, loaded: LoadedLayer, walk: SourceWalk, record: LayerRecord) -> None:
+    def _replay(self, loaded: LoadedLayer, walk: CalibrationWalk, record: LayerRecord) -> None:
         """Run the hidden states through a layer that an earlier run finished."""
         self._watch.phase("replay")
         with self._options.trace.span("replay", f"layer {loaded.layer}"), self._options.ranks.step():
@@ -226,7 +230,11 @@ class Engine:
                     where=self._plan.model,
                     hint="restore the files, or begin anew with --restart",
                 )
-            walk.replay(loaded.layer, loaded.tensors)
+            path = None
+            if walk.has_quantized:
+                shard = self._journal.partial / record.file
+                path = path_from_shard(self._plan, self._quantizer, walk, loaded, record, shard)
+            walk.advance(loaded.layer, loaded.tensors, path)
 
     def _layers_on_disk(self) -> int:
         return sum(self._journal.has(shard) for shard in self._shards.values())

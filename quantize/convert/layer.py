@@ -12,7 +12,8 @@ from ..calibrate.key_value_bounds import KeyValueBounds
 from ..calibrate.statistics.ranges import InputStatistics
 from ..errors import CheckFailed
 from ..plan.plan import Plan
-from ..quantizers.base import Quantizer
+from ..quantizers import quantizer_for
+from ..quantizers.base import GroupInputs, Quantizer
 from ..recipe.groups import FusedGroup
 from ..stream.manifest import AttentionRecord, GroupRecord, LayerRecord
 from ..stream.memory import telling_of_full_gpu
@@ -28,7 +29,8 @@ from .matrices import (
     refuse_damaged_before,
 )
 from .ranks import Ranks
-from .walking import SourceWalk
+from .site_by_site import SiteBySite
+from .walking import CalibrationWalk
 from .watch import Watch
 
 
@@ -54,10 +56,12 @@ class _Amaxes:
     Attributes:
         inputs: of fused groups, by their names.
         cached: of keys and values, by site.
+        order: names of the groups in the order in which the layer reaches them.
     """
 
     inputs: Mapping[str, InputStatistics]
     cached: Mapping[str, float]
+    order: Sequence[str] = ()
 
 
 class LayerMaker:
@@ -75,7 +79,7 @@ class LayerMaker:
         self._watch, self._trace = watch, trace
 
     @contextmanager
-    def made(self, loaded: LoadedLayer, walk: SourceWalk | None) -> Iterator[MadeLayer | None]:
+    def made(self, loaded: LoadedLayer, walk: CalibrationWalk | None) -> Iterator[MadeLayer | None]:
         """The output of a layer on the rank that writes it, None on the others. All ranks continue after the block.
 
         Args:
@@ -88,7 +92,13 @@ class LayerMaker:
         bounds = None if self._cache is None else self._cache.get(loaded.layer, {})
         observed = _Amaxes({}, {}) if walk is None else self._observe(groups, loaded, walk, bounds or {})
         attention = None if bounds is None else attention_records(bounds, observed.cached)
-        quantized, records = self._quantize(groups, loaded, observed.inputs)
+        if walk is not None and walk.has_quantized:
+            made = SiteBySite(self._plan, self._quantizer, self._ranks, self._trace).quantize(
+                groups, loaded, walk, observed.inputs, observed.order
+            )
+            quantized, records = made.tensors, made.records
+        else:
+            quantized, records = self._quantize(groups, loaded, observed.inputs)
         with self._ranks.step(), telling_of_full_gpu(f"the output of layer {loaded.layer}"):
             is_owner = self._ranks.owns(self._plan.layer_places[loaded.layer])
             yield self._gather(groups, loaded, quantized, records, attention) if is_owner else None
@@ -97,13 +107,13 @@ class LayerMaker:
         self,
         groups: Sequence[FusedGroup],
         loaded: LoadedLayer,
-        walk: SourceWalk,
+        walk: CalibrationWalk,
         bounds: Mapping[str, KeyValueBounds],
     ) -> _Amaxes:
         """Statistics of the inputs of the groups that are calibrated, and of keys and values without a bound, over the
         samples of all ranks."""
         ranks = self._ranks
-        calibrated = [group for group in groups if self._plan.matrices[group.members[0]].scheme.inputs == "calibrated"]
+        calibrated = [group for group in groups if self._is_observed(group)]
         with ranks.step():
             found = walk.observe(
                 loaded.layer,
@@ -117,11 +127,16 @@ class LayerMaker:
                 return _Amaxes(
                     {name: ranks.merged(ranges).result(name) for name, ranges in found.inputs.items()},
                     {site: ranks.merged(amax).result(site) for site, amax in found.cached.items()},
+                    next((order for order in ranks.exchange(found.order) if order), []),
                 )
             except CheckFailed:
                 refuse_damaged(loaded.tensors)  # a damaged weight is the cause, not the input that it spoiled
                 refuse_damaged_before(self._plan, loaded.layer)
                 raise
+
+    def _is_observed(self, group: FusedGroup) -> bool:
+        scheme = self._plan.matrices[group.members[0]].scheme
+        return scheme.inputs == "calibrated" or quantizer_for(scheme.name, self._quantizer).by_site
 
     def _quantize(
         self, groups: Sequence[FusedGroup], loaded: LoadedLayer, inputs: Mapping[str, InputStatistics]
@@ -145,7 +160,9 @@ class LayerMaker:
             self._watch.before_batch(0)
             for group in groups:
                 if makers[group.name] == ranks.rank:
-                    done = quantize_group(plan, group, loaded.tensors, inputs.get(group.name), self._quantizer)
+                    seen = inputs.get(group.name)
+                    statistics = None if seen is None else GroupInputs(seen)
+                    done = quantize_group(plan, group, loaded.tensors, statistics, self._quantizer)
                     made.update(done.tensors)
                     own[group.name] = done.record
         if ranks.size == 1:

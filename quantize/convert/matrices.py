@@ -19,7 +19,7 @@ from ..format.marlin import count_flushed_blocks, scale_histogram
 from ..format.schemes import Part, Scheme
 from ..plan.plan import Plan
 from ..quantizers import quantizer_for
-from ..quantizers.base import Quantizer
+from ..quantizers.base import GroupInputs, Quantizer
 from ..recipe.groups import FusedGroup
 from ..recipe.matrices import matrix_entries
 from ..recipe.roles import Role
@@ -36,10 +36,12 @@ class GroupOutput:
     Attributes:
         tensors: the bytes of all tensors but scalars, by output name, uint8 [..., bytes of the last axis], on the
             weights' device.
+        parts: the same by matrix and part, in their own dtypes.
         record: the manifest's entry for the group.
     """
 
     tensors: dict[str, Tensor]
+    parts: Mapping[str, Mapping[Part, Tensor]]
     record: GroupRecord
 
 
@@ -71,7 +73,7 @@ def refuse_damaged_before(plan: Plan, layer: int) -> None:
 
 
 def quantize_group(
-    plan: Plan, group: FusedGroup, weights: Mapping[str, Tensor], inputs: InputStatistics | None, quantizer: Quantizer
+    plan: Plan, group: FusedGroup, weights: Mapping[str, Tensor], inputs: GroupInputs | None, quantizer: Quantizer
 ) -> GroupOutput:
     """Quantize a fused group. Its scalars follow from the record (`group_scalars`).
 
@@ -95,14 +97,16 @@ def quantize_group(
         if scheme.has_block_scales:
             histogram += scale_histogram(made.parts[matrix.name]["scales"])
     facts: dict[str, Any] = {"scheme": scheme.name, "members": group.members, "weight_amax": made.amax}
-    if inputs is not None:
-        facts["input"] = _input_record(inputs, scheme, plan.recipe.activations.headroom)
+    if inputs is not None and scheme.inputs == "calibrated":
+        facts["input"] = input_record(plan, scheme, inputs.ranges)
     if scheme.has_block_scales:
         facts["marlin_flushed_blocks"] = count_flushed_blocks(histogram)
-    return GroupOutput(tensors, GroupRecord(**facts))
+    return GroupOutput(tensors, made.parts, GroupRecord(**facts))
 
 
-def _input_record(inputs: InputStatistics, scheme: Scheme, headroom: float | str) -> InputRecord:
+def input_record(plan: Plan, scheme: Scheme, inputs: InputStatistics) -> InputRecord:
+    """The manifest's entry for the input of a group in a scheme with stored input scales."""
+    headroom = plan.recipe.activations.headroom
     return InputRecord(
         observed_amax=inputs.amax,
         low_percentile=inputs.low,

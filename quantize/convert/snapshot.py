@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -23,7 +23,9 @@ from ..stream.hidden import HiddenStates
 from ..stream.trace import Trace
 from .journal import Journal
 
-RECORD_NAME = "hidden.json"
+Lanes = Mapping[str, HiddenStates]
+"""The hidden states of each lane, by its name."""
+RECORD_NAME = "lanes.json"
 LEAST_SECONDS = 60.0
 SHARE_OF_TIME = 0.05
 _FIRST_GUESS_BYTES_PER_SECOND = 5e8
@@ -68,39 +70,43 @@ class Snapshots:
         self._file = file
         return layer
 
-    def restore(self, hidden: HiddenStates) -> None:
+    def restore(self, lanes: Lanes) -> None:
         """Put the found snapshot's states in place of the recorded ones."""
         assert self._file is not None
         header = read_header(self._journal.folder / self._file)
-        for at in range(len(hidden)):
-            info = header.tensors[f"hidden.{at:06d}"]
-            tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-            read_range(header.path, info.begin, tensor_bytes(tensor), header)
-            hidden.store(at, tensor.to(hidden.device))
+        for name, hidden in lanes.items():
+            for at in range(len(hidden)):
+                info = header.tensors[_name(name, at)]
+                tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+                read_range(header.path, info.begin, tensor_bytes(tensor), header)
+                hidden.store(at, tensor.to(hidden.device))
 
-    def consider(self, layer: int, hidden: HiddenStates) -> None:
+    def consider(self, layer: int, lanes: Lanes) -> None:
         """Take a snapshot behind a layer if one is due and fits on the disk."""
-        cost = sum(hidden.sizes()) / self._speed
+        cost = _size(lanes) / self._speed
         if time.monotonic() - self._last >= max(LEAST_SECONDS, cost / SHARE_OF_TIME):
-            self.take(layer, hidden)
+            self.take(layer, lanes)
 
-    def take(self, layer: int, hidden: HiddenStates) -> None:
+    def take(self, layer: int, lanes: Lanes) -> None:
         """Take a snapshot behind a layer now if it fits on the disk: at the end of a run that will be resumed, and
         whose layers would have to come over the network again."""
-        size = sum(hidden.sizes())
+        size = _size(lanes)
         if not self._is_used or self.shares_state or shutil.disk_usage(self._journal.folder).free < 2 * size:
             return
         started = time.monotonic()
         with self._trace.span("snapshot", f"behind layer {layer}"):
-            self._take(layer, hidden)
+            self._take(layer, lanes)
         self._last = time.monotonic()
         self._speed = size / max(1e-3, self._last - started)
 
-    def _take(self, layer: int, hidden: HiddenStates) -> None:
+    def _take(self, layer: int, lanes: Lanes) -> None:
         file, old = _file_of(layer), self._file
-        states = hidden.on_host()
-        shapes = hidden.shapes()
-        entries = [TensorEntry(f"hidden.{at:06d}", _DTYPES[dtype], shape) for at, (shape, dtype) in enumerate(shapes)]
+        states = (state for hidden in lanes.values() for state in hidden.on_host())
+        entries = [
+            TensorEntry(_name(name, at), _DTYPES[dtype], shape)
+            for name, hidden in lanes.items()
+            for at, (shape, dtype) in enumerate(hidden.shapes())
+        ]
 
         def contents(_entry: TensorEntry) -> Iterator[memoryview]:
             yield tensor_bytes(next(states))
@@ -114,3 +120,11 @@ class Snapshots:
 
 def _file_of(layer: int) -> str:
     return f"hidden-{layer:05d}.safetensors"
+
+
+def _name(lane: str, at: int) -> str:
+    return f"{lane}.{at:06d}"
+
+
+def _size(lanes: Lanes) -> int:
+    return sum(sum(hidden.sizes()) for hidden in lanes.values())

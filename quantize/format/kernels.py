@@ -8,18 +8,20 @@ same one-addition trick as in e2m1.py and scales.py. On a GPU it is one pass ove
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .blocks import BlockQuantized, check_blocks
 from .constants import BLOCK
-from .native import gather_on_cpu, has_native, quantize_on_cpu
+from .native import feed_back_on_cpu, gather_on_cpu, has_native, quantize_on_cpu, round_on_cpu
 
 BLOCKS_PER_PROGRAM = 32  # with two warps the fastest on an H200, for rtn and for the sweep
 CHUNK = 64  # tokens whose squares are added in float32
 COLUMNS_PER_PROGRAM = 256
+ROUNDED_BLOCKS = 128  # of a program
+FED_BACK_ROWS = 32  # of a program
 
 
 def has_kernel(tensor: Tensor) -> bool:
@@ -116,6 +118,69 @@ def gather_on_gpu(inputs: Tensor, histogram: Tensor, wants_squares: bool) -> tup
                 sums, squares, chunks, cols, N=COLUMNS_PER_PROGRAM, enable_fp_fusion=False, num_warps=2
             )
     return largest.amax().view(torch.float32), squares
+
+
+def round_with_kernel(inputs: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inputs, which `has_kernel` accepts, as a server rounds them: `activations.quantize_dequantize`, bit for bit."""
+    return round_on_cpu(inputs, scale).to(dtype) if has_native(inputs) else round_on_gpu(inputs, scale, dtype)
+
+
+def round_on_gpu(inputs: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`round_with_kernel` for inputs on a GPU."""
+    inputs = inputs.contiguous()
+    rounded = torch.empty(inputs.shape, dtype=dtype, device=inputs.device)
+    blocks = inputs.numel() // BLOCK
+    with torch.cuda.device(inputs.device) if inputs.is_cuda else torch.no_grad():
+        _load("round_kernel")[(-(-blocks // ROUNDED_BLOCKS),)](
+            inputs, scale.reshape(1).to(inputs.device, torch.float32), rounded, blocks, N=ROUNDED_BLOCKS,
+            enable_fp_fusion=False, num_warps=4,
+        )  # fmt: skip
+    return rounded
+
+
+class FedBack(NamedTuple):
+    """A block of 16 columns of all rows, rounded with error feedback.
+
+    Attributes:
+        codes: uint8 [16, rows], E2M1 codes.
+        scales: uint8 [rows], E4M3 bytes.
+        errors: float32 [16, rows], each divided by the diagonal of U.
+        outgrown: integer scalar, the number of rows whose largest magnitude outgrew the largest block scale.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    errors: Tensor
+    outgrown: Tensor
+
+
+def feed_back_with_kernel(block: Tensor, upper: Tensor, scale: Tensor, offsets: range) -> FedBack:
+    """Round a block, which `has_kernel` accepts, column after column under the best of several scales:
+    `quantizers.error_feedback.round_block_in_torch`, bit for bit.
+
+    Args:
+        block: float32 [16, rows], contiguous.
+        upper: float32 [16, 16], upper triangular.
+        scale: float32 scalar, the global scale (divisor).
+        offsets: neighbouring distances of the candidates' bytes from that of amax / 6.
+    """
+    if has_native(block):
+        return FedBack(*feed_back_on_cpu(block, upper, scale, offsets))
+    return feed_back_on_gpu(block, upper, scale, offsets)
+
+
+def feed_back_on_gpu(block: Tensor, upper: Tensor, scale: Tensor, offsets: range) -> FedBack:
+    """`feed_back_with_kernel` for a block on a GPU."""
+    rows, device, upper = block.shape[1], block.device, upper.contiguous()
+    codes = torch.empty((BLOCK, rows), dtype=torch.uint8, device=device)
+    scales = torch.empty(rows, dtype=torch.uint8, device=device)
+    errors, outgrown = torch.empty_like(block), torch.zeros((), dtype=torch.int32, device=device)
+    with torch.cuda.device(device) if block.is_cuda else torch.no_grad():
+        _load("feed_back_kernel")[(-(-rows // FED_BACK_ROWS),)](
+            block, rows, upper, upper.stride(0), scale.reshape(1).to(device, torch.float32), offsets[0],
+            offsets[-1] + 1, codes, scales, errors, outgrown, N=FED_BACK_ROWS, enable_fp_fusion=False, num_warps=4,
+        )  # fmt: skip
+    return FedBack(codes, scales, errors, outgrown)
 
 
 def _has_triton(tensor: Tensor) -> bool:

@@ -1,5 +1,5 @@
 /* The CPU's compiled way through a matrix: quantize and pack, compare with what is stored, the largest magnitude,
-   statistics of inputs.
+   statistics of inputs, rounding of inputs.
 
    Every number is that of the readable PyTorch code (blocks.py, ../quantizers/mse.py, ../calibrate/statistics.py), bit for
    bit: the same float32 operations in the same order, none fused. Compile with -ffp-contract=off, never with
@@ -529,6 +529,166 @@ INLINE uint32_t gather_any(const Strip *strip) {
     return strip->dtype == BFLOAT16 ? gather_strip(strip, BFLOAT16) : gather_strip(strip, FLOAT16);
 }
 
+/* ---- Rounding a block column after column, with error feedback (../quantizers/error_feedback.py) ---- */
+
+typedef struct {
+    const float *block; /* [16, stride], a lane is a row of the matrix */
+    int64_t rows, stride;
+    const float *upper; /* [16, 16] */
+    float scale;
+    int first_offset, last_offset;
+    unsigned char *codes, *scales; /* [16, stride] and [rows] */
+    float *errors;                 /* [16, stride] */
+} Feedback;
+
+typedef struct {
+    Lanes errors[BLOCK], cost;
+    LanesOfInt codes[BLOCK], scale;
+} Rounded;
+
+INLINE void feed_back(Lanes x[BLOCK], const Feedback *job, const Divisor *by, int is_quick, Rounded *made) {
+    Lanes left[BLOCK];
+    memcpy(left, x, sizeof left);
+    memset(made->cost, 0, sizeof made->cost);
+    for (int i = 0; i < BLOCK; i++) {
+        const float *upper = job->upper + i * BLOCK;
+        for (int l = 0; l < LANES; l++) {
+            float magic, value = left[i][l];
+            float sum = rounding_sum(magnitude_of(value), by, l, is_quick, &magic);
+            float rounded = (sum - magic) * by->step[l];
+            rounded = float_of(bits_of(rounded) | (bits_of(value) & ~MAGNITUDE));
+            made->codes[i][l] = (int32_t)((bits_of(sum) + (bits_of(sum) >> 22) + 5) & 15) | (int32_t)(bits_of(value) >> 28 & 8);
+            float error = (value - rounded) / upper[i];
+            made->errors[i][l] = error;
+            made->cost[l] += error * error;
+        }
+        for (int k = i + 1; k < BLOCK; k++)
+            for (int l = 0; l < LANES; l++)
+                left[k][l] -= upper[k] * made->errors[i][l];
+    }
+}
+
+/* Returns the number of rows whose largest magnitude outgrew the largest block scale. */
+INLINE int64_t feed_back_tile(Lanes x[BLOCK], const Feedback *job, int64_t count, Rounded *best, int has_fma) {
+    Lanes wanted;
+    LanesOfInt nearest;
+    Rounded tried;
+    int64_t outgrown = 0;
+    choose_nearest(x, job->scale, wanted, nearest);
+    for (int l = 0; l < count; l++)
+        outgrown += wanted[l] > 448.0f;
+    for (int l = 0; l < LANES; l++)
+        best->cost[l] = float_of(EXPONENT);
+    for (int offset = job->first_offset; offset <= job->last_offset; offset++) {
+        Divisor by;
+        LanesOfInt better;
+        for (int l = 0; l < LANES; l++) {
+            tried.scale[l] = smaller(larger(nearest[l] + offset, 1), 0x7E);
+            by.step[l] = decode_e4m3(tried.scale[l]) / job->scale;
+        }
+        set_divisor(&by, has_fma);
+        if (by.is_quick)
+            feed_back(x, job, &by, 1, &tried);
+        else
+            feed_back(x, job, &by, 0, &tried);
+        for (int l = 0; l < LANES; l++)
+            better[l] = offset == job->first_offset || tried.cost[l] < best->cost[l];
+        for (int l = 0; l < LANES; l++) {
+            best->cost[l] = better[l] ? tried.cost[l] : best->cost[l];
+            best->scale[l] = better[l] ? tried.scale[l] : best->scale[l];
+        }
+        for (int i = 0; i < BLOCK; i++)
+            for (int l = 0; l < LANES; l++) {
+                best->errors[i][l] = better[l] ? tried.errors[i][l] : best->errors[i][l];
+                best->codes[i][l] = better[l] ? tried.codes[i][l] : best->codes[i][l];
+            }
+    }
+    return outgrown;
+}
+
+INLINE int64_t feed_back_any(const Feedback *job, int has_fma) {
+    int64_t outgrown = 0;
+    for (int64_t at = 0; at < job->rows; at += LANES) {
+        int64_t count = job->rows - at < LANES ? job->rows - at : LANES;
+        Lanes x[BLOCK];
+        Rounded best;
+        memset(x, 0, sizeof x);
+        for (int i = 0; i < BLOCK; i++)
+            memcpy(x[i], job->block + i * job->stride + at, (size_t)count * sizeof(float));
+        outgrown += feed_back_tile(x, job, count, &best, has_fma);
+        for (int i = 0; i < BLOCK; i++) {
+            memcpy(job->errors + i * job->stride + at, best.errors[i], (size_t)count * sizeof(float));
+            for (int l = 0; l < count; l++)
+                job->codes[i * job->stride + at + l] = (unsigned char)best.codes[i][l];
+        }
+        for (int l = 0; l < count; l++)
+            job->scales[at + l] = (unsigned char)best.scale[l];
+    }
+    return outgrown;
+}
+
+/* ---- Rounding inputs as a server does (activations.py) ---- */
+
+typedef struct {
+    const char *source;
+    int dtype;
+    int64_t blocks;
+    float scale;
+    float *rounded;
+} Inputs;
+
+INLINE void round_tile(const void *source, int dtype, float scale, float rounded[TILE]) {
+    Lanes x[BLOCK], inverse, step;
+    const float sixth = 1.0f / 6.0f, unit = 1.0f / scale;
+    load_tile(source, dtype, x);
+    for (int l = 0; l < LANES; l++) {
+        float amax = 0;
+        for (int i = 0; i < BLOCK; i++) {
+            float magnitude = magnitude_of(x[i][l]);
+            amax = magnitude > amax ? magnitude : amax;
+        }
+        float wanted = amax * sixth * scale;
+        wanted = wanted > 448.0f ? 448.0f : wanted;
+        int32_t power = (int32_t)(bits_of(wanted) & EXPONENT);
+        power = power > (int32_t)SMALLEST_NORMAL ? power : (int32_t)SMALLEST_NORMAL;
+        int32_t magic = power + (int32_t)E4M3_MAGIC;
+        int32_t eighths = (int32_t)bits_of(wanted + float_of((uint32_t)magic)) - magic;
+        float block_scale = decode_e4m3(((power - (int32_t)SMALLEST_NORMAL) >> 20) + eighths);
+        float quotient = 1.0f / (block_scale * unit);
+        inverse[l] = block_scale > 0 ? quotient : 0;
+        step[l] = block_scale / scale;
+    }
+    for (int i = 0; i < BLOCK; i++)
+        for (int l = 0; l < LANES; l++) {
+            float scaled = magnitude_of(x[i][l] * inverse[l]);
+            scaled = scaled > 6.0f ? 6.0f : scaled;
+            uint32_t bits = bits_of(scaled);
+            float magic = float_of(((bits > ONE ? bits : ONE) & EXPONENT) + MAGIC);
+            float value = ((scaled + magic) - magic) * step[l];
+            rounded[l * BLOCK + i] = float_of(bits_of(value) | (bits_of(x[i][l]) & ~MAGNITUDE));
+        }
+}
+
+INLINE void round_run(const Inputs *job, int dtype) {
+    const int64_t block_bytes = BLOCK * (dtype == FLOAT32 ? 4 : 2);
+    for (int64_t at = 0; at < job->blocks; at += LANES) {
+        int64_t count = job->blocks - at < LANES ? job->blocks - at : LANES;
+        uint32_t room[TILE];
+        float rounded[TILE];
+        round_tile(whole_tile(job->source + at * block_bytes, count, block_bytes, room), dtype, job->scale, rounded);
+        memcpy(job->rounded + at * BLOCK, rounded, (size_t)(count * BLOCK) * sizeof *rounded);
+    }
+}
+
+INLINE void round_any(const Inputs *job) {
+    if (job->dtype == FLOAT32)
+        round_run(job, FLOAT32);
+    else if (job->dtype == BFLOAT16)
+        round_run(job, BFLOAT16);
+    else
+        round_run(job, FLOAT16);
+}
+
 /* ---- The same functions for several instruction sets; the last one that the processor has is the fastest ---- */
 
 typedef struct {
@@ -537,6 +697,8 @@ typedef struct {
     uint32_t (*gather)(const Strip *);
     void (*encode)(const float *, const float *, int64_t, uint32_t *);
     void (*compare)(const Comparison *, Sums *);
+    void (*round)(const Inputs *);
+    int64_t (*feed_back)(const Feedback *);
 } Target;
 
 #define DEFINE_TARGET(name, attribute, has_fma) \
@@ -548,8 +710,11 @@ typedef struct {
     attribute static void encode_##name(const float *x, const float *step, int64_t tiles, uint32_t *packed) { \
         encode_any(x, step, tiles, packed, has_fma); \
     } \
-    attribute static void compare_##name(const Comparison *job, Sums *sums) { compare_any(job, sums, has_fma); }
-#define TARGET(name) {quantize_##name, largest_##name, gather_##name, encode_##name, compare_##name}
+    attribute static void compare_##name(const Comparison *job, Sums *sums) { compare_any(job, sums, has_fma); } \
+    attribute static void round_##name(const Inputs *job) { round_any(job); } \
+    attribute static int64_t feed_back_##name(const Feedback *job) { return feed_back_any(job, has_fma); }
+#define TARGET(name) \
+    {quantize_##name, largest_##name, gather_##name, encode_##name, compare_##name, round_##name, feed_back_##name}
 
 #if defined(__aarch64__) || defined(__FMA__)
 DEFINE_TARGET(plain, , 1)
@@ -679,6 +844,45 @@ static PyObject *py_encode(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *py_round(PyObject *self, PyObject *args) {
+    (void)self;
+    Inputs job;
+    int target;
+    unsigned long long source, rounded;
+    long long blocks;
+    if (!PyArg_ParseTuple(args, "iKiLfK", &target, &source, &job.dtype, &blocks, &job.scale, &rounded))
+        return NULL;
+    job.source = (const char *)(uintptr_t)source;
+    job.blocks = blocks;
+    job.rounded = (float *)(uintptr_t)rounded;
+    Py_BEGIN_ALLOW_THREADS
+    TARGETS[target].round(&job);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_feed_back(PyObject *self, PyObject *args) {
+    (void)self;
+    Feedback job;
+    int target;
+    unsigned long long block, upper, codes, scales, errors;
+    long long rows, stride, outgrown;
+    if (!PyArg_ParseTuple(
+            args, "iKLLKfiiKKK", &target, &block, &rows, &stride, &upper, &job.scale, &job.first_offset,
+            &job.last_offset, &codes, &scales, &errors))
+        return NULL;
+    job.block = (const float *)(uintptr_t)block;
+    job.rows = rows, job.stride = stride;
+    job.upper = (const float *)(uintptr_t)upper;
+    job.codes = (unsigned char *)(uintptr_t)codes;
+    job.scales = (unsigned char *)(uintptr_t)scales;
+    job.errors = (float *)(uintptr_t)errors;
+    Py_BEGIN_ALLOW_THREADS
+    outgrown = TARGETS[target].feed_back(&job);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(outgrown);
+}
+
 static PyMethodDef METHODS[] = {
     {"targets", py_targets, METH_NOARGS, "Number of instruction sets that this processor has code for here."},
     {"quantize", py_quantize, METH_VARARGS, "Quantize and pack a run of blocks."},
@@ -686,6 +890,8 @@ static PyMethodDef METHODS[] = {
     {"largest", py_largest, METH_VARARGS, "Bits of the largest magnitude of a run of elements."},
     {"gather", py_gather, METH_VARARGS, "Statistics of a strip of columns; returns the largest magnitude's bits."},
     {"encode", py_encode, METH_VARARGS, "Codes of elements divided by steps, a tile of 16 x 16 at a time."},
+    {"feed_back", py_feed_back, METH_VARARGS, "Round a block with error feedback; returns the rows that outgrew its scales."},
+    {"round", py_round, METH_VARARGS, "Round a run of blocks of inputs to NVFP4 and back."},
     {NULL, NULL, 0, NULL},
 };
 

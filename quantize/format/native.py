@@ -24,7 +24,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in nativ
 _LANES = 16
 _STRIP = 512  # columns whose statistics native.c takes at once, at most
 # Elements below which another thread costs more than it saves.
-_QUANTIZED, _SCANNED, _GATHERED = 1 << 17, 1 << 20, 1 << 19
+_QUANTIZED, _SCANNED, _GATHERED, _ROUNDED, _FED_BACK = 1 << 17, 1 << 20, 1 << 19, 1 << 18, 1 << 13
 
 _module: Any = None
 with suppress(ImportError):
@@ -179,6 +179,64 @@ def gather_on_cpu(
 
     _share(len(found), work, threads)
     return torch.tensor(max(found), dtype=torch.int32).view(torch.float32), squares
+
+
+def round_on_cpu(inputs: Tensor, scale: Tensor, target: int = -1) -> Tensor:
+    """Inputs as a server rounds them, `activations.quantize_dequantize`.
+
+    Args:
+        inputs: [..., cols], a tensor that `has_native` accepts; cols divisible by 16; finite.
+        scale: float32 scalar, the input global scale (divisor).
+        target: which instruction set, counted as in `TARGETS`.
+    Returns:
+        float32, the same shape.
+    """
+    inputs = inputs.contiguous()
+    rounded = torch.empty(inputs.shape, dtype=torch.float32)
+    runs = _Runs(inputs.numel() // BLOCK, _LANES, _ROUNDED // BLOCK)
+    divisor = float(scale)
+
+    def work(_worker: int, run: int) -> None:
+        begin, count = runs[run]
+        source = inputs.data_ptr() + begin * BLOCK * inputs.element_size()
+        _module.round(
+            target % TARGETS, source, _DTYPES[inputs.dtype], count, divisor,
+            rounded.data_ptr() + begin * BLOCK * rounded.element_size(),
+        )  # fmt: skip
+
+    _share(len(runs), work)
+    return rounded
+
+
+def feed_back_on_cpu(
+    block: Tensor, upper: Tensor, scale: Tensor, offsets: range, target: int = -1
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Round a block column after column under the best of several scales, as `quantizers.error_feedback` defines it.
+
+    Args:
+        block: float32 [16, rows], contiguous, on the CPU.
+        upper: float32 [16, 16], upper triangular.
+        scale: float32 scalar, the global scale (divisor).
+        offsets: neighbouring distances of the candidates' bytes from that of amax / 6.
+        target: which instruction set, counted as in `TARGETS`.
+    Returns:
+        the values of `FedBack`.
+    """
+    rows = block.shape[1]
+    codes, scales = torch.empty((BLOCK, rows), dtype=torch.uint8), torch.empty(rows, dtype=torch.uint8)
+    errors, upper = torch.empty((BLOCK, rows)), upper.contiguous()
+    runs, divisor = _Runs(rows, _LANES, _FED_BACK // BLOCK), float(scale)
+    outgrown = [0] * len(runs)
+
+    def work(_worker: int, run: int) -> None:
+        begin, count = runs[run]
+        outgrown[run] = _module.feed_back(
+            target % TARGETS, block.data_ptr() + 4 * begin, count, rows, upper.data_ptr(), divisor, offsets[0],
+            offsets[-1], codes.data_ptr() + begin, scales.data_ptr() + begin, errors.data_ptr() + 4 * begin,
+        )  # fmt: skip
+
+    _share(len(runs), work)
+    return codes, scales, errors, torch.tensor(sum(outgrown))
 
 
 class _Runs:

@@ -202,7 +202,7 @@ class Nvfp4:
 
         if self.inputs == "unchanged":
             return inputs
-        return quantize_dequantize(inputs, parts["input_global"]).to(inputs.dtype)
+        return quantize_dequantize(inputs, parts["input_global"], inputs.dtype)
 
     def largest_input(self, parts: Mapping[Part, Tensor]) -> float:
         """See `Scheme.largest_input`."""

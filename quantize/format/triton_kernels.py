@@ -86,6 +86,87 @@ def quantize_kernel(
 
 
 @triton.jit
+def round_kernel(inputs, scale_at, rounded, blocks, N: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    at = block[:, None] * 16 + tl.arange(0, 16)[None, :]
+    inside = (block < blocks)[:, None]
+    x = tl.load(inputs + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.broadcast_to(tl.load(scale_at), (N,))
+    one = tl.full((N,), 1.0, tl.float32)
+    wanted = tl.max(tl.abs(x), axis=1) * tl.div_rn(one, tl.full((N,), 6.0, tl.float32)) * scale
+    wanted = tl.minimum(wanted, 448.0)
+    power = tl.maximum(wanted.to(tl.int32, bitcast=True) & 0x7F800000, (127 - 6) << 23)
+    magic = power + ((20 << 23) + (1 << 22))
+    eighths = (wanted + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - magic
+    block_scale = _decode_e4m3(((power - ((127 - 6) << 23)) >> 20) + eighths)
+    quotient = tl.div_rn(one, block_scale * tl.div_rn(one, scale))
+    inverse = tl.where(block_scale > 0, quotient, 0.0)
+    scaled = tl.minimum(tl.abs(x * inverse[:, None]), 6.0)
+    magic16 = _e2m1_magic(scaled).to(tl.float32, bitcast=True)
+    value = ((scaled + magic16) - magic16) * tl.div_rn(block_scale, scale)[:, None]
+    signed = (value.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & -2147483648)).to(
+        tl.float32, bitcast=True
+    )
+    tl.store(rounded + at, signed.to(rounded.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def feed_back_kernel(
+    block, rows, upper, upper_stride, scale_at, first, end, codes, scales, errors, outgrown, N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * N + tl.arange(0, N)
+    inside = row < rows
+    column = tl.arange(0, 16)
+    at = column[None, :] * rows + row[:, None]
+    x = tl.load(block + at, mask=inside[:, None], other=0.0)
+    scale = tl.broadcast_to(tl.load(scale_at), (N,))
+    amax = tl.max(tl.abs(x), axis=1)
+    wanted = tl.div_rn(amax, tl.full((N,), 6.0, tl.float32)) * scale
+    tl.atomic_add(outgrown, tl.sum((wanted > 448.0).to(tl.int32)))
+    rounded = tl.minimum(tl.maximum(wanted, 0.001953125), 448.0)
+    power = tl.maximum(rounded.to(tl.int32, bitcast=True) & 0x7F800000, (127 - 6) << 23)
+    magic = power + ((20 << 23) + (1 << 22))
+    eighths = (rounded + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - magic
+    nearest = tl.where(amax == 0.0, 0x20, ((power - ((127 - 6) << 23)) >> 20) + eighths)
+    best = tl.full((N,), float("inf"), tl.float32)
+    best_code = nearest
+    best_codes = tl.zeros((N, 16), tl.int32)
+    best_errors = tl.zeros((N, 16), tl.float32)
+    for offset in range(first, end):
+        code = tl.minimum(tl.maximum(nearest + offset, 1), 0x7E)
+        step = tl.div_rn(_decode_e4m3(code), scale)
+        left = x
+        cost = tl.zeros((N,), tl.float32)
+        tried_codes = tl.zeros((N, 16), tl.int32)
+        tried_errors = tl.zeros((N, 16), tl.float32)
+        for i in tl.static_range(16):
+            is_column = column[None, :] == i
+            value = tl.sum(tl.where(is_column, left, 0.0), axis=1)
+            scaled = tl.minimum(tl.div_rn(tl.abs(value), step), 6.0)
+            magic1 = _e2m1_magic(scaled)
+            total = (scaled + magic1.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+            sign = value.to(tl.int32, bitcast=True) & -2147483648
+            number = (total.to(tl.float32, bitcast=True) - magic1.to(tl.float32, bitcast=True)) * step
+            number = (number.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+            found = (total - magic1 + ((magic1 - ((22 << 23) + (1 << 22) + 0x3F800000)) >> 22)) | ((sign >> 28) & 8)
+            diagonal = tl.load(upper + i * upper_stride + i)
+            error = tl.div_rn(value - number, tl.broadcast_to(diagonal, (N,)))
+            cost += error * error
+            tried_codes = tl.where(is_column, found[:, None], tried_codes)
+            tried_errors = tl.where(is_column, error[:, None], tried_errors)
+            line = tl.load(upper + i * upper_stride + column)
+            left = left - tl.where(column > i, line, 0.0)[None, :] * error[:, None]
+        better = (offset == first) | (cost < best)
+        best = tl.where(better, cost, best)
+        best_code = tl.where(better, code, best_code)
+        best_codes = tl.where(better[:, None], tried_codes, best_codes)
+        best_errors = tl.where(better[:, None], tried_errors, best_errors)
+    tl.store(codes + at, best_codes.to(tl.uint8), mask=inside[:, None])
+    tl.store(errors + at, best_errors, mask=inside[:, None])
+    tl.store(scales + row, best_code.to(tl.uint8), mask=inside)
+
+
+@triton.jit
 def _count_blocks(x, counts, is_inside, PATTERNS: tl.constexpr):
     n: tl.constexpr = x.shape[0] // 16
     blocks = tl.max(tl.reshape(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (n, 16)), axis=1)

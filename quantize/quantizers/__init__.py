@@ -5,10 +5,11 @@ from __future__ import annotations
 from ..errors import unknown_name
 from .base import Quantizer
 from .fp8 import Fp8Nearest
+from .gptq import GPTQ
 from .mse import MSE
 from .rtn import RTN
 
-QUANTIZERS: dict[str, Quantizer] = {quantizer.name: quantizer for quantizer in (RTN(), MSE())}
+QUANTIZERS: dict[str, Quantizer] = {quantizer.name: quantizer for quantizer in (RTN(), MSE(), GPTQ())}
 """The quantizers that a recipe can choose."""
 _FIXED: tuple[Quantizer, ...] = (Fp8Nearest(),)  # of schemes that have only one
 

@@ -8,12 +8,26 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from ..calibrate.statistics.moments import Moments
 from ..calibrate.statistics.ranges import InputStatistics
 from ..format.schemes import Part
 from ..recipe.matrices import Matrix
 
-Need = Literal["mean_square"]
-"""A statistic of the inputs: the mean square of each column."""
+Need = Literal["mean_square", "moments"]
+"""A statistic of the inputs: the mean square of each column, or see `Moments`."""
+
+
+@dataclass(frozen=True)
+class GroupInputs:
+    """The statistics of the input that a fused group shares.
+
+    Attributes:
+        ranges: in the lane `source`.
+        moments: None where the quantizer does not need them.
+    """
+
+    ranges: InputStatistics
+    moments: Moments | None = None
 
 
 @dataclass(frozen=True)
@@ -22,13 +36,13 @@ class Claim:
 
     Attributes:
         headroom: factor by which block scales may exceed amax / 6, applied to the global scale (a power of two).
-        scale_offsets: allowed distances of a block scale's E4M3 byte from that of round-to-nearest.
+        scale_offsets: allowed distances of a block scale's E4M3 byte from that of round-to-nearest. None for any.
         codes: `nearest` if every code is the nearest one under its stored scale.
     """
 
     headroom: float
-    scale_offsets: range
-    codes: Literal["nearest"] = "nearest"
+    scale_offsets: range | None
+    codes: Literal["nearest", "any"] = "nearest"
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class Quantizer(Protocol):
         ...
 
     def quantize(
-        self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: InputStatistics | None
+        self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: GroupInputs | None
     ) -> QuantizedGroup:
         """Quantize a fused group.
 

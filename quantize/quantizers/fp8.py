@@ -9,11 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..calibrate.statistics.ranges import InputStatistics
 from ..format.fp8 import fp8_scale, quantize_rows
 from ..format.schemes import FP8, Fp8, Part
 from ..recipe.matrices import Matrix
-from .base import Claim, Need, QuantizedGroup
+from .base import Claim, GroupInputs, Need, QuantizedGroup
 from .blocks import group_amax
 
 CLAIM = Claim(headroom=1.0, scale_offsets=range(1))
@@ -31,7 +30,7 @@ class Fp8Nearest:
     claim: Claim = CLAIM
 
     def quantize(
-        self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: InputStatistics | None
+        self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: GroupInputs | None
     ) -> QuantizedGroup:
         """See `Quantizer.quantize`. `inputs` are not used."""
         amax = group_amax(group, weights)

@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..calibrate.statistics.ranges import InputStatistics
 from ..format.blocks import BlockQuantized, quantize_blocks
 from ..format.constants import BLOCK, E2M1_MAX, E4M3_MAX, E4M3_MIN
 from ..format.e2m1 import rounding_magic
@@ -23,7 +22,7 @@ from ..format.kernels import has_kernel, quantize_with_kernel
 from ..format.scales import block_scale_bytes, decode_e4m3, sixth
 from ..format.schemes import NVFP4, NVFP4_A16, Part
 from ..recipe.matrices import Matrix
-from .base import Claim, Need, QuantizedGroup
+from .base import Claim, GroupInputs, Need, QuantizedGroup
 from .blocks import BlockScales
 
 LOWEST, HIGHEST = 0.85, 1.8
@@ -63,10 +62,10 @@ class MSE:
     claim: Claim = CLAIM
 
     def quantize(
-        self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: InputStatistics | None
+        self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: GroupInputs | None
     ) -> QuantizedGroup:
         """See `Quantizer.quantize`."""
-        mean_square = None if inputs is None else inputs.mean_square
+        mean_square = None if inputs is None else inputs.ranges.mean_square
         return BlockScales(self.claim.headroom).quantize(
             group, weights, lambda weight, scale: sweep_blocks(weight, scale, mean_square)
         )

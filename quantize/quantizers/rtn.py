@@ -8,12 +8,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..calibrate.statistics.ranges import InputStatistics
 from ..format.blocks import BlockQuantized, quantize_blocks
 from ..format.kernels import has_kernel, quantize_with_kernel
 from ..format.schemes import NVFP4, NVFP4_A16, Part
 from ..recipe.matrices import Matrix
-from .base import Claim, Need, QuantizedGroup
+from .base import Claim, GroupInputs, Need, QuantizedGroup
 from .blocks import BlockScales
 
 
@@ -42,7 +41,7 @@ class RTN:
     claim: Claim = CLAIM
 
     def quantize(
-        self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: InputStatistics | None
+        self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: GroupInputs | None
     ) -> QuantizedGroup:
         """See `Quantizer.quantize`. `inputs` are not used."""
         return BlockScales(self.claim.headroom).quantize(group, weights, round_blocks)

@@ -131,7 +131,7 @@ class Recipe(_Strict):
         name: its name for `--recipe` and in reports.
         description: one sentence for `nvquant recipes`.
         quantize: the matrices and their schemes. Entries must not overlap.
-        quantizer: `mse` or `rtn`.
+        quantizer: `mse`, `rtn` or `gptq`.
         experts: whether to refuse a mixture of experts, or to leave its experts in BF16.
         head: the output head. `fp8` also rounds its inputs, `nvfp4` is weight-only, because reading the weights takes
             the time.
@@ -140,7 +140,7 @@ class Recipe(_Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str = ""
     quantize: tuple[QuantizeEntry, ...] = Field(min_length=1)
-    quantizer: Literal["mse", "rtn"] = "mse"
+    quantizer: Literal["mse", "rtn", "gptq"] = "mse"
     experts: Literal["refuse", "bf16"] = "refuse"
     head: HeadName = "bf16"
     activations: Annotated[Activations, BeforeValidator(_none_is_default)] = Activations()

@@ -202,14 +202,17 @@ def _unequal_scalars(subject: Subject, group: RecordedGroup, expected: Mapping[P
 
 def _unreached_top(subject: Subject, group: RecordedGroup, quantizer: Quantizer) -> list[str]:
     """The block that holds the group's amax has one of the largest scales: about 448 / head-room."""
+    offsets = quantizer.claim.scale_offsets
     if not group.record.members or not all(module in subject.histograms for module in group.record.members):
+        return []
+    if offsets is None:
         return []
     amax = torch.tensor(group.record.weight_amax, dtype=torch.float32)
     nearest = int(block_scale_bytes(amax, global_scale(amax, quantizer.claim.headroom)))
     histogram = torch.stack([subject.histograms[module] for module in group.record.members]).sum(0)
     present = histogram[:0x7F].nonzero()
     top = int(present[-1]) if len(present) else 0
-    if top - nearest in quantizer.claim.scale_offsets:
+    if top - nearest in offsets:
         return []
     largest, wanted = decode_e4m3(torch.tensor([top, nearest], dtype=torch.uint8)).tolist()
     return [f"{group.name}: its largest block scale is {largest:g}, but its recorded amax asks for about {wanted:g}"]

@@ -121,6 +121,8 @@ def _rule(subject: Subject, matrix: StoredMatrix, quantizer: Quantizer | None) -
     if group is None:
         return None
     claim = quantizer_for(matrix.scheme.name, quantizer).claim
+    if claim.scale_offsets is None:
+        return None
     return Rule(global_scale(torch.tensor(group.record.weight_amax), claim.headroom), claim.scale_offsets)
 
 

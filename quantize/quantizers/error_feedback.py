@@ -1,0 +1,170 @@
+"""GPTQ on blocks of 16: round column after column, and let the later columns make up for the error.
+
+The order of the columns and the choice of a block's scale are of docs/accuracy.md, section "gptq". The formulas are of
+Frantar et al., "GPTQ" (arXiv 2210.17323): for a Hessian H with U upper triangular and UᵀU = H⁻¹, the error of column j,
+divided by U_jj, times row j of U, is subtracted from the columns that follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckFailed
+from ..format.constants import BLOCK, E4M3_MAX
+from ..format.e2m1 import encode_e2m1, pack_codes, round_e2m1
+from ..format.kernels import FedBack, feed_back_with_kernel, has_kernel
+from ..format.scales import block_scale_bytes, decode_e4m3, sixth
+
+OFFSETS = range(-2, 8)
+"""Candidates for a block's scale: distances of their E4M3 bytes from that of amax / 6 of the updated columns."""
+LARGEST_BYTE = 0x7E
+PANEL = 128  # columns whose errors reach the columns behind them in one product
+MOST_RETRIES = 4
+RAISED = 10.0  # factor of the damping after a failed factorisation
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Rounded weights.
+
+    Attributes:
+        packed: uint8 [rows, cols / 2], two E2M1 codes a byte, the even column in the low nibble.
+        scales: float8_e4m3fn [rows, cols / 16].
+        outgrown: blocks whose updated weights outgrew the largest block scale, and were clipped.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    outgrown: int
+
+
+def damped_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The lower Cholesky factor of a matrix with a part of its mean diagonal added to the diagonal.
+
+    Args:
+        gram: float32 [n, n], symmetric. It is not changed.
+        damping: the part. After a failed factorisation it is ten times as large, four times at most.
+    Returns:
+        the factor, and the damping that succeeded.
+    Raises:
+        CheckFailed: no factorisation succeeded.
+    """
+    mean = float(gram.diagonal().double().mean()) or 1.0
+    for retry in range(MOST_RETRIES + 1):
+        used = damping * RAISED**retry
+        damped = gram.clone()
+        damped.diagonal().add_(used * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            return factor, used
+    raise CheckFailed("the Gram matrix of a layer's inputs has no Cholesky factor", hint="use --quantizer mse")
+
+
+def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U, upper triangular, with UᵀU the inverse of a damped matrix: one factorisation and one triangular inverse.
+
+    With J the reversal of the order, L the factor of J·H·J: U = J·L⁻¹·J.
+
+    Args:
+        gram, damping: see `damped_factor`, which also has the errors.
+    Returns:
+        U, and the damping that succeeded.
+    """
+    lower, used = damped_factor(gram.flip(0, 1), damping)
+    inverse = torch.linalg.solve_triangular(
+        lower, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), upper=False
+    )
+    return inverse.flip(0, 1).contiguous(), used  # LAPACK works on columns
+
+
+def column_order(diagonal: Tensor) -> Tensor:
+    """Blocks of 16 by falling trace, and the columns inside a block by falling diagonal.
+
+    Args:
+        diagonal: float32 [cols] of the Gram matrix.
+    Returns:
+        int64 [cols], the columns in the order in which they are rounded.
+    """
+    blocks = diagonal.double().view(-1, BLOCK)
+    inside = blocks.argsort(dim=1, descending=True, stable=True)
+    order = blocks.sum(1).argsort(descending=True, stable=True)
+    return (inside + BLOCK * torch.arange(len(blocks), device=diagonal.device).unsqueeze(1))[order].flatten()
+
+
+def round_with_feedback(weight: Tensor, gram: Tensor, scale: Tensor, damping: float) -> tuple[Solved, float]:
+    """Round a matrix to NVFP4 so that its products with the inputs change least.
+
+    Args:
+        weight: float32 [rows, cols], the stacked matrices of a fused group. cols divisible by 16.
+        gram: float32 [cols, cols], the mean of x·xᵀ over the inputs as the server rounds them.
+        scale: float32 scalar, the global scale (divisor) of the fused group.
+        damping: see `damped_factor`.
+    Returns:
+        codes and scales, and the damping that succeeded.
+    Raises:
+        CheckFailed: see `damped_factor`.
+    """
+    cols = weight.shape[1]
+    order = column_order(gram.diagonal())
+    upper, used = inverse_factor(gram[order][:, order], damping)
+    turned = weight.t()[order].contiguous()
+    codes = torch.empty(turned.shape, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty((cols // BLOCK, weight.shape[0]), dtype=torch.uint8, device=weight.device)
+    outgrown = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for begin in range(0, cols, PANEL):
+        end = min(cols, begin + PANEL)
+        errors = torch.empty((end - begin, weight.shape[0]), device=weight.device)
+        for at in range(begin, end, BLOCK):
+            inside = slice(at, at + BLOCK)
+            block = round_block(turned[inside], upper[inside, inside], scale)
+            codes[inside], scales[at // BLOCK] = block.codes, block.scales
+            errors[at - begin : at - begin + BLOCK] = block.errors
+            outgrown += block.outgrown
+            turned[at + BLOCK : end] -= upper[inside, at + BLOCK : end].t() @ block.errors
+        turned[end:] -= upper[begin:end, end:].t() @ errors
+    place = order.argsort()
+    blocks = (order[::BLOCK] // BLOCK).argsort()
+    packed = pack_codes(codes[place].t())
+    solved = Solved(packed.contiguous(), scales[blocks].t().contiguous().view(torch.float8_e4m3fn), int(outgrown))
+    return solved, used
+
+
+def round_block(block: Tensor, upper: Tensor, scale: Tensor) -> FedBack:
+    """Round a block under each candidate scale, its errors fed forward inside it, and keep the cheapest for each row.
+
+    Args:
+        block: float32 [16, rows], the updated columns.
+        upper: float32 [16, 16], the block's part of U.
+        scale: float32 scalar, the global scale (divisor).
+    """
+    if has_kernel(block) and block.is_contiguous():
+        return feed_back_with_kernel(block, upper, scale, OFFSETS)
+    return round_block_in_torch(block, upper, scale)
+
+
+def round_block_in_torch(block: Tensor, upper: Tensor, scale: Tensor) -> FedBack:
+    """`round_block` in PyTorch: the reference for the kernels."""
+    amax = block.abs().amax(0)
+    nearest = block_scale_bytes(amax, scale)
+    offsets = torch.tensor(OFFSETS, dtype=torch.int16, device=block.device).unsqueeze(1)
+    candidates = (nearest.to(torch.int16) + offsets).clamp_(1, LARGEST_BYTE).to(torch.uint8)
+    step = decode_e4m3(candidates).div_(scale)  # [candidates, rows]
+    left = block.unsqueeze(1).repeat(1, len(OFFSETS), 1)
+    errors, cost = torch.empty_like(left), torch.zeros_like(step)
+    for column in range(BLOCK):
+        rounded = round_e2m1(left[column] / step).mul_(step)
+        error = torch.sub(left[column], rounded, out=errors[column]).div_(upper[column, column])
+        cost += error * error
+        left[column + 1 :] -= upper[column, column + 1 :, None, None] * error
+    best = cost.argmin(0)
+    chosen = best.view(1, 1, -1).expand(BLOCK, 1, -1)
+    step_of_best = step.gather(0, best.unsqueeze(0))
+    return FedBack(
+        encode_e2m1(left.gather(1, chosen).squeeze(1) / step_of_best),
+        candidates.gather(0, best.unsqueeze(0)).squeeze(0),
+        errors.gather(1, chosen).squeeze(1),
+        (sixth(amax).mul_(scale) > E4M3_MAX).sum(),
+    )
