@@ -31,6 +31,7 @@ FEW: dict[str, tuple[int, str]] = {
     "bench/vllm_load.py": (3, POINT),
     "calibrate/ids.py": (2, STATED),
     "calibrate/statistics/key_value.py": (1, STATED),
+    "calibrate/statistics/moments.py": (1, STATED),
     "calibrate/statistics/ranges.py": (1, STATED),
     "checkpoint/hub/patience.py": (1, ENDED),
     "checkpoint/hub/ranges.py": (1, ENDED),

@@ -137,8 +137,8 @@ def test_an_unknown_recipe_names_those_that_ship(refused: Refused, model: Path) 
         ),
         ("name: own\nquantize: [", "own.yaml:2: the text is not YAML"),
         (
-            "name: own\nquantizer: gptq\nquantize:\n  - modules: [mlp]\n    scheme: nvfp4\n",
-            "own.yaml:2: key 'quantizer': input should be 'mse' or 'rtn'",
+            "name: own\nquantizer: best\nquantize:\n  - modules: [mlp]\n    scheme: nvfp4\n",
+            "own.yaml:2: key 'quantizer': input should be 'mse', 'rtn' or 'gptq'",
         ),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_missing_recipe_file(refused: Refused, model: Path) -> None:
 
 
 def test_an_unknown_quantizer_names_those_that_exist(refused: Refused, model: Path) -> None:
-    assert "quantizer 'gptq' does not exist: choose rtn or mse" in refused(2, model, "--quantizer", "gptq")
+    assert "quantizer 'best' does not exist: choose rtn, mse or gptq" in refused(2, model, "--quantizer", "best")
 
 
 def test_a_stale_config_of_modelopt_over_plain_weights_may_be_removed(refused: Refused, model: Path) -> None:

@@ -28,8 +28,8 @@ def plan(tiny: TinyModels) -> Plan:
     return planned(tiny("llama"))
 
 
-def budget_of(plan: Plan, batches: list[Tensor], **options: Any) -> HiddenBudget:
-    return hidden_budget(plan, batches, ConvertOptions(Path("out"), "rtn", **options), FOLDER)
+def budget_of(plan: Plan, batches: list[Tensor], lanes: int = 1, **options: Any) -> HiddenBudget:
+    return hidden_budget(plan, batches, ConvertOptions(Path("out"), "rtn", **options), FOLDER, lanes)
 
 
 def test_a_given_budget_is_what_the_whole_run_may_take(plan: Plan) -> None:
@@ -54,6 +54,12 @@ def test_ranks_of_one_host_share_its_memory(plan: Plan) -> None:
     )
     assert alone + fixed.host_bytes == 4 * GIGABYTE
     assert shared + fixed.host_bytes == 2 * GIGABYTE
+
+
+def test_each_of_two_lanes_has_half_of_what_is_left(plan: Plan) -> None:
+    batches = make_batches(random_samples(), 1)
+    one, two = (budget_of(plan, batches, lanes, memory_budget_bytes=4 * GIGABYTE).host_bytes for lanes in (1, 2))
+    assert two == one // 2 > 0
 
 
 def test_larger_batches_leave_less(plan: Plan) -> None:
@@ -85,12 +91,12 @@ def test_a_rank_without_batches_has_a_budget_too(plan: Plan) -> None:
     assert budget_of(plan, [], memory_budget_bytes=GIGABYTE).host_bytes > 0
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma4_e2b"])
-def test_the_least_budget_makes_the_same_files(tiny: TinyModels, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "quantizer"), [("llama", "mse"), ("gemma4_e2b", "mse"), ("gemma4_e2b", "gptq")])
+def test_the_least_budget_makes_the_same_files(tiny: TinyModels, tmp_path: Path, name: str, quantizer: str) -> None:
     outputs = []
     ids = write_ids(tmp_path / "ids.jsonl", random_samples())
     for given in (None, 1):
-        options = ConvertOptions(tmp_path / f"out-{given}", "mse", batch_size=2, memory_budget_bytes=given)
+        options = ConvertOptions(tmp_path / f"out-{given}", quantizer, batch_size=2, memory_budget_bytes=given)
         convert(planned(tiny(name)), options, calibration_of(tiny(name), ids))
         outputs.append(contents(options.output))
     assert outputs[0] == outputs[1]

@@ -46,13 +46,14 @@ class Walked:
     """In the place of a walk."""
 
     shares_state = False
+    has_quantized = False
 
     def __init__(self, folder: Path) -> None:
-        self.hidden = HiddenStates(torch.device("cpu"), HiddenBudget(0, 0, folder))
+        self.hidden = {"source": HiddenStates(torch.device("cpu"), HiddenBudget(0, 0, folder))}
         self.replayed: list[int] = []
         self.is_closed = False
 
-    def replay(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+    def advance(self, layer: int, tensors: Mapping[str, Tensor], path: None) -> None:
         self.replayed.append(layer)
 
     def close(self) -> None:

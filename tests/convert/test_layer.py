@@ -21,6 +21,7 @@ from nvquant.errors import CheckFailed, NvquantError
 from nvquant.format.blocks import NonFiniteError
 from nvquant.plan.plan import Plan
 from nvquant.quantizers import get_quantizer
+from nvquant.quantizers.base import GroupInputs
 from nvquant.recipe.groups import FusedGroup
 from nvquant.recipe.load import load_recipe
 from nvquant.recipe.schema import KvCache
@@ -34,7 +35,9 @@ SHA256 = "5" * 64
 
 
 class Walked:
-    """In the place of a walk: ones enter every group that is to be observed, or `value`."""
+    """In the place of a walk in one lane: ones enter every group that is to be observed, or `value`."""
+
+    has_quantized = False
 
     def __init__(self, value: float = 1.0) -> None:
         self.value = value
@@ -54,7 +57,7 @@ class Walked:
             cols = tensors[f"{group.members[0]}.weight"].shape[1]
             found[group.name].observe({"source": torch.full((1, 5, cols), self.value)})
             found[group.name].commit()
-        seen = Observed(found, {site: KeyValueAmax() for site in cached})
+        seen = Observed(found, {site: KeyValueAmax() for site in cached}, list(found))
         for amax in seen.cached.values():
             amax.observe({"source": torch.full((1, 2, 5, 16), -self.value)})
             amax.commit()
@@ -127,7 +130,8 @@ def test_every_group_is_quantized_with_its_statistics(tiny: TinyModels, quantize
     assert walk.asked == [(LAYER, [group.name for group in groups_of(plan)], "mean_square" in chosen.needs)]
     ranges = walk.observe(LAYER, layer.tensors, groups_of(plan), "mean_square" in chosen.needs).inputs
     for group in groups_of(plan):
-        wanted = quantize_group(plan, group, layer.tensors, ranges[group.name].result(group.name), chosen)
+        inputs = GroupInputs(ranges[group.name].result(group.name))
+        wanted = quantize_group(plan, group, layer.tensors, inputs, chosen)
         assert all(torch.equal(made.made[name], tensor) for name, tensor in wanted.tensors.items())
         found = made.record.groups[group.name]
         assert found == wanted.record

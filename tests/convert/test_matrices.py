@@ -23,6 +23,7 @@ from nvquant.format.fp8 import fp8_scale, quantize_rows
 from nvquant.format.scales import global_scale
 from nvquant.plan.plan import Plan
 from nvquant.quantizers import get_quantizer
+from nvquant.quantizers.base import GroupInputs
 from nvquant.recipe.groups import FusedGroup
 from support.conversions import COMPRESSED_TENSORS, MODELOPT, TinyModels, planned, raw
 from torch import Tensor
@@ -46,7 +47,8 @@ def weights_of(plan: Plan, group: FusedGroup) -> dict[str, Tensor]:
 
 
 def made(plan: Plan, group: FusedGroup, quantizer: str = "rtn", inputs: InputStatistics | None = None) -> GroupOutput:
-    return quantize_group(plan, group, weights_of(plan, group), inputs, get_quantizer(quantizer))
+    statistics = None if inputs is None else GroupInputs(inputs)
+    return quantize_group(plan, group, weights_of(plan, group), statistics, get_quantizer(quantizer))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

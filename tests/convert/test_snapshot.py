@@ -39,8 +39,8 @@ def at_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 class Run:
     """A calibrated conversion of a tiny model, which may be ended behind a few layers."""
 
-    def __init__(self, source: Path, folder: Path) -> None:
-        self.source = source
+    def __init__(self, source: Path, folder: Path, quantizer: str = "mse") -> None:
+        self.source, self.quantizer = source, quantizer
         self.output = folder / "out"
         self.state = partial_folder(self.output) / STATE_FOLDER
         self._calibration = calibration_of(source, write_ids(folder / "ids.jsonl", random_samples()))
@@ -54,7 +54,7 @@ class Run:
             if stop_after is not None and now.layers_skipped * TOKENS + now.tokens_done > stop_after * TOKENS:
                 stop.number = signal.SIGTERM
 
-        options = ConvertOptions(output or self.output, "mse", progress=sink, trace=self.trace, stop=stop)
+        options = ConvertOptions(output or self.output, self.quantizer, progress=sink, trace=self.trace, stop=stop)
         return convert(planned(self.source), options, self._calibration)
 
     def end_early(self) -> None:
@@ -199,25 +199,28 @@ def test_hidden_states_come_back_bit_for_bit_wherever_they_wait(
     journal = Journal(tmp_path)
     journal.begin({})
     taken = hidden_states(values, budgets[0], tmp_path)
-    Snapshots(journal, Trace(), is_used=True).consider(4, taken)
+    other = hidden_states([-value for value in values], budgets[0], tmp_path)
+    Snapshots(journal, Trace(), is_used=True).consider(4, {"source": taken, "quantized": other})
     restoring = Snapshots(journal, Trace(), is_used=True)
     assert restoring.find(before=4) is None
     assert restoring.find(before=5) == 4
-    restored = hidden_states([torch.zeros_like(value) for value in values], budgets[1], tmp_path)
+    zeros = [torch.zeros_like(value) for value in values]
+    restored = {lane: hidden_states(zeros, budgets[1], tmp_path) for lane in ("source", "quantized")}
     restoring.restore(restored)
     for at, value in enumerate(values):
-        assert torch.equal(restored.fetch(at), value)
+        assert torch.equal(restored["source"].fetch(at), value)
+        assert torch.equal(restored["quantized"].fetch(at), -value)
         assert torch.equal(taken.fetch(at), value)
-    taken.close()
-    restored.close()
+    for states in (taken, other, *restored.values()):
+        states.close()
 
 
 def test_snapshots_that_are_not_to_be_used_are_neither_taken_nor_found(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.begin({})
     states = hidden_states([torch.ones(1, 4, 16)], 1 << 20, tmp_path)
-    Snapshots(journal, Trace(), is_used=False).consider(0, states)
+    Snapshots(journal, Trace(), is_used=False).consider(0, {"source": states})
     assert not (journal.folder / RECORD_NAME).exists()
-    Snapshots(journal, Trace(), is_used=True).consider(0, states)
+    Snapshots(journal, Trace(), is_used=True).consider(0, {"source": states})
     assert (journal.folder / RECORD_NAME).exists()
     assert Snapshots(journal, Trace(), is_used=False).find(before=1) is None

@@ -65,6 +65,7 @@ from nvquant.convert.matrices import group_scalars, quantize_group
 from nvquant.errors import InputError
 from nvquant.plan.forecast import census
 from nvquant.quantizers import get_quantizer
+from nvquant.quantizers.base import GroupInputs
 from nvquant.quantizers.mse import sweep_blocks
 from nvquant.recipe.load import load_recipe, shipped_recipes
 from support import emulation, synthetic_gemma4
@@ -287,7 +288,7 @@ def test_a_matrix_that_is_k_and_v_is_weighed_by_its_input_alone(tiny: TinyModels
     weights = {f"{member}.weight": plan.source.read(f"{member}.weight") for member in group.members}
     squares = torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     quantizer = get_quantizer("mse")
-    done = quantize_group(plan, group, weights, InputStatistics(1.0, 1.0, squares, 10), quantizer)
+    done = quantize_group(plan, group, weights, GroupInputs(InputStatistics(1.0, 1.0, squares, 10)), quantizer)
     name = group.members[1]
     scale = group_scalars(plan, group, done.record, quantizer)[f"{name}.weight_global_scale"].reshape(())
     alone = sweep_blocks(weights[f"{name}.weight"], scale, squares)

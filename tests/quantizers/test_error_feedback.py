@@ -57,9 +57,7 @@ def reference(weight: Tensor, gram: Tensor, scale: Tensor) -> Tensor:
     return result[:, order.argsort()]
 
 
-def try_step(
-    weight: Tensor, hessian: Tensor, at: int, code: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def try_step(weight: Tensor, hessian: Tensor, at: int, code: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A block under one scale for each row: the cost of each row, its rounded values, all columns after the updates."""
     step = (decode_e4m3(code.to(torch.uint8)) / scale).double()
     left, cost, values = weight.clone(), torch.zeros(len(weight), dtype=torch.float64), []

@@ -10,19 +10,22 @@ from nvquant.format.blocks import quantize_blocks, weight_amax
 from nvquant.format.scales import global_scale
 from nvquant.format.schemes import NVFP4, SCHEMES
 from nvquant.quantizers import QUANTIZERS, get_quantizer, quantizer_for
+from nvquant.quantizers.base import GroupInputs
 from nvquant.recipe.matrices import Matrix
 
 
 def test_quantizers_declare_what_they_need_and_what_verify_may_recompute() -> None:
-    assert list(QUANTIZERS) == ["rtn", "mse"]
+    assert list(QUANTIZERS) == ["rtn", "mse", "gptq"]
     found = {name: (q.name, q.claim.headroom, set(q.needs), q.lane, q.by_site) for name, q in QUANTIZERS.items()}
     assert found == {
         "rtn": ("rtn", 1.0, set(), "source", False),
         "mse": ("mse", 2.0, {"mean_square"}, "source", False),
+        "gptq": ("gptq", 2.0, {"mean_square", "moments"}, "quantized", True),
     }
-    assert {name: list(q.claim.scale_offsets) for name, q in QUANTIZERS.items()} == {
-        "rtn": [0],
-        "mse": list(range(-2, 8)),
+    assert {name: (q.claim.codes, q.claim.scale_offsets) for name, q in QUANTIZERS.items()} == {
+        "rtn": ("nearest", range(1)),
+        "mse": ("nearest", range(-2, 8)),
+        "gptq": ("any", None),
     }
     assert get_quantizer("mse") is QUANTIZERS["mse"]
 
@@ -37,8 +40,8 @@ def test_every_scheme_has_a_quantizer_whatever_the_recipe_chooses() -> None:
 
 
 def test_an_unknown_quantizer_is_refused_with_the_ones_that_exist() -> None:
-    with pytest.raises(InputError, match=r"^quantizer 'gptq' does not exist: choose rtn or mse\.$") as caught:
-        get_quantizer("gptq")
+    with pytest.raises(InputError, match=r"^quantizer 'best' does not exist: choose rtn, mse or gptq\.$") as caught:
+        get_quantizer("best")
     assert caught.value.exit_code == 2
 
 
@@ -47,7 +50,7 @@ def test_rtn_is_the_reference_and_does_not_look_at_inputs() -> None:
     weights = [torch.randn(32, 64, generator=generator), 3 * torch.randn(16, 64, generator=generator)]
     group = [Matrix(name, name, NVFP4, len(w), 64, "g", "g", "g") for name, w in zip("ab", weights, strict=True)]
     amax = max(weight_amax(weight) for weight in weights)
-    for inputs in (None, InputStatistics(1.0, 0.5, torch.rand(64, dtype=torch.float64), 4)):
+    for inputs in (None, GroupInputs(InputStatistics(1.0, 0.5, torch.rand(64, dtype=torch.float64), 4))):
         found = get_quantizer("rtn").quantize(group, weights, inputs)
         assert found.amax == float(amax)
         for matrix, weight in zip(group, weights, strict=True):
