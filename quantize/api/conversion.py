@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from .. import __version__
 from ..errors import InputError, unknown_name
+from ..plan.calibration import calibration_size
 from ..recipe.schema import Recipe
 from .inputs import AnyPath, Say, as_recipe, make_plan, named, resolve_device
 
@@ -90,12 +91,17 @@ class Conversion:
         recipe = as_recipe(request.recipe)
         pin = partial(_where_it_began, request, recipe.name, say)
         self.plan = make_plan(
-            str(request.model), recipe, request.format, request.revision, request.low_disk, pin, say=say
+            str(request.model),
+            recipe,
+            request.format,
+            request.revision,
+            request.low_disk,
+            pin,
+            request.quantizer,
+            say=say,
         )
-        from ..quantizers import get_quantizer
         from ..stream.trace import prepare_folder
 
-        self._quantizer = get_quantizer(request.quantizer or recipe.quantizer).name
         self.target = _output_of(request, self.plan.source.name, recipe.name)
         self.is_first = True
         if request.profile is not None:
@@ -128,7 +134,7 @@ class Conversion:
         loaded = self._load(trace) if plan.needs_calibration else None
         sizes = (request.batch_size, request.memory_budget)
         options = ConvertOptions(
-            self.target, self._quantizer, device, *sizes, restart=request.restart, stop=stop, ranks=ranks, trace=trace
+            self.target, plan.quantizer, device, *sizes, restart=request.restart, stop=stop, ranks=ranks, trace=trace
         )
         result = self._execute(options, loaded, display)
         if request.profile is not None and self.is_first:
@@ -154,7 +160,7 @@ class Conversion:
         from ..format.native import TARGETS
 
         where = f"{device}, {ranks.size} ranks" if ranks.size > 1 else device
-        how = f"recipe {self.plan.recipe.name}, {self._quantizer}, {self.plan.layout.name}"
+        how = f"recipe {self.plan.recipe.name}, {self.plan.quantizer}, {self.plan.layout.name}"
         self._say(f"nvquant {__version__}: {named(self.plan)} -> {self.target}, {how}, {where}")
         if device == "cpu" and not TARGETS:
             self._say("The compiled CPU kernels are not installed. PyTorch computes the same bytes more slowly.")
@@ -165,12 +171,13 @@ class Conversion:
         from ..checkpoint.hub.errors import HubError
 
         request, default = self._request, self.plan.recipe.calibration
+        size = calibration_size(self.plan, request.samples, request.sequence_length)
         load = partial(
             load_calibration,
             model_folder=self.plan.source.folder,
             config=self.plan.source.config,
-            samples=request.samples or default.samples,
-            sequence_length=request.sequence_length or default.sequence_length,
+            samples=size.samples,
+            sequence_length=size.sequence_length,
             seed=request.seed,
         )
         with trace.span("samples"):

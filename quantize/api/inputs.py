@@ -43,6 +43,17 @@ def as_layout(name: str) -> Layout:
     return LAYOUTS[name]
 
 
+def as_quantizer(name: str | None, recipe: Recipe) -> str:
+    """The name of a quantizer that exists: the given one, or the recipe's.
+
+    Raises:
+        InputError: no quantizer has that name.
+    """
+    from ..quantizers import get_quantizer
+
+    return get_quantizer(name or recipe.quantizer).name
+
+
 def resolve_device(device: str) -> str:
     """The device of this name for torch. `auto` is a GPU if there is one.
 
@@ -123,19 +134,21 @@ def make_plan(
     revision: str | None = None,
     low_disk: bool = False,
     pin: Pin = lambda remote: remote,
+    quantizer: str | None = None,
     *,
     say: Say,
 ) -> Plan:
     """Open MODEL (see `open_model`), load the recipe, compute the plan.
 
     Args:
+        quantizer: its name. None for the recipe's.
         say: called with a sentence about an adapter beside the model.
     Raises:
         InputError: see `open_model`, `load_recipe` and `compute_plan`.
     """
     found, layout = as_recipe(recipe), as_layout(format_name)
     source, name = open_source(model, revision, low_disk, pin, say=say)
-    return compute_plan(source, found, layout, name)
+    return compute_plan(source, found, layout, name, as_quantizer(quantizer, found))
 
 
 def open_source(

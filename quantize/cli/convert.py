@@ -17,6 +17,7 @@ from .options import (
     format_option,
     output_options,
     parse_bytes,
+    quantizer_option,
     recipe_option,
     revision_option,
 )
@@ -50,7 +51,7 @@ Examples:
     show_default="MODEL-RECIPE in the current folder",
 )
 @format_option
-@click.option("--quantizer", help="Override the recipe's quantizer with mse, rtn or gptq.")
+@quantizer_option
 @click.option(
     "--calibration",
     help="Calibrate with a shipped set, a Hub data set, a .txt/.jsonl/.parquet/.csv file, or token ids.",
@@ -153,6 +154,12 @@ def _say(result: ConvertResult, profile: Path | None, out: Output) -> None:
         out.say(f"Profile: {profile / 'phases.txt'}, and {profile / 'trace.json'} for ui.perfetto.dev")
     if result.was_finished:
         out.say("An equal run has already written this output. To rebuild it, use --restart.")
+    feedback = result.error_feedback
+    if feedback is not None and (feedback["more_damping"] or feedback["outgrown"]):
+        out.say(
+            f"Of {feedback['groups']:,} fused groups, {feedback['more_damping']:,} needed more damping, and in "
+            f"{feedback['outgrown']:,} of them {feedback['outgrown_blocks']:,} blocks outgrew the largest block scale."
+        )
     if result.marlin_flushed_blocks:
         from ..format.marlin import RULE_READ_FROM
 

@@ -40,6 +40,11 @@ def format_option(function: F) -> F:
     )(function)
 
 
+def quantizer_option(function: F) -> F:
+    """`--quantizer`."""
+    return click.option("--quantizer", help="Override the recipe's quantizer with mse, rtn or gptq.")(function)
+
+
 def output_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--json`. The command gets an `Output` as its argument `out`."""
     return _with_output(function, has_quiet=False)

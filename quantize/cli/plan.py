@@ -8,11 +8,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..api.inputs import named, open_source
+from ..api.inputs import as_quantizer, named, open_source
 from ..calibrate.tokenizer_files import missing_packages
 from ..checkpoint.source import Checkpoint
 from ..errors import InputError, NvquantError
 from ..format.layouts import LAYOUTS
+from ..plan.calibration import CalibrationSize, calibration_size
 from ..plan.conversion import Conversion, forecast_conversion
 from ..plan.conversion import as_json as time_document
 from ..plan.forecast import Memory, census, fits, forecast_memory, serving_bytes
@@ -29,6 +30,7 @@ from .options import (
     debug_option,
     format_option,
     output_option,
+    quantizer_option,
     recipe_option,
     revision_option,
 )
@@ -50,6 +52,7 @@ Examples:
 @click.argument("model")
 @recipe_option
 @format_option
+@quantizer_option
 @serving_options
 @calibration_options
 @click.option("--gpu/--no-gpu", default=True, help="Forecast the conversion's memory with or without a GPU.")
@@ -63,6 +66,7 @@ def command(
     model: str,
     recipe_name: str,
     format_name: str,
+    quantizer: str | None,
     context: int | None,
     users: int | None,
     kv_cache: str | None,
@@ -91,21 +95,21 @@ def command(
     if serving is not None and not is_needed and serving.refuses(recipe.name):
         _only_serving(serving, source, name, out)
         return
-    plan = compute_plan(source, recipe, LAYOUTS[format_name], name)
+    plan = compute_plan(source, recipe, LAYOUTS[format_name], name, as_quantizer(quantizer, recipe))
     from ..convert.checks import check_conversion
 
     check_conversion(plan)
     if source.hub is not None:
         out.say(named(plan))
-    calibration = recipe.calibration
-    sizes = (samples or calibration.samples, sequence_length or calibration.sequence_length, batch_size)
+    size = calibration_size(plan, samples, sequence_length)
+    sizes = (size.samples, size.sequence_length, batch_size)
     if machine is not None and machine.gpu is not None and not gpu:
         raise InputError(f"--no-gpu and --on {on} contradict each other", where="--no-gpu", hint="Drop one of them")
     memory = forecast_memory(plan, *sizes, gpu=gpu if machine is None else machine.gpu is not None)
     conversion = None if machine is None else forecast_conversion(plan, machine, *sizes, usd_per_hour=price)
     out.report(
-        lambda: _document(plan, memory, conversion, serving),
-        lambda: _print(plan, memory, conversion, serving, price, out),
+        lambda: _document(plan, size, memory, conversion, serving),
+        lambda: _print(plan, size, memory, conversion, serving, price, out),
     )
 
 
@@ -120,8 +124,11 @@ def _only_serving(serving: Serving, source: Checkpoint, name: str, out: Output) 
     out.report(lambda: {"model": name, "commit": commit, "serving": serving_document(serving)}, words)
 
 
-def _document(plan: Plan, memory: Memory, conversion: Conversion | None, serving: Serving | None) -> dict[str, Any]:
+def _document(
+    plan: Plan, size: CalibrationSize, memory: Memory, conversion: Conversion | None, serving: Serving | None
+) -> dict[str, Any]:
     document = plan_document(plan, memory)
+    document["calibration"] = asdict(size) if plan.needs_calibration else None
     cost = head_cost(plan)
     document["head"] = None if cost is None else asdict(cost)
     document["time"] = None if conversion is None else time_document(conversion)
@@ -133,6 +140,7 @@ def _document(plan: Plan, memory: Memory, conversion: Conversion | None, serving
 
 def _print(
     plan: Plan,
+    size: CalibrationSize,
     memory: Memory,
     conversion: Conversion | None,
     serving: Serving | None,
@@ -151,6 +159,8 @@ def _print(
     cost = head_cost(plan)
     if cost is not None:
         out.tell(cost.words)
+    if plan.needs_calibration:
+        out.tell(f"Calibration takes {size.words}.")
     if conversion is None:
         out.tell(
             f"Conversion needs up to {gigabytes(memory.host_bytes)} of host memory and "
@@ -163,7 +173,7 @@ def _print(
     else:
         print_serving(serving, out, () if conversion.machine.gpu is None else (conversion.machine.gpu,))
     if conversion is not None:
-        print_conversion(conversion, plan.recipe.quantizer, price, out)
+        print_conversion(conversion, plan.quantizer, price, out)
     packages = _missing_packages(plan)
     if packages:
         out.tell(f"Calibration on text requires {' and '.join(packages)}: run `pip install {' '.join(packages)}`.")
@@ -200,5 +210,5 @@ def _smaller_plan(plan: Plan, name: str) -> Plan | None:
         check_patterns(other)
     except NvquantError:  # a model that this recipe does not fit
         return None
-    is_alike = other.needs_calibration == plan.needs_calibration
+    is_alike = other.has_calibrated_scales == plan.has_calibrated_scales
     return other if is_alike and other.tensor_bytes < plan.tensor_bytes else None

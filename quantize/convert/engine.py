@@ -193,10 +193,7 @@ class Engine:
     def _walk(self, calibration: CalibrationSet, layers: list[int], snapshots: Snapshots) -> Iterator[CalibrationWalk]:
         """This rank's batches, ready to enter the first of `layers`."""
         folder = self._journal.folder
-        has_quantized = self._quantizer.lane == "quantized"
-        walk = open_walk(
-            self._plan, calibration, self._options, self._dtype, folder, self._watch, len(layers), has_quantized
-        )
+        walk = open_walk(self._plan, calibration, self._options, self._dtype, folder, self._watch, len(layers))
         try:
             if layers[0] != next(iter(self._shards)):
                 snapshots.restore(walk.hidden)

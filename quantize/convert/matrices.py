@@ -101,6 +101,8 @@ def quantize_group(
         facts["input"] = input_record(plan, scheme, inputs.ranges)
     if scheme.has_block_scales:
         facts["marlin_flushed_blocks"] = count_flushed_blocks(histogram)
+    if made.feedback is not None:
+        facts["feedback"] = made.feedback
     return GroupOutput(tensors, made.parts, GroupRecord(**facts))
 
 

@@ -51,6 +51,9 @@ class ConvertResult:
         phases: seconds by phase, all threads together (docs/profiling.md).
         layers_resumed: decoder layers that an earlier run had finished.
         was_finished: whether an equal run had already written the complete output.
+        error_feedback: None for a quantizer without. Else the numbers of fused groups (`groups`), of those that needed
+            more damping than the quantizer's own (`more_damping`), of those with blocks whose updated weights outgrew
+            the largest block scale (`outgrown`), and of these blocks (`outgrown_blocks`).
     """
 
     output: str
@@ -64,6 +67,7 @@ class ConvertResult:
     marlin_flushed_blocks: int
     layers_resumed: int = 0
     was_finished: bool = False
+    error_feedback: dict[str, int] | None = None
     phases: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..checkpoint.writer import write_json
 from ..errors import CheckFailed, InputError, NvquantError
 from ..plan.plan import Plan
 from ..quantizers import get_quantizer
+from ..quantizers.gptq import GPTQ
 from ..stream.manifest import MANIFEST_NAME, Manifest, Run, ShardRecord, held_to
 from ..stream.memory import peak_gpu_bytes, peak_host_bytes
 from .config import output_configs
@@ -49,11 +50,14 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
     A run that ended early is resumed from its last complete shard, and gives the same bytes.
 
     Args:
-        calibration: None for a weight-only recipe.
+        calibration: None for a plan that needs none.
     Raises:
+        InputError: the plan needs a calibration, and gets none.
         NvquantError: see each stage. Complete shards stay in the partial folder for the next run.
     """
     quantizer = get_quantizer(options.quantizer)
+    plan = replace(plan, quantizer=quantizer.name)
+    _refuse_without_samples(plan, calibration)
     schemes = {matrix.scheme for matrix in plan.matrices.values()}
     with (
         options.trace.span("import"),
@@ -80,7 +84,6 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
                 _leave(plan, options, begun.journal, error)
                 raise
     made = held_to(Manifest, read_json(options.output / MANIFEST_NAME, ""), str(options.output / MANIFEST_NAME))
-    flushed = sum(group.record.marlin_flushed_blocks for group in made.groups.values())
     return ConvertResult(
         output=str(options.output),
         tensors=plan.tensors,
@@ -90,11 +93,26 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
         peak_host_bytes=peak_host_bytes(),
         peak_gpu_bytes=peak_gpu_bytes(),
         calibration=calibration.as_json() if calibration else None,
-        marlin_flushed_blocks=flushed,
+        marlin_flushed_blocks=sum(group.record.marlin_flushed_blocks for group in made.groups.values()),
         layers_resumed=len(plan.layers) if begun.is_finished else _layers_in(begun.done),
         was_finished=begun.is_finished,
+        error_feedback=_error_feedback(made),
         phases={phase: round(seconds, 3) for phase, seconds in options.trace.phases().items()},
     )
+
+
+def _error_feedback(manifest: Manifest) -> dict[str, int] | None:
+    """See `ConvertResult.error_feedback`."""
+    quantizer = get_quantizer(manifest.quantizer)
+    if not isinstance(quantizer, GPTQ):
+        return None
+    records = [group.record.feedback for group in manifest.groups.values() if group.record.feedback is not None]
+    return {
+        "groups": len(records),
+        "more_damping": sum(map(quantizer.has_more_damping, records)),
+        "outgrown": sum(record.outgrown_blocks > 0 for record in records),
+        "outgrown_blocks": sum(record.outgrown_blocks for record in records),
+    }
 
 
 @dataclass(frozen=True)
@@ -109,6 +127,15 @@ class _Begun:
     journal: Journal
     done: Mapping[str, ShardRecord]
     is_finished: bool = False
+
+
+def _refuse_without_samples(plan: Plan, calibration: CalibrationSet | None) -> None:
+    if plan.needs_calibration and calibration is None:
+        raise InputError(
+            f"recipe {plan.recipe.name} with quantizer {plan.quantizer} requires calibration samples",
+            where=f"recipe {plan.recipe.name}",
+            hint="give a calibration set, or use recipe nvfp4-a16 with quantizer mse",
+        )
 
 
 def _circumstances(options: ConvertOptions, dtype: torch.dtype, calibration: CalibrationSet | None) -> Run:

@@ -174,7 +174,6 @@ def open_walk(
     folder: Path,
     watch: Watch,
     layers: int,
-    has_quantized: bool,
 ) -> CalibrationWalk:
     """Build the model, and record how it calls its layers with this rank's batches.
 
@@ -182,7 +181,6 @@ def open_walk(
         dtype: of the model's computation.
         folder: for hidden states that fit no memory.
         layers: the number of layers that the batches will go through.
-        has_quantized: whether the quantized path is walked too.
     Raises:
         InputError, EnvironmentLack: see `build_skeleton` and `Walk.lane`, or the config describes other layers.
     """
@@ -198,18 +196,18 @@ def open_walk(
                 hint="download the model again",
             )
     mine = ranks.split(make_batches(calibration.samples, options.batch_size))[ranks.rank]
-    watch.expect_tokens(sum(batch.numel() for batch in mine) * layers * _passes(plan, has_quantized))
-    names = (SOURCE, QUANTIZED) if has_quantized else (SOURCE,)
+    watch.expect_tokens(sum(batch.numel() for batch in mine) * layers * _passes(plan))
+    names = (SOURCE, QUANTIZED) if plan.has_two_lanes else (SOURCE,)
     with ranks.step():
         budget = hidden_budget(plan, mine, options, folder, len(names))
         walk = Walk(skeleton, mine, trace.timed, watch.before_batch)
         lanes = [walk.lane(name, budget) for name in names]
-        return CalibrationWalk(walk, *lanes) if has_quantized else CalibrationWalk(walk, lanes[0], None)
+        return CalibrationWalk(walk, lanes[0], lanes[1] if plan.has_two_lanes else None)
 
 
-def _passes(plan: Plan, has_quantized: bool) -> int:
+def _passes(plan: Plan) -> int:
     """About how often each lane's batches go through a layer, all lanes together."""
-    if not has_quantized:
+    if not plan.has_two_lanes:
         return 1
     sites = sum(group.name.startswith(f"{plan.prefix}.") for group in plan.groups)
     return 3 + 2 * -(-sites // len(plan.layers))  # observed once, then both lanes up to each site, then both behind it

@@ -143,4 +143,4 @@ def _convert(plan: Plan, output: Path, sink: ProgressSink) -> ConvertResult:
             sequence_length=SEQUENCE_LENGTH,
             seed=0,
         )
-    return convert(plan, ConvertOptions(output, plan.recipe.quantizer, progress=sink), calibration)
+    return convert(plan, ConvertOptions(output, plan.quantizer, progress=sink), calibration)

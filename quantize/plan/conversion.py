@@ -51,7 +51,7 @@ def forecast_conversion(
         usd_per_hour: the price of the machine with all its GPUs.
     """
     work = measure_work(plan, samples, sequence_length, batch_size)
-    times = forecast_times(work, plan.recipe.quantizer, machine)
+    times = forecast_times(work, plan.quantizer, machine)
     memory, fits = _memory(plan, work, machine)
     cost = None if usd_per_hour is None else times.total_seconds / 3600 * usd_per_hour
     return Conversion(machine, work, times, memory, fits, disk_bytes(work, machine), cost)

@@ -21,7 +21,7 @@ from ..recipe.kv_cache import Attention, Half, attention_modules, scale_names
 from ..recipe.match import Selection, select
 from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import Role
-from ..recipe.schema import Recipe
+from ..recipe.schema import ON_QUANTIZED_PATH, Recipe
 from .heads import refuse_other_head
 from .quantized_source import refuse_quantized
 
@@ -87,6 +87,7 @@ class Plan:
         cached: the attention modules that get scales for the KV cache.
         shards: the output files, in the order of their names.
         prefix: the text before a layer's number in the source's names.
+        quantizer: its name.
     """
 
     model: str
@@ -100,6 +101,7 @@ class Plan:
     origins: Mapping[str, Origin]
     shards: tuple[PlannedShard, ...]
     prefix: str
+    quantizer: str
 
     @property
     def tensors(self) -> int:
@@ -118,10 +120,30 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
+        """Whether the conversion has to see inputs of matrices, or keys and values."""
+        return self.has_calibrated_scales or self.has_two_lanes
+
+    @property
+    def has_calibrated_scales(self) -> bool:
         """Whether servers round the inputs of any matrix, or keys and values, under a stored scale that no norm gives,
         as it does for the head."""
-        inner = (matrix for matrix in self.matrices.values() if matrix is not self.head)
-        return bool(self.cached) or any(matrix.scheme.inputs == "calibrated" for matrix in inner)
+        return bool(self.cached) or any(matrix.scheme.inputs == "calibrated" for matrix in self.inner_matrices)
+
+    @property
+    def has_two_lanes(self) -> bool:
+        """Whether the calibration also walks the quantized path, whose inputs the quantizer sees."""
+        return self.quantizer in ON_QUANTIZED_PATH and bool(self.solved_groups)
+
+    @property
+    def solved_groups(self) -> list[FusedGroup]:
+        """The fused groups of decoder layers with a choice of block scales, which is for the quantizer of the run."""
+        inner = {matrix.name for matrix in self.inner_matrices if matrix.scheme.has_block_scales}
+        return [group for group in self.groups if group.members[0] in inner]
+
+    @property
+    def inner_matrices(self) -> list[Matrix]:
+        """The matrices to quantize in decoder layers: all but the head."""
+        return [matrix for matrix in self.matrices.values() if matrix is not self.head]
 
     @property
     def head(self) -> Matrix | None:
@@ -167,9 +189,11 @@ class Plan:
         return layers
 
 
-def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str) -> Plan:
+def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str, quantizer: str | None = None) -> Plan:
     """Plan the conversion of a checkpoint. It reads no weight but a head that is stored although the config ties it.
 
+    Args:
+        quantizer: its name. None for the recipe's.
     Raises:
         InputError: the source is quantized already, its stored head contradicts its config, it lacks code that its
             auto_map names, or the recipe does not fit it (see `recipe.match.select`).
@@ -197,7 +221,8 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str)
     cached = _cached(recipe, selection, source.config, prefix, model)
     origins, entries = _outputs(infos, matrices, layout, selection, cached)
     shards = _shards(entries, origins, prefix, selection)
-    return Plan(model, source, recipe, layout, selection, matrices, selection.groups, cached, origins, shards, prefix)
+    facts = (matrices, selection.groups, cached, origins, shards, prefix, quantizer or recipe.quantizer)
+    return Plan(model, source, recipe, layout, selection, *facts)
 
 
 def _cached(

@@ -12,6 +12,7 @@ from ..calibrate.statistics.moments import Moments
 from ..calibrate.statistics.ranges import InputStatistics
 from ..format.schemes import Part
 from ..recipe.matrices import Matrix
+from ..stream.manifest import FeedbackRecord
 
 Need = Literal["mean_square", "moments"]
 """A statistic of the inputs: the mean square of each column, or see `Moments`."""
@@ -53,10 +54,12 @@ class QuantizedGroup:
         amax: the largest magnitude of the group's weights, from which all shared scales follow.
         parts: for each matrix, by name, its tensors that no record of the run holds: all but scalars. They are on the
             weights' device.
+        feedback: the course of error feedback, where the quantizer has any.
     """
 
     amax: float
     parts: Mapping[str, Mapping[Part, Tensor]]
+    feedback: FeedbackRecord | None = None
 
 
 class Quantizer(Protocol):
@@ -68,7 +71,8 @@ class Quantizer(Protocol):
         needs: the statistics of the inputs that `quantize` uses.
         lane: whose inputs the statistics are of.
         by_site: whether the inputs of a group depend on the quantized groups before it in the same layer.
-        claim: see `Claim`.
+        claim: see `Claim`. Of `quantize`.
+        rows_claim: of `quantize_rows`.
     """
 
     @property
@@ -101,6 +105,11 @@ class Quantizer(Protocol):
         """See the class."""
         ...
 
+    @property
+    def rows_claim(self) -> Claim:
+        """See the class."""
+        ...
+
     def quantize(
         self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: GroupInputs | None
     ) -> QuantizedGroup:
@@ -117,8 +126,8 @@ class Quantizer(Protocol):
         ...
 
     def quantize_rows(self, matrix: Matrix, weight: Tensor, amax: Tensor) -> Mapping[Part, Tensor]:
-        """Quantize some rows of a matrix that stands alone, without statistics of its inputs. Together they give what
-        `quantize` gives for the complete matrix.
+        """Quantize some rows of a matrix that stands alone, without statistics of its inputs. Every row depends on
+        itself and `amax` alone.
 
         Args:
             weight: [some rows, cols], finite, bfloat16, float16 or float32.

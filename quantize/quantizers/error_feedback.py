@@ -34,50 +34,55 @@ class Solved:
         packed: uint8 [rows, cols / 2], two E2M1 codes a byte, the even column in the low nibble.
         scales: float8_e4m3fn [rows, cols / 16].
         outgrown: blocks whose updated weights outgrew the largest block scale, and were clipped.
+        damping: the one that succeeded, see `damped_factor`.
     """
 
     packed: Tensor
     scales: Tensor
     outgrown: int
+    damping: float
 
 
 def damped_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """The lower Cholesky factor of a matrix with a part of its mean diagonal added to the diagonal.
 
     Args:
-        gram: float32 [n, n], symmetric. It is not changed.
+        gram: float32 [n, n], symmetric. Its diagonal is changed, because a copy may not fit the memory.
         damping: the part. After a failed factorisation it is ten times as large, four times at most.
     Returns:
         the factor, and the damping that succeeded.
     Raises:
         CheckFailed: no factorisation succeeded.
     """
-    mean = float(gram.diagonal().double().mean()) or 1.0
+    diagonal = gram.diagonal().clone()
+    mean = float(diagonal.double().mean()) or 1.0
     for retry in range(MOST_RETRIES + 1):
         used = damping * RAISED**retry
-        damped = gram.clone()
-        damped.diagonal().add_(used * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        gram.diagonal().copy_(diagonal + used * mean)
+        factor, failed = torch.linalg.cholesky_ex(gram)
         if not int(failed):
             return factor, used
     raise CheckFailed("the Gram matrix of a layer's inputs has no Cholesky factor", hint="use --quantizer mse")
 
 
-def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+def inverse_factor(gram: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
     """U, upper triangular, with UᵀU the inverse of a damped matrix: one factorisation and one triangular inverse.
 
-    With J the reversal of the order, L the factor of J·H·J: U = J·L⁻¹·J.
+    With J the reversal of the order, L the factor of J·H·J: U = J·L⁻¹·J. At most three matrices of the size of `gram`
+    are in memory beside it.
 
     Args:
-        gram, damping: see `damped_factor`, which also has the errors.
+        gram: float32 [n, n], symmetric. It is not changed.
+        order: int64 [n], the order of its rows and columns in H.
+        damping: see `damped_factor`, which also has the errors.
     Returns:
         U, and the damping that succeeded.
     """
-    lower, used = damped_factor(gram.flip(0, 1), damping)
-    inverse = torch.linalg.solve_triangular(
-        lower, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), upper=False
-    )
-    return inverse.flip(0, 1).contiguous(), used  # LAPACK works on columns
+    lower, used = damped_factor(gram[order.flip(0)][:, order.flip(0)], damping)
+    inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).t()  # LAPACK works on columns
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.flip(0, 1).contiguous(), used
 
 
 def column_order(diagonal: Tensor) -> Tensor:
@@ -94,7 +99,7 @@ def column_order(diagonal: Tensor) -> Tensor:
     return (inside + BLOCK * torch.arange(len(blocks), device=diagonal.device).unsqueeze(1))[order].flatten()
 
 
-def round_with_feedback(weight: Tensor, gram: Tensor, scale: Tensor, damping: float) -> tuple[Solved, float]:
+def round_with_feedback(weight: Tensor, gram: Tensor, scale: Tensor, damping: float) -> Solved:
     """Round a matrix to NVFP4 so that its products with the inputs change least.
 
     Args:
@@ -102,14 +107,12 @@ def round_with_feedback(weight: Tensor, gram: Tensor, scale: Tensor, damping: fl
         gram: float32 [cols, cols], the mean of x·xᵀ over the inputs as the server rounds them.
         scale: float32 scalar, the global scale (divisor) of the fused group.
         damping: see `damped_factor`.
-    Returns:
-        codes and scales, and the damping that succeeded.
     Raises:
         CheckFailed: see `damped_factor`.
     """
     cols = weight.shape[1]
     order = column_order(gram.diagonal())
-    upper, used = inverse_factor(gram[order][:, order], damping)
+    upper, used = inverse_factor(gram, order, damping)
     turned = weight.t()[order].contiguous()
     codes = torch.empty(turned.shape, dtype=torch.uint8, device=weight.device)
     scales = torch.empty((cols // BLOCK, weight.shape[0]), dtype=torch.uint8, device=weight.device)
@@ -128,8 +131,8 @@ def round_with_feedback(weight: Tensor, gram: Tensor, scale: Tensor, damping: fl
     place = order.argsort()
     blocks = (order[::BLOCK] // BLOCK).argsort()
     packed = pack_codes(codes[place].t())
-    solved = Solved(packed.contiguous(), scales[blocks].t().contiguous().view(torch.float8_e4m3fn), int(outgrown))
-    return solved, used
+    stored = scales[blocks].t().contiguous().view(torch.float8_e4m3fn)
+    return Solved(packed.contiguous(), stored, int(outgrown), used)
 
 
 def round_block(block: Tensor, upper: Tensor, scale: Tensor) -> FedBack:

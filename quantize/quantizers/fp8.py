@@ -28,6 +28,7 @@ class Fp8Nearest:
     lane: Literal["source", "quantized"] = "source"
     by_site: bool = False
     claim: Claim = CLAIM
+    rows_claim: Claim = CLAIM
 
     def quantize(
         self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: GroupInputs | None

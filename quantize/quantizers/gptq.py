@@ -20,9 +20,11 @@ from ..calibrate.statistics.moments import Moments
 from ..errors import CheckFailed
 from ..format.schemes import NVFP4, NVFP4_A16, Part
 from ..recipe.matrices import Matrix
+from ..stream.manifest import FeedbackRecord
 from .base import Claim, GroupInputs, Need, QuantizedGroup
 from .blocks import BlockScales, group_amax
 from .error_feedback import damped_factor, round_with_feedback
+from .mse import CLAIM as ROWS_CLAIM
 from .mse import sweep_blocks
 
 CLAIM = Claim(headroom=2.0, scale_offsets=None, codes="any")
@@ -44,6 +46,7 @@ class GPTQ:
     lane: Literal["source", "quantized"] = "quantized"
     by_site: bool = True
     claim: Claim = CLAIM
+    rows_claim: Claim = ROWS_CLAIM
     damping: float = 0.03
     pull: float = 0.25
     pull_damping: float = 0.1
@@ -62,25 +65,35 @@ class GPTQ:
         moments = inputs.moments
         weight = torch.cat([weight.float() for weight in weights])
         gram = moments.gram.to(weight.device)
-        target = self.target(weight, gram, moments)
+        target, pull_damping = self.target(weight, gram, moments)
         amax = target.abs().amax()
         scale = BlockScales(self.claim.headroom).global_scale(group[0], amax)
-        solved, _used = round_with_feedback(target, gram, scale, self.damping)
+        solved = round_with_feedback(target, gram, scale, self.damping)
         rows = [matrix.rows for matrix in group]
         parts: dict[str, Mapping[Part, Tensor]] = {
             matrix.name: {"codes": codes, "scales": scales}
             for matrix, codes, scales in zip(group, solved.packed.split(rows), solved.scales.split(rows), strict=True)
         }
-        return QuantizedGroup(float(amax), parts)
+        record = FeedbackRecord(
+            damping=solved.damping,
+            pull_damping=pull_damping,
+            dead_columns=int((gram.diagonal() == 0).sum()),
+            outgrown_blocks=solved.outgrown,
+        )
+        return QuantizedGroup(float(amax), parts, record)
 
-    def target(self, weight: Tensor, gram: Tensor, moments: Moments) -> Tensor:
-        """W*, float32 [rows, cols]."""
+    def has_more_damping(self, record: FeedbackRecord) -> bool:
+        """Whether a factorisation of a group failed until its damping was raised."""
+        return record.damping > self.damping or (record.pull_damping or 0.0) > self.pull_damping
+
+    def target(self, weight: Tensor, gram: Tensor, moments: Moments) -> tuple[Tensor, float | None]:
+        """W*, float32 [rows, cols], and the damping that its factorisation needed. None without a factorisation."""
         if moments.cross is None or not self.pull:
-            return weight
+            return weight, None
         cross = moments.cross.to(weight.device)
         wanted = cross if moments.is_through_weight else weight @ cross
-        factor, _ = damped_factor(gram, self.pull_damping)
-        return weight + self.pull * torch.cholesky_solve(wanted.t(), factor).t()
+        factor, used = damped_factor(gram.clone(), self.pull_damping)
+        return weight + self.pull * torch.cholesky_solve(wanted.t(), factor).t(), used
 
     def quantize_rows(self, matrix: Matrix, weight: Tensor, amax: Tensor) -> Mapping[Part, Tensor]:
         """See `Quantizer.quantize_rows`. Without inputs, the scales of mse are the best."""

@@ -60,6 +60,7 @@ class MSE:
     lane: Literal["source", "quantized"] = "source"
     by_site: bool = False
     claim: Claim = CLAIM
+    rows_claim: Claim = CLAIM
 
     def quantize(
         self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: GroupInputs | None

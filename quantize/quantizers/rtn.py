@@ -39,6 +39,7 @@ class RTN:
     lane: Literal["source", "quantized"] = "source"
     by_site: bool = False
     claim: Claim = CLAIM
+    rows_claim: Claim = CLAIM
 
     def quantize(
         self, group: Sequence[Matrix], weights: Sequence[Tensor], inputs: GroupInputs | None

@@ -14,6 +14,10 @@ from .patterns import PatternError, compiled
 SchemeName = Literal["nvfp4", "nvfp4-a16", "fp8"]
 SELECTORS = ("mlp", "attention")
 HeadName = Literal["bf16", "fp8", "nvfp4"]
+QuantizerName = Literal["rtn", "mse", "gptq"]
+ON_QUANTIZED_PATH: frozenset[str] = frozenset({"gptq"})
+"""The quantizers that see inputs of the quantized path, whatever the scheme."""
+DEFAULT_SAMPLES = 128
 _HEAD_SCHEMES: Mapping[str, SchemeName] = {"fp8": "fp8", "nvfp4": "nvfp4-a16"}
 
 
@@ -98,11 +102,13 @@ class Calibration(_Strict):
 
     Attributes:
         set: a shipped set, a Hub data set or a file.
-        samples, sequence_length: number of samples, and of tokens in each.
+        samples: number of samples. None for `DEFAULT_SAMPLES`, or more where the quantizer needs them
+            (`plan.calibration`).
+        sequence_length: tokens in each.
     """
 
     set: str = "offline"
-    samples: int = Field(default=128, ge=1)
+    samples: int | None = Field(default=None, ge=1)
     sequence_length: int = Field(default=2048, ge=2)
 
 
@@ -140,7 +146,7 @@ class Recipe(_Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str = ""
     quantize: tuple[QuantizeEntry, ...] = Field(min_length=1)
-    quantizer: Literal["mse", "rtn", "gptq"] = "mse"
+    quantizer: QuantizerName = "mse"
     experts: Literal["refuse", "bf16"] = "refuse"
     head: HeadName = "bf16"
     activations: Annotated[Activations, BeforeValidator(_none_is_default)] = Activations()

@@ -111,11 +111,29 @@ class InputRecord(_Form):
     tokens: Natural | None = None
 
 
+class FeedbackRecord(_Form):
+    """The course of error feedback in a fused group.
+
+    Attributes:
+        damping: the part of the Gram matrix's mean diagonal that was added to its diagonal.
+        pull_damping: likewise, for the target. None without a target of its own.
+        dead_columns: columns whose inputs were all zero. They keep their weights.
+        outgrown_blocks: blocks whose updated weights outgrew the largest block scale, and were clipped.
+    """
+
+    damping: Amax
+    pull_damping: Amax | None = None
+    dead_columns: Natural = 0
+    outgrown_blocks: Natural = 0
+
+
 class GroupRecord(_Form):
     """A fused group. A scheme whose inputs need no calibration has no `input`.
 
     Attributes:
+        weight_amax: behind the global scale. With error feedback, it is that of the target, not of the source.
         input_bound: the largest magnitude that the norm before the head can give, behind the head's input scale.
+        feedback: None for a quantizer without error feedback.
     """
 
     scheme: Word
@@ -124,6 +142,7 @@ class GroupRecord(_Form):
     input: InputRecord | None = None
     input_bound: Amax | None = None
     marlin_flushed_blocks: Natural = 0
+    feedback: FeedbackRecord | None = None
 
 
 class CachedRecord(_Form):

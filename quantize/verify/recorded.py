@@ -16,7 +16,7 @@ from ..format.fp8 import fp8_scale
 from ..format.scales import block_scale_bytes, decode_e4m3, global_scale
 from ..format.schemes import INPUT_PARTS, Part, Scheme
 from ..quantizers import QUANTIZERS, quantizer_for
-from ..quantizers.base import Quantizer
+from ..quantizers.base import Claim, Quantizer
 from ..recipe.match import select
 from ..stream.manifest import MANIFEST_NAME, Manifest, RecordedGroup
 from ..stream.scalars import scalar_values
@@ -33,6 +33,12 @@ def own_quantizer(subject: Subject) -> Quantizer | None:
     return QUANTIZERS.get(name) if name is not None else None
 
 
+def claim_of(subject: Subject, group: RecordedGroup, quantizer: Quantizer) -> Claim:
+    """The claim of a quantizer for a recorded group. The head is quantized by rows, without its inputs."""
+    own = quantizer_for(group.record.scheme, quantizer)
+    return own.rows_claim if group.name == subject.head else own.claim
+
+
 def check_manifest(subject: Subject) -> Finding:
     """The manifest is readable, and its format, recipe and groups are those of the tensors."""
     manifest = subject.manifest
@@ -46,7 +52,9 @@ def check_manifest(subject: Subject) -> Finding:
     if manifest.quantizer not in QUANTIZERS:
         faults.append(f"quantizer {manifest.quantizer} is unknown (known: {', '.join(QUANTIZERS)})")
     faults += _unlike_recipe(subject, manifest)
-    is_wanted = any(is_calibrated(subject, group) for group in manifest.groups.values())
+    is_wanted = any(
+        is_calibrated(subject, group) or _has_seen_inputs(subject, group) for group in manifest.groups.values()
+    )
     if (manifest.framing is not None) != (is_wanted or manifest.recipe.kv_cache.has_scales):
         faults.append("calibration is recorded although no group requires it, or missing for groups that do")
     stored = {group.name: group.members for group in subject.groups}
@@ -90,6 +98,8 @@ def _group_faults(subject: Subject, group: RecordedGroup, members: tuple[str, ..
         faults.append(f"{group.name} is stored as {sorted(schemes)}, not {record.scheme}")
     if record.input_bound is not None and (group.name != subject.head or record.input is not None):
         faults.append(f"{group.name}: a bound of its inputs is recorded, which only the head has")
+    if (record.feedback is not None) != _has_seen_inputs(subject, group):
+        faults.append(f"{group.name}: the record of error feedback does not fit the quantizer")
     if (record.input is not None) != is_calibrated(subject, group):
         faults.append(f"{group.name}: input statistics do not fit scheme {record.scheme}")
     files = {subject.checkpoint.files[info.name] for m in members for info in subject.matrices[m].parts.values()}
@@ -105,6 +115,14 @@ def is_calibrated(subject: Subject, group: RecordedGroup) -> bool:
     """Whether a recorded group must have statistics of its inputs. Those of the head have a bound instead."""
     form = form_of(subject, group)
     return form is not None and form.inputs == "calibrated" and group.record.input_bound is None
+
+
+def _has_seen_inputs(subject: Subject, group: RecordedGroup) -> bool:
+    """Whether the quantizer of a recorded group must have seen its inputs, whatever its scheme."""
+    quantizer = own_quantizer(subject)
+    if quantizer is None or group.name == subject.head:
+        return False
+    return "moments" in quantizer_for(group.record.scheme, quantizer).needs
 
 
 def check_input_scales(subject: Subject) -> Finding:
@@ -186,7 +204,7 @@ def _recorded_values(subject: Subject, group: RecordedGroup, quantizer: Quantize
     form = form_of(subject, group)
     if form is None:
         return {}
-    headroom = quantizer_for(form.name, quantizer).claim.headroom
+    headroom = claim_of(subject, group, quantizer).headroom
     values = scalar_values(subject.layout, form, group.record, headroom)
     return {part: float(value) for part, value in values.items()}
 
@@ -202,13 +220,14 @@ def _unequal_scalars(subject: Subject, group: RecordedGroup, expected: Mapping[P
 
 def _unreached_top(subject: Subject, group: RecordedGroup, quantizer: Quantizer) -> list[str]:
     """The block that holds the group's amax has one of the largest scales: about 448 / head-room."""
-    offsets = quantizer.claim.scale_offsets
+    claim = claim_of(subject, group, quantizer)
+    offsets = claim.scale_offsets
     if not group.record.members or not all(module in subject.histograms for module in group.record.members):
         return []
     if offsets is None:
         return []
     amax = torch.tensor(group.record.weight_amax, dtype=torch.float32)
-    nearest = int(block_scale_bytes(amax, global_scale(amax, quantizer.claim.headroom)))
+    nearest = int(block_scale_bytes(amax, global_scale(amax, claim.headroom)))
     histogram = torch.stack([subject.histograms[module] for module in group.record.members]).sum(0)
     present = histogram[:0x7F].nonzero()
     top = int(present[-1]) if len(present) else 0

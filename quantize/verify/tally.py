@@ -46,7 +46,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Neighbouring rows of a matrix: the source's weights in their dtype, and what is stored of them."""
 
     first_row: int
@@ -87,6 +87,7 @@ class Tally:
         error, energy, product: sums of (stored - source)^2, source^2 and stored * source.
         amax: the largest magnitude of the source.
         poor_blocks: blocks beyond the limits of the error.
+        poor_rows, first_row: likewise rows, where they are counted, and the number of the first of them.
         wrong_codes, wrong_scales: their numbers, and the first of them in words.
     """
 
@@ -96,6 +97,8 @@ class Tally:
     product: float = 0.0
     amax: float = 0.0
     poor_blocks: int = 0
+    poor_rows: int = 0
+    first_row: int = 0
     wrong_codes: int = 0
     first_code: str = ""
     wrong_scales: int = 0
@@ -131,12 +134,12 @@ def tally_matrix(subject: Subject, source: Checkpoint, matrix: StoredMatrix, rul
     """
     tally = Tally()
     divisor = subject.divisor(matrix.module)
-    for read in _read(subject.checkpoint, source, matrix):
+    for read in read_matrix(subject.checkpoint, source, matrix):
         found = _compiled(read, divisor, rule)
         if found is not None and not found.unsettled_blocks:
             tally.add(found, read.scales.numel())
             continue
-        for strip in _strips(read):
+        for strip in strips_of(read):
             step = decode_e4m3(strip.scales) / divisor
             _tally_errors(tally, strip, step)
             if rule is not None:
@@ -145,16 +148,17 @@ def tally_matrix(subject: Subject, source: Checkpoint, matrix: StoredMatrix, rul
     return tally
 
 
-def _read(checkpoint: Checkpoint, source: Checkpoint, matrix: StoredMatrix) -> Iterator[_Rows]:
+def read_matrix(checkpoint: Checkpoint, source: Checkpoint, matrix: StoredMatrix) -> Iterator[Rows]:
+    """A matrix with block scales and the source's tensor, some complete rows at a time."""
     height = max(1, READ_ELEMENTS // matrix.cols)
     for first in range(0, matrix.rows, height):
         rows = range(first, min(matrix.rows, first + height))
         weight = read_rows(source, f"{matrix.module}.weight", rows)
         packed, scales = (read_rows(checkpoint, matrix.parts[part].name, rows) for part in ("codes", "scales"))
-        yield _Rows(first, weight, packed, scales.view(torch.uint8))
+        yield Rows(first, weight, packed, scales.view(torch.uint8))
 
 
-def _compiled(read: _Rows, divisor: Tensor, rule: Rule | None) -> Compared | None:
+def _compiled(read: Rows, divisor: Tensor, rule: Rule | None) -> Compared | None:
     """The counts of the compiled kernel. None where it is missing, or the stored divisor is not the rule's, whose codes
     it would expect."""
     made_from = divisor if rule is None else rule.divisor
@@ -167,7 +171,8 @@ def _compiled(read: _Rows, divisor: Tensor, rule: Rule | None) -> Compared | Non
     )
 
 
-def _strips(read: _Rows) -> Iterator[Strip]:
+def strips_of(read: Rows) -> Iterator[Strip]:
+    """Strips of complete rows, decoded but for their scales."""
     cols = read.weight.shape[1]
     height = max(1, STRIP_ELEMENTS // cols)
     for first in range(0, len(read.weight), height):

@@ -138,7 +138,7 @@ def test_an_unknown_recipe_names_those_that_ship(refused: Refused, model: Path) 
         ("name: own\nquantize: [", "own.yaml:2: the text is not YAML"),
         (
             "name: own\nquantizer: best\nquantize:\n  - modules: [mlp]\n    scheme: nvfp4\n",
-            "own.yaml:2: key 'quantizer': input should be 'mse', 'rtn' or 'gptq'",
+            "own.yaml:2: key 'quantizer': input should be 'rtn', 'mse' or 'gptq'",
         ),
     ],
 )

@@ -67,6 +67,10 @@ def written_layers(output: Path) -> list[str]:
         (3, "gemma4", {"recipe": "nvfp4-a16", "quantizer": "rtn", "layout": MODELOPT}),
         (2, "llama", {"quantizer": "mse", "batch_size": 2}),
         (3, "gemma4", {"quantizer": "rtn", "batch_size": 2, "layout": MODELOPT}),
+        (2, "llama", {"quantizer": "gptq"}),
+        (3, "gemma4", {"quantizer": "gptq", "layout": MODELOPT}),
+        (2, "gemma4_e2b", {"quantizer": "gptq", "batch_size": 2}),
+        (3, "llama", {"recipe": "nvfp4-a16", "quantizer": "gptq"}),
     ],
 )
 def test_every_byte_is_that_of_one_process(
@@ -93,7 +97,7 @@ def test_one_rank_keeps_its_own_statistic() -> None:
     assert Ranks().merged(kept) is kept
 
 
-@pytest.mark.parametrize("quantizer", ["rtn", "mse"])
+@pytest.mark.parametrize("quantizer", ["rtn", "mse", "gptq"])
 def test_ranks_without_a_sequence_of_their_own_do_no_harm(
     launch: WarmRanks, tiny: TinyModels, tmp_path: Path, quantizer: str
 ) -> None:

@@ -59,11 +59,13 @@ class Conversion:
     def run(self, **choices: Any) -> ConvertResult:
         chosen = self.choices | choices
         source = chosen.get("source", self.source)
-        plan = planned(source, chosen.get("recipe", "nvfp4-full"), chosen.get("layout", COMPRESSED_TENSORS))
+        quantizer = chosen.get("quantizer", "rtn")
+        layout = chosen.get("layout", COMPRESSED_TENSORS)
+        plan = planned(source, chosen.get("recipe", "nvfp4-full"), layout, quantizer)
         samples: list[Tensor] = chosen.get("samples", random_samples((12, 12, 20)))
         calibration = calibration_of(source, write_ids(self._ids, samples)) if plan.needs_calibration else None
         names = ("batch_size", "restart", "progress")
-        options = ConvertOptions(chosen.get("output", self.output), chosen.get("quantizer", "rtn"))
+        options = ConvertOptions(chosen.get("output", self.output), quantizer)
         return convert(plan, replace(options, **{name: chosen[name] for name in names if name in chosen}), calibration)
 
     def end_early(self, layers: int = 1, **choices: Any) -> None:
@@ -94,12 +96,13 @@ def llama(tmp_path: Path) -> Conversion:
 
 
 TIED = ["llama", "gemma4", "gemma4_e2b", "gemma4_text", "gemma2"]
+GPTQ = [("llama", "gptq"), ("gemma4", "gptq"), ("gemma4_e2b", "gptq")]
 
 
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize(("name", "quantizer"), [*((name, "rtn") for name in TIED), *GPTQ])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_run_goes_on_behind_the_layers_that_are_whole(tmp_path: Path, name: str, layers: int) -> None:
-    conversion = Conversion(WRITERS[name](tmp_path / "source"), tmp_path)
+def test_a_run_goes_on_behind_the_layers_that_are_whole(tmp_path: Path, name: str, quantizer: str, layers: int) -> None:
+    conversion = Conversion(WRITERS[name](tmp_path / "source"), tmp_path, quantizer=quantizer)
     expected = conversion.undisturbed()
     conversion.end_early(layers)
     kept = {file: file.stat().st_mtime_ns for file in map(conversion.shard, range(layers))}
@@ -118,14 +121,15 @@ def test_a_run_goes_on_behind_the_layers_that_are_whole(tmp_path: Path, name: st
 
 @pytest.mark.parametrize("recipe", ["nvfp4-a16", "nvfp4"])
 @pytest.mark.parametrize("layout", [COMPRESSED_TENSORS, MODELOPT])
-def test_other_recipes_and_layouts_go_on_too(tmp_path: Path, recipe: str, layout: str) -> None:
-    choices = {"recipe": recipe, "layout": layout, "quantizer": "mse", "batch_size": 2}
+@pytest.mark.parametrize("quantizer", ["mse", "gptq"])
+def test_other_recipes_and_layouts_go_on_too(tmp_path: Path, recipe: str, layout: str, quantizer: str) -> None:
+    choices = {"recipe": recipe, "layout": layout, "quantizer": quantizer, "batch_size": 2}
     conversion = Conversion(tiny_gemma4(tmp_path / "source"), tmp_path, **choices)
     expected = conversion.undisturbed()
     conversion.end_early(3)
     result = conversion.run()
     assert result.layers_resumed == 3
-    assert ("replay" in result.phases) == (recipe != "nvfp4-a16")
+    assert ("replay" in result.phases) == (recipe != "nvfp4-a16" or quantizer == "gptq")
     assert contents(conversion.output) == expected
 
 

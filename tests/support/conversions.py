@@ -68,9 +68,14 @@ def experts_in_bf16(recipe: str) -> Recipe:
     return load_recipe(recipe).model_copy(update={"experts": "bf16"})
 
 
-def planned(source: Path, recipe: str | Recipe = "nvfp4-full", layout: str = COMPRESSED_TENSORS) -> Plan:
-    """The plan of a conversion."""
-    return compute_plan(open_checkpoint(source), as_recipe(recipe), LAYOUTS[layout], source.name)
+def planned(
+    source: Path,
+    recipe: str | Recipe = "nvfp4-full",
+    layout: str = COMPRESSED_TENSORS,
+    quantizer: str | None = None,
+) -> Plan:
+    """The plan of a conversion; the recipe's quantizer where none is given."""
+    return compute_plan(open_checkpoint(source), as_recipe(recipe), LAYOUTS[layout], source.name, quantizer)
 
 
 def converted(
@@ -83,7 +88,7 @@ def converted(
     batch_size: int = 1,
 ) -> Path:
     """Convert; `samples` are `random_samples()` where not given."""
-    plan = planned(source, recipe, layout)
+    plan = planned(source, recipe, layout, quantizer)
     calibration = None
     if plan.needs_calibration:
         ids = write_ids(output.with_name(f"{output.name}.jsonl"), random_samples() if samples is None else samples)

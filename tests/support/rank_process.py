@@ -60,13 +60,12 @@ def run_rank(rank: int, job: dict[str, Any]) -> dict[str, Any]:
     if "merges" in job:
         return {"states": [plain(state) for state in ranks.merged(Kept(rank)).states]}
     source, output = Path(job["source"]), Path(job["output"])
-    plan = planned(source, job.get("recipe", "nvfp4-full"), job.get("layout", "compressed-tensors"))
+    quantizer = job.get("quantizer", "rtn")
+    plan = planned(source, job.get("recipe", "nvfp4-full"), job.get("layout", "compressed-tensors"), quantizer)
     calibration = calibration_of(source, Path(job["ids"])) if plan.needs_calibration else None
     stop = SignalAfter(job["asked"], job["signal"]) if job.get("at_rank") == rank else StopRequest()
     with stop:
-        options = ConvertOptions(
-            output, job.get("quantizer", "rtn"), device, job.get("batch_size", 1), ranks=ranks, stop=stop
-        )
+        options = ConvertOptions(output, quantizer, device, job.get("batch_size", 1), ranks=ranks, stop=stop)
         result = convert(plan, options, calibration)
     return {"resumed": result.layers_resumed, "finished": result.was_finished}
 

@@ -66,6 +66,10 @@ GOOD = {
     "gemma4-kv-ct": ("gemma4", "compressed-tensors", "nvfp4-a16 kv:fp8", "rtn", True),
     "gemma4-kv-mo": ("gemma4", "modelopt", "nvfp4-full kv:fp8-calibrated", "rtn", True),
     "gemma4-kv-foreign": ("gemma4", "compressed-tensors", "nvfp4-a16 kv:fp8", "rtn", False),
+    "llama-gptq-ct": ("llama", "compressed-tensors", "nvfp4-full", "gptq", True),
+    "llama-gptq-fp8-mo": ("llama", "modelopt", "nvfp4-fp8", "gptq", True),
+    "gemma4-gptq-mo": ("gemma4", "modelopt", "nvfp4-full", "gptq", True),
+    "gemma4-gptq-a16-head-ct": ("gemma4", "compressed-tensors", "nvfp4-a16 nvfp4", "gptq", True),
     "llama-foreign": ("llama", "compressed-tensors", "nvfp4-full", "rtn", False),
 }
 
@@ -86,7 +90,7 @@ def convert_good(name: str, models: Mapping[str, Path], output: Path) -> Path:
     chosen = load_recipe(named).model_copy(
         update={"kv_cache": KvCache(dtype=more.removeprefix("kv:"))} if is_cache else {"head": more or "bf16"}  # type: ignore[arg-type]
     )
-    plan = compute_plan(open_checkpoint(models[model]), chosen, LAYOUTS[layout], model)
+    plan = compute_plan(open_checkpoint(models[model]), chosen, LAYOUTS[layout], model, quantizer)
     samples = token_ids(plan.source, output.parent) if plan.needs_calibration else None
     convert(plan, ConvertOptions(output, quantizer), samples)
     if not keeps_manifest:
