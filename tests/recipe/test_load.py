@@ -54,7 +54,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
     recipe = parse_recipe(HEAD, "my.yaml")
     assert (recipe.quantizer, recipe.experts, recipe.description) == ("mse", "refuse", "")
     assert (recipe.activations.headroom, recipe.kv_cache.dtype) == ("auto", "bf16")
-    assert recipe.calibration.model_dump() == {"set": "offline", "samples": 128, "sequence_length": 2048}
+    assert recipe.calibration.model_dump() == {"set": "offline", "samples": None, "sequence_length": 2048}
     emptied = parse_recipe(HEAD + "activations:\nkv_cache:\ncalibration:\n", "my.yaml")
     assert emptied == recipe, "a key with nothing behind it means its defaults"
 
