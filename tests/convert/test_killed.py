@@ -35,12 +35,14 @@ class Case:
     write: Callable[[Path], Path]
     recipe: str
     is_calibrated: bool
+    quantizer: str = "rtn"
 
 
 CASES = {
     "llama-a16": Case(lambda folder: tiny_llama(folder, num_layers=2), "nvfp4-a16", False),
     "llama-full": Case(lambda folder: tiny_llama(folder, num_layers=2), "nvfp4-full", True),
     "gemma4-full": Case(two_layer_gemma4, "nvfp4-full", True),
+    "llama-gptq": Case(lambda folder: tiny_llama(folder, num_layers=2), "nvfp4-a16", True, "gptq"),
 }
 
 
@@ -59,7 +61,7 @@ class Target:
         ids = str(write_ids(folder / "ids.jsonl", random_samples((7, 16)))) if case.is_calibrated else None
         self._place = folder / "runs"
         self.output = self._place / "out"
-        self.run = Run(str(source), case.recipe, str(self.output), ids)
+        self.run = Run(str(source), case.recipe, str(self.output), ids, case.quantizer)
         self.undisturbed = self.finish()
         self.expected = contents(self.output)
         self.clear()
@@ -89,7 +91,7 @@ class Target:
         self.clear()
 
 
-REPEATED = [pytest.param(name, marks=pytest.mark.thorough) for name in ("llama-a16", "gemma4-full")]
+REPEATED = [pytest.param(name, marks=pytest.mark.thorough) for name in ("llama-a16", "gemma4-full", "llama-gptq")]
 
 
 @pytest.fixture(scope="module", params=["llama-full", *REPEATED])

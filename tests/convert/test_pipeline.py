@@ -114,7 +114,7 @@ def test_both_layouts_hold_the_same_codes_and_scales(
             assert float(divisor * multiplier) == pytest.approx(1, rel=3e-7)
 
 
-@pytest.mark.parametrize(("quantizer", "bound"), [("rtn", 0.11), ("mse", 0.10)])
+@pytest.mark.parametrize(("quantizer", "bound"), [("rtn", 0.11), ("mse", 0.10), ("gptq", 0.2)])
 @pytest.mark.parametrize("name", ["llama", "phi3", "gemma4", "gemma4_moe"])
 def test_decoded_weights_are_near_the_source(
     tiny: TinyModels, done: Conversions, name: str, quantizer: str, bound: float
@@ -136,7 +136,9 @@ def test_mse_decodes_nearer_to_what_the_layers_compute_than_rtn(tiny: TinyModels
     assert error("mse") < 0.95 * error("rtn")
 
 
-@pytest.mark.parametrize(("name", "quantizer"), [("gemma4", "mse"), ("gemma4_e2b", "rtn"), ("llama", "mse")])
+@pytest.mark.parametrize(
+    ("name", "quantizer"), [("gemma4", "mse"), ("gemma4_e2b", "rtn"), ("llama", "mse"), ("gemma4", "gptq")]
+)
 def test_two_runs_write_equal_folders(tiny: TinyModels, tmp_path: Path, name: str, quantizer: str) -> None:
     first, second = (
         converted(tiny(name), tmp_path / folder / "out", quantizer=quantizer)

@@ -21,11 +21,14 @@ from nvquant.convert.snapshot import RECORD_NAME, Snapshots
 from nvquant.convert.stop import Stopped, StopRequest
 from nvquant.stream.hidden import HiddenBudget, HiddenStates
 from nvquant.stream.trace import Trace
+from safetensors.torch import load_file
 from support.conversions import TinyModels, calibration_of, contents, planned, random_samples, write_ids
 from torch import Tensor
 
 LAYERS_BEFORE = 3
 TOKENS = sum(map(len, random_samples()))
+# Times that the tokens pass a layer: with two lanes once observed, then both up to each of four sites, then both on.
+PASSES = {"mse": 1, "gptq": 1 + 2 * 4 + 2}
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +54,8 @@ class Run:
         self.trace, stop = Trace(keep_events=True), StopRequest()
 
         def sink(now: Progress) -> None:
-            if stop_after is not None and now.layers_skipped * TOKENS + now.tokens_done > stop_after * TOKENS:
+            walked = now.layers_skipped + now.tokens_done / (PASSES[self.quantizer] * TOKENS)
+            if stop_after is not None and walked > stop_after:
                 stop.number = signal.SIGTERM
 
         options = ConvertOptions(output or self.output, self.quantizer, progress=sink, trace=self.trace, stop=stop)
@@ -93,15 +97,30 @@ def layers(numbers: range) -> list[str]:
     return [f"layer {number}" for number in numbers]
 
 
-def test_a_continued_run_begins_behind_the_snapshot(gemma4: Run) -> None:
-    expected = gemma4.undisturbed()
-    gemma4.end_early()
-    behind, _ = snapshot_in(gemma4)
-    result = gemma4()
+@pytest.mark.parametrize("quantizer", ["mse", "gptq"])
+def test_a_continued_run_begins_behind_the_snapshot(tiny: TinyModels, tmp_path: Path, quantizer: str) -> None:
+    run = Run(tiny("gemma4"), tmp_path, quantizer)
+    expected = run.undisturbed()
+    run.end_early()
+    behind, snapshot = snapshot_in(run)
+    lanes = {name.partition(".")[0] for name in load_file(snapshot)}
+    assert lanes == ({"source", "quantized"} if quantizer == "gptq" else {"source"})
+    result = run()
     assert result.layers_resumed == behind + 1 == LAYERS_BEFORE
     assert "replay" not in result.phases
-    assert gemma4.spans("read") == layers(range(behind + 1, 6))
-    assert contents(gemma4.output) == expected
+    assert run.spans("read") == layers(range(behind + 1, 6))
+    assert contents(run.output) == expected
+
+
+def test_without_its_snapshot_a_run_in_two_lanes_is_replayed(tiny: TinyModels, tmp_path: Path) -> None:
+    """The quantized lane goes through the layers that were written, decoded again."""
+    run = Run(tiny("gemma4"), tmp_path, "gptq")
+    expected = run.undisturbed()
+    run.end_early()
+    snapshot_in(run)[1].unlink()
+    result = run()
+    assert run.spans("replay") == layers(range(result.layers_resumed))
+    assert contents(run.output) == expected
 
 
 def test_a_run_may_be_continued_from_snapshots_again_and_again(gemma4: Run) -> None:
