@@ -129,6 +129,8 @@ def print_conversion(conversion: Conversion, quantizer: str, price: float | None
     )
     if not conversion.fits:
         out.tell(f"It does not fit: one {machine.gpu} cannot hold two layers and a batch.")
+    if any(layer.solve_flop for layer in work.layers):
+        out.tell(f"The time of {quantizer} assumes rates in float32 that are not measured.")
     if not machine.is_measured:
         out.tell(_not_measured(machine))
 

@@ -10,6 +10,7 @@ from ..checkpoint.config_values import config_int, config_kinds, config_largest,
 from ..recipe.roles import text_config
 from .gpus import GPUS
 from .plan import Plan
+from .two_lanes import most_memory
 
 SERVED_TOKENS = 8192
 CACHE_SCALES = "KV cache"  # the part of their scales
@@ -152,16 +153,20 @@ def fixed_memory(plan: Plan, batch_tokens: int, gpu: bool) -> Memory:
     hidden, inner = config_int(text, "hidden_size"), config_largest(text, "intermediate_size")
     working = batch_tokens * (12 * hidden + 6 * inner) * (BF16_BYTES if gpu else 4)
     head, strip = _head_memory(plan)
+    lanes = most_memory(plan) if batch_tokens else 0
+    if plan.has_two_lanes:  # the layer in the quantized path too, in the dtype of the computation
+        lanes += layer if gpu else 2 * layer
     if gpu:  # two layers on the device, one in use and one on its way; two outputs on the host, likewise
         return Memory(
             _WITH_GPU_BYTES + 2 * output + _STAGING_BYTES + head,
-            2 * layer + output + working + _GPU_WORKSPACE_BYTES + strip,
+            2 * layer + output + working + _GPU_WORKSPACE_BYTES + strip + lanes,
         )
     head += strip
     if not batch_tokens:
         interpreter = _INTERPRETER_BYTES if plan.head is None else _WITH_MODEL_BYTES  # its class is built
         return Memory(interpreter + 2 * layer + 3 * output + matrix + head, 0)
-    return Memory(_WITH_MODEL_BYTES + 4 * layer + 3 * output + working + head, 0)  # the layer in use in float32 too
+    # The layer in use is in float32 too.
+    return Memory(_WITH_MODEL_BYTES + 4 * layer + 3 * output + working + head + lanes, 0)
 
 
 def _head_memory(plan: Plan) -> tuple[int, int]:
@@ -190,6 +195,7 @@ def forecast_memory(plan: Plan, samples: int, sequence_length: int, batch_size: 
     fixed = fixed_memory(plan, batch_size * sequence_length, gpu)
     hidden_size = config_int(text_config(plan.source.config), "hidden_size")
     hidden_states = samples * sequence_length * hidden_size * (BF16_BYTES if gpu else 4)
+    hidden_states *= 2 if plan.has_two_lanes else 1
     if gpu:
         return Memory(fixed.host_bytes, fixed.gpu_bytes + hidden_states)
     return Memory(fixed.host_bytes + hidden_states, 0)

@@ -35,6 +35,8 @@ class Rates:
         flop: operations a second in a decoder layer's forward: matrix products, attention, and all that lies between.
         call_seconds: least seconds of one batch in one layer, whatever its tokens: Python and the launches of kernels.
         quantize: matrix elements a second, by quantizer.
+        moment_flop: operations a second in float32, of second moments of inputs.
+        solve_flop: operations a second in float32, of quantization with error feedback.
         read_bytes: a second, from the shards to the device with hashing, where the disk is faster.
         write_bytes: a second, of one of two threads that hash and write, where the disk is faster.
         copy_bytes: a second, of tensors that are copied unchanged.
@@ -46,6 +48,8 @@ class Rates:
     flop: Measured
     call_seconds: Measured
     quantize: dict[str, Measured]
+    moment_flop: Measured
+    solve_flop: Measured
     read_bytes: Measured
     write_bytes: Measured
     copy_bytes: Measured
@@ -68,6 +72,13 @@ _BEGIN = (
     " - {RUN.phases.quantize} - {RUN.phases.wait for write} - {RUN.phases.finish}"
 )
 
+_CPU_FLOP = "1880736399360 / {RUN.phases.forward}"
+
+# Without a stored run of gptq, these are assumed: half of an H200's published 67 TFLOP/s in float32, and a CPU that
+# rounds block after block at a sixth of the rate of its large products.
+ASSUMED_GPU_FLOAT32 = Measured(33e12, ())
+ASSUMED_CPU_SOLVING = Measured(0.032e12, ())
+
 # Literals in the expressions follow from the shapes: operations, elements of the quantized matrices, bytes outside of
 # the decoder's layers. The forecast counts the same, and a test compares.
 GPU_RATES = Rates(
@@ -85,6 +96,8 @@ GPU_RATES = Rates(
             ),
         ),
     },
+    moment_flop=ASSUMED_GPU_FLOAT32,
+    solve_flop=ASSUMED_GPU_FLOAT32,
     read_bytes=Measured(3.126e9, _in_runs(_WHOLE, "{make.decoder_bytes} / {RUN.phases.read}", *_BY_RECIPE)),
     write_bytes=Measured(
         1.082e9, _in_runs(_WHOLE, "({RUN.tensor_bytes} - 2818583040) / {RUN.phases.write}", *_BY_RECIPE)
@@ -97,7 +110,7 @@ GPU_RATES = Rates(
     build_seconds=Measured(0.473, _in_runs(_SLICE, _BUILD, *_BY_QUANTIZER) + _in_runs(_WHOLE, _BUILD, *_BY_RECIPE)),
 )
 CPU_RATES = Rates(
-    flop=Measured(0.1922e12, _in_runs(_SMOLLM2, "1880736399360 / {RUN.phases.forward}", *_BY_QUANTIZER)),
+    flop=Measured(0.1922e12, _in_runs(_SMOLLM2, _CPU_FLOP, *_BY_QUANTIZER)),
     call_seconds=Measured(0.0, ()),
     quantize={
         "rtn": Measured(
@@ -115,6 +128,8 @@ CPU_RATES = Rates(
             ),
         ),
     },
+    moment_flop=Measured(0.1922e12, _in_runs(_SMOLLM2, _CPU_FLOP, *_BY_QUANTIZER)),  # the same products in float32
+    solve_flop=ASSUMED_CPU_SOLVING,
     read_bytes=Measured(0.6708e9, _in_runs(_HALF, "{work.decoder_bytes} / {RUN.phases.read}", *_BY_QUANTIZER)),
     write_bytes=Measured(
         0.4575e9,

@@ -72,7 +72,7 @@ def forecast_times(work: Work, quantizer: str, machine: Machine) -> Times:
     """The time of a conversion.
 
     Args:
-        quantizer: `rtn` or `mse`. For another one, the speed of the slower of them is assumed.
+        quantizer: its name. Groups that are solved on the quantized path have operations of their own.
     """
     rates = CPU_RATES if machine.gpu is None else GPU_RATES
     stages = _stages(work, quantizer, machine, rates)
@@ -151,17 +151,29 @@ def _stages(work: Work, quantizer: str, machine: Machine, rates: Rates) -> _Stag
         _arrivals(work, layers, machine),
         [layer.read_bytes / read_bytes for layer in layers],
         [_forward_seconds(work, layer, machine, rates) for layer in layers],
-        [layer.elements / (elements * speed * sharing) for layer in layers],
+        [_quantize_seconds(layer, elements * speed * sharing, rates.solve_flop.value * speed) for layer in layers],
         [layer.written_bytes / write_bytes for layer in layers],
     )
 
 
+def _quantize_seconds(layer: LayerWork, elements: float, solve_flop: float) -> float:
+    """Of one layer. Every process solves all groups, and shares the others.
+
+    Args:
+        elements, solve_flop: a second.
+    """
+    return layer.elements / elements if not layer.solve_flop else layer.solve_flop / solve_flop
+
+
 def _forward_seconds(work: Work, layer: LayerWork, machine: Machine, rates: Rates) -> float:
-    """Of one layer on one of the processes: the GPU's time, or that of the launches if it is longer."""
+    """Of one layer on one of the processes: the GPU's time, or that of the launches if it is longer. Then the second
+    moments of inputs."""
     sequences = ceil(work.samples / machine.count)
     batches = ceil(sequences / work.batch_size)
     flop = sequences * (layer.linear_flop * work.sequence_length + layer.attention_flop)
-    return max(batches * rates.call_seconds.value, flop / (rates.flop.value * machine.speed))
+    once = max(batches * rates.call_seconds.value, flop / (rates.flop.value * machine.speed))
+    moments = sequences * work.sequence_length * layer.moment_flop / (rates.moment_flop.value * machine.speed)
+    return layer.passes * once + moments
 
 
 def _arrivals(work: Work, layers: Sequence[LayerWork], machine: Machine) -> list[float]:

@@ -12,6 +12,7 @@ from ..checkpoint.headers import TensorInfo
 from ..recipe.roles import Role, share_of_experts, text_config, unused_tensors
 from .forecast import kv_heads
 from .plan import Plan
+from .two_lanes import passes, solved_groups
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class LayerWork:
         linear_flop: of the matrix products for one token.
         attention_flop: of scores and sums for one sequence.
         elements: of the matrices that are quantized.
+        passes: how often the tokens go through it, see `two_lanes.passes`.
+        moment_flop: in float32, of the second moments of inputs for one token.
+        solve_flop: in float32, of quantization with error feedback.
         files: the source's shards that contain it.
     """
 
@@ -30,6 +34,9 @@ class LayerWork:
     linear_flop: float
     attention_flop: int
     elements: int
+    passes: float
+    moment_flop: int
+    solve_flop: int
     files: tuple[str, ...]
 
 
@@ -111,16 +118,21 @@ def _layers(plan: Plan, infos: Mapping[str, TensorInfo], sequence_length: int) -
     for matrix in plan.matrices.values():
         if matrix is not plan.head:  # which is quantized beside the walk
             elements[plan.layer_of(matrix.tensor) or 0] += matrix.rows * matrix.cols
+    solved = solved_groups(plan)
     found = []
     for at, (layer, tensors) in enumerate(names.items()):
         used = [infos[name] for name in tensors if name not in unused]
+        linear_flop = sum(_flop(info, plan.selection.roles[info.name], share) for info in used)
         found.append(
             LayerWork(
                 sum(infos[name].nbytes for name in tensors),
                 written[layer],
-                sum(_flop(info, plan.selection.roles[info.name], share) for info in used),
+                linear_flop,
                 attention_flop(config, at, sequence_length),
                 elements[layer],
+                passes(solved[layer], linear_flop),
+                sum(group.moment_flop for group in solved[layer]),
+                sum(group.solve_flop for group in solved[layer]),
                 tuple(dict.fromkeys(plan.source.files[name] for name in tensors)),
             )
         )

@@ -68,7 +68,7 @@ def damped_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
 def inverse_factor(gram: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
     """U, upper triangular, with UᵀU the inverse of a damped matrix: one factorisation and one triangular inverse.
 
-    With J the reversal of the order, L the factor of J·H·J: U = J·L⁻¹·J. At most three matrices of the size of `gram`
+    With J the reversal of the order, L the factor of J·H·J: U = J·L⁻¹·J. At most two matrices of the size of `gram`
     are in memory beside it.
 
     Args:
@@ -82,7 +82,7 @@ def inverse_factor(gram: Tensor, order: Tensor, damping: float) -> tuple[Tensor,
     inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).t()  # LAPACK works on columns
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     del lower
-    return inverse.flip(0, 1).contiguous(), used
+    return inverse.flip(0, 1), used
 
 
 def column_order(diagonal: Tensor) -> Tensor:
