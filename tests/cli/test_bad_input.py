@@ -157,6 +157,16 @@ def test_an_unknown_quantizer_names_those_that_exist(refused: Refused, model: Pa
     assert "quantizer 'best' does not exist: choose rtn, mse or gptq" in refused(2, model, "--quantizer", "best")
 
 
+def test_a_weight_only_recipe_with_gptq_requires_text_or_ids(
+    refused: Refused, nvquant: Command, tiny: TinyModels, ids: Path, tmp_path: Path
+) -> None:
+    """Six rows of ids are too few for the default number."""
+    gptq = (*WEIGHT_ONLY, "--quantizer", "gptq")
+    assert "has only 6 samples" in refused(2, tiny("llama"), *gptq, "--calibration", ids)
+    ended = nvquant("convert", tiny("llama"), "-o", tmp_path / "out", *gptq, "--calibration", ids, "--samples", 6)
+    assert ended.code == 0, ended.stderr
+
+
 def test_a_stale_config_of_modelopt_over_plain_weights_may_be_removed(refused: Refused, model: Path) -> None:
     (model / "hf_quant_config.json").write_text("{}")
     sentence = refused(2, model, *WEIGHT_ONLY)

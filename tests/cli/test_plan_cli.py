@@ -49,6 +49,22 @@ def test_the_document_is_the_forecast_of_what_was_asked_for(nvquant: Command, ti
     assert found["cost_usd"] == pytest.approx(found["total_seconds"] / 1000, abs=1e-4)
 
 
+def test_the_quantizer_decides_whether_and_on_how_much_text_a_plan_calibrates(nvquant: Command, model: Path) -> None:
+    words = {
+        name: nvquant("plan", model, "--recipe", "nvfp4-a16", "--quantizer", name).stdout for name in ("mse", "gptq")
+    }
+    assert "Calibration takes" not in words["mse"]
+    assert (
+        "Calibration takes 210 x 2048 = 430,080 tokens, because gptq needs 20 for each of the 21,504 columns of the "
+        "widest matrix.\n"
+    ) in words["gptq"]
+    found = json.loads(nvquant("plan", model, "--quantizer", "gptq", "--samples", 3, "--json").stdout)["calibration"]
+    assert found == {"samples": 3, "sequence_length": 2048, "reason": "as --samples gives it"}
+    timed = nvquant("plan", model, "--quantizer", "gptq", "--on", "H200").stdout
+    assert "tokens, gptq:" in timed and "The time of gptq assumes rates in float32 that are not measured." in timed
+    assert "not measured" not in nvquant("plan", model, "--on", "H200").stdout
+
+
 def test_words_say_stages_memory_disk_and_cost(nvquant: Command, model: Path) -> None:
     ended = nvquant("plan", model, "--on", "H200", "--disk", "1.7GB/s", "--price", "3.50")
     assert ended.code == 0, ended.stderr
