@@ -32,6 +32,7 @@ PHASES = {
     "wait for read": "wait for the next layer: reading bounds the run",
     "forward": "run calibration samples through a layer",
     "statistics": "observe the inputs of matrices",
+    "moments": "merge second moments of inputs, and turn them into means",
     "quantize": "compute scales and codes of a layer's matrices",
     "write": "copy from device to host memory, hash, write to disk",
     "wait for write": "wait for the last layer's write: writing bounds the run",
