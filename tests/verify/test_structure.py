@@ -51,7 +51,15 @@ def test_without_a_manifest_it_passes_by_bounds_and_says_so(name: str, copy: Cal
     assert "by limits, because another tool made them" in detail(report, "weights")
 
 
-@pytest.mark.parametrize(("name", "target"), [("llama-ct", "modelopt"), ("gemma4-mo", "compressed-tensors")])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("llama-ct", "modelopt"),
+        ("gemma4-mo", "compressed-tensors"),
+        ("llama-gptq-ct", "modelopt"),
+        ("gemma4-gptq-mo", "compressed-tensors"),
+    ],
+)
 def test_a_relayout_passes_every_check(name: str, target: str, copy: Callable[[str], Copy], tmp_path: Path) -> None:
     made = copy(name)
     relayout(open_checkpoint(made.folder), LAYOUTS[target], tmp_path / "relayout")
