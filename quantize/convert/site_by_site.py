@@ -121,10 +121,11 @@ class SiteBySite:
         weight = torch.cat([matrix.of(loaded.tensors).float() for matrix in members]) if is_wide else None
         assert seen.mean_square is not None
         moments = SecondMoments(seen.mean_square, lambda inputs: scheme.round_inputs(inputs, scales), weight)
-        with self._ranks.step():
-            walk.observe_moments(loaded.layer, loaded.tensors, path, group, moments)
-        with self._trace.timed("moments", group.name):
-            return self._ranks.merged(moments).result(group.name)
+        with telling_of_full_gpu(f"the second moments of {group.name}"):
+            with self._ranks.step():
+                walk.observe_moments(loaded.layer, loaded.tensors, path, group, moments)
+            with self._trace.timed("moments", group.name):
+                return self._ranks.merged(moments).result(group.name)
 
     def _scheme(self, group: FusedGroup) -> Scheme:
         return self._plan.matrices[group.members[0]].scheme

@@ -1,6 +1,6 @@
 """GPTQ on blocks of 16: round column after column, and let the later columns make up for the error.
 
-The order of the columns and the choice of a block's scale are of docs/accuracy.md, section "gptq". The formulas are of
+docs/recipes.md, section "Quantizers", has the order of the columns and the choice of scales. The formulas are of
 Frantar et al., "GPTQ" (arXiv 2210.17323): for a Hessian H with U upper triangular and UᵀU = H⁻¹, the error of column j,
 divided by U_jj, times row j of U, is subtracted from the columns that follow.
 """
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import CheckFailed
 from ..format.constants import BLOCK, E4M3_MAX
 from ..format.e2m1 import encode_e2m1, pack_codes, round_e2m1
 from ..format.kernels import FedBack, feed_back_with_kernel, has_kernel
@@ -43,6 +42,10 @@ class Solved:
     damping: float
 
 
+class NoFactor(Exception):
+    """A matrix has no Cholesky factor, whatever its damping."""
+
+
 def damped_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """The lower Cholesky factor of a matrix with a part of its mean diagonal added to the diagonal.
 
@@ -52,7 +55,7 @@ def damped_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     Returns:
         the factor, and the damping that succeeded.
     Raises:
-        CheckFailed: no factorisation succeeded.
+        NoFactor: no factorisation succeeded.
     """
     diagonal = gram.diagonal().clone()
     mean = float(diagonal.double().mean()) or 1.0
@@ -62,7 +65,7 @@ def damped_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
         factor, failed = torch.linalg.cholesky_ex(gram)
         if not int(failed):
             return factor, used
-    raise CheckFailed("the Gram matrix of a layer's inputs has no Cholesky factor", hint="use --quantizer mse")
+    raise NoFactor
 
 
 def inverse_factor(gram: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -108,7 +111,7 @@ def round_with_feedback(weight: Tensor, gram: Tensor, scale: Tensor, damping: fl
         scale: float32 scalar, the global scale (divisor) of the fused group.
         damping: see `damped_factor`.
     Raises:
-        CheckFailed: see `damped_factor`.
+        NoFactor: see `damped_factor`.
     """
     cols = weight.shape[1]
     order = column_order(gram.diagonal())

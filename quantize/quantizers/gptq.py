@@ -23,7 +23,7 @@ from ..recipe.matrices import Matrix
 from ..stream.manifest import FeedbackRecord
 from .base import Claim, GroupInputs, Need, QuantizedGroup
 from .blocks import BlockScales, group_amax
-from .error_feedback import damped_factor, round_with_feedback
+from .error_feedback import NoFactor, damped_factor, round_with_feedback
 from .mse import CLAIM as ROWS_CLAIM
 from .mse import sweep_blocks
 
@@ -65,10 +65,15 @@ class GPTQ:
         moments = inputs.moments
         weight = torch.cat([weight.float() for weight in weights])
         gram = moments.gram.to(weight.device)
-        target, pull_damping = self.target(weight, gram, moments)
-        amax = target.abs().amax()
-        scale = BlockScales(self.claim.headroom).global_scale(group[0], amax)
-        solved = round_with_feedback(target, gram, scale, self.damping)
+        try:
+            target, pull_damping = self.target(weight, gram, moments)
+            amax = target.abs().amax()
+            scale = BlockScales(self.claim.headroom).global_scale(group[0], amax)
+            solved = round_with_feedback(target, gram, scale, self.damping)
+        except NoFactor as error:
+            raise CheckFailed(
+                f"the Gram matrix of the inputs of {group[0].name} has no Cholesky factor", hint="use --quantizer mse"
+            ) from error
         rows = [matrix.rows for matrix in group]
         parts: dict[str, Mapping[Part, Tensor]] = {
             matrix.name: {"codes": codes, "scales": scales}
