@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from nvquant.calibrate.statistics.ranges import InputStatistics
@@ -12,6 +14,7 @@ from nvquant.format.schemes import NVFP4, SCHEMES
 from nvquant.quantizers import QUANTIZERS, get_quantizer, quantizer_for
 from nvquant.quantizers.base import GroupInputs
 from nvquant.recipe.matrices import Matrix
+from nvquant.recipe.schema import ON_QUANTIZED_PATH, QuantizerName
 
 
 def test_quantizers_declare_what_they_need_and_what_verify_may_recompute() -> None:
@@ -28,6 +31,18 @@ def test_quantizers_declare_what_they_need_and_what_verify_may_recompute() -> No
         "gptq": ("any", None),
     }
     assert get_quantizer("mse") is QUANTIZERS["mse"]
+
+
+def test_recipes_know_the_same_quantizers_and_which_of_them_see_the_quantized_path() -> None:
+    assert list(get_args(QuantizerName)) == list(QUANTIZERS)
+    assert {name for name, quantizer in QUANTIZERS.items() if quantizer.lane == "quantized"} == ON_QUANTIZED_PATH
+    assert {name for name, quantizer in QUANTIZERS.items() if "moments" in quantizer.needs} == ON_QUANTIZED_PATH
+
+
+def test_rows_alone_have_a_claim_that_verify_can_recompute_under_the_same_headroom() -> None:
+    for quantizer in QUANTIZERS.values():
+        assert quantizer.rows_claim.codes == "nearest" and quantizer.rows_claim.scale_offsets is not None
+        assert quantizer.rows_claim.headroom == quantizer.claim.headroom
 
 
 def test_every_scheme_has_a_quantizer_whatever_the_recipe_chooses() -> None:
