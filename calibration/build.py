@@ -131,7 +131,8 @@ class Repeats:
         return replace(line, content=text) if len(text.encode()) >= MIN_BYTES else None
 
     def _met(self, block: str) -> bool:
-        keys = {" ".join(paragraph.split()) for paragraph in block.split("\n\n")}
+        # By the words alone: the same paragraph may stand in two versions of a page.
+        keys = {re.sub(r"\W+", " ", paragraph).strip().lower() for paragraph in block.split("\n\n")}
         keys = {key for key in keys if len(key) >= REPEAT_CHARACTERS}
         met = bool(keys & self._seen)
         self._seen |= keys

@@ -16,7 +16,7 @@ class Entry(Protocol):
 
     @property
     def kind(self) -> str:
-        """One of prose, code, language, mathematics and dialogue."""
+        """One of prose, technical, code, language, mathematics and dialogue."""
 
     @property
     def source(self) -> str:
@@ -63,7 +63,7 @@ def origins_page(offline: Iterable[Entry], heldout: Iterable[Entry]) -> str:
 def _shares(sets: dict[str, list[Entry]]) -> str:
     rows = ["| kind | offline documents | bytes | share | held-out documents | bytes |", "|---|--:|--:|--:|--:|--:|"]
     total = sum(entry.nbytes for entry in sets["offline"])
-    for kind in ("prose", "code", "language", "mathematics", "dialogue"):
+    for kind in ("prose", "technical", "code", "language", "mathematics", "dialogue"):
         offline, heldout = ([entry for entry in entries if entry.kind == kind] for entries in sets.values())
         size = sum(entry.nbytes for entry in offline)
         rows.append(

@@ -195,4 +195,40 @@ PACKAGES: dict[str, tuple[str, str]] = {
         "electron-i18n-1.3136.0.tgz",
         "4deb99ca165f8dea82f50543cd11b43b1bdeb90f7c17f12a12747a68342eac65",
     ),
+    "python-pandas-doc": (
+        "python-pandas-doc_1.5.3+dfsg-2_all.deb",
+        "4998405ff6b12432f46594963e95554ade1104705795428396345fca58d853f8",
+    ),
+    "python-scrapy-doc": (
+        "python-scrapy-doc_2.8.0-2_all.deb",
+        "aaa1903b7ebfbcf6c2962682044c9d486c71dc64a7420f10e56cd0bca4b8f5f3",
+    ),
+    "python-pytest-doc": (
+        "python-pytest-doc_7.2.1-2_all.deb",
+        "8cf17eb7826a2bbbc8207447fc888cbb75fd86680146542ebd9545e18229d3aa",
+    ),
+    "python-flask-doc": (
+        "python-flask-doc_2.2.2-3_all.deb",
+        "0659f6a04b15fe3f907150cadc0399fe987c790e722e001b73f7e49fa5ecca15",
+    ),
+    "python-werkzeug-doc": (
+        "python-werkzeug-doc_2.2.2-3+deb12u1_all.deb",
+        "5aeffdfdf257911e3ade253d2b6cc3f98a06df3bec1332efdbc3fbd578530230",
+    ),
+    "sphinx-doc": (
+        "sphinx-doc_5.3.0-4_all.deb",
+        "1da3d08bb3a0bc82a4b8b8109410e223054bf5fb13904557ec8ea869046f65b4",
+    ),
+    "python-dask-doc": (
+        "python-dask-doc_2022.12.1+dfsg-2_all.deb",
+        "81fc4cc36bfc939ed9ff28c2423d921909cfbef1af69055131b79ab69a33b615",
+    ),
+    "python-click-doc": (
+        "python-click-doc_8.1.3-2_all.deb",
+        "066092b0299a04c2588e5f2e9dc37a8d8ed7a4c4eeb7cd3175ebfcfce24a8943",
+    ),
+    "python-attr-doc": (
+        "python-attr-doc_22.2.0-1_all.deb",
+        "38132c995d9a23b44daf874d7a053251df4098ac476b95ac9966d46a8e0f3cd3",
+    ),
 }

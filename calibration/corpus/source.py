@@ -35,3 +35,8 @@ BODY = ("body", "", "")
 SECTION = ("div", "class", "section")
 ARTICLE = ("article", "role", "main")
 MAIN = ("main", "role", "main")
+
+
+def html(folder: str, *pages_below: str) -> tuple[str, ...]:
+    """Patterns of the HTML pages of a Debian package's documentation."""
+    return tuple(f"{DOC}{folder}/html/{path}.html" for path in pages_below)

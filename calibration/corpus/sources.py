@@ -7,5 +7,6 @@ from .english import MATHEMATICS, PROSE
 from .languages import LANGUAGES
 from .programs import CODE
 from .source import Source
+from .technical import TECHNICAL
 
-SOURCES: tuple[Source, ...] = (*PROSE, *CODE, *LANGUAGES, *MATHEMATICS, *DIALOGUE)
+SOURCES: tuple[Source, ...] = (*PROSE, *TECHNICAL, *CODE, *LANGUAGES, *MATHEMATICS, *DIALOGUE)

@@ -95,4 +95,15 @@ WORKS: dict[str, Work] = {
     "lxml-docs": Work("FAQ of lxml 4.9", "BSD-3-Clause", "Infrae; lxml contributors"),
     "docutils-docs": Work("FAQ of Docutils 0.19", "LicenseRef-public-domain", "none; David Goodger and others"),
     "chatterbot": Work("ChatterBot corpus 1.3", "BSD-3-Clause", "Gunther Cox"),
+    "pandas-docs": Work(
+        "User guide of pandas 1.5", "BSD-3-Clause", "AQR Capital Management, LLC; Lambda Foundry, Inc.; PyData team"
+    ),
+    "scrapy-docs": Work("Documentation of Scrapy 2.8", "BSD-3-Clause", "Scrapy developers"),
+    "pytest-docs": Work("Documentation of pytest 7.2", "MIT", "Holger Krekel and others"),
+    "flask-docs": Work("Documentation of Flask 2.2", "BSD-3-Clause", "Pallets"),
+    "werkzeug-docs": Work("Documentation of Werkzeug 2.2", "BSD-3-Clause", "Pallets"),
+    "sphinx-docs": Work("Documentation of Sphinx 5.3", "BSD-2-Clause", "The Sphinx team"),
+    "dask-docs": Work("Documentation of Dask 2022.12", "BSD-3-Clause", "Anaconda, Inc. and contributors"),
+    "click-docs": Work("Documentation of Click 8.1", "BSD-3-Clause", "Pallets"),
+    "attrs-docs": Work("Documentation of attrs 22.2", "MIT", "Hynek Schlawack and the attrs contributors"),
 }

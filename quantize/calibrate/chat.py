@@ -8,7 +8,7 @@ generated answer, and before no other.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,21 +25,6 @@ PROBE: tuple[Turn, ...] = (
     {"role": "user", "content": "Good morning."},
     {"role": "assistant", "content": "Hello there."},
 )
-
-
-@dataclass
-class ChatSamples:
-    """Rendered chats.
-
-    Attributes:
-        samples: token ids, each at most a sequence long.
-        refused: documents that the template would not render.
-        reason: the template's error for the last of them.
-    """
-
-    samples: list[list[int]] = field(default_factory=list)
-    refused: int = 0
-    reason: str = ""
 
 
 def thinking_switch(tokenizer: ModelTokenizer) -> str | None:
@@ -88,32 +73,6 @@ def join_turns(turns: Sequence[Turn], more: Sequence[Turn]) -> list[Turn]:
     return [*head, *tail]
 
 
-def chat_samples(
-    tokenizer: ModelTokenizer, documents: Iterable[Document], *, samples: int, sequence_length: int
-) -> ChatSamples:
-    """Chats of `sequence_length` tokens, cut there. The last ones are shorter when the documents run out.
-
-    Short documents of one kind follow each other as further turns of one chat. Every second chat has thinking turned on
-    if the template supports it. A sample never joins rendered chats.
-
-    Args:
-        tokenizer: of a model with a chat template.
-        documents: read only as far as needed.
-        samples: the number of chats. Fewer are returned when the documents do not suffice.
-        sequence_length: in tokens, BOS included.
-
-    Raises:
-        ChatTemplateError: the template cannot render a plain exchange.
-    """
-    writer = _ChatWriter(tokenizer, thinking_switch(tokenizer), samples, sequence_length)
-    for document in documents:
-        writer.add(document)
-        if writer.is_done:
-            break
-    writer.finish()
-    return writer.result
-
-
 def with_bos(ids: list[int], bos_id: int | None) -> list[int]:
     """`ids` with exactly one BOS at the front, for models that have one."""
     if bos_id is None:
@@ -131,20 +90,50 @@ class _OpenChat:
     documents: int = 0
 
 
-class _ChatWriter:
-    """Collects documents, a chat for each kind, and renders a chat once it is long enough."""
+class Chats(Iterator[list[int]]):
+    """Chats of `sequence_length` tokens, cut there. The last ones are shorter when the documents run out.
 
-    def __init__(self, tokenizer: ModelTokenizer, switch: str | None, samples: int, sequence_length: int) -> None:
-        self.result = ChatSamples()
-        self._tokenizer, self._switch = tokenizer, switch
-        self._samples, self._length = samples, sequence_length
+    Short documents of one kind follow each other as further turns of one chat. Every second chat has thinking turned on
+    if the template supports it. A sample never joins rendered chats. As an iterator, it reads documents only as far as
+    the next chat needs.
+
+    Attributes:
+        refused: documents so far that the template would not render.
+        reason: the template's error for the last of them.
+
+    Args:
+        tokenizer: of a model with a chat template.
+        sequence_length: in tokens, BOS included.
+        switch: of `thinking_switch`.
+        thinks_first: whether the first chat has thinking turned on, not the second.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ModelTokenizer,
+        documents: Iterable[Document],
+        *,
+        sequence_length: int,
+        switch: str | None,
+        thinks_first: bool = False,
+    ) -> None:
+        self.refused, self.reason = 0, ""
+        self._tokenizer, self._switch, self._length = tokenizer, switch, sequence_length
+        self._thinks = thinks_first
         self._open: dict[str, _OpenChat] = {}
+        self._made = self._make(documents)
 
-    @property
-    def is_done(self) -> bool:
-        return len(self.result.samples) >= self._samples
+    def __next__(self) -> list[int]:
+        return next(self._made)
 
-    def add(self, document: Document) -> None:
+    def _make(self, documents: Iterable[Document]) -> Iterator[list[int]]:
+        """Chats that fill a sequence, then the remaining documents as shorter chats."""
+        for document in documents:
+            yield from self._add(document)
+        for kind in list(self._open):
+            yield from self._write(kind, is_last=True)
+
+    def _add(self, document: Document) -> Iterator[list[int]]:
         """Add a document to the chat of its kind, and write that chat when it fills a sequence."""
         turns = [self._harmless(turn) for turn in document.turns or as_turns(document.text)]
         if not turns:
@@ -154,31 +143,25 @@ class _ChatWriter:
         chat.tokens += sum(len(self._tokenizer.encode_text(turn["content"])) for turn in turns)
         chat.documents += 1
         if chat.tokens >= self._length:
-            self._write(document.kind, is_last=False)
+            yield from self._write(document.kind, is_last=False)
 
-    def finish(self) -> None:
-        """Write the remaining documents as shorter chats, up to the number of samples."""
-        for kind in list(self._open):
-            if not self.is_done:
-                self._write(kind, is_last=True)
-
-    def _write(self, kind: str, *, is_last: bool) -> None:
+    def _write(self, kind: str, *, is_last: bool) -> Iterator[list[int]]:
         chat = self._open[kind]
         try:
             ids = self._encode(chat.turns)
         except ChatTemplateError as refusal:
-            self.result.refused += chat.documents
-            self.result.reason = str(refusal)
+            self.refused += chat.documents
+            self.reason = str(refusal)
             del self._open[kind]
             return
         chat.tokens = len(ids)
         if len(ids) >= self._length or (is_last and len(ids) >= 2):
-            self.result.samples.append(ids[: self._length])
             del self._open[kind]
+            self._thinks = not self._thinks
+            yield ids[: self._length]
 
     def _encode(self, turns: Sequence[Turn]) -> list[int]:
-        is_thinking = len(self.result.samples) % 2 == 1
-        switches = {self._switch: is_thinking} if self._switch else {}
+        switches = {self._switch: self._thinks} if self._switch else {}
         try:
             text = render_answered(self._tokenizer, turns, **switches)
         except ChatTemplateError:

@@ -63,6 +63,15 @@ def read_id_samples(path: Path, config: Mapping[str, Any], *, samples: int, sequ
     return result
 
 
+def id_kinds(path: Path, samples: int) -> tuple[str, ...]:
+    """The kinds of the rows that `read_id_samples` reads, by their column `kind`. Empty where a row has none."""
+    if path.suffix == IDS_SUFFIX:
+        return ()
+    rows = [row for _, row in islice(read_rows(path, None), samples)]
+    kinds = tuple(kind for kind in (row.get("kind") for row in rows) if isinstance(kind, str) and kind)
+    return kinds if len(kinds) == len(rows) else ()
+
+
 def config_value(config: Mapping[str, Any], key: str) -> Any:
     """A setting of the language model: the value of `text_config` where it has one, else that of the top level."""
     text = config.get("text_config")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ..errors import InputError
-from .chat import chat_samples
+from .chat import Chats, thinking_switch
 from .datasets import find_dataset
-from .ids import IDS_SUFFIX, check_vocabulary, holds_ids, read_id_samples
-from .rows import data_suffix
+from .ids import IDS_SUFFIX, check_vocabulary, holds_ids, id_kinds, read_id_samples
+from .kinds import KIND_COLUMN, KindStreams, draw_by_kind, kinds_in
+from .rows import TABLE_SUFFIXES, data_suffix
 from .specs import REPO_PATTERN, CalibrationSpec, load_spec, shipped_folder, shipped_names
 from .text import Columns, Document, Source, read_documents
 from .tokenizer import ChatTemplateError, ModelTokenizer
@@ -42,6 +44,7 @@ class CalibrationSet:
         sha256: of lengths and ids, little-endian int64, in order. It is equal if and only if the samples are.
         framing: `prose` (BOS and packed text), `chat` (the model's own template) or `ids` (as given).
         sequence_length, seed: the requested values, to repeat the request.
+        kinds: the kind of text of each sample, where each is of one kind. Empty where they are not known.
     """
 
     name: str
@@ -51,20 +54,46 @@ class CalibrationSet:
     framing: Framing
     sequence_length: int | None = None
     seed: int | None = None
+    kinds: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The entry for manifests and reports."""
         return {"name": self.name, "samples": len(self.samples), "tokens": self.tokens, "sha256": self.sha256}
 
 
+@dataclass(frozen=True)
+class _Text:
+    """The text that a name means: its title, its sources, and the shares of its kinds (None: as they come)."""
+
+    title: str
+    sources: list[Source]
+    kinds: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Samples, the kind of each where it is known, and a remark for an error about their number."""
+
+    samples: list[list[int]]
+    kinds: tuple[str, ...] = ()
+    remark: str = ""
+
+
 def load_calibration(
-    name: str, *, model_folder: Path, config: Mapping[str, Any], samples: int, sequence_length: int, seed: int
+    name: str,
+    *,
+    model_folder: Path,
+    config: Mapping[str, Any],
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    in_equal_kinds: bool = False,
 ) -> CalibrationSet:
     """Make the calibration samples that `name` names.
 
     Models with a chat template get conversations in it, the others packed text. For models that have a BOS token,
     position 0 is BOS and position 1 is not. With token ids no tokenizer is loaded, and the rows are the file's first,
-    whatever the seed.
+    whatever the seed. Where a spec gives shares of kinds, each sample is of one kind.
 
     Args:
         name: a shipped set, a YAML spec, a Hub data set `org/name[@revision]`, a file of text or one of token ids.
@@ -73,6 +102,8 @@ def load_calibration(
         samples: how many.
         sequence_length: tokens in each, at most. Packed text has exactly that many.
         seed: of the order of the documents.
+        in_equal_kinds: for evaluation: equal numbers of samples of each kind that a table's column `kind` or a spec
+            lists. The kinds of rows of token ids are noted.
 
     Raises:
         InputError: no such set or file, nothing usable in it, too little for the request, no tokenizer, ids out of the
@@ -89,65 +120,104 @@ def load_calibration(
     if path is not None and holds_ids(path):
         title, remark = path.name, ""
         framing: Framing = "ids"
-        made = read_id_samples(path, config, samples=samples, sequence_length=sequence_length)
+        tensors = read_id_samples(path, config, samples=samples, sequence_length=sequence_length)
+        kinds = id_kinds(path, samples) if in_equal_kinds else ()
     else:
-        title, sources = _sources(name, path)
+        text = _text(name, path)
+        title = text.title
         tokenizer = ModelTokenizer(model_folder)
-        piece = max(LEAST_PIECE_CHARACTERS, PIECE_CHARACTERS_PER_TOKEN * sequence_length)
-        documents = read_documents(sources, seed=seed, piece_characters=piece)
         framing = "chat" if tokenizer.has_chat_template else "prose"
-        frame = _chats if tokenizer.has_chat_template else _packed
-        made, remark = frame(tokenizer, documents, samples, sequence_length)
-    if len(made) < samples:
-        raise _too_few(title, len(made), samples, sequence_length, remark)
-    check_vocabulary(made, config, title)
-    return replace(_calibration_set(title, made, framing), sequence_length=sequence_length, seed=seed)
+        if in_equal_kinds:
+            text = _in_equal_kinds(text, path, samples)
+        made = _framed(tokenizer, text, samples, sequence_length, seed)
+        tensors = [torch.tensor(ids, dtype=torch.int64) for ids in made.samples]
+        kinds, remark = made.kinds, made.remark
+    if len(tensors) < samples:
+        raise _too_few(title, len(tensors), samples, sequence_length, remark)
+    check_vocabulary(tensors, config, title)
+    found = _calibration_set(title, tensors, framing)
+    return replace(found, sequence_length=sequence_length, seed=seed, kinds=kinds)
 
 
-def prose_samples(
-    tokenizer: ModelTokenizer, documents: Iterable[Document], *, samples: int, sequence_length: int
-) -> list[list[int]]:
+def packed_samples(
+    tokenizer: ModelTokenizer, documents: Iterable[Document], *, sequence_length: int
+) -> Iterator[list[int]]:
     """Documents one after the other, a blank line between them, cut into samples of exactly `sequence_length` tokens.
 
-    Each sample begins with BOS if the model has one, and has no other. Fewer are returned when the documents run out.
+    Each sample begins with BOS if the model has one, and has no other. Documents are read only as far as needed.
     """
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     length = sequence_length - len(bos)
-    made: list[list[int]] = []
     stream: list[int] = []
     for document in documents:
         stream += tokenizer.encode_text(document.plain + BETWEEN_DOCUMENTS)
         while len(stream) >= length:
-            made.append(bos + stream[:length])
-            if len(made) == samples:
-                return made
+            yield bos + stream[:length]
             stream = stream[length:]
-    return made
 
 
-def _chats(
-    tokenizer: ModelTokenizer, documents: Iterable[Document], samples: int, sequence_length: int
-) -> tuple[list[torch.Tensor], str]:
-    """Samples of a chat model, and a remark for an error about their number."""
+def _framed(tokenizer: ModelTokenizer, text: _Text, samples: int, sequence_length: int, seed: int) -> _Made:
+    """Samples of a text, framed as the model requires, of kinds in their shares where the text has shares."""
+    piece = max(LEAST_PIECE_CHARACTERS, PIECE_CHARACTERS_PER_TOKEN * sequence_length)
+    documents = read_documents(text.sources, seed=seed, piece_characters=piece)
+    streams: dict[str, Iterator[Document]] = {"": documents}
+    if text.kinds is not None:
+        of_kind = KindStreams(documents, text.kinds, text.title)
+        streams = {kind: of_kind.of(kind) for kind in text.kinds}
+    if not tokenizer.has_chat_template:
+        packed = {
+            kind: packed_samples(tokenizer, stream, sequence_length=sequence_length) for kind, stream in streams.items()
+        }
+        return _drawn(packed, text, samples)
     try:
-        chats = chat_samples(tokenizer, documents, samples=samples, sequence_length=sequence_length)
+        chats = _chats(tokenizer, streams, sequence_length)
+        made = _drawn(chats, text, samples)
     except ChatTemplateError as refusal:
         raise InputError(
             f"The model's chat template cannot render a question and an answer ({refusal})",
             hint="repair chat_template.jinja",
         ) from refusal
-    remark = ""
-    if chats.refused:
-        remark = f" (the chat template refused {chats.refused} documents: {chats.reason})"
-        logger.warning("The chat template refused %d documents: %s", chats.refused, chats.reason)
-    return [torch.tensor(ids, dtype=torch.int64) for ids in chats.samples], remark
+    refused = sum(stream.refused for stream in chats.values())
+    if not refused:
+        return made
+    reason = next(stream.reason for stream in chats.values() if stream.refused)
+    logger.warning("The chat template refused %d documents: %s", refused, reason)
+    return replace(made, remark=f" (the chat template refused {refused} documents: {reason})")
 
 
-def _packed(
-    tokenizer: ModelTokenizer, documents: Iterable[Document], samples: int, sequence_length: int
-) -> tuple[list[torch.Tensor], str]:
-    made = prose_samples(tokenizer, documents, samples=samples, sequence_length=sequence_length)
-    return [torch.tensor(ids, dtype=torch.int64) for ids in made], ""
+def _chats(
+    tokenizer: ModelTokenizer, streams: Mapping[str, Iterator[Document]], sequence_length: int
+) -> dict[str, Chats]:
+    """The chats of each kind. Every second kind begins with thinking, so that the first samples are mixed too."""
+    switch = thinking_switch(tokenizer)
+    return {
+        kind: Chats(tokenizer, stream, sequence_length=sequence_length, switch=switch, thinks_first=at % 2 == 1)
+        for at, (kind, stream) in enumerate(streams.items())
+    }
+
+
+def _drawn(streams: Mapping[str, Iterator[list[int]]], text: _Text, samples: int) -> _Made:
+    if text.kinds is None:
+        return _Made(list(islice(streams[""], samples)))
+    drawn = list(islice(draw_by_kind(streams, text.kinds), samples))
+    return _Made([ids for _, ids in drawn], tuple(kind for kind, _ in drawn))
+
+
+def _in_equal_kinds(text: _Text, path: Path | None, samples: int) -> _Text:
+    """The text with equal shares of the kinds of its file or spec, unchanged where it has none.
+
+    More kinds than samples cannot all be there, so the last ones are skipped.
+    """
+    if path is not None and path.suffix not in SPEC_SUFFIXES and data_suffix(path.name) in TABLE_SUFFIXES:
+        kinds = kinds_in(path)
+        sources = [replace(source, columns=Columns(kind=KIND_COLUMN)) for source in text.sources]
+    else:
+        kinds, sources = tuple(text.kinds or ()), text.sources
+    if not kinds:
+        return text
+    if len(kinds) > samples:
+        logger.warning("%s has %d kinds: only the first %d are measured", text.title, len(kinds), samples)
+    return _Text(text.title, sources, dict.fromkeys(kinds[:samples], 1.0))
 
 
 def _as_file(name: str) -> Path | None:
@@ -167,18 +237,18 @@ def _as_file(name: str) -> Path | None:
     return path if is_file_name else None
 
 
-def _sources(name: str, path: Path | None) -> tuple[str, list[Source]]:
-    """Title and sources of the text that `name`, or the file `path`, names."""
+def _text(name: str, path: Path | None) -> _Text:
+    """The text that `name`, or the file `path`, names."""
     if path is not None:
         if path.suffix not in SPEC_SUFFIXES:
-            return path.name, [Source(path)]
+            return _Text(path.name, [Source(path)])
         return _spec_sources(load_spec(path))
     if name in shipped_names():
         return _spec_sources(load_spec(shipped_folder() / f"{name}.yaml"))
     repo, _, revision = name.partition("@")
     if re.fullmatch(REPO_PATTERN, repo):
         dataset = find_dataset(repo, revision or None)
-        return f"{repo}@{dataset.commit}", [Source(dataset)]
+        return _Text(f"{repo}@{dataset.commit}", [Source(dataset)])
     raise InputError(
         f"--calibration {name} is not a shipped set ({', '.join(shipped_names())})",
         where="--calibration",
@@ -186,7 +256,7 @@ def _sources(name: str, path: Path | None) -> tuple[str, list[Source]]:
     )
 
 
-def _spec_sources(spec: CalibrationSpec) -> tuple[str, list[Source]]:
+def _spec_sources(spec: CalibrationSpec) -> _Text:
     sources = []
     for part in spec.parts:
         if part.hub is not None:
@@ -198,8 +268,8 @@ def _spec_sources(spec: CalibrationSpec) -> tuple[str, list[Source]]:
             raise InputError(
                 f"nvquant ships no text {part.bundled}", where=spec.name, hint="name a shipped text or a Hub data set"
             )
-        sources.append(Source(shipped, Columns(part.messages, part.text, kind="kind"), part.weight))
-    return spec.name, sources
+        sources.append(Source(shipped, Columns(part.messages, part.text, KIND_COLUMN), part.weight))
+    return _Text(spec.name, sources, spec.kinds)
 
 
 def _too_few(title: str, available: int, samples: int, sequence_length: int, remark: str) -> InputError:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -71,7 +71,12 @@ class Part(BaseModel):
 
 
 class CalibrationSpec(BaseModel):
-    """A named mixture of parts."""
+    """A named mixture of parts.
+
+    Attributes:
+        kinds: share of the tokens of each kind of text, relative to the other kinds. Each sample is then of one kind,
+            and other kinds are skipped. None takes the documents as they come.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -79,6 +84,7 @@ class CalibrationSpec(BaseModel):
     description: str
     licence: str
     parts: tuple[Part, ...] = Field(min_length=1)
+    kinds: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(default=None, min_length=1)
 
 
 def shipped_folder() -> Traversable:
@@ -112,5 +118,7 @@ def load_spec(source: Path | Traversable) -> CalibrationSpec:
         where = ".".join(str(part)[:60] for part in first["loc"]) or "the top level"
         what = first["msg"].removeprefix("Value error, ")
         raise InputError(
-            f"{where}: {what}", where=source.name, hint="A spec has name, description, licence and parts"
+            f"{where}: {what}",
+            where=source.name,
+            hint="A spec has name, description, licence, parts and optionally kinds",
         ) from error

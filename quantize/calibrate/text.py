@@ -116,7 +116,7 @@ def document_of(row: Row, columns: Columns, where: str) -> Document | None:
     Raises:
         InputError: none of these, or messages that are not a list of turns.
     """
-    kind = str(row.get(columns.kind, "")) if columns.kind else ""
+    kind = str(row.get(columns.kind) or "") if columns.kind else ""
     for column in (columns.messages,) if columns.messages else () if columns.text else DIALOGUE_COLUMNS:
         if row.get(column) is not None:
             turns = _turns(row[column], f"{where}: {column}")

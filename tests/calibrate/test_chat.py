@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from nvquant.calibrate import tokenizer as tokenizer_module
 from nvquant.calibrate.chat import (
     PROBE,
+    Chats,
     as_turns,
-    chat_samples,
     join_turns,
     render_answered,
     thinking_switch,
@@ -20,6 +21,19 @@ from nvquant.calibrate.tokenizer import ChatTemplateError, ModelTokenizer
 from support.tiny_tokenizer import FAMILIES, special_ids, write_tiny_tokenizer
 
 Decode = Callable[[str, list[int]], str]
+
+
+def chats_of(tokenizer: ModelTokenizer, documents: Iterable[Document], sequence_length: int) -> Chats:
+    """The chats of documents, their thinking switched as the template has it."""
+    return Chats(tokenizer, documents, sequence_length=sequence_length, switch=thinking_switch(tokenizer))
+
+
+def chat_samples(
+    tokenizer: ModelTokenizer, documents: Iterable[Document], *, samples: int, sequence_length: int
+) -> list[list[int]]:
+    """The first chats of documents."""
+    return list(islice(chats_of(tokenizer, documents, sequence_length), samples))
+
 
 # Strict like Gemma 2's: no system role, user and assistant by turns, nothing else.
 STRICT_TEMPLATE = """\
@@ -106,7 +120,7 @@ def test_the_thinking_switch_is_found_by_its_effect(tokenizers: dict[str, ModelT
 @pytest.mark.parametrize(("samples", "thinking"), [(1, 0), (4, 2), (7, 3)])
 def test_half_of_the_chats_think(samples: int, thinking: int, tokenizers: dict[str, ModelTokenizer]) -> None:
     documents = (dialogue(f"Why {index}?", "Because of it. " * 40) for index in range(10))
-    made = chat_samples(tokenizers["gemma4"], documents, samples=samples, sequence_length=50).samples
+    made = chat_samples(tokenizers["gemma4"], documents, samples=samples, sequence_length=50)
     think = special_ids("gemma4")["<|think|>"]
     assert [think in ids for ids in made] == [index % 2 == 1 for index in range(samples)]
     assert sum(think in ids for ids in made) == thinking
@@ -138,7 +152,7 @@ def test_templates_that_write_every_answer_alike_render_a_dialogue_as_it_is(
 @pytest.mark.parametrize("family", ["llama", "gemma4", "smollm2"])
 def test_bos_comes_once_and_first(family: str, tokenizers: dict[str, ModelTokenizer]) -> None:
     tokenizer = tokenizers[family]
-    (ids,) = chat_samples(tokenizer, [dialogue("One?", "Two.")], samples=1, sequence_length=99).samples
+    (ids,) = chat_samples(tokenizer, [dialogue("One?", "Two.")], samples=1, sequence_length=99)
     assert ids[0] == tokenizer.bos_id != ids[1]
     assert ids == tokenizer.encode_rendered(render_answered(tokenizer, dialogue("One?", "Two.").turns))
 
@@ -148,7 +162,7 @@ def test_a_template_that_forgets_or_doubles_bos_is_put_right(written: str, folde
     path = write_tiny_tokenizer(folder / f"bos{len(written)}", "llama")
     (path / "chat_template.jinja").write_text(written + "{{ messages[0]['content'] }}")
     tokenizer = ModelTokenizer(path)
-    (ids,) = chat_samples(tokenizer, [dialogue("One?", "Two.")], samples=1, sequence_length=99).samples
+    (ids,) = chat_samples(tokenizer, [dialogue("One?", "Two.")], samples=1, sequence_length=99)
     assert ids == [tokenizer.bos_id, *tokenizer.encode_text("One?")]
 
 
@@ -172,7 +186,7 @@ def test_short_documents_of_one_kind_become_turns_of_one_chat(
 ) -> None:
     documents = [dialogue("Apples?", "Red."), Document("code", "import this"), dialogue("Pears?", "Green.")]
     chats = chat_samples(tokenizers["qwen"], documents, samples=9, sequence_length=500)
-    texts = [decode("qwen", ids) for ids in chats.samples]
+    texts = [decode("qwen", ids) for ids in chats]
     assert texts == [
         "<|im_start|>user\nApples?<|im_end|>\n<|im_start|>assistant\nRed.<|im_end|>\n"
         "<|im_start|>user\nPears?<|im_end|>\n<|im_start|>assistant\nGreen.<|im_end|>\n",
@@ -182,7 +196,7 @@ def test_short_documents_of_one_kind_become_turns_of_one_chat(
 
 def test_a_full_chat_is_cut_and_the_next_begins_anew(tokenizers: dict[str, ModelTokenizer], decode: Decode) -> None:
     documents = [dialogue(f"Why {index}?", "Because of it. " * 9) for index in range(12)]
-    made = chat_samples(tokenizers["llama"], documents, samples=3, sequence_length=90).samples
+    made = chat_samples(tokenizers["llama"], documents, samples=3, sequence_length=90)
     bos = tokenizers["llama"].bos_id
     assert [len(ids) for ids in made] == [90, 90, 90]
     assert [ids.count(bos) for ids in made] == [1, 1, 1]
@@ -195,22 +209,22 @@ def test_documents_are_read_only_as_far_as_needed(tokenizers: dict[str, ModelTok
         yield from (dialogue(f"Why {index}?", "Because of it. " * 40) for index in range(3))
         raise AssertionError("one document too many was asked for")
 
-    assert len(chat_samples(tokenizers["llama"], documents(), samples=3, sequence_length=50).samples) == 3
+    assert len(chat_samples(tokenizers["llama"], documents(), samples=3, sequence_length=50)) == 3
 
 
 def test_a_system_turn_unknown_to_the_template_moves_into_the_first_question(
     tokenizers: dict[str, ModelTokenizer], decode: Decode
 ) -> None:
     document = Document("dialogue", turns=(turn("system", "Be brief."), turn("user", "Why?"), turn("assistant", "So.")))
-    chats = chat_samples(tokenizers["strict"], [document], samples=1, sequence_length=99)
-    assert decode("strict", chats.samples[0]).startswith("<bos><|turn>user\nBe brief.\n\nWhy?<turn|>")
+    chats = chats_of(tokenizers["strict"], [document], 99)
+    assert decode("strict", next(chats)).startswith("<bos><|turn>user\nBe brief.\n\nWhy?<turn|>")
     assert chats.refused == 0
 
 
 def test_refused_documents_are_counted_with_the_reason(tokenizers: dict[str, ModelTokenizer]) -> None:
     wrong = Document("dialogue", turns=(turn("assistant", "So."), turn("user", "Why? " * 30)))
-    chats = chat_samples(tokenizers["strict"], [wrong, wrong, dialogue("Why?", "So.")], samples=1, sequence_length=20)
-    assert (chats.refused, chats.reason, len(chats.samples)) == (2, "Roles must alternate.", 1)
+    chats = chats_of(tokenizers["strict"], [wrong, wrong, dialogue("Why?", "So.")], 20)
+    assert (len(list(chats)), chats.refused, chats.reason) == (1, 2, "Roles must alternate.")
 
 
 def test_joined_dialogues_alternate() -> None:
@@ -223,8 +237,8 @@ def test_joined_dialogues_alternate() -> None:
 
 def test_a_chat_of_nothing_is_no_sample(tokenizers: dict[str, ModelTokenizer]) -> None:
     documents = [Document("a", turns=(turn("user", "1"),)), Document("a", turns=(turn("assistant", "2"),))]
-    assert chat_samples(tokenizers["llama"], documents, samples=1, sequence_length=9).samples == []
-    assert chat_samples(tokenizers["llama"], [Document("a", "x")], samples=1, sequence_length=9).samples == []
+    assert chat_samples(tokenizers["llama"], documents, samples=1, sequence_length=9) == []
+    assert chat_samples(tokenizers["llama"], [Document("a", "x")], samples=1, sequence_length=9) == []
 
 
 def test_template_dates_do_not_depend_on_the_day(tokenizers: dict[str, ModelTokenizer]) -> None:

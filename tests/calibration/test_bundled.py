@@ -6,7 +6,7 @@ import json
 import lzma
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from importlib import resources
 from typing import Any
 
@@ -15,15 +15,17 @@ import yaml
 
 PACKAGE = resources.files("nvquant.calibration")
 FILES = ("offline", "heldout")
-KINDS = {"prose", "code", "language", "mathematics", "dialogue"}
+KINDS = {"prose", "technical", "code", "language", "mathematics", "dialogue"}
 # Shares of the bytes of text by kind.
 BOUNDS = {
-    "prose": (0.30, 0.40),
+    "prose": (0.10, 0.20),
+    "technical": (0.20, 0.35),
     "code": (0.15, 0.25),
     "language": (0.15, 0.25),
-    "mathematics": (0.10, 0.15),
-    "dialogue": (0.10, 0.15),
+    "mathematics": (0.09, 0.15),
+    "dialogue": (0.09, 0.15),
 }
+LEAST_BYTES = {"offline": {"technical": 2_500_000}, "heldout": {"technical": 60_000}}
 # Tags of pages; words in angle brackets that are no HTML, such as <key>, may stand in prose.
 TAG = re.compile(
     r"</?(?:a|abbr|b|br|code|div|em|font|h[1-6]|i|img|kbd|li|ol|p|pre|span|strong|sub|sup|table|td|tr|ul)\b[^<>]*>"
@@ -116,6 +118,23 @@ def test_each_kind_has_its_share(lines: dict[str, list[Line]], name: str) -> Non
     assert set(shares) == KINDS
     for kind, (low, high) in BOUNDS.items():
         assert low <= shares[kind] <= high, f"{kind} has {shares[kind]:.1%}"
+    for kind, least in LEAST_BYTES[name].items():
+        assert sizes[kind] >= least
+
+
+def test_documentation_is_technical_and_no_work_of_it_is_prose(lines: dict[str, list[Line]]) -> None:
+    """Dialogues out of a manual's questions, its mathematics and its translations have kinds of their own."""
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for name in FILES:
+        for line in lines[name]:
+            kinds[line["source"]].add(line["kind"])
+    assert all("prose" not in found for source, found in kinds.items() if source.endswith(("-docs", "-books")))
+    assert len([source for source, found in kinds.items() if "technical" in found]) >= 18
+
+
+def test_some_technical_works_are_held_out_whole(lines: dict[str, list[Line]]) -> None:
+    works = {name: {line["source"] for line in lines[name] if line["kind"] == "technical"} for name in FILES}
+    assert len(works["heldout"] - {line["source"] for line in lines["offline"]}) >= 2
 
 
 def test_many_languages_and_scripts_are_there(lines: dict[str, list[Line]]) -> None:
@@ -150,10 +169,15 @@ def test_held_out_paragraphs_are_not_in_the_calibration_set(lines: dict[str, lis
     assert not heldout & paragraphs("offline")
 
 
-def test_there_is_text_for_512_samples_of_2048_tokens(lines: dict[str, list[Line]]) -> None:
-    # Vocabularies of 256k tokens take fewer than 5 characters a token on this mix; 1.2 leaves room for cut ends.
-    characters = sum(len(text_of(line)) for line in lines["offline"])
-    assert characters / 5 >= 512 * 2048 * 1.2
+def test_there_is_text_of_every_kind_for_512_samples_of_2048_tokens(lines: dict[str, list[Line]]) -> None:
+    # Vocabularies of 256k tokens take fewer than 5 characters a token on this mix; 1.05 leaves room for cut ends.
+    weights = yaml.safe_load((PACKAGE / "offline.yaml").read_text(encoding="utf-8"))["kinds"]
+    characters: Counter[str] = Counter()
+    for line in lines["offline"]:
+        characters[line["kind"]] += len(text_of(line))
+    assert set(weights) == KINDS
+    for kind, weight in weights.items():
+        assert characters[kind] / 5 >= 512 * 2048 * weight / sum(weights.values()) * 1.05, kind
 
 
 def test_a_prefix_is_already_varied(lines: dict[str, list[Line]]) -> None:
@@ -168,7 +192,7 @@ def test_a_prefix_is_already_varied(lines: dict[str, list[Line]]) -> None:
 @pytest.mark.parametrize("name", ["offline", "ultrachat", "cnn_dailymail", "nemotron"])
 def test_a_spec_names_a_source_for_every_part(name: str) -> None:
     spec = yaml.safe_load((PACKAGE / f"{name}.yaml").read_text(encoding="utf-8"))
-    assert set(spec) == {"name", "description", "licence", "parts"}
+    assert set(spec) - {"kinds"} == {"name", "description", "licence", "parts"}
     assert spec["name"] == name
     assert sum(part["weight"] for part in spec["parts"]) == pytest.approx(1)
     for part in spec["parts"]:
