@@ -37,7 +37,7 @@ class VerifyRequest:
     stages: Sequence[str] = ("structure",)
     by_ranges: bool = True
     text: AnyPath | None = None
-    samples: int = 16
+    samples: int = 18
     sequence_length: int = 512
     max_kl: float | None = None
     min_top1: float | None = None

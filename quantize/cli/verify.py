@@ -58,7 +58,7 @@ Examples:
     help="Measure on this text, conversations or token ids instead of the shipped held-out text.",
 )
 @click.option(
-    "--samples", type=click.IntRange(min=1), default=16, show_default=True, help="Measure on this many sequences."
+    "--samples", type=click.IntRange(min=1), default=18, show_default=True, help="Measure on this many sequences."
 )
 @click.option(
     "--sequence-length",
@@ -199,8 +199,8 @@ def _write(
 def _print_check(check: Check, out: Output) -> None:
     verdict = "FAILED" if not check.passed else "unread" if check.is_unread else "ok"
     out.tell(f"{verdict:<7} {check.name:<14} {check.finding.looked_at}")
-    for fault in check.shown_faults:
-        out.tell(f"{'':<10} {fault}")
+    for line in [*check.shown_faults, *check.finding.notes]:
+        out.tell(f"{'':<10} {line}")
 
 
 def _tell_unread(report: Report, out: Output) -> None:

@@ -94,6 +94,8 @@ def _measured(facts: CardFacts, page: Page) -> dict[str, Any]:
     return {
         "accuracy": page.accuracy,
         "accuracy_notes": page.accuracy_notes,
+        "kinds": page.kinds,
+        "kind_warnings": page.kind_warnings,
         "worst": page.layers.worst if page.layers else (),
         "chart": CHART_NAME if facts.has_chart else None,
         "size_sentence": f"Reduced from {size(before)} to {size(after)}." if before else f"{size(after)} in total.",

@@ -62,6 +62,9 @@ def _blocks(page: Page, with_details: bool) -> Iterator[str]:
         yield "### Accuracy"
         yield table(page.accuracy)
         yield from (escaped(note) for note in page.accuracy_notes)
+    if page.kinds:
+        yield table(page.kinds)
+        yield from (f"⚠️ {escaped(warning)}" for warning in page.kind_warnings)
     if page.layers:
         yield "### Layers"
         if page.layers.worst:

@@ -114,6 +114,11 @@ def accuracy_notes(numerics: Numerics | None) -> tuple[str, ...]:
         )
     if "floor" in numerics.arithmetics:
         notes.append("The floor compares the source with itself. A value that is not above the floor is noise.")
+    if any(one.kinds for one in numerics.arithmetics.values()):
+        notes.append(
+            "Beside the others: KL divergence over that of the floor, divided by the median of the other kinds. "
+            "A kind with 1 lost as much as the others."
+        )
     return tuple(notes)
 
 

@@ -9,6 +9,7 @@ from .. import __version__
 from ..quoting import argument, one_line, shell
 from ..verify.numerics.document import MeasuredText, Numerics, numerics_of
 from .document import at, stages_run
+from .kinds import kind_warnings, kinds_table
 from .measured import (
     accuracy_notes,
     accuracy_table,
@@ -39,6 +40,8 @@ def page_of(whole: Mapping[str, Any]) -> Page:
         tiles=tuple([*accuracy_tiles(numerics), *size_tile(checkpoint), *served_tiles(serve)]),
         accuracy=accuracy_table(numerics),
         accuracy_notes=accuracy_notes(numerics),
+        kinds=kinds_table(numerics),
+        kind_warnings=kind_warnings(numerics),
         layers=layers_of(numerics),
         sizes=sizes_of(checkpoint),
         served=served_of(serve),

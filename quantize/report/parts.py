@@ -152,6 +152,8 @@ class Page:
     tiles: tuple[Tile, ...] = ()
     accuracy: Table | None = None
     accuracy_notes: tuple[str, ...] = ()
+    kinds: Table | None = None
+    kind_warnings: tuple[str, ...] = ()
     layers: Layers | None = None
     sizes: Sizes | None = None
     served: Served | None = None

@@ -19,10 +19,12 @@ class Finding:
     Attributes:
         looked_at: the things that it read, in numbers, or why the check does not apply.
         faults: one phrase an offender, its name first, with the numbers. Empty where the check passed.
+        notes: more lines for the terminal, which have no part in the verdict.
     """
 
     looked_at: str
     faults: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,23 @@ def test_measured_accuracy_stands_in_a_table_with_standard_errors_and_the_chart(
     assert "](nvquant_layers.svg)" in accuracy
 
 
+def test_the_loss_of_each_kind_of_text_stands_in_a_table_and_a_lost_kind_is_named(
+    converted: Path, measured: dict[str, Any]
+) -> None:
+    kinds = measured["numerics"]["arithmetics"]["w4a4"]["kinds"]
+    assert set(kinds) == {"code", "dialogue", "language", "mathematics", "prose", "technical"}
+    warning = {"arithmetic": "w4a4", "kind": "code", "kl": 0.5, "relative": 1.8, "relative_error": 0.1}
+    numerics = {**measured["numerics"], "kind_warnings": [warning]}
+    sound, lost = (
+        section(card_of(converted, {**measured, "numerics": one}), "Accuracy")
+        for one in ({**numerics, "kind_warnings": []}, numerics)
+    )
+    for kind, loss in kinds.items():
+        assert f"| {kind} | {loss['tokens']:,} | {loss['kl']['mean']:.1g}"[:-3] in sound
+    assert "⚠️" not in sound
+    assert "⚠️ Text of the kind code lost 1.80 ± 0.10 times as much as the other kinds in W4A4" in lost
+
+
 def test_what_was_not_measured_is_said_to_be_so(converted: Path, proved: dict[str, Any]) -> None:
     card = card_of(converted, proved)
     assert section(card, "Accuracy").strip() == (

@@ -89,6 +89,41 @@ def test_a_good_report_says_the_numbers_in_the_promised_order(tmp_path: Path) ->
         assert places == sorted(places)
 
 
+@pytest.mark.parametrize("form", ["html", "markdown"])
+def test_every_kind_of_text_has_a_row_with_its_loss_under_each_arithmetic(tmp_path: Path, form: str) -> None:
+    page, markdown, document = written(reports.good(), tmp_path)
+    text = page.text if form == "html" else markdown.replace("| ", "").replace(" |", "")
+    for name, loss in document["numerics"]["arithmetics"]["w4a4"]["kinds"].items():
+        other = document["numerics"]["arithmetics"]["weight_only"]["kinds"][name]
+        cells = [
+            f"{part['kl']['mean']:.4f} ± {part['kl']['standard_error']:.4f} {part['top1']['agreement'] * 100:.1f} %"
+            f" {part['relative']:.2f}"
+            for part in (loss, other)
+        ]
+        assert f"{name} 2,555 {' '.join(cells)}" in text
+    assert "Loss by kind of text" in text and "A kind with 1 lost as much as the others." in text
+    assert "Calibrate on more text of this kind" not in text
+
+
+@pytest.mark.parametrize("form", ["html", "markdown"])
+def test_a_kind_that_lost_more_than_the_others_is_named(tmp_path: Path, form: str) -> None:
+    page, markdown, _ = written(reports.failing(), tmp_path)
+    text = page.text if form == "html" else markdown
+    assert (
+        "Text of the kind code lost 1.90 ± 0.10 times as much as the other kinds in weight-only (KL 0.0285 nats, "
+        "compared by the floor of each kind). Calibrate on more text of this kind."
+    ) in text
+
+
+def test_a_document_without_kinds_has_no_table_of_them(tmp_path: Path) -> None:
+    report = reports.good(3)
+    assert report.numerics is not None
+    for one in report.numerics["arithmetics"].values():
+        del one["kinds"]
+    page, markdown, _ = written(report, tmp_path)
+    assert "kind of text" not in page.text and "kind of text" not in markdown
+
+
 def test_a_failed_report_begins_with_what_failed_and_why(tmp_path: Path) -> None:
     page, markdown, document = written(reports.failing(), tmp_path)
     assert not document["passed"]

@@ -90,6 +90,24 @@ def quantized_input(index: int, name: str) -> dict[str, Any]:
     }
 
 
+KINDS = {"code": 0.9, "dialogue": 0.95, "language": 1.5, "mathematics": 0.85, "prose": 1.1, "technical": 0.8}
+
+
+def kinds_of(mean: float, agreement: float, *, of_floor: bool = False) -> dict[str, Any]:
+    """The loss by kind of text, in which a language other than English loses as much more as it does in noise."""
+    return {
+        kind: {
+            "sequences": 5,
+            "tokens": 2555,
+            "kl": {"mean": mean * share, "standard_error": mean * 0.04, "median": mean * 0.3, "p99": mean * 9},
+            "top1": {"agreement": agreement / share**0.1, "standard_error": 0.003},
+            "relative": None if of_floor else 1 + 0.02 * at,
+            "relative_error": None if of_floor else 0.04,
+        }
+        for at, (kind, share) in enumerate(KINDS.items())
+    }
+
+
 def arithmetic(words: str, mean: float, agreement: float, delta: float) -> dict[str, Any]:
     noise = 0.0017 if words.startswith("W4A4") else None
     return {
@@ -105,6 +123,7 @@ def arithmetic(words: str, mean: float, agreement: float, delta: float) -> dict[
         "delta_nll": delta,
         "perplexity": math.exp(2.1733 + delta),
         "top1": {"agreement": agreement, "standard_error": 0.0031, "rounding_noise": noise},
+        "kinds": kinds_of(mean, agreement, of_floor=words == WORDS["floor"]),
     }
 
 
@@ -138,6 +157,7 @@ def numerics(layers: int = 60) -> dict[str, Any]:
         "matrices": [matrix(index, name) for index in range(layers) for name in ("gate_proj", "up_proj", "down_proj")],
         "inputs": [quantized_input(index, name) for index in range(layers) for name in ("gate_up_proj", "down_proj")],
         "thresholds": {"max_kl": None, "min_top1": 0.5, "max_delta_nll": 1.0},
+        "kind_warnings": [],
     }
 
 
@@ -248,6 +268,10 @@ def failing() -> Report:
     broken["arithmetics"]["w4a4"]["delta_nll"] = math.inf
     broken["matrices"][94]["weight_error"] = math.nan
     broken["thresholds"]["max_kl"] = 0.2
+    broken["arithmetics"]["weight_only"]["kinds"]["code"] |= {"relative": 1.9, "relative_error": 0.1}
+    broken["kind_warnings"] = [
+        {"arithmetic": "weight_only", "kind": "code", "kl": 0.0285, "relative": 1.9, "relative_error": 0.1}
+    ]
     served = serve()
     served["answers"][0] |= {
         "text": "<script>document.title = 'taken'</script><img src=x onerror=alert(1)> " + "the the \x00\x1b[31m" * 20,

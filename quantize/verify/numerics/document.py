@@ -42,6 +42,36 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class KindLoss:
+    """The loss of a lane on one kind of text.
+
+    Attributes:
+        sequences, tokens: that were scored.
+        relative: its KL over the floor's KL, beside the median of that ratio over the other kinds. See `kinds`. None
+            for the floor itself, for one sequence, and for one kind.
+        relative_error: the standard error of it, over sequences.
+    """
+
+    sequences: Number = None
+    tokens: Number = None
+    kl: Divergence = field(default_factory=Divergence)
+    top1: Agreement = field(default_factory=Agreement)
+    relative: Number = None
+    relative_error: Number = None
+
+
+@dataclass(frozen=True)
+class KindWarning:
+    """A kind of text that lost clearly more than the others under an arithmetic. See `KindLoss`."""
+
+    arithmetic: str | None = None
+    kind: str | None = None
+    kl: Number = None
+    relative: Number = None
+    relative_error: Number = None
+
+
+@dataclass(frozen=True)
 class Predictions:
     """The predictions of a lane against the source's.
 
@@ -50,6 +80,7 @@ class Predictions:
         nll: mean negative log-likelihood in nats a token.
         delta_nll: its increase over the source's.
         nll_difference: mean absolute difference of the tokens' likelihoods.
+        kinds: the loss by kind of text. Empty where the kinds are not known.
     """
 
     words: str | None = None
@@ -59,6 +90,7 @@ class Predictions:
     nll_difference: Number = None
     perplexity: Number = None
     top1: Agreement = field(default_factory=Agreement)
+    kinds: Mapping[str, KindLoss] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,6 +203,7 @@ class Numerics:
     Attributes:
         kl, perplexity, top1: of the checkpoint's own scheme.
         arithmetics: the predictions by lane: `w4a4`, `weight_only`, `floor`.
+        kind_warnings: the kinds of text that lost clearly more than the others.
     """
 
     kl: Number = None
@@ -187,17 +220,32 @@ class Numerics:
     matrices: Sequence[MatrixLoss] = ()
     inputs: Sequence[InputLoss] = ()
     thresholds: Thresholds | None = None
+    kind_warnings: Sequence[KindWarning] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The document as JSON values, with floats for what JSON cannot hold (see `report.plain_json`)."""
         return {**asdict(self), "layers": [layer.as_json() for layer in self.layers]} | {
-            key: list(map(asdict, getattr(self, key))) for key in ("matrices", "inputs")
+            key: list(map(asdict, getattr(self, key))) for key in ("matrices", "inputs", "kind_warnings")
         }
 
 
 Form = TypeVar(
-    "Form", Divergence, Agreement, Predictions, LayerLoss, MatrixLoss, InputLoss, MeasuredText, Thresholds, Numerics
+    "Form",
+    Divergence,
+    Agreement,
+    KindLoss,
+    KindWarning,
+    Predictions,
+    LayerLoss,
+    MatrixLoss,
+    InputLoss,
+    MeasuredText,
+    Thresholds,
+    Numerics,
 )
+
+
+Loss = TypeVar("Loss", KindLoss, Predictions)
 
 
 def known(number: Number) -> float:
@@ -220,6 +268,7 @@ def numerics_of(document: object) -> Numerics | None:
         matrices=tuple(_parsed(MatrixLoss, row) for row in _rows(document.get("matrices"))),
         inputs=tuple(_parsed(InputLoss, row) for row in _rows(document.get("inputs"))),
         thresholds=_parsed_if_there(Thresholds, document.get("thresholds")),
+        kind_warnings=tuple(_parsed(KindWarning, row) for row in _rows(document.get("kind_warnings"))),
     )
 
 
@@ -259,11 +308,17 @@ def _parsed_if_there(form: type[Form], document: object) -> Form | None:
 
 def _predictions(document: object) -> Predictions:
     found = _map(document)
-    return replace(
-        _parsed(Predictions, found),
-        kl=_parsed(Divergence, found.get("kl")),
-        top1=_parsed(Agreement, found.get("top1")),
-    )
+    kinds = {str(name): _kind_loss(loss) for name, loss in _map(found.get("kinds")).items()}
+    return replace(_with_loss(_parsed(Predictions, found), found), kinds=kinds)
+
+
+def _kind_loss(document: object) -> KindLoss:
+    found = _map(document)
+    return _with_loss(_parsed(KindLoss, found), found)
+
+
+def _with_loss(form: Loss, found: Mapping[str, Any]) -> Loss:
+    return replace(form, kl=_parsed(Divergence, found.get("kl")), top1=_parsed(Agreement, found.get("top1")))
 
 
 def _layer(document: Mapping[str, Any]) -> LayerLosses:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -32,6 +32,7 @@ from .document import (
     Thresholds,
     known,
 )
+from .kinds import kind_warnings, losses_by_kind, warning_words
 from .measure import LayerNumbers, SideBySide
 from .noise import noise_words
 from .predictions import predict
@@ -63,7 +64,7 @@ class NumericsOptions:
     """
 
     text: Path | None = None
-    samples: int = 16
+    samples: int = 18
     sequence_length: int = 512
     device: str = "cpu"
     max_kl: float | None = None
@@ -123,8 +124,15 @@ def measure(
     words = {**WORDS, "floor": noise_words(run.device)}
     thresholds = thresholds_of(subject).tightened(options.max_kl, options.min_top1)
     again = {"w4a4": scores.pop("w4a4_again", None)}
-    lanes = {name: score.numbers(words[name], nll_of_tokens, again.get(name)) for name, score in scores.items()}
+    lanes = {
+        name: replace(
+            score.numbers(words[name], nll_of_tokens, again.get(name)),
+            kinds=losses_by_kind(score, None if name == "floor" else scores["floor"], text.kinds, again.get(name)),
+        )
+        for name, score in scores.items()
+    }
     own = lanes[arithmetics[0]]  # of the checkpoint's own scheme
+    by_name = {str(name): lane for name, lane in lanes.items()}
     scored = len(logits["source"].targets)
     return Numerics(
         kl=own.kl.mean,
@@ -136,11 +144,12 @@ def measure(
         device=_device_name(run.device),
         dtype=str(run.dtype).removeprefix("torch."),
         nll_source=nll,
-        arithmetics={str(name): lane for name, lane in lanes.items()},
+        arithmetics=by_name,
         layers=[_layer_losses(layer, run) for layer in run.layers],
         matrices=run.matrices,
         inputs=[_input_loss(name, run) for name in run.rounding.numbers],
         thresholds=thresholds,
+        kind_warnings=kind_warnings(by_name),
     )
 
 
@@ -218,7 +227,20 @@ def _kl(numbers: Numerics) -> Finding:
     floor = numbers.arithmetics["floor"]
     said.append(f"floor {known(floor.kl.mean):.2g} ({floor.words})")
     asked = "no limit set" if limit is None else f"at most {limit:g}"
-    return Finding(f"mean KL divergence in nats, {asked}: {', '.join(said)}", faults)
+    return Finding(f"mean KL divergence in nats, {asked}: {', '.join(said)}", faults, _kind_notes(numbers))
+
+
+def _kind_notes(numbers: Numerics) -> list[str]:
+    """A line of KL divergence and top-1 agreement by kind for each arithmetic, then the warnings."""
+    notes = []
+    for name, one in _compared(numbers).items():
+        kinds = [
+            f"{kind} {known(loss.kl.mean):.4f} ({known(loss.top1.agreement):.1%}, {known(loss.tokens):,.0f} tokens)"
+            for kind, loss in one.kinds.items()
+        ]
+        notes += [f"{SHORT[name]} by kind, KL (top-1): {', '.join(kinds)}"] if kinds else []
+    warnings = [warning_words(one, SHORT.get(one.arithmetic or "", "")) for one in numbers.kind_warnings]
+    return notes + [f"warning: {words}" for words in warnings]
 
 
 def _spread(numbers: Divergence | Agreement) -> str:

@@ -1,4 +1,4 @@
-"""The tokens on which numbers are measured: held-out text, framed as the model requires."""
+"""The tokens on which numbers are measured: held-out text of all kinds, framed as the model requires."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEED = 1
 def load_text(
     text: Path | None, folder: Path, config: Mapping[str, Any], samples: int, sequence_length: int
 ) -> CalibrationSet:
-    """Load samples of a file, or of the shipped held-out text.
+    """Load samples of a file, or of the shipped held-out text, of each kind of text equally many where it has kinds.
 
     That text shares no document with the shipped calibration text.
 
@@ -31,7 +31,13 @@ def load_text(
     name = str(text if text is not None else shipped_folder() / HELDOUT)
     try:
         return load_calibration(
-            name, model_folder=folder, config=config, samples=samples, sequence_length=sequence_length, seed=SEED
+            name,
+            model_folder=folder,
+            config=config,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=SEED,
+            in_equal_kinds=True,
         )
     except InputError as error:
         error.rename("--calibration", "--text")
@@ -39,6 +45,8 @@ def load_text(
 
 
 def reference_ids(folder: Path, config: Mapping[str, Any], tokens: int = REFERENCE_TOKENS) -> list[int]:
-    """The token ids of one sequence of the held-out text, for a request to a server."""
-    ids: list[int] = load_text(None, folder, config, 1, tokens).samples[0].tolist()
+    """The token ids of one sequence of the held-out text, of any kind, for a request to a server."""
+    name = str(shipped_folder() / HELDOUT)
+    text = load_calibration(name, model_folder=folder, config=config, samples=1, sequence_length=tokens, seed=SEED)
+    ids: list[int] = text.samples[0].tolist()
     return ids

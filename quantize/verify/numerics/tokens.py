@@ -115,8 +115,18 @@ class TokenScores:
     agrees: Tensor
     lengths: Sequence[int]
 
+    def of(self, sequences: Sequence[int]) -> TokenScores:
+        """The scores of some of the sequences, by their places."""
+
+        def chosen(values: Tensor) -> Tensor:
+            parts = values.split(list(self.lengths))
+            return torch.cat([parts[at] for at in sequences])
+
+        lengths = [self.lengths[at] for at in sequences]
+        return TokenScores(chosen(self.nll), chosen(self.kl), chosen(self.agrees), lengths)
+
     def numbers(self, words: str, nll_source: Tensor, again: TokenScores | None = None) -> Predictions:
-        """Means with their standard errors over sequences, rounding noise, median and 99th percentile.
+        """Means over all tokens.
 
         Args:
             words: the lane's arithmetic.
@@ -124,26 +134,33 @@ class TokenScores:
             again: the same computation in the noise of BF16. Without it, the rounding noise is None.
         """
         nll = float(self.nll.mean())
-        agrees = self.agrees.double()
-        kl_again, agrees_again = (None, None) if again is None else (again.kl, again.agrees.double())
         return Predictions(
             words=words,
-            kl=Divergence(
-                mean=float(self.kl.mean()),
-                standard_error=standard_error(self.kl, self.lengths),
-                rounding_noise=rounding_noise(self.kl, kl_again, self.lengths),
-                median=quantile(self.kl, 0.5),
-                p99=quantile(self.kl, 0.99),
-            ),
+            kl=self.divergence(again),
             nll=nll,
             delta_nll=nll - float(nll_source.mean()),
             nll_difference=float((self.nll - nll_source).abs().mean()),
             perplexity=perplexity(nll),
-            top1=Agreement(
-                agreement=float(agrees.mean()),
-                standard_error=standard_error(agrees, self.lengths),
-                rounding_noise=rounding_noise(agrees, agrees_again, self.lengths),
-            ),
+            top1=self.agreement(again),
+        )
+
+    def divergence(self, again: TokenScores | None = None) -> Divergence:
+        """Mean KL divergence with its standard error over sequences, rounding noise, median and 99th percentile."""
+        return Divergence(
+            mean=float(self.kl.mean()),
+            standard_error=standard_error(self.kl, self.lengths),
+            rounding_noise=rounding_noise(self.kl, None if again is None else again.kl, self.lengths),
+            median=quantile(self.kl, 0.5),
+            p99=quantile(self.kl, 0.99),
+        )
+
+    def agreement(self, again: TokenScores | None = None) -> Agreement:
+        """Top-1 agreement with its standard error over sequences and rounding noise."""
+        agrees = self.agrees.double()
+        return Agreement(
+            agreement=float(agrees.mean()),
+            standard_error=standard_error(agrees, self.lengths),
+            rounding_noise=rounding_noise(agrees, None if again is None else again.agrees.double(), self.lengths),
         )
 
 

@@ -59,16 +59,18 @@ class Measured:
         return [layer[arithmetic]["accumulated_error"] for layer in self.document["layers"]]
 
 
-def text_of(samples: Samples) -> CalibrationSet:
+def text_of(samples: Samples, kinds: Sequence[str] = ()) -> CalibrationSet:
     """Token ids as the stage takes them."""
     tokens = sum(map(len, samples))
-    return CalibrationSet("ids.jsonl", tuple(samples), tokens, "0" * 64, "ids")
+    return CalibrationSet("ids.jsonl", tuple(samples), tokens, "0" * 64, "ids", kinds=tuple(kinds))
 
 
-def measured(checkpoint: Path, source: Path, samples: Samples, **options: Any) -> Measured:
+def measured(
+    checkpoint: Path, source: Path, samples: Samples, *, kinds: Sequence[str] = (), **options: Any
+) -> Measured:
     """Run the stage on token ids."""
-    subject = open_subject(checkpoint)
-    numbers = measure(subject, open_checkpoint(source), text_of(samples), NumericsOptions(**options), no_progress)
+    subject, text = open_subject(checkpoint), text_of(samples, kinds)
+    numbers = measure(subject, open_checkpoint(source), text, NumericsOptions(**options), no_progress)
     return Measured(numbers.as_json())
 
 

@@ -21,6 +21,14 @@ MEASURED: dict[str, Any] = {
             "kl": {"mean": 0.2, "standard_error": 0.01, "rounding_noise": None, "median": 0.1, "p99": 1.5},
             "nll": 2.2, "delta_nll": 0.1, "nll_difference": 0.2, "perplexity": 9.0,
             "top1": {"agreement": 0.7, "standard_error": 0.02, "rounding_noise": None},
+            "kinds": {
+                "code": {
+                    "sequences": 3, "tokens": 9,
+                    "kl": {"mean": 0.3, "standard_error": 0.01, "rounding_noise": None, "median": 0.1, "p99": 1.5},
+                    "top1": {"agreement": 0.6, "standard_error": 0.02, "rounding_noise": None},
+                    "relative": 1.6, "relative_error": 0.1,
+                },
+            },
         }
         for name in ("w4a4", "floor")
     },
@@ -40,6 +48,7 @@ MEASURED: dict[str, Any] = {
     ],
     "inputs": [{"name": "a", "layer": 0, "amax": 3.0, "calibrated_amax": 2.0, "clipped": 0.01, "lost": 0.0}],
     "thresholds": {"max_kl": None, "min_top1": 0.5, "max_delta_nll": 1.0},
+    "kind_warnings": [{"arithmetic": "w4a4", "kind": "code", "kl": 0.3, "relative": 1.6, "relative_error": 0.1}],
 }  # fmt: skip
 
 
@@ -73,6 +82,7 @@ def test_values_of_a_wrong_type_are_absent() -> None:
     assert numbers.kl is None and numbers.source is None and numbers.layers == ()
     assert numbers.arithmetics["w4a4"].kl.mean is None and numbers.arithmetics["w4a4"].words is None
     assert numbers.matrices[0].blocks is None and numbers.inputs[0].growth is None
+    assert numbers.arithmetics["w4a4"].kinds["code"].relative is None and numbers.kind_warnings[0].kind is None
 
 
 @pytest.mark.parametrize("document", [None, [], "x", 3])

@@ -55,7 +55,11 @@ def test_w4a4_likelihoods_are_equal_in_the_mean(name: str, layout: str, conversi
 def test_real_weights_in_both_arithmetics(smollm2_full: Path, smollm2: Path, tmp_path: Path) -> None:
     ids = held_out(smollm2, 1, 200)[0].tolist()
     ours, theirs = compared(smollm2_full, ids, "w4a4")
-    assert float(ours.mean()) == pytest.approx(float(theirs.mean()), abs=0.01)
+    # Last bits that differ are amplified from layer to layer, without a direction.
+    difference = ours - theirs
+    assert abs(float(difference.mean())) < 3 * float(difference.std()) / len(difference) ** 0.5
+    unrounded = torch.tensor(emulated_logprobs(open_subject(smollm2_full), ids, "weight_only"))
+    assert float((ours - unrounded).abs().mean()) > 2 * float(difference.abs().mean())
     weight_only = converted(smollm2, tmp_path / "a16", "nvfp4-a16", MODELOPT)
     torch.testing.assert_close(*compared(weight_only, ids, "weight_only"), rtol=0, atol=1e-3)
 

@@ -58,12 +58,12 @@ def test_only_w4a4_has_rounding_noise_and_prints_it_beside_its_kl(document: dict
 def test_the_document_has_the_keys_that_readers_rely_on(document: dict[str, Any]) -> None:
     assert set(document) == {
         "kl", "perplexity", "perplexity_source", "top1", "source", "text", "device", "dtype", "nll_source",
-        "arithmetics", "layers", "matrices", "inputs", "thresholds",
+        "arithmetics", "layers", "matrices", "inputs", "thresholds", "kind_warnings",
     }  # fmt: skip
     assert set(document["text"]) == {"name", "framing", "sequences", "tokens", "scored", "sha256"}
     assert set(document["arithmetics"]) == {"w4a4", "weight_only", "floor"}
     for numbers in document["arithmetics"].values():
-        assert set(numbers) == {"words", "kl", "nll", "delta_nll", "nll_difference", "perplexity", "top1"}
+        assert set(numbers) == {"words", "kl", "nll", "delta_nll", "nll_difference", "perplexity", "top1", "kinds"}
         assert set(numbers["kl"]) == {"mean", "median", "p99", "standard_error", "rounding_noise"}
         assert set(numbers["top1"]) == {"agreement", "standard_error", "rounding_noise"}
     assert [layer["layer"] for layer in document["layers"]] == [0, 1, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from nvquant.calibrate.specs import shipped_folder
 from nvquant.checkpoint.source import read_json
 from nvquant.errors import InputError
+from nvquant.verify.numerics.stage import NumericsOptions
 from nvquant.verify.numerics.text import HELDOUT, load_text, reference_ids
 from support.conversions import random_samples, write_ids
 from support.tiny_models import tiny_gemma4_text, tiny_llama
@@ -84,9 +86,31 @@ def test_without_a_file_it_is_the_shipped_held_out_text(kind: str, request: pyte
     assert found.name == HELDOUT
     assert found.framing == ("prose" if kind == "base" else "chat")
     assert found.sha256 == load(None, model, samples=2, length=120).sha256
-    assert (
-        reference_ids(model, read_json(model / "config.json", ""), 64) == load(None, model, 1, 64).samples[0].tolist()
-    )
+
+
+@pytest.mark.parametrize("kind", ["base", "chat"])
+def test_the_shipped_text_gives_equal_numbers_of_sequences_of_every_kind(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    found = load(None, request.getfixturevalue(kind), NumericsOptions().samples, NumericsOptions().sequence_length)
+    kinds = ("code", "dialogue", "language", "mathematics", "prose", "technical")
+    assert Counter(found.kinds) == dict.fromkeys(kinds, 3)
+    assert {len(ids) for ids in found.samples} == {512}
+
+
+@pytest.mark.parametrize("kind", ["base", "chat"])
+def test_the_request_to_a_server_is_one_sequence_of_held_out_text(kind: str, request: pytest.FixtureRequest) -> None:
+    model: Path = request.getfixturevalue(kind)
+    ids = reference_ids(model, read_json(model / "config.json", ""), 64)
+    assert len(ids) == 64 and ids == reference_ids(model, read_json(model / "config.json", ""), 64)
+    assert ids == reference_ids(model, read_json(model / "config.json", ""), 80)[:64]
+
+
+def test_kinds_of_a_users_own_lines_are_kept(base: Path, tmp_path: Path) -> None:
+    path, words = tmp_path / "mine.jsonl", stdlib_text()
+    rows = [{"kind": ("law", "news")[at > 6], "text": words[2000 * at : 2000 * at + 1500]} for at in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Counter(load(path, base, samples=6).kinds) == {"law": 3, "news": 3}
 
 
 def test_sentences_name_the_option_that_the_user_gave(base: Path, tmp_path: Path) -> None:
