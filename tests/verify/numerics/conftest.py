@@ -22,4 +22,4 @@ def smollm2_full(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def smollm2_measured(smollm2: Path, smollm2_full: Path) -> Measured:
     """What was measured of it when nothing is wrong."""
-    return measured(smollm2_full, smollm2, held_out(smollm2, 3, 128))
+    return measured(smollm2_full, smollm2, held_out(smollm2, 6, 128))
