@@ -1,8 +1,9 @@
 """The work and the memory of a calibration in two lanes, beside those of one: convert.site_by_site and the modules that
 it calls.
 
-With d columns and r rows of a fused group, its second moments are int64 [d, d] and [c, d], where c is the lesser of r
-and d if r is far less (calibrate.statistics.moments). They are solved in float32 (quantizers.error_feedback).
+With d columns and r rows of a fused group, its second moments are int64: the upper triangle of [d, d], and [c, d],
+where c is the lesser of r and d if r is far less (calibrate.statistics.moments). They are solved in float32
+(quantizers.error_feedback).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .plan import Plan
 _PANEL = 1024  # rows of a product of moments at a time: what lies right of its diagonal block is computed twice
 _CANDIDATES = 10  # of a block's scale
 _STEP_FLOP = 30  # of a column under a candidate: rounding, cost, and the feedback to the columns behind it in its block
-_SOLVED_COPIES = 3  # of [d, d] in float32: H, and the factor with its inverse, or that with its turned copy
+_SOLVED_COPIES = 3  # of [d, d] in float32: H, its factor, and the products on the way to the inverse
 _WEIGHT_COPIES = 4  # of [r, d] in float32
 
 
@@ -54,7 +55,7 @@ class SolvedGroup:
     def memory_bytes(self) -> int:
         """The most that is on the device at a time."""
         square, cross, weight = self.cols**2, self.cross_rows * self.cols, self.rows * self.cols
-        gathered = 8 * (square + cross) + 4 * (square + cross) + (4 * weight if cross < square else 0)
+        gathered = 4 * square + 8 * cross + 4 * (square + cross) + (4 * weight if cross < square else 0)
         solved = 4 * (_SOLVED_COPIES * square + cross + _WEIGHT_COPIES * weight)
         return max(gathered, solved)
 

@@ -1,6 +1,6 @@
 """GPTQ on blocks of 16: round column after column, and let the later columns make up for the error.
 
-docs/recipes.md, section "Quantizers", has the order of the columns and the choice of scales. The formulas are of
+docs/accuracy.md, section "gptq", has the order of the columns and the choice of a block's scale. The formulas are of
 Frantar et al., "GPTQ" (arXiv 2210.17323): for a Hessian H with U upper triangular and UᵀU = H⁻¹, the error of column j,
 divided by U_jj, times row j of U, is subtracted from the columns that follow.
 """
@@ -16,11 +16,13 @@ from ..format.constants import BLOCK, E4M3_MAX
 from ..format.e2m1 import encode_e2m1, pack_codes, round_e2m1
 from ..format.kernels import FedBack, feed_back_with_kernel, has_kernel
 from ..format.scales import block_scale_bytes, decode_e4m3, sixth
+from .triangular import factorise, invert
 
 OFFSETS = range(-2, 8)
 """Candidates for a block's scale: distances of their E4M3 bytes from that of amax / 6 of the updated columns."""
 LARGEST_BYTE = 0x7E
 PANEL = 128  # columns whose errors reach the columns behind them in one product
+_ROWS = 1024  # of a copy at a time
 MOST_RETRIES = 4
 RAISED = 10.0  # factor of the damping after a failed factorisation
 
@@ -46,46 +48,57 @@ class NoFactor(Exception):
     """A matrix has no Cholesky factor, whatever its damping."""
 
 
-def damped_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+def damped_factor(gram: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """The lower Cholesky factor of a matrix with a part of its mean diagonal added to the diagonal.
 
     Args:
-        gram: float32 [n, n], symmetric. Its diagonal is changed, because a copy may not fit the memory.
+        gram: float32 [n, n], symmetric. It is not changed.
         damping: the part. After a failed factorisation it is ten times as large, four times at most.
+        order: int64 [n], a new order of rows and columns. None for that of `gram`.
     Returns:
         the factor, and the damping that succeeded.
     Raises:
         NoFactor: no factorisation succeeded.
     """
-    diagonal = gram.diagonal().clone()
-    mean = float(diagonal.double().mean()) or 1.0
+    mean = float(gram.diagonal().double().mean()) or 1.0
     for retry in range(MOST_RETRIES + 1):
         used = damping * RAISED**retry
-        gram.diagonal().copy_(diagonal + used * mean)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if not int(failed):
-            return factor, used
+        damped = gram.clone() if order is None else _reordered(gram, order)
+        damped.diagonal().add_(used * mean)
+        if factorise(damped):
+            return damped, used
     raise NoFactor
 
 
-def inverse_factor(gram: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+def _reordered(gram: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in another order, with one copy."""
+    made = torch.empty_like(gram)
+    for begin in range(0, len(order), _ROWS):
+        made[begin : begin + _ROWS] = gram[order[begin : begin + _ROWS]][:, order]
+    return made
+
+
+class InverseFactor:
     """U, upper triangular, with UᵀU the inverse of a damped matrix: one factorisation and one triangular inverse.
 
-    With J the reversal of the order, L the factor of J·H·J: U = J·L⁻¹·J. At most two matrices of the size of `gram`
-    are in memory beside it.
+    With J the reversal of the order and L the factor of J·H·J, U is J·L⁻¹·J. Only some rows of it are needed at a time.
+
+    Attributes:
+        damping: the one that succeeded.
 
     Args:
-        gram: float32 [n, n], symmetric. It is not changed.
-        order: int64 [n], the order of its rows and columns in H.
-        damping: see `damped_factor`, which also has the errors.
-    Returns:
-        U, and the damping that succeeded.
+        gram, damping: see `damped_factor`, which also has the errors.
+        order: int64 [n] of the rows and columns of H in those of `gram`.
     """
-    lower, used = damped_factor(gram[order.flip(0)][:, order.flip(0)], damping)
-    inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).t()  # LAPACK works on columns
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    del lower
-    return inverse.flip(0, 1), used
+
+    def __init__(self, gram: Tensor, damping: float, order: Tensor) -> None:
+        self._reversed, self.damping = damped_factor(gram, damping, order.flip(0))
+        invert(self._reversed)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows of U, float32 [end - begin, n]."""
+        size = len(self._reversed)
+        return self._reversed[size - end : size - begin].flip(0, 1)
 
 
 def column_order(diagonal: Tensor) -> Tensor:
@@ -115,27 +128,29 @@ def round_with_feedback(weight: Tensor, gram: Tensor, scale: Tensor, damping: fl
     """
     cols = weight.shape[1]
     order = column_order(gram.diagonal())
-    upper, used = inverse_factor(gram, order, damping)
+    inverse = InverseFactor(gram, damping, order)
     turned = weight.t()[order].contiguous()
     codes = torch.empty(turned.shape, dtype=torch.uint8, device=weight.device)
     scales = torch.empty((cols // BLOCK, weight.shape[0]), dtype=torch.uint8, device=weight.device)
     outgrown = torch.zeros((), dtype=torch.int64, device=weight.device)
     for begin in range(0, cols, PANEL):
         end = min(cols, begin + PANEL)
+        upper = inverse.rows(begin, end)
         errors = torch.empty((end - begin, weight.shape[0]), device=weight.device)
         for at in range(begin, end, BLOCK):
             inside = slice(at, at + BLOCK)
-            block = round_block(turned[inside], upper[inside, inside], scale)
+            own = upper[at - begin : at - begin + BLOCK]
+            block = round_block(turned[inside], own[:, inside].contiguous(), scale)
             codes[inside], scales[at // BLOCK] = block.codes, block.scales
             errors[at - begin : at - begin + BLOCK] = block.errors
             outgrown += block.outgrown
-            turned[at + BLOCK : end] -= upper[inside, at + BLOCK : end].t() @ block.errors
-        turned[end:] -= upper[begin:end, end:].t() @ errors
+            turned[at + BLOCK : end] -= own[:, at + BLOCK : end].t() @ block.errors
+        turned[end:] -= upper[:, end:].t() @ errors
     place = order.argsort()
     blocks = (order[::BLOCK] // BLOCK).argsort()
     packed = pack_codes(codes[place].t())
     stored = scales[blocks].t().contiguous().view(torch.float8_e4m3fn)
-    return Solved(packed.contiguous(), stored, int(outgrown), used)
+    return Solved(packed.contiguous(), stored, int(outgrown), inverse.damping)
 
 
 def round_block(block: Tensor, upper: Tensor, scale: Tensor) -> FedBack:

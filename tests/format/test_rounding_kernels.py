@@ -9,7 +9,7 @@ from nvquant.format.activations import quantize_dequantize, round_in_torch
 from nvquant.format.kernels import FedBack, feed_back_on_gpu, round_on_gpu
 from nvquant.format.native import TARGETS, feed_back_on_cpu, round_on_cpu
 from nvquant.format.scales import global_scale
-from nvquant.quantizers.error_feedback import OFFSETS, inverse_factor, round_block_in_torch
+from nvquant.quantizers.error_feedback import OFFSETS, InverseFactor, round_block_in_torch
 from torch import Tensor
 
 NAMES = ("plain", "avx2", "avx512")
@@ -71,7 +71,7 @@ def block(rows: int, kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     if kind == "wide range":
         weight *= torch.exp2(torch.randint(-18, 1, (1, rows), generator=generator).float())
     mixed = torch.randn(64, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
-    upper, _ = inverse_factor(mixed.t() @ mixed / 64, 0.03)
+    upper = InverseFactor(mixed.t() @ mixed / 64, 0.03, torch.arange(mixed.shape[1])).rows(0, mixed.shape[1])
     amax = weight.abs().amax() / (64 if kind == "outgrown" else 1)
     return weight, upper, global_scale(amax, 2.0)
 

@@ -52,6 +52,8 @@ class SecondMoments:
         weight: float32 [rows, cols], the group's stacked weights. With it, `cross` is multiplied by them at once, which
             takes less memory where there are fewer rows than columns.
         wants_cross: whether to gather `cross`. Without it, only the quantized path is observed.
+        source_factor: float32 [cols]. The source's input is multiplied by it first, where a fold changed the scale of
+            the quantized path's. `mean_square` and `weight` are those after the fold.
     """
 
     name: ClassVar[str] = "moments"
@@ -62,18 +64,18 @@ class SecondMoments:
         rounds: Callable[[Tensor], Tensor],
         weight: Tensor | None = None,
         wants_cross: bool = True,
+        source_factor: Tensor | None = None,
     ) -> None:
         self.lanes = ("source", "quantized") if wants_cross else ("quantized",)
-        self._rounds, self._weight = rounds, weight
+        self._rounds, self._weight, self._source_factor = rounds, weight, source_factor
         device = None if weight is None else weight.device
         self._unit = _power_of_two(mean_square.sqrt()).to(device)
         self._row_unit = self._unit
         if weight is not None:
             self._row_unit = _power_of_two((weight.double().square() @ mean_square.to(device)).sqrt())
         self._batch: list[tuple[Tensor, Tensor | None]] = []
-        self._gram: Tensor | None = None  # int64, the upper triangle by panels, on the device
-        self._cross: Tensor | None = None
-        self._peak: Tensor | None = None  # the largest product of a sequence
+        self._gram: _Sums | None = None
+        self._cross: _Sums | None = None
         self._tokens = self._sequences = 0
 
     def observe(self, seen: Mapping[str, Tensor]) -> None:
@@ -88,12 +90,11 @@ class SecondMoments:
         self._batch.append((quantized, source if "source" in self.lanes else None))
 
     def _begin(self, device: torch.device) -> None:
-        cols = len(self._unit)
+        cols, rows = len(self._unit), len(self._row_unit)
         self._unit, self._row_unit = self._unit.to(device), self._row_unit.to(device)
-        self._gram = torch.zeros((cols, cols), dtype=torch.int64, device=device)
+        self._gram = _Sums(cols, cols, is_symmetric=True, device=device)
         if "source" in self.lanes:
-            self._cross = torch.zeros((len(self._row_unit), cols), dtype=torch.int64, device=device)
-        self._peak = torch.zeros((), device=device)
+            self._cross = _Sums(rows, cols, is_symmetric=False, device=device)
 
     def commit(self) -> None:
         """Count the observations since the last `commit` or `discard`."""
@@ -107,23 +108,23 @@ class SecondMoments:
     def _add(self, quantized: Tensor, source: Tensor | None) -> None:
         """Add one sequence, [tokens, cols]."""
         assert self._gram is not None
-        rounded = self._rounds(quantized).float() / self._unit  # a new tensor: an input may come back as it is
-        self._add_products(rounded, rounded, self._gram, is_symmetric=True)
+        dtype = _dtype_of_products(quantized)
+        rounded = (self._rounds(quantized) / self._unit).to(dtype)  # a power of two: BF16 stays exact
+        self._gram.add(rounded, rounded)
         if source is not None:
             assert self._cross is not None
-            moved = source.float() - quantized.float()
-            moved = moved if self._weight is None else moved @ self._weight.t()
-            self._add_products(moved.div_(self._row_unit), rounded, self._cross, is_symmetric=False)
+            moved = self._folded(source) - quantized.float()
+            if self._weight is not None:
+                moved = _product(moved.t().to(dtype), self._weight.t().to(dtype))
+            self._cross.add((moved / self._row_unit).to(dtype), rounded)
         self._tokens += len(quantized)
         self._sequences += 1
 
-    def _add_products(self, left: Tensor, right: Tensor, total: Tensor, is_symmetric: bool) -> None:
-        """Add leftᵀ·right to a total, of which only the upper triangle counts if it is symmetric."""
-        for begin in range(0, left.shape[1], _PANEL):
-            first = begin if is_symmetric else 0
-            products = left[:, begin : begin + _PANEL].t() @ right[:, first:]
-            self._peak = torch.maximum(self._peak, products.abs().amax())  # type: ignore[arg-type]
-            total[begin : begin + _PANEL, first:] += products.mul_(2.0**FRACTION_BITS).round_().long()
+    def _folded(self, source: Tensor) -> Tensor:
+        """The source's input in the scale of the quantized path, float32."""
+        if self._source_factor is None:
+            return source.float()
+        return source.float() * self._source_factor.to(source.device)
 
     def discard(self) -> None:
         """Forget the observations since the last `commit`."""
@@ -133,66 +134,132 @@ class SecondMoments:
         """The committed data, on the CPU.
 
         Returns:
-            `gram`: int64 [cols, cols], or [0, 0] where nothing was observed. `cross`: likewise, [rows, cols]. `unit`
-            and `row_unit`: float32 [cols] and [rows]. `through`: bool [1], whether a weight was given. `peak`: float32
-            [1]. `counts`: int64 [2], tokens and sequences.
+            `gram`: int64 [the elements of its panels], or [0] where nothing was observed. `cross`: likewise. `unit` and
+            `row_unit`: float32 [cols] and [rows]. `through`: bool [1], whether a weight was given. `peaks`: float32
+            [2], the largest products of a sequence. `counts`: int64 [2], tokens and sequences.
         """
-        empty = torch.empty((0, 0), dtype=torch.int64)
+        sums = [self._gram, self._cross]
         return {
-            "gram": empty if self._gram is None else self._gram.cpu(),
-            "cross": empty if self._cross is None else self._cross.cpu(),
+            "gram": _flat(self._gram),
+            "cross": _flat(self._cross),
             "unit": self._unit.cpu(),
             "row_unit": self._row_unit.cpu(),
             "through": torch.tensor([self._weight is not None]),
-            "peak": torch.zeros(1) if self._peak is None else self._peak.reshape(1).cpu(),
+            "peaks": torch.stack([torch.zeros(()) if one is None else one.peak.cpu() for one in sums]),
             "counts": torch.tensor([self._tokens, self._sequences]),
         }
 
     @classmethod
     def merged(cls, states: Sequence[Mapping[str, Tensor]]) -> Self:
         """See `Statistic.merged`."""
-        seen = [state for state in states if len(state["gram"])]
         first = states[0]
         made = cls(torch.ones(len(first["unit"]), dtype=torch.float64), lambda inputs: inputs)
         made._unit, made._row_unit = first["unit"], first["row_unit"]
         made._weight = torch.empty(0) if bool(first["through"]) else None
-        made._gram = torch.stack([state["gram"] for state in seen]).sum(0) if seen else None
-        crosses = [state["cross"] for state in seen if len(state["cross"])]
-        made._cross = torch.stack(crosses).sum(0) if crosses else None
-        made._peak = torch.stack([state["peak"].amax() for state in states]).amax()
+        cols, rows = len(made._unit), len(made._row_unit)
+        peaks = torch.stack([state["peaks"] for state in states]).amax(0)
+        for name, at, height in (("gram", 0, cols), ("cross", 1, rows)):
+            seen = [state[name] for state in states if len(state[name])]
+            if seen:
+                sums = _Sums(height, cols, name == "gram", torch.device("cpu"))
+                sums.set(seen, peaks[at])
+                setattr(made, f"_{name}", sums)
         made._tokens, made._sequences = torch.stack([state["counts"] for state in states]).sum(0).tolist()
         return made
 
     def result(self, name: str) -> Moments:
-        """The means over everything committed.
+        """The means over everything committed. It frees the sums, which are twice as large, so it is called once.
 
         Args:
             name: of the fused group, for errors.
         Raises:
             CheckFailed: nothing was committed, or the quantized path left the source far behind.
         """
-        if self._gram is None or self._peak is None:
-            raise CheckFailed(f"calibration never reached {name}: the model's forward skips it.")
-        if not float(self._peak) * self._sequences * 2.0**FRACTION_BITS < _LARGEST_SUM:
+        if self._gram is None:
             raise CheckFailed(
-                f"the inputs of {name} grow without limit behind quantized layers", hint="use --quantizer mse"
+                f"calibration never reached {name}: the model's forward skips it", hint="leave it out of the recipe"
             )
-        gram = self._mean(self._gram, self._unit)
-        for begin in range(0, len(gram), _PANEL):  # the lower triangle
-            end = begin + _PANEL
-            gram[begin:end, begin:end] = gram[begin:end, begin:end].triu() + gram[begin:end, begin:end].triu(1).t()
-            gram[end:, begin:end] = gram[begin:end, end:].t()
-        cross = None if self._cross is None else self._mean(self._cross, self._row_unit)
+        for sums in (self._gram, self._cross):
+            if sums is not None and not float(sums.peak) * self._sequences * 2.0**FRACTION_BITS < _LARGEST_SUM:
+                raise CheckFailed(
+                    f"the inputs of {name} grow without limit behind quantized layers", hint="use --quantizer mse"
+                )
+        factor = 2.0**-FRACTION_BITS / self._tokens
+        gram = self._gram.taken(factor, self._unit, self._unit)
+        cross = None if self._cross is None else self._cross.taken(factor, self._row_unit, self._unit)
         return Moments(gram, cross, self._weight is not None)
 
-    def _mean(self, total: Tensor, row_unit: Tensor) -> Tensor:
-        """A sum of integers as a mean over the tokens, float32."""
-        mean = torch.empty(total.shape, device=total.device)
-        for begin in range(0, len(total), _PANEL):
-            rows = slice(begin, begin + _PANEL)
-            mean[rows] = total[rows].double().mul_(2.0**-FRACTION_BITS / self._tokens)
-            mean[rows] *= row_unit[rows].unsqueeze(1) * self._unit
-        return mean
+
+class _Sums:
+    """Sums of products of columns, exact: int64 panels of rows. Of a symmetric matrix, a panel begins at its diagonal.
+
+    Attributes:
+        peak: float32 scalar, the largest product of a sequence.
+    """
+
+    def __init__(self, rows: int, cols: int, is_symmetric: bool, device: torch.device) -> None:
+        self._shape, self._is_symmetric = (rows, cols), is_symmetric
+        self._panels: dict[int, Tensor] = {
+            begin: torch.zeros(
+                (min(_PANEL, rows - begin), cols - (begin if is_symmetric else 0)), dtype=torch.int64, device=device
+            )
+            for begin in range(0, rows, _PANEL)
+        }
+        self.peak = torch.zeros((), device=device)
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Add leftᵀ·right of a sequence, [tokens, rows] and [tokens, cols]."""
+        for begin, panel in self._panels.items():
+            first = begin if self._is_symmetric else 0
+            products = _product(left[:, begin : begin + len(panel)], right[:, first:])
+            self.peak = torch.maximum(self.peak, products.abs().amax())
+            panel += products.mul_(2.0**FRACTION_BITS).round_().long()
+
+    def flat(self) -> Tensor:
+        """All panels one after the other, int64 on the CPU."""
+        return torch.cat([panel.flatten().cpu() for panel in self._panels.values()])
+
+    def set(self, flats: Sequence[Tensor], peak: Tensor) -> None:
+        """Become the sum of what `flat` returned in several processes."""
+        self.peak = peak
+        begin = 0
+        for panel in self._panels.values():
+            for flat in flats:
+                panel += flat[begin : begin + panel.numel()].view_as(panel)
+            begin += panel.numel()
+
+    def taken(self, factor: float, row_unit: Tensor, unit: Tensor) -> Tensor:
+        """The sums times a factor, with the units of rows and columns, float32 [rows, cols]. The sums are gone then."""
+        device = row_unit.device
+        made = torch.empty(self._shape, device=device)
+        for begin in list(self._panels):
+            panel = self._panels.pop(begin)
+            end, first = begin + len(panel), begin if self._is_symmetric else 0
+            rows = made[begin:end, first:]
+            rows.copy_(panel.double().mul_(factor))
+            rows *= row_unit[begin:end].unsqueeze(1) * unit[first:]
+            if self._is_symmetric:  # what lies left of the diagonal
+                square = made[begin:end, begin:end]
+                square.copy_(square.triu() + square.triu(1).t())
+                made[end:, begin:end] = made[begin:end, end:].t()
+        return made
+
+
+def _flat(sums: _Sums | None) -> Tensor:
+    return torch.empty(0, dtype=torch.int64) if sums is None else sums.flat()
+
+
+def _dtype_of_products(inputs: Tensor) -> torch.dtype:
+    """BF16 where a GPU multiplies it with float32 sums. Rounded inputs are exact in it."""
+    has_products = inputs.is_cuda and inputs.dtype == torch.bfloat16 and hasattr(torch.ops.aten.mm, "dtype")
+    return torch.bfloat16 if has_products else torch.float32
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ·right, float32."""
+    if left.dtype == torch.float32:
+        return left.t() @ right
+    return torch.mm(left.t(), right, out_dtype=torch.float32)
 
 
 def _power_of_two(sizes: Tensor) -> Tensor:
