@@ -51,12 +51,14 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def converted_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def converted_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Gives SmolLM2 converted by a recipe into a layout, by the command line; only to be read."""
 
-    def convert(recipe: str, layout: str) -> Path:
+    def convert(recipe: str, layout: str, quantizer: str = "rtn") -> Path:
         return made_once(
-            tmp_path_factory, f"smollm2-{recipe}-{layout}", lambda folder: run_convert(smollm2, recipe, layout, folder)
+            tmp_path_factory,
+            f"smollm2-{recipe}-{layout}-{quantizer}",
+            lambda folder: run_convert(smollm2, recipe, layout, folder, quantizer),
         )
 
     return convert

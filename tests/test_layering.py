@@ -16,7 +16,7 @@ import nvquant
 ROOT = Path(nvquant.__file__).parent
 # In the order in which a tensor meets them; a room may import those to its left, and the modules of COMMON.
 ROOMS = [
-    *("format", "checkpoint", "recipe", "weights", "plan", "stream", "calibrate", "quantizers"),
+    *("format", "checkpoint", "recipe", "weights", "plan", "stream", "calibrate", "reshape", "quantizers"),
     *("convert", "serving", "verify", "report", "bench", "publish", "api", "demo", "cli"),
 ]
 COMMON = {"", "errors", "quoting"}

@@ -68,6 +68,7 @@ def convert(
     *,
     format: str = "compressed-tensors",
     quantizer: str | None = None,
+    fold: str | None = None,
     calibration: AnyPath | None = None,
     calibration_fallback: AnyPath | None = None,
     samples: int | None = None,
@@ -89,6 +90,7 @@ def convert(
         model, recipe, format, revision: see `plan`.
         output: the folder to write. None for MODEL-RECIPE in the current folder.
         quantizer: `mse`, `rtn` or `gptq`. None for the recipe's.
+        fold: `auto` for exact folds before quantizing, `off` for none. None for the recipe's, or else the quantizer's.
         calibration: a shipped set, a Hub data set, or a file. None for the recipe's set.
         calibration_fallback: the set to use if the Hub data set is not available. None to raise.
         samples, sequence_length: the size of the calibration set in sequences and tokens. None for the recipe's.

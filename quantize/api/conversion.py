@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Display: TypeAlias = Callable[[], AbstractContextManager[ProgressSink]]
 
 ENGINES = ("nvquant", "llmcompressor")
+FOLDS = ("auto", "off")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ConvertRequest:
     Attributes:
         model: a folder, or a model on the Hub.
         output: None for MODEL-RECIPE in the current folder.
+        fold: `auto` for exact folds before quantizing, `off` for none. None for the recipe's, or else the quantizer's.
         calibration_fallback: a set to calibrate with if the Hub data set is not available.
         memory_budget: bytes, on the GPU and on the host each. None for the free memory.
         restart: begin anew instead of resuming an unfinished run.
@@ -50,6 +52,7 @@ class ConvertRequest:
     output: AnyPath | None = None
     format: str = "compressed-tensors"
     quantizer: str | None = None
+    fold: str | None = None
     calibration: AnyPath | None = None
     calibration_fallback: AnyPath | None = None
     samples: int | None = None
@@ -102,10 +105,35 @@ class Conversion:
         )
         from ..stream.trace import prepare_folder
 
+        self._fold = self._makes_folds()
         self.target = _output_of(request, self.plan.source.name, recipe.name)
         self.is_first = True
         if request.profile is not None:
             prepare_folder(Path(request.profile))
+
+    def _makes_folds(self) -> bool:
+        """Whether the run makes exact folds.
+
+        Raises:
+            InputError: an unknown choice, or one that the run cannot make.
+        """
+        from ..quantizers import get_quantizer
+
+        request, chosen = self._request, self._request.fold or self.plan.recipe.fold
+        if chosen is not None and chosen not in FOLDS:
+            raise unknown_name("choice of folds", chosen, FOLDS)
+        if chosen == "auto" and request.engine != "nvquant":
+            raise InputError(
+                f"--engine {request.engine} makes no folds", where="--fold", hint="Drop one of the two options"
+            )
+        if chosen == "auto" and not self.plan.needs_calibration:
+            raise InputError(
+                f"recipe {self.plan.recipe.name} calibrates nothing, and folds require inputs",
+                where="--fold",
+                hint="Use --fold off, or a recipe with quantized inputs",
+            )
+        is_wanted = get_quantizer(self.plan.quantizer).folds if chosen is None else chosen == "auto"
+        return is_wanted and self.plan.needs_calibration and request.engine == "nvquant"
 
     def run(self, stop: StopRequest, display: Display) -> ConvertResult:
         """Convert.
@@ -134,7 +162,15 @@ class Conversion:
         loaded = self._load(trace) if plan.needs_calibration else None
         sizes = (request.batch_size, request.memory_budget)
         options = ConvertOptions(
-            self.target, plan.quantizer, device, *sizes, restart=request.restart, stop=stop, ranks=ranks, trace=trace
+            self.target,
+            plan.quantizer,
+            device,
+            *sizes,
+            restart=request.restart,
+            stop=stop,
+            ranks=ranks,
+            trace=trace,
+            fold=self._fold,
         )
         result = self._execute(options, loaded, display)
         if request.profile is not None and self.is_first:
@@ -160,7 +196,8 @@ class Conversion:
         from ..format.native import TARGETS
 
         where = f"{device}, {ranks.size} ranks" if ranks.size > 1 else device
-        how = f"recipe {self.plan.recipe.name}, {self.plan.quantizer}, {self.plan.layout.name}"
+        quantizer = f"folds and {self.plan.quantizer}" if self._fold else self.plan.quantizer
+        how = f"recipe {self.plan.recipe.name}, {quantizer}, {self.plan.layout.name}"
         self._say(f"nvquant {__version__}: {named(self.plan)} -> {self.target}, {how}, {where}")
         if device == "cpu" and not TARGETS:
             self._say("The compiled CPU kernels are not installed. PyTorch computes the same bytes more slowly.")

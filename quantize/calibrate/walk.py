@@ -132,13 +132,14 @@ class Walk:
         """
         self._has_begun = True
         observing = Observing(statistics or {})
-        needs_output = advance and (self._keeps_last or layer < len(self.skeleton.layers) - 1)
-        passes = [one for one in passes if needs_output or observing.sites(one.lane.name)]
+        needs_output = self._keeps_last or layer < len(self.skeleton.layers) - 1
+        goes_on = needs_output and advance
+        passes = [one for one in passes if goes_on or observing.sites(one.lane.name)]
         if not passes:
             return
         with self._span("forward"), self._loaded(layer, passes) as modules:
             runs = [
-                _Run(layer, one, module, tap or Taps(), observing, needs_output)
+                _Run(layer, one, module, tap or Taps(), observing, goes_on, needs_output)
                 for one, module in zip(passes, modules, strict=True)
             ]
             for at in range(len(self._batches)):
@@ -223,14 +224,24 @@ class _Run:
 
     Args:
         module: the layer with the weights of the pass.
-        needs_output: otherwise the forward ends once every statistic has observed the lane.
+        goes_on: whether the lane goes on to the next layer.
+        is_read: whether anything may follow the layer. Without that, and if the lane stays and nothing watches, the
+            forward ends once every statistic has observed the lane.
     """
 
     def __init__(
-        self, layer: int, one: LayerPass, module: nn.Module, tap: Tap, observing: Observing, needs_output: bool
+        self,
+        layer: int,
+        one: LayerPass,
+        module: nn.Module,
+        tap: Tap,
+        observing: Observing,
+        goes_on: bool,
+        is_read: bool,
     ) -> None:
         self.layer, self.lane = layer, one.lane
-        self._watch, self._module, self._tap, self._needs_output = one.watch, module, tap, needs_output
+        self._watch, self._module, self._tap, self._goes_on = one.watch, module, tap, goes_on
+        self._needs_output = goes_on or (is_read and one.watch is not None)
         self._handle = observing.handle(one.lane.name, one.rounds)
         self._sites = observing.sites(one.lane.name)
 
@@ -251,7 +262,7 @@ class _Run:
         """Replace the batch's hidden state by the layer's output, if it is needed."""
         if hidden is not None and self._watch is not None:
             self._watch(at, self.lane.hidden.fetch(at), hidden, self.lane.calls[at][self.layer])
-        if hidden is not None and self._needs_output:
+        if hidden is not None and self._goes_on:
             self.lane.hidden.store(at, hidden)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..api.conversion import ENGINES, Conversion, ConvertRequest
+from ..api.conversion import ENGINES, FOLDS, Conversion, ConvertRequest
 from ..api.publication import check_push, push_converted
 from ..quoting import argument, shell
 from .options import (
@@ -52,6 +52,12 @@ Examples:
 )
 @format_option
 @quantizer_option
+@click.option(
+    "--fold",
+    type=click.Choice(FOLDS),
+    help="Change the scales of channels exactly before quantizing, wherever a proof holds, or never.",
+    show_default="the recipe's choice, or auto with gptq",
+)
 @click.option(
     "--calibration",
     help="Calibrate with a shipped set, a Hub data set, a .txt/.jsonl/.parquet/.csv file, or token ids.",

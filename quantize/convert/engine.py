@@ -24,6 +24,7 @@ from ..stream.memory import give_back_free_memory
 from ..stream.reading import LayerReader, LoadedLayer
 from ..stream.writing import ShardWriter
 from .copying import Copies
+from .folding import Folding
 from .head import HeadMaker, head_maker
 from .journal import Journal
 from .kv_cache import Bounds, cache_bounds
@@ -152,7 +153,8 @@ class Engine:
     ) -> None:
         options = self._options
         lockstep = Ranks() if walk is None else options.ranks  # those that go through a layer together
-        maker = LayerMaker(self._plan, self._quantizer, self._cache, lockstep, self._watch, options.trace)
+        folding = Folding(self._plan, lockstep, options.trace) if options.fold else None
+        maker = LayerMaker(self._plan, self._quantizer, self._cache, lockstep, self._watch, options.trace, folding)
         behind: int | None = None
         while True:
             try:

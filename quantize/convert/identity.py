@@ -17,19 +17,23 @@ from ..plan.plan import Plan
 from ..stream.manifest import CalibrationRecord, HubSource, Identity, Run, Source, SourceShard
 
 
-def run_identity(plan: Plan, quantizer: str, calibration: CalibrationSet | None, run: Run) -> Identity:
+def run_identity(
+    plan: Plan, quantizer: str, calibration: CalibrationSet | None, run: Run, fold: bool = False
+) -> Identity:
     """All facts that determine the output's bytes.
 
     Args:
         run: without the versions of packages, which this function adds.
     """
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "compressed-tensors")}
+    folds: dict[str, Any] = {"fold": "auto"} if fold else {}
     return Identity(
         nvquant=__version__,
         source=source_identity(plan.source),
         recipe=plan.recipe,
         format=plan.layout.name,
         quantizer=quantizer,
+        **folds,
         run=Run(**run.as_json(), versions=versions),
         calibration=None if calibration is None else _calibration(calibration),
     )

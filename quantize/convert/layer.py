@@ -15,10 +15,14 @@ from ..plan.plan import Plan
 from ..quantizers import quantizer_for
 from ..quantizers.base import GroupInputs, Quantizer
 from ..recipe.groups import FusedGroup
+from ..reshape.folding import FoldedLayer
+from ..reshape.records import folding_record
+from ..reshape.reshaping import UNCHANGED, Reshaping
 from ..stream.manifest import AttentionRecord, GroupRecord, LayerRecord
 from ..stream.memory import telling_of_full_gpu
 from ..stream.reading import LoadedLayer
 from ..stream.trace import Trace
+from .folding import Folding
 from .kv_cache import Bounds, attention_records, cache_scales, unbounded_sites, warn_of_clipping
 from .matrices import (
     group_scalars,
@@ -39,7 +43,8 @@ class MadeLayer:
     """The output of a layer, by output name.
 
     Attributes:
-        made: codes and block scales, uint8, and global scales, float32. They belong to the layer alone.
+        made: codes and block scales, uint8, global scales, float32, and norms after folds. They belong to the layer
+            alone.
         kept: the other tensors, unchanged, in the buffer of the loaded layer.
         record: the manifest's entry.
     """
@@ -70,13 +75,21 @@ class LayerMaker:
     Args:
         cache: bounds on keys and values, or None without an FP8 KV cache.
         ranks: those that go through each layer together.
+        folding: None without folds.
     """
 
     def __init__(
-        self, plan: Plan, quantizer: Quantizer, cache: Bounds | None, ranks: Ranks, watch: Watch, trace: Trace
+        self,
+        plan: Plan,
+        quantizer: Quantizer,
+        cache: Bounds | None,
+        ranks: Ranks,
+        watch: Watch,
+        trace: Trace,
+        folding: Folding | None = None,
     ) -> None:
         self._plan, self._quantizer, self._cache, self._ranks = plan, quantizer, cache, ranks
-        self._watch, self._trace = watch, trace
+        self._watch, self._trace, self._folding = watch, trace, folding
 
     @contextmanager
     def made(self, loaded: LoadedLayer, walk: CalibrationWalk | None) -> Iterator[MadeLayer | None]:
@@ -90,18 +103,23 @@ class LayerMaker:
         """
         groups = groups_of_layer(self._plan.groups, self._plan.prefix, loaded.layer)
         bounds = None if self._cache is None else self._cache.get(loaded.layer, {})
-        observed = _Amaxes({}, {}) if walk is None else self._observe(groups, loaded, walk, bounds or {})
+        folded = None if walk is None or self._folding is None else self._folding.fold(groups, loaded, walk)
+        reshaping = UNCHANGED if folded is None else folded.reshaping
+        observed = _Amaxes({}, {}) if walk is None else self._observe(groups, loaded, walk, bounds or {}, reshaping)
         attention = None if bounds is None else attention_records(bounds, observed.cached)
         if walk is not None and walk.has_quantized:
             made = SiteBySite(self._plan, self._quantizer, self._ranks, self._trace).quantize(
-                groups, loaded, walk, observed.inputs, observed.order
+                groups, loaded, walk, observed.inputs, observed.order, reshaping
             )
             quantized, records = made.tensors, made.records
         else:
-            quantized, records = self._quantize(groups, loaded, observed.inputs)
+            quantized, records = self._quantize(groups, loaded, observed.inputs, reshaping)
         with self._ranks.step(), telling_of_full_gpu(f"the output of layer {loaded.layer}"):
             is_owner = self._ranks.owns(self._plan.layer_places[loaded.layer])
-            yield self._gather(groups, loaded, quantized, records, attention) if is_owner else None
+            if is_owner:
+                yield self._gather(groups, loaded, {**quantized, **reshaping.norms}, records, attention, folded)
+            else:
+                yield None
 
     def _observe(
         self,
@@ -109,6 +127,7 @@ class LayerMaker:
         loaded: LoadedLayer,
         walk: CalibrationWalk,
         bounds: Mapping[str, KeyValueBounds],
+        reshaping: Reshaping,
     ) -> _Amaxes:
         """Statistics of the inputs of the groups that are calibrated, and of keys and values without a bound, over the
         samples of all ranks."""
@@ -121,6 +140,7 @@ class LayerMaker:
                 calibrated,
                 "mean_square" in self._quantizer.needs,
                 unbounded_sites(bounds),
+                reshaping,
             )
         with self._trace.span("gather") if ranks.size > 1 else nullcontext():
             try:
@@ -139,7 +159,11 @@ class LayerMaker:
         return scheme.inputs == "calibrated" or quantizer_for(scheme.name, self._quantizer).by_site
 
     def _quantize(
-        self, groups: Sequence[FusedGroup], loaded: LoadedLayer, inputs: Mapping[str, InputStatistics]
+        self,
+        groups: Sequence[FusedGroup],
+        loaded: LoadedLayer,
+        inputs: Mapping[str, InputStatistics],
+        reshaping: Reshaping,
     ) -> tuple[dict[str, Tensor], dict[str, GroupRecord]]:
         """Packed codes and block scales of a layer, by output name, and the record of each group.
 
@@ -162,7 +186,7 @@ class LayerMaker:
                 if makers[group.name] == ranks.rank:
                     seen = inputs.get(group.name)
                     statistics = None if seen is None else GroupInputs(seen)
-                    done = quantize_group(plan, group, loaded.tensors, statistics, self._quantizer)
+                    done = quantize_group(plan, group, loaded.tensors, statistics, self._quantizer, reshaping)
                     made.update(done.tensors)
                     own[group.name] = done.record
         if ranks.size == 1:
@@ -183,6 +207,7 @@ class LayerMaker:
         quantized: dict[str, Tensor],
         records: Mapping[str, GroupRecord],
         attention: dict[str, AttentionRecord] | None,
+        folded: FoldedLayer | None,
     ) -> MadeLayer:
         """Add the global scales, those of the KV cache, and the tensors that are not quantized."""
         shard = self._plan.layer_shards[loaded.layer]
@@ -201,4 +226,6 @@ class LayerMaker:
         )
         if attention is not None:
             record = record.model_copy(update={"kv_cache": attention})
+        if folded is not None:
+            record = record.model_copy(update={"folding": folding_record(folded)})
         return MadeLayer(made, kept, record)

@@ -21,8 +21,9 @@ from ..plan.plan import Plan
 from ..quantizers import quantizer_for
 from ..quantizers.base import GroupInputs, Quantizer
 from ..recipe.groups import FusedGroup
-from ..recipe.matrices import matrix_entries
+from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import Role
+from ..reshape.reshaping import UNCHANGED, Reshaping
 from ..stream.manifest import GroupRecord, InputRecord
 from ..stream.scalars import scalar_values
 
@@ -73,7 +74,12 @@ def refuse_damaged_before(plan: Plan, layer: int) -> None:
 
 
 def quantize_group(
-    plan: Plan, group: FusedGroup, weights: Mapping[str, Tensor], inputs: GroupInputs | None, quantizer: Quantizer
+    plan: Plan,
+    group: FusedGroup,
+    weights: Mapping[str, Tensor],
+    inputs: GroupInputs | None,
+    quantizer: Quantizer,
+    reshaping: Reshaping = UNCHANGED,
 ) -> GroupOutput:
     """Quantize a fused group. Its scalars follow from the record (`group_scalars`).
 
@@ -81,13 +87,15 @@ def quantize_group(
         weights: the members' tensors by source name, in their stored dtype, on one device.
         inputs: statistics of the shared input, or None without calibration.
         quantizer: of the run. A scheme that it does not know has its own.
+        reshaping: folds that the weights go through first. The statistics are those after them.
     Raises:
         NonFiniteError: a NaN or an infinity in a weight.
         InputError: weights that the scheme or the quantizer cannot represent.
     """
     members = [plan.matrices[module] for module in group.members]
     scheme = members[0].scheme
-    made = quantizer_for(scheme.name, quantizer).quantize(members, [matrix.of(weights) for matrix in members], inputs)
+    given = reshaped_weights(members, weights, reshaping)
+    made = quantizer_for(scheme.name, quantizer).quantize(members, given, inputs)
     tensors: dict[str, Tensor] = {}
     histogram = torch.zeros(256, dtype=torch.int64)
     for matrix in members:
@@ -104,6 +112,11 @@ def quantize_group(
     if made.feedback is not None:
         facts["feedback"] = made.feedback
     return GroupOutput(tensors, made.parts, GroupRecord(**facts))
+
+
+def reshaped_weights(matrices: Iterable[Matrix], weights: Mapping[str, Tensor], reshaping: Reshaping) -> list[Tensor]:
+    """Matrices after folds, [rows, cols] each."""
+    return [reshaping.weight(matrix.name, matrix.of(weights)) for matrix in matrices]
 
 
 def input_record(plan: Plan, scheme: Scheme, inputs: InputStatistics) -> InputRecord:

@@ -28,6 +28,7 @@ class ConvertOptions:
         stop: checked between batches for a request to end the run.
         ranks: the processes that share the run.
         trace: measures the time of its phases.
+        fold: whether to make exact folds before quantizing. Requires calibration.
     """
 
     output: Path
@@ -40,6 +41,7 @@ class ConvertOptions:
     stop: StopRequest = field(default_factory=StopRequest)
     ranks: Ranks = field(default_factory=Ranks)
     trace: Trace = field(default_factory=Trace)
+    fold: bool = False
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     configs = output_configs(plan)
     check_head(plan)
-    identity = run_identity(plan, options.quantizer, calibration, _circumstances(options, dtype, calibration)).as_json()
+    run = _circumstances(options, dtype, calibration)
+    identity = run_identity(plan, options.quantizer, calibration, run, options.fold).as_json()
     with ExitStack() as held:
         begun = _begin(plan, options, identity, held)
         if not begun.is_finished:

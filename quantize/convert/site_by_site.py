@@ -22,11 +22,13 @@ from ..quantizers import quantizer_for
 from ..quantizers.base import GroupInputs, Quantizer
 from ..recipe.groups import FusedGroup
 from ..recipe.matrices import Matrix, matrix_entries
+from ..reshape.reshaping import UNCHANGED, Reshaping
 from ..stream.manifest import GroupRecord, LayerRecord
 from ..stream.memory import telling_of_full_gpu
 from ..stream.reading import LoadedLayer
 from ..stream.trace import Trace
-from .matrices import groups_of_layer, input_record, is_scalar, quantize_group
+from .folding import reshaping_of_layer
+from .matrices import groups_of_layer, input_record, is_scalar, quantize_group, reshaped_weights
 from .ranks import Ranks
 from .walking import CalibrationWalk
 
@@ -59,27 +61,29 @@ class SiteBySite:
         walk: CalibrationWalk,
         inputs: Mapping[str, InputStatistics],
         order: Sequence[str],
+        reshaping: Reshaping = UNCHANGED,
     ) -> MadeGroups:
         """Quantize the groups of a layer, and send both lanes through it.
 
         Args:
             inputs: of the groups that were observed in the source.
             order: their names as the layer reaches them. The other groups come first.
+            reshaping: folds of the layer. `inputs` are those after them.
         Raises:
             NonFiniteError, InputError, CheckFailed: see `quantize_group` and `SecondMoments.result`.
         """
         place = {name: at for at, name in enumerate(order)}
-        path = walk.quantized_layer(self._plan, loaded.layer, loaded.tensors)
+        path = walk.quantized_layer(self._plan, loaded.layer, loaded.tensors, reshaping)
         made = MadeGroups({}, {})
         for group in sorted(groups, key=lambda group: place.get(group.name, -1)):
             own = quantizer_for(self._scheme(group).name, self._quantizer)
-            statistics = self._statistics(group, own, loaded, walk, path, inputs.get(group.name))
+            statistics = self._statistics(group, own, loaded, walk, path, inputs.get(group.name), reshaping)
             with (
                 self._ranks.step(),
                 self._trace.timed("quantize", group.name),
                 telling_of_full_gpu(f"the quantization of {group.name}"),
             ):
-                done = quantize_group(self._plan, group, loaded.tensors, statistics, self._quantizer)
+                done = quantize_group(self._plan, group, loaded.tensors, statistics, self._quantizer, reshaping)
                 made.tensors.update(done.tensors)
                 made.records[group.name] = done.record
                 matrices = [self._plan.matrices[module] for module in group.members]
@@ -96,12 +100,13 @@ class SiteBySite:
         walk: CalibrationWalk,
         path: QuantizedLayer,
         seen: InputStatistics | None,
+        reshaping: Reshaping,
     ) -> GroupInputs | None:
         if seen is None:
             return None
         if "moments" not in quantizer.needs:
             return GroupInputs(seen)
-        return GroupInputs(seen, self._moments(group, loaded, walk, path, seen))
+        return GroupInputs(seen, self._moments(group, loaded, walk, path, seen, reshaping))
 
     def _moments(
         self,
@@ -110,6 +115,7 @@ class SiteBySite:
         walk: CalibrationWalk,
         path: QuantizedLayer,
         seen: InputStatistics,
+        reshaping: Reshaping,
     ) -> Moments:
         """Second moments of a group's input over the samples of all ranks."""
         scheme = self._scheme(group)
@@ -118,9 +124,15 @@ class SiteBySite:
         scales = input_scales(self._plan.layout, scheme, None if record is None else record.calibrated_amax, device)
         members = [self._plan.matrices[module] for module in group.members]
         is_wide = _MUCH_FEWER * sum(matrix.rows for matrix in members) <= members[0].cols
-        weight = torch.cat([matrix.of(loaded.tensors).float() for matrix in members]) if is_wide else None
+        weights = reshaped_weights(members, loaded.tensors, reshaping) if is_wide else []
+        weight = torch.cat([weight.float() for weight in weights]) if is_wide else None
         assert seen.mean_square is not None
-        moments = SecondMoments(seen.mean_square, lambda inputs: scheme.round_inputs(inputs, scales), weight)
+        moments = SecondMoments(
+            seen.mean_square,
+            lambda inputs: scheme.round_inputs(inputs, scales),
+            weight,
+            source_factor=reshaping.input_factor(group.name),
+        )
         with telling_of_full_gpu(f"the second moments of {group.name}"):
             with self._ranks.step():
                 walk.observe_moments(loaded.layer, loaded.tensors, path, group, moments)
@@ -142,7 +154,7 @@ def path_from_shard(
     Raises:
         InputError: the file vanished or cannot be read.
     """
-    path = walk.quantized_layer(plan, loaded.layer, loaded.tensors)
+    path = walk.quantized_layer(plan, loaded.layer, loaded.tensors, reshaping_of_layer(plan, record, loaded.tensors))
     header = read_header(shard)
     device = next(iter(loaded.tensors.values())).device
     for group in groups_of_layer(plan.groups, plan.prefix, loaded.layer):

@@ -3,7 +3,7 @@ quantized path beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,17 @@ from ..calibrate.statistics.base import Statistic
 from ..calibrate.statistics.key_value import KeyValueAmax
 from ..calibrate.statistics.moments import SecondMoments
 from ..calibrate.statistics.ranges import InputRanges
-from ..calibrate.taps import KeyValueTap, LinearTap, Taps
+from ..calibrate.taps import KeyValueTap, LinearTap, Tap, Taps
 from ..calibrate.walk import Walk, make_batches
 from ..errors import InputError
 from ..plan.plan import Plan
 from ..recipe.groups import FusedGroup
-from ..stream.hidden import HiddenStates
+from ..reshape.reshaping import UNCHANGED, Reshaping
+from ..reshape.trial import LayerTrial
+from ..stream.hidden import HiddenBudget, HiddenStates
 from .budget import hidden_budget
+from .kept import BesideKept, Filling, KeptInputs, bytes_of, may_keep, room_beside
+from .matrices import groups_of_layer
 from .options import ConvertOptions
 from .watch import Watch
 
@@ -55,11 +59,17 @@ class CalibrationWalk:
 
     Args:
         walk: with these lanes.
+        columns: of the input of each fused group, by its name.
+        tokens: of all batches.
         quantized: None where the source alone is walked.
     """
 
-    def __init__(self, walk: Walk, source: Lane, quantized: Lane | None) -> None:
+    def __init__(
+        self, walk: Walk, columns: Mapping[str, int], tokens: int, source: Lane, quantized: Lane | None = None
+    ) -> None:
         self._walk, self._source, self._quantized = walk, source, quantized
+        self._columns, self._tokens = columns, tokens
+        self._kept: KeptInputs | None = None
         self.prefix, self.dtype = walk.skeleton.layer_prefix, walk.skeleton.dtype
 
     @property
@@ -78,6 +88,20 @@ class CalibrationWalk:
         """Whether layers pass more to later layers than the hidden state."""
         return self._walk.shares_state
 
+    def passes(self, groups: Sequence[FusedGroup], folds: bool) -> int:
+        """About how often batches go through a layer, all lanes together.
+
+        Args:
+            groups: of the layer.
+            folds: whether inputs are observed for folds first.
+        """
+        is_kept = self._has_room(groups)
+        if self._quantized is None:
+            return 2 if folds and not is_kept else 1
+        if is_kept:  # the source once, then the quantized path up to each site, and behind the layer
+            return 2 + len(groups)
+        return 3 + 2 * len(groups) + folds  # observed once or twice, both lanes up to each site, both behind the layer
+
     def observe(
         self,
         layer: int,
@@ -85,6 +109,7 @@ class CalibrationWalk:
         groups: Sequence[FusedGroup],
         wants_mean_square: bool,
         cached: Sequence[str] = (),
+        reshaping: Reshaping = UNCHANGED,
     ) -> Observed:
         """Send every batch of the source through a layer. Without a quantized path, the walk advances.
 
@@ -92,28 +117,87 @@ class CalibrationWalk:
             tensors: the layer's tensors by their names in the checkpoint, on the device.
             groups: fused groups of the layer, whose inputs are observed.
             cached: sites of a `KeyValueTap` that are observed, with the names in the checkpoint.
+            reshaping: the inputs are observed after these folds.
         Raises:
             InputError: not even one batch fits the device's memory.
         """
-        prefix = self._prefix_of(layer)
-        inputs = LinearTap.of_groups(groups, prefix)
+        ranges = {
+            group.name: InputRanges(wants_mean_square, SOURCE, _scaling(reshaping.input_factor(group.name)))
+            for group in groups
+        }
+        amaxes = {site: KeyValueAmax(SOURCE) for site in cached}
+        order = self._observe_source(layer, tensors, groups, ranges, amaxes, advance=self._quantized is None)
+        return Observed(ranges, amaxes, [name for name in order if name in ranges])
+
+    def observe_sizes(
+        self, layer: int, tensors: Mapping[str, Tensor], groups: Sequence[FusedGroup]
+    ) -> dict[str, InputRanges]:
+        """Send every batch of the source through a layer, and observe the inputs of fused groups without the first
+        token of each sequence, whose values have other sizes in most models. The walk stays in front of the layer."""
+        sizes = {group.name: InputRanges(True, SOURCE, _without_first) for group in groups}
+        self._observe_source(layer, tensors, groups, sizes, {}, advance=False)
+        return sizes
+
+    def _observe_source(
+        self,
+        layer: int,
+        tensors: Mapping[str, Tensor],
+        groups: Sequence[FusedGroup],
+        inputs: Mapping[str, Statistic],
+        amaxes: Mapping[str, Statistic],
+        advance: bool,
+    ) -> list[str]:
+        """Let statistics observe the source in a layer, from kept inputs if there are any. Returns the sites of inputs
+        in the order in which the layer reaches them."""
+        kept = self._kept_of(layer)
+        if kept is not None and not amaxes and all(name in kept for name in inputs):
+            for name, statistic in inputs.items():
+                kept.feed(name, [statistic])
+            if advance:
+                kept.advance()
+            return list(kept.order)
+        if kept is None and not advance:
+            kept = self._kept = self._room_to_keep(layer, groups)
+            filling = {} if kept is None else {group.name: Filling(kept, group.name, SOURCE) for group in groups}
+        else:
+            filling = {}
         order: dict[str, None] = {}
-        seen = Observed(
-            {group.name: InputRanges(wants_mean_square, SOURCE) for group in groups},
-            {site: KeyValueAmax(SOURCE) for site in cached},
-            [],
-        )
-        statistics: dict[str, list[Statistic]] = {name: [statistic] for name, statistic in seen.inputs.items()}
-        statistics |= {site: [statistic] for site, statistic in seen.cached.items()}
-        tap = Taps(inputs, KeyValueTap(prefix)) if cached else inputs
+        every: list[Mapping[str, Statistic]] = [inputs, amaxes, filling]
+        statistics = {site: [one[site] for one in every if site in one] for one in every for site in one}
+        prefix = self._prefix_of(layer)
+        taps: list[Tap] = [LinearTap.of_groups(groups, prefix)]
+        taps += [KeyValueTap(prefix)] if amaxes else []
+        watch = kept.keep_output if kept is not None and filling else None
+        one_pass = LayerPass(self._source, tensors, lambda site, _inputs: order.setdefault(site), watch)
+        self._walk.forward(layer, [one_pass], Taps(*taps), statistics, advance)
+        return list(order)
 
-        def note(site: str, _tensor: Tensor) -> None:
-            order.setdefault(site)
+    def _kept_of(self, layer: int) -> KeptInputs | None:
+        return self._kept if self._kept is not None and self._kept.layer == layer else None
 
-        self._walk.forward(
-            layer, [LayerPass(self._source, tensors, note)], tap, statistics, advance=self._quantized is None
-        )
-        return Observed(seen.inputs, seen.cached, [name for name in order if name in seen.inputs])
+    def _room_to_keep(self, layer: int, groups: Sequence[FusedGroup]) -> KeptInputs | None:
+        """An empty store for the inputs of some groups, if there is memory for them."""
+        self._kept = None
+        return KeptInputs(layer, self._source, self._sizes(groups), self._room()) if self._has_room(groups) else None
+
+    def _has_room(self, groups: Sequence[FusedGroup]) -> bool:
+        outputs = sum(self._source.hidden.sizes())
+        return bool(groups) and may_keep(self._sizes(groups), outputs, self._room())
+
+    def _room(self) -> HiddenBudget:
+        return room_beside([lane for lane in (self._source, self._quantized) if lane is not None])
+
+    def _sizes(self, groups: Sequence[FusedGroup]) -> dict[str, int]:
+        return {group.name: bytes_of(self._columns[group.name], self._tokens, self.dtype) for group in groups}
+
+    @property
+    def has_batches(self) -> bool:
+        """Whether this rank has a batch."""
+        return bool(self._source.calls)
+
+    def trial(self, layer: int, tensors: Mapping[str, Tensor]) -> LayerTrial:
+        """The first batch in front of a layer, for folds."""
+        return LayerTrial(self._source, layer, tensors)
 
     def observe_moments(
         self,
@@ -130,10 +214,14 @@ class CalibrationWalk:
             quantized: with the groups before this one quantized.
         """
         site = LinearTap.of_groups([group], self._prefix_of(layer))
-        passes = [LayerPass(self._lane(name), values, rounds) for name, values, rounds in (
-            (SOURCE, tensors, None), (QUANTIZED, quantized.tensors, quantized.round_inputs)
-        ) if name in moments.lanes]  # fmt: skip
-        self._walk.forward(layer, passes, Taps(site, quantized.tap), {group.name: [moments]}, advance=False)
+        passes = [LayerPass(self._lane(QUANTIZED), quantized.tensors, quantized.round_inputs)]
+        statistic: Statistic = moments
+        kept = self._kept_of(layer)
+        if SOURCE in moments.lanes and kept is not None and group.name in kept:
+            statistic = BesideKept(moments, kept, group.name, SOURCE, QUANTIZED)
+        elif SOURCE in moments.lanes:
+            passes.insert(0, LayerPass(self._source, tensors))
+        self._walk.forward(layer, passes, Taps(site, quantized.tap), {group.name: [statistic]}, advance=False)
 
     def advance(self, layer: int, tensors: Mapping[str, Tensor], quantized: QuantizedLayer | None = None) -> None:
         """Send every batch of all lanes through a layer.
@@ -141,7 +229,10 @@ class CalibrationWalk:
         Args:
             quantized: complete. None where the source alone is walked.
         """
-        passes = [LayerPass(self._source, tensors)]
+        kept, self._kept = self._kept_of(layer), None
+        if kept is not None:
+            kept.advance()
+        passes = [LayerPass(self._source, tensors)] if kept is None else []
         if quantized is None:
             self._walk.forward(layer, passes)
             return
@@ -149,9 +240,15 @@ class CalibrationWalk:
         passes.append(LayerPass(self._lane(QUANTIZED), quantized.tensors, quantized.round_inputs))
         self._walk.forward(layer, passes, quantized.tap)
 
-    def quantized_layer(self, plan: Plan, layer: int, tensors: Mapping[str, Tensor]) -> QuantizedLayer:
-        """A layer of the quantized path, of which nothing is quantized yet."""
-        return QuantizedLayer(tensors, self._prefix_of(layer), plan.layout, self.dtype)
+    def quantized_layer(
+        self, plan: Plan, layer: int, tensors: Mapping[str, Tensor], reshaping: Reshaping = UNCHANGED
+    ) -> QuantizedLayer:
+        """A layer of the quantized path, of which nothing is quantized yet.
+
+        Args:
+            reshaping: its norms are those after these folds.
+        """
+        return QuantizedLayer(reshaping.tensors(tensors), self._prefix_of(layer), plan.layout, self.dtype)
 
     def close(self) -> None:
         """Drop the hidden states."""
@@ -164,6 +261,17 @@ class CalibrationWalk:
 
     def _prefix_of(self, layer: int) -> str:
         return f"{self.prefix}.{layer}."
+
+
+def _without_first(inputs: Tensor) -> Tensor:
+    return inputs[:, 1:] if inputs.ndim == 3 and inputs.shape[1] > 1 else inputs
+
+
+def _scaling(factor: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    """Multiplies inputs by a factor of each channel, in float32."""
+    if factor is None:
+        return None
+    return lambda inputs: inputs.float() * factor.to(inputs.device)
 
 
 def open_walk(
@@ -196,18 +304,14 @@ def open_walk(
                 hint="download the model again",
             )
     mine = ranks.split(make_batches(calibration.samples, options.batch_size))[ranks.rank]
-    watch.expect_tokens(sum(batch.numel() for batch in mine) * layers * _passes(plan))
     names = (SOURCE, QUANTIZED) if plan.has_two_lanes else (SOURCE,)
     with ranks.step():
         budget = hidden_budget(plan, mine, options, folder, len(names))
         walk = Walk(skeleton, mine, trace.timed, watch.before_batch)
         lanes = [walk.lane(name, budget) for name in names]
-        return CalibrationWalk(walk, lanes[0], lanes[1] if plan.has_two_lanes else None)
-
-
-def _passes(plan: Plan) -> int:
-    """About how often each lane's batches go through a layer, all lanes together."""
-    if not plan.has_two_lanes:
-        return 1
-    sites = sum(group.name.startswith(f"{plan.prefix}.") for group in plan.groups)
-    return 3 + 2 * -(-sites // len(plan.layers))  # observed once, then both lanes up to each site, then both behind it
+        columns = {group.name: plan.matrices[group.members[0]].cols for group in plan.groups}
+        tokens = sum(batch.numel() for batch in mine)
+        made = CalibrationWalk(walk, columns, tokens, *lanes)
+    first = groups_of_layer(plan.groups, plan.prefix, plan.layers[0])
+    watch.expect_tokens(tokens * layers * made.passes(first, options.fold))
+    return made

@@ -129,8 +129,9 @@ def _making(facts: CardFacts) -> dict[str, Any]:
         "cache_sentence": _cache_sentence(facts),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip() if recipe else None,
         "recipe_sentence": (
-            f"Recipe {at(recipe, 'name')}, scales by the quantizer {at(manifest, 'quantizer')}, in the layout of "
-            f"{_layout(facts)}. {at(recipe, 'description') or ''}"
+            f"Recipe {at(recipe, 'name')}, scales by the quantizer {at(manifest, 'quantizer')}"
+            f"{' after exact folds' if at(manifest, 'fold') else ''}, in the layout of {_layout(facts)}. "
+            f"{at(recipe, 'description') or ''}"
         ),
         "calibration": list(calibration_facts(provenance)),
         "calibration_licence": calibration_licence(provenance) if provenance.is_calibrated else "",

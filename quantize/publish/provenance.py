@@ -90,6 +90,17 @@ def read_provenance(folder: Path, base_model: str | None) -> Provenance:
     return Provenance(form, manifest, known.id, known.commit)
 
 
+def _fold_by_default(form: Manifest) -> str | None:
+    """`Manifest.fold` of a run without --fold."""
+    chosen = form.recipe.fold
+    if chosen is not None:
+        return chosen if chosen == "auto" else None
+    from ..quantizers import QUANTIZERS
+
+    quantizer = QUANTIZERS.get(form.quantizer)
+    return "auto" if quantizer is not None and quantizer.folds and form.calibration is not None else None
+
+
 def convert_command(provenance: Provenance) -> str | None:
     """The command that makes this checkpoint from its source, as far as the manifest contains it. None without one."""
     form = provenance.form
@@ -98,6 +109,8 @@ def convert_command(provenance: Provenance) -> str | None:
     words = ["nvquant", "convert", provenance.source, "--recipe", form.recipe.name, "--format", form.format]
     if form.quantizer != form.recipe.quantizer:
         words += ["--quantizer", form.quantizer]
+    if form.fold != _fold_by_default(form):
+        words += ["--fold", form.fold or "off"]
     if form.calibration is not None:
         words += ["--calibration", argument(form.calibration.name)]
         words += ["--samples", str(form.calibration.samples)]

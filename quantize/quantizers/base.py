@@ -71,6 +71,7 @@ class Quantizer(Protocol):
         needs: the statistics of the inputs that `quantize` uses.
         lane: whose inputs the statistics are of.
         by_site: whether the inputs of a group depend on the quantized groups before it in the same layer.
+        folds: whether exact folds are made before it, unless the recipe or the user decides otherwise.
         claim: see `Claim`. Of `quantize`.
         rows_claim: of `quantize_rows`.
     """
@@ -97,6 +98,11 @@ class Quantizer(Protocol):
 
     @property
     def by_site(self) -> bool:
+        """See the class."""
+        ...
+
+    @property
+    def folds(self) -> bool:
         """See the class."""
         ...
 

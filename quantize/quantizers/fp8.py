@@ -27,6 +27,7 @@ class Fp8Nearest:
     needs: frozenset[Need] = frozenset()
     lane: Literal["source", "quantized"] = "source"
     by_site: bool = False
+    folds: bool = False
     claim: Claim = CLAIM
     rows_claim: Claim = CLAIM
 

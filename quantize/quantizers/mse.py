@@ -59,6 +59,7 @@ class MSE:
     needs: frozenset[Need] = frozenset({"mean_square"})
     lane: Literal["source", "quantized"] = "source"
     by_site: bool = False
+    folds: bool = False
     claim: Claim = CLAIM
     rows_claim: Claim = CLAIM
 

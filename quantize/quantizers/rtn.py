@@ -38,6 +38,7 @@ class RTN:
     needs: frozenset[Need] = frozenset()
     lane: Literal["source", "quantized"] = "source"
     by_site: bool = False
+    folds: bool = False
     claim: Claim = CLAIM
     rows_claim: Claim = CLAIM
 

@@ -13,6 +13,7 @@ from .patterns import PatternError, compiled
 
 SchemeName = Literal["nvfp4", "nvfp4-a16", "fp8"]
 SELECTORS = ("mlp", "attention")
+FoldName = Literal["auto", "off"]
 HeadName = Literal["bf16", "fp8", "nvfp4"]
 QuantizerName = Literal["rtn", "mse", "gptq"]
 ON_QUANTIZED_PATH: frozenset[str] = frozenset({"gptq"})
@@ -138,6 +139,7 @@ class Recipe(_Strict):
         description: one sentence for `nvquant recipes`.
         quantize: the matrices and their schemes. Entries must not overlap.
         quantizer: `mse`, `rtn` or `gptq`.
+        fold: whether to make exact folds (`reshape.folds`) before quantizing. null leaves it to the quantizer.
         experts: whether to refuse a mixture of experts, or to leave its experts in BF16.
         head: the output head. `fp8` also rounds its inputs, `nvfp4` is weight-only, because reading the weights takes
             the time.
@@ -147,6 +149,7 @@ class Recipe(_Strict):
     description: str = ""
     quantize: tuple[QuantizeEntry, ...] = Field(min_length=1)
     quantizer: QuantizerName = "mse"
+    fold: FoldName | None = None
     experts: Literal["refuse", "bf16"] = "refuse"
     head: HeadName = "bf16"
     activations: Annotated[Activations, BeforeValidator(_none_is_default)] = Activations()

@@ -139,6 +139,11 @@ class HiddenStates:
         self._device_left = 0
         return bool(moved)
 
+    @property
+    def left(self) -> HiddenBudget:
+        """The part of the budget that no hidden state uses."""
+        return HiddenBudget(self._device_left, self._host_left, self._budget.folder)
+
     def shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each batch's hidden state."""
         return list(self._shapes)

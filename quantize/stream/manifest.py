@@ -7,11 +7,12 @@ it. Behind this module its names are names, its hashes are hashes and its number
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
@@ -22,11 +23,17 @@ from ..recipe.schema import Recipe
 
 MANIFEST_NAME = "nvquant_manifest.json"
 MOST_NAME_CHARACTERS = 4096
+MOST_BASE64_CHARACTERS = 1 << 22
 
 
 def _one_visible_line(text: str) -> str:
     if visible(text) != text or "\n" in text or "\t" in text:
         raise ValueError("it contains invisible characters")
+    return text
+
+
+def _decodable(text: str) -> str:
+    b64decode(text, validate=True)  # binascii.Error is a ValueError
     return text
 
 
@@ -44,6 +51,9 @@ Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}\z")]
 HubId = Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}/\w[\w.-]{0,99}\z")]
 Natural = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
 Amax = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Base64 = Annotated[
+    str, AfterValidator(_decodable), Field(pattern=r"^[A-Za-z0-9+/]+={0,2}\z", max_length=MOST_BASE64_CHARACTERS)
+]
 
 
 class _Form(BaseModel):
@@ -169,12 +179,55 @@ class AttentionRecord(_Form):
     v: CachedRecord
 
 
+class HeadsRecord(_Form):
+    """See `reshape.folds.Heads`."""
+
+    groups: Annotated[int, Field(ge=1, lt=1 << 20, strict=True)]
+    queries: Annotated[int, Field(ge=1, lt=1 << 20, strict=True)]
+    size: Annotated[int, Field(ge=1, lt=1 << 20, strict=True)]
+
+
+class FoldRecord(_Form):
+    """An exact change of scale between the tensor that makes a value and the fused groups that read it.
+
+    Attributes:
+        exponents: int8 each, eighths of an octave. See `reshape.folds.Fold`, also for the others.
+    """
+
+    groups: Annotated[tuple[Line, ...], Field(min_length=1)]
+    norm: Line | None = None
+    adds_one: bool = False
+    maker: Line | None = None
+    first_row: Natural = 0
+    heads: HeadsRecord | None = None
+    exponents: Base64
+
+    @property
+    def channels(self) -> int:
+        """The number of exponents."""
+        return len(b64decode(self.exponents))
+
+
+class FoldingRecord(_Form):
+    """The folds of a layer.
+
+    Attributes:
+        error: of the folded layer's output in float32, relative to the layer's change of its input.
+        unfolded: for every fused group whose input is not folded, why not.
+    """
+
+    folds: tuple[FoldRecord, ...]
+    error: Amax
+    unfolded: dict[Line, Line] = Field(default_factory=dict)
+
+
 class LayerRecord(_Form):
     """A layer, and the shard that contains it.
 
     Attributes:
         source_sha256: of the layer's source (`stream.reading.layer_digest`).
         kv_cache: by attention module. None without an FP8 KV cache.
+        folding: None where no folds were looked for.
     """
 
     layer: Natural | None = None
@@ -182,6 +235,7 @@ class LayerRecord(_Form):
     source_sha256: Sha256 | None = None
     groups: dict[Line, GroupRecord]
     kv_cache: dict[Line, AttentionRecord] | None = None
+    folding: FoldingRecord | None = None
 
 
 class HeadRecord(_Form):
@@ -214,6 +268,7 @@ class Identity(_Form):
 
     Attributes:
         nvquant: version of the nvquant that ran.
+        fold: `auto` where exact folds were made. Otherwise it is not recorded.
         calibration: None without calibration.
     """
 
@@ -222,14 +277,16 @@ class Identity(_Form):
     recipe: Recipe
     format: Word
     quantizer: Word
+    fold: Literal["auto"] | None = None
     run: Run
     calibration: CalibrationRecord | None
 
     @field_serializer("recipe")
     def _without_calibration(self, recipe: Recipe) -> dict[str, Any]:
         """The recipe without its wish for a calibration, because `calibration` has that of the run, and without an
-        unquantized head, so that manifests of earlier releases stay equal."""
-        return recipe.model_dump(mode="json", exclude={"calibration", *(() if recipe.head_scheme else ("head",))})
+        unquantized head or an open choice of folds, so that manifests of earlier releases stay equal."""
+        unset = [name for name, is_set in (("head", recipe.head_scheme), ("fold", recipe.fold)) if not is_set]
+        return recipe.model_dump(mode="json", exclude={"calibration", *unset})
 
 
 class Manifest(Identity):

@@ -18,6 +18,7 @@ from ..format.constants import BLOCK
 from ..format.e2m1 import E2M1_VALUES, round_e2m1
 from ..format.native import Compared, compare_on_cpu, has_native
 from ..format.scales import block_scale_bytes, decode_e4m3
+from ..reshape.reshaping import UNCHANGED, Reshaping
 from ..weights.stored import StoredMatrix
 from .subject import Subject
 
@@ -126,15 +127,18 @@ class Tally:
         return self.product / self.energy if self.energy else 1.0
 
 
-def tally_matrix(subject: Subject, source: Checkpoint, matrix: StoredMatrix, rule: Rule | None) -> Tally:
+def tally_matrix(
+    subject: Subject, source: Checkpoint, matrix: StoredMatrix, rule: Rule | None, reshaping: Reshaping = UNCHANGED
+) -> Tally:
     """Compare a sound matrix with the source's tensor of the same shape.
 
     Args:
+        reshaping: folds that the source's matrix goes through first.
         rule: the allowed block scales. Others are counted, and the codes that are not the nearest. None counts neither.
     """
     tally = Tally()
     divisor = subject.divisor(matrix.module)
-    for read in read_matrix(subject.checkpoint, source, matrix):
+    for read in read_matrix(subject.checkpoint, source, matrix, reshaping):
         found = _compiled(read, divisor, rule)
         if found is not None and not found.unsettled_blocks:
             tally.add(found, read.scales.numel())
@@ -148,12 +152,14 @@ def tally_matrix(subject: Subject, source: Checkpoint, matrix: StoredMatrix, rul
     return tally
 
 
-def read_matrix(checkpoint: Checkpoint, source: Checkpoint, matrix: StoredMatrix) -> Iterator[Rows]:
-    """A matrix with block scales and the source's tensor, some complete rows at a time."""
+def read_matrix(
+    checkpoint: Checkpoint, source: Checkpoint, matrix: StoredMatrix, reshaping: Reshaping = UNCHANGED
+) -> Iterator[Rows]:
+    """A matrix with block scales and the source's tensor after folds, some complete rows at a time."""
     height = max(1, READ_ELEMENTS // matrix.cols)
     for first in range(0, matrix.rows, height):
         rows = range(first, min(matrix.rows, first + height))
-        weight = read_rows(source, f"{matrix.module}.weight", rows)
+        weight = reshaping.weight(matrix.module, read_rows(source, f"{matrix.module}.weight", rows), first)
         packed, scales = (read_rows(checkpoint, matrix.parts[part].name, rows) for part in ("codes", "scales"))
         yield Rows(first, weight, packed, scales.view(torch.uint8))
 

@@ -15,6 +15,7 @@ import torch
 
 from ..checkpoint.source import Checkpoint
 from ..format.scales import decode_e4m3
+from ..reshape.reshaping import UNCHANGED, Reshaping
 from ..weights.stored import StoredMatrix
 from .subject import Subject
 from .tally import Strip, Tally, read_matrix, strips_of
@@ -24,11 +25,17 @@ BLOCK_SHARE = 0.999
 _NEGLIGIBLE = 1e-6  # energy of a row beside the mean: below the least block scales, rounding has no choice
 
 
-def tally_fed_back(subject: Subject, source: Checkpoint, matrix: StoredMatrix) -> Tally:
-    """Compare a sound matrix with the source's tensor of the same shape, by limits for blocks and for rows."""
+def tally_fed_back(
+    subject: Subject, source: Checkpoint, matrix: StoredMatrix, reshaping: Reshaping = UNCHANGED
+) -> Tally:
+    """Compare a sound matrix with the source's tensor of the same shape, by limits for blocks and for rows.
+
+    Args:
+        reshaping: folds that the source's matrix goes through first.
+    """
     tally = Tally()
     divisor = subject.divisor(matrix.module)
-    for read in read_matrix(subject.checkpoint, source, matrix):
+    for read in read_matrix(subject.checkpoint, source, matrix, reshaping):
         for strip in strips_of(read):
             _add(tally, strip, decode_e4m3(strip.scales) / divisor)
     return tally

@@ -9,6 +9,7 @@ from ..checkpoint.source import Checkpoint
 from ..format.constants import BLOCK
 from ..format.fp8 import dequantize_rows, fp8_scale, quantize_rows
 from ..quantizers.fp8 import row_amax
+from ..reshape.reshaping import UNCHANGED, Reshaping
 from ..weights.stored import StoredMatrix
 from .subject import Subject
 from .tally import READ_ELEMENTS, Tally, read_rows
@@ -16,10 +17,13 @@ from .tally import READ_ELEMENTS, Tally, read_rows
 RMSE_LIMIT = 0.08  # relative to the root mean square of the weights; rounding to three bits after the first costs 0.026
 
 
-def tally_fp8(subject: Subject, source: Checkpoint, matrix: StoredMatrix, is_exact: bool) -> Tally:
+def tally_fp8(
+    subject: Subject, source: Checkpoint, matrix: StoredMatrix, is_exact: bool, reshaping: Reshaping = UNCHANGED
+) -> Tally:
     """Compare a sound FP8 matrix with the source's tensor of the same shape.
 
     Args:
+        reshaping: folds that the source's matrix goes through first.
         is_exact: whether nvquant made it: other codes than the nearest are counted, and other scales than amax / 448 of
             each row.
     """
@@ -29,7 +33,7 @@ def tally_fp8(subject: Subject, source: Checkpoint, matrix: StoredMatrix, is_exa
     height = max(1, READ_ELEMENTS // matrix.cols)
     for first in range(0, matrix.rows, height):
         rows = range(first, min(matrix.rows, first + height))
-        weight = read_rows(source, matrix.tensor, rows)
+        weight = reshaping.weight(matrix.module, read_rows(source, matrix.tensor, rows), first)
         codes = read_rows(subject.checkpoint, matrix.parts["codes"].name, rows)
         by = scales[first : rows.stop] if is_by_row else scales.reshape(())
         _tally_errors(tally, weight.float(), dequantize_rows(codes, by))

@@ -19,9 +19,11 @@ from ..format.constants import BLOCK
 from ..format.scales import global_scale
 from ..quantizers.base import Quantizer
 from ..quantizers.mse import CLAIM, sweep_blocks
+from ..reshape.reshaping import Reshaping
 from ..stream.manifest import Manifest
 from ..weights.stored import StoredMatrix
 from .against import with_own_head
+from .folds import folds_of
 from .recorded import claim_of, own_quantizer
 from .report import Finding, counted
 from .subject import Subject
@@ -41,7 +43,8 @@ _NO_TENSOR = TensorInfo("", "", (), 0, 0)
 
 
 def check_weights(subject: Subject, source: Checkpoint) -> Finding:
-    """Check that every quantized matrix is its source's: the nearest code to every element, or errors within limits.
+    """Check that every quantized matrix is its source's after the recorded folds: the nearest code to every element, or
+    errors within limits.
 
     For nvquant's rtn and mse, each element is the nearest E2M1 value under its stored scale, or the largest where it
     is clipped. Each block scale is rtn's own, or among mse's candidates. For FP8, each element is the nearest E4M3
@@ -60,13 +63,14 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     matrices = [
         m for m in subject.sound.values() if infos.get(f"{m.module}.weight", _NO_TENSOR).shape == (m.rows, m.cols)
     ]
+    reshaping = folds_of(subject, source)
     rules = {matrix.module: _rule(subject, matrix, quantizer) for matrix in matrices}
     fed_back = {matrix.module for matrix in matrices if _is_fed_back(subject, matrix)}
     tallies = map_in_threads(
         lambda matrix: (
-            tally_fed_back(subject, source, matrix)
+            tally_fed_back(subject, source, matrix, reshaping)
             if matrix.module in fed_back
-            else _tally(subject, source, matrix, rules[matrix.module])
+            else _tally(subject, source, matrix, rules[matrix.module], reshaping)
         ),
         matrices,
         subject.progress,
@@ -92,10 +96,12 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     return Finding(f"{number}, {elements:,} elements, {how}{_worst(matrices, tallies)}{beside}", faults)
 
 
-def _tally(subject: Subject, source: Checkpoint, matrix: StoredMatrix, rule: Rule | None) -> Tally:
+def _tally(
+    subject: Subject, source: Checkpoint, matrix: StoredMatrix, rule: Rule | None, reshaping: Reshaping
+) -> Tally:
     if matrix.scheme.has_block_scales:
-        return tally_matrix(subject, source, matrix, rule)
-    return tally_fp8(subject, source, matrix, rule is not None)
+        return tally_matrix(subject, source, matrix, rule, reshaping)
+    return tally_fp8(subject, source, matrix, rule is not None, reshaping)
 
 
 def _worst(matrices: Sequence[StoredMatrix], tallies: Sequence[Tally]) -> str:

@@ -25,6 +25,7 @@ from nvquant.quantizers.base import GroupInputs
 from nvquant.recipe.groups import FusedGroup
 from nvquant.recipe.load import load_recipe
 from nvquant.recipe.schema import KvCache
+from nvquant.reshape.reshaping import UNCHANGED, Reshaping
 from nvquant.stream.reading import LoadedLayer
 from nvquant.stream.trace import Trace
 from support.conversions import TinyModels, planned
@@ -50,7 +51,9 @@ class Walked:
         groups: Sequence[FusedGroup],
         wants_mean_square: bool,
         cached: Sequence[str] = (),
+        reshaping: Reshaping = UNCHANGED,
     ) -> Observed:
+        assert not reshaping.folds
         self.asked.append((layer, [group.name for group in groups], wants_mean_square))
         found = {group.name: InputRanges(wants_mean_square) for group in groups}
         for group in groups:

@@ -65,6 +65,8 @@ def written_layers(output: Path) -> list[str]:
         (2, "gemma4_e2b", {"quantizer": "mse"}),  # layers that share keys and values
         (2, "llama", {"recipe": "nvfp4-a16", "quantizer": "mse"}),
         (3, "gemma4", {"recipe": "nvfp4-a16", "quantizer": "rtn", "layout": MODELOPT}),
+        (2, "llama", {"quantizer": "rtn", "fold": True}),
+        (3, "gemma4", {"quantizer": "gptq", "fold": True}),
         (2, "llama", {"quantizer": "mse", "batch_size": 2}),
         (3, "gemma4", {"quantizer": "rtn", "batch_size": 2, "layout": MODELOPT}),
         (2, "llama", {"quantizer": "gptq"}),
@@ -97,13 +99,15 @@ def test_one_rank_keeps_its_own_statistic() -> None:
     assert Ranks().merged(kept) is kept
 
 
-@pytest.mark.parametrize("quantizer", ["rtn", "mse", "gptq"])
+@pytest.mark.parametrize(
+    ("quantizer", "fold"), [("rtn", False), ("mse", False), ("mse", True), ("gptq", False), ("gptq", True)]
+)
 def test_ranks_without_a_sequence_of_their_own_do_no_harm(
-    launch: WarmRanks, tiny: TinyModels, tmp_path: Path, quantizer: str
+    launch: WarmRanks, tiny: TinyModels, tmp_path: Path, quantizer: str, fold: bool
 ) -> None:
-    alone = converted(tiny("llama"), tmp_path / "expected", quantizer=quantizer, samples=OTHER_SAMPLES)
+    alone = converted(tiny("llama"), tmp_path / "expected", quantizer=quantizer, samples=OTHER_SAMPLES, fold=fold)
     ids = write_ids(tmp_path / "expected.jsonl", OTHER_SAMPLES)
-    ended = launch(3, **job(tiny("llama"), tmp_path, ids, quantizer=quantizer))
+    ended = launch(3, **job(tiny("llama"), tmp_path, ids, quantizer=quantizer, fold=fold))
     assert codes(ended) == [0] * 3, ended
     assert contents(tmp_path / "out") == contents(alone)
 

@@ -64,7 +64,7 @@ class Conversion:
         plan = planned(source, chosen.get("recipe", "nvfp4-full"), layout, quantizer)
         samples: list[Tensor] = chosen.get("samples", random_samples((12, 12, 20)))
         calibration = calibration_of(source, write_ids(self._ids, samples)) if plan.needs_calibration else None
-        names = ("batch_size", "restart", "progress")
+        names = ("batch_size", "restart", "progress", "fold")
         options = ConvertOptions(chosen.get("output", self.output), quantizer)
         return convert(plan, replace(options, **{name: chosen[name] for name in names if name in chosen}), calibration)
 
@@ -117,6 +117,17 @@ def test_a_run_goes_on_behind_the_layers_that_are_whole(tmp_path: Path, name: st
     for file, mtime in kept.items():
         now = (conversion.output / file.name).stat()
         assert (now.st_mtime_ns, now.st_ino) == (mtime, inodes[file.name])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma4", "gemma2"])
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_run_with_folds_goes_on_too(tmp_path: Path, name: str, quantizer: str, layers: int) -> None:
+    conversion = Conversion(WRITERS[name](tmp_path / "source"), tmp_path, quantizer=quantizer, fold=True)
+    expected = conversion.undisturbed()
+    conversion.end_early(layers)
+    assert conversion.run().layers_resumed == layers
+    assert contents(conversion.output) == expected
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4-a16", "nvfp4"])
@@ -189,6 +200,7 @@ OTHER_SAMPLES = random_samples((12, 12, 20), seed=1)
         (unchanged, {"samples": random_samples((12, 12))}, r"calibration\.samples"),
         (unchanged, {"layout": MODELOPT}, "format"),
         (unchanged, {"quantizer": "mse"}, "quantizer"),
+        (unchanged, {"fold": True}, "fold"),
         (unchanged, {"batch_size": 2}, r"run\.batch_size"),
     ],
 )

@@ -27,8 +27,8 @@ from torch import Tensor
 
 LAYERS_BEFORE = 3
 TOKENS = sum(map(len, random_samples()))
-# Times that the tokens pass a layer: with two lanes once observed, then both up to each of four sites, then both on.
-PASSES = {"mse": 1, "gptq": 1 + 2 * 4 + 2}
+# Times that the tokens pass a layer: with two lanes the source once, then the quantized path up to four sites and on.
+PASSES = {"mse": 1, "gptq": 1 + 4 + 1}
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from support.vllm_server import kernel_of, serve, vllm_python
 
 pytestmark = pytest.mark.vllm
 
-Convert = Callable[[str, str], Path]
+Convert = Callable[..., Path]
 
 W4A4_KERNEL, WEIGHT_ONLY_KERNEL = "CpuNvFp4LinearKernel", "CpuNvFp4WeightOnlyLinearKernel"
 
@@ -98,6 +98,19 @@ def test_served_w4a4_gives_the_likelihood_of_the_emulation(
     assert {kernel.arithmetic for kernel in server.facts.kernels if kernel.is_fp8} == (
         {"w8a8"} if recipe == "nvfp4-fp8" else set()
     )
+    assert_close(served, token_logprobs(load_emulation(checkpoint), prompt_ids))
+    assert_close(served, source_logprobs, nll=0.6)
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", pytest.param("modelopt", marks=pytest.mark.thorough)])
+@pytest.mark.usefixtures("vllm_environment")
+def test_a_served_checkpoint_of_folds_and_gptq_gives_the_likelihood_of_the_emulation(
+    converted_smollm2: Convert, prompt_ids: list[int], source_logprobs: list[float], tmp_path: Path, layout: str
+) -> None:
+    checkpoint = converted_smollm2("nvfp4-full", layout, "gptq")
+    assert json.loads((checkpoint / "nvquant_manifest.json").read_text())["fold"] == "auto"
+    with serve(checkpoint, tmp_path) as server:
+        served = server.client.prompt_logprobs(prompt_ids)
     assert_close(served, token_logprobs(load_emulation(checkpoint), prompt_ids))
     assert_close(served, source_logprobs, nll=0.6)
 

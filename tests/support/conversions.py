@@ -86,6 +86,7 @@ def converted(
     quantizer: str = "rtn",
     samples: Sequence[Tensor] | None = None,
     batch_size: int = 1,
+    fold: bool = False,
 ) -> Path:
     """Convert; `samples` are `random_samples()` where not given."""
     plan = planned(source, recipe, layout, quantizer)
@@ -94,7 +95,7 @@ def converted(
         ids = write_ids(output.with_name(f"{output.name}.jsonl"), random_samples() if samples is None else samples)
         calibration = calibration_of(source, ids)
         ids.unlink()
-    convert(plan, ConvertOptions(output, quantizer, batch_size=batch_size), calibration)
+    convert(plan, ConvertOptions(output, quantizer, batch_size=batch_size, fold=fold), calibration)
     return output
 
 

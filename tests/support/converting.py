@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 
-def run_convert(source: Path, recipe: str, layout: str, folder: Path) -> Path:
-    """Convert with the command line, with little calibration and the quickest quantizer; returns the output."""
+def run_convert(source: Path, recipe: str, layout: str, folder: Path, quantizer: str = "rtn") -> Path:
+    """Convert with the command line, with little calibration; returns the output."""
     command = [sys.executable, "-m", "nvquant", "convert", source, "--recipe", recipe, "--format", layout, "-o", folder]
-    command += ["--quantizer", "rtn", "--samples", "4", "--sequence-length", "256", "--json"]
+    command += ["--quantizer", quantizer, "--samples", "4", "--sequence-length", "256", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)

@@ -47,8 +47,8 @@ def run_rank(rank: int, job: dict[str, Any]) -> dict[str, Any]:
     """Do this rank's part of a job.
 
     The job `merges` exchanges the states of a statistic. Any other job has `source` and `output`, perhaps `recipe`,
-    `layout`, `quantizer`, `batch_size` and `ids` (a file); a `signal` to `at_rank` when it has asked `asked` times
-    whether to stop; and `others`, what differs on rank 1.
+    `layout`, `quantizer`, `fold`, `batch_size` and `ids` (a file); a `signal` to `at_rank` when it has asked `asked`
+    times whether to stop; and `others`, what differs on rank 1.
     """
     if "meeting_seconds" in job:
         ranks_module._MEETING = timedelta(seconds=job["meeting_seconds"])
@@ -65,7 +65,15 @@ def run_rank(rank: int, job: dict[str, Any]) -> dict[str, Any]:
     calibration = calibration_of(source, Path(job["ids"])) if plan.needs_calibration else None
     stop = SignalAfter(job["asked"], job["signal"]) if job.get("at_rank") == rank else StopRequest()
     with stop:
-        options = ConvertOptions(output, quantizer, device, job.get("batch_size", 1), ranks=ranks, stop=stop)
+        options = ConvertOptions(
+            output,
+            quantizer,
+            device,
+            job.get("batch_size", 1),
+            ranks=ranks,
+            stop=stop,
+            fold=job.get("fold", False),
+        )
         result = convert(plan, options, calibration)
     return {"resumed": result.layers_resumed, "finished": result.was_finished}
 

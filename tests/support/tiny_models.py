@@ -165,6 +165,17 @@ def tiny_phi3(folder: Path, *, shards: int = 2, base: bool = False, **build: Any
     return save_tiny(build_phi3(**build), folder, tokenizer="llama", shards=shards, base=base)
 
 
+def build_cohere(*, seed: int = 11, **changes: Any) -> PreTrainedModel:
+    """Cohere: attention and MLP side by side behind one norm, which subtracts the mean."""
+    values = _plain_values("llama", **changes)
+    return _build("CohereForCausalLM", transformers.CohereConfig(**values), seed)
+
+
+def tiny_cohere(folder: Path, *, shards: int = 2, base: bool = False, **build: Any) -> Path:
+    """Write `build_cohere(**build)`."""
+    return save_tiny(build_cohere(**build), folder, tokenizer="llama", shards=shards, base=base)
+
+
 def build_gemma2(*, seed: int = 4, **changes: Any) -> PreTrainedModel:
     """Gemma 2: four norms a layer, weights stored as w - 1, soft caps, every other layer with a window of 16."""
     values = _plain_values("gemma4", **changes) | {"sliding_window": 16, "query_pre_attn_scalar": 16}

@@ -32,8 +32,8 @@ WRITERS = {
     "llama": tiny_llama, "gemma4": tiny_gemma4, "gemma2": tiny_gemma2, "qwen2": tiny_qwen2, "deep": deep_llama,
     "untied": untied_llama,
 }  # fmt: skip
-# Name: model, layout, recipe and perhaps head or KV cache, quantizer, and whether the manifest is kept; without it
-# another tool might have made it.
+# Name: model, layout, recipe and perhaps head, KV cache or folds, quantizer, and whether the manifest is kept. Without
+# it another tool might have made it.
 GOOD = {
     "llama-ct": ("llama", "compressed-tensors", "nvfp4-full", "rtn", True),
     "llama-mo": ("llama", "modelopt", "nvfp4-full", "mse", True),
@@ -70,6 +70,8 @@ GOOD = {
     "llama-gptq-fp8-mo": ("llama", "modelopt", "nvfp4-fp8", "gptq", True),
     "gemma4-gptq-mo": ("gemma4", "modelopt", "nvfp4-full", "gptq", True),
     "gemma4-gptq-a16-head-ct": ("gemma4", "compressed-tensors", "nvfp4-a16 nvfp4", "gptq", True),
+    "llama-fold-ct": ("llama", "compressed-tensors", "nvfp4-full fold", "mse", True),
+    "gemma4-fold-mo": ("gemma4", "modelopt", "nvfp4-fp8 fold", "rtn", True),
     "llama-foreign": ("llama", "compressed-tensors", "nvfp4-full", "rtn", False),
 }
 
@@ -86,13 +88,14 @@ def convert_good(name: str, models: Mapping[str, Path], output: Path) -> Path:
     """Convert what `GOOD` says under a name."""
     model, layout, recipe, quantizer, keeps_manifest = GOOD[name]
     named, _, more = recipe.partition(" ")
-    is_cache = more.startswith("kv:")
+    is_cache, fold = more.startswith("kv:"), more == "fold"
+    more = "" if fold else more
     chosen = load_recipe(named).model_copy(
         update={"kv_cache": KvCache(dtype=more.removeprefix("kv:"))} if is_cache else {"head": more or "bf16"}  # type: ignore[arg-type]
     )
     plan = compute_plan(open_checkpoint(models[model]), chosen, LAYOUTS[layout], model, quantizer)
     samples = token_ids(plan.source, output.parent) if plan.needs_calibration else None
-    convert(plan, ConvertOptions(output, quantizer), samples)
+    convert(plan, ConvertOptions(output, quantizer, fold=fold), samples)
     if not keeps_manifest:
         (output / "nvquant_manifest.json").unlink()
     return output

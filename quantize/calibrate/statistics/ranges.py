@@ -8,7 +8,7 @@ docs/calibration.md, section "Input scales".
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -58,12 +58,19 @@ class InputRanges:
     Args:
         wants_mean_square: whether to gather sums of squares.
         lane: the name of the lane.
+        change: changes an input before it is observed, which then is of the same rank.
     """
 
     name: ClassVar[str] = "ranges"
 
-    def __init__(self, wants_mean_square: bool = False, lane: str = "source") -> None:
+    def __init__(
+        self,
+        wants_mean_square: bool = False,
+        lane: str = "source",
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.lanes = (lane,)
+        self._change = change
         self._wants_mean_square = wants_mean_square
         self._batch: list[_Gathered] = []
         self._counts: Tensor | None = None  # of the batch: int32 [copies, 32768], on the device
@@ -82,6 +89,7 @@ class InputRanges:
                 cols divisible by 16. It has no padding, and is not changed.
         """
         inputs = seen[self.lanes[0]].detach()
+        inputs = inputs if self._change is None else self._change(inputs)
         shaped = inputs if inputs.ndim == 3 else inputs.reshape(1, -1, inputs.shape[-1])
         if self._counts is None:
             copies = torch.get_num_threads() if shaped.device.type == "cpu" else _COPIES

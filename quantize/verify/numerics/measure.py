@@ -24,10 +24,12 @@ from ...calibrate.taps import Tap
 from ...calibrate.walk import make_batches, run_layer
 from ...checkpoint.source import Checkpoint
 from ...format.schemes import Arithmetic
+from ...reshape.reshaping import UNCHANGED
 from ...stream.memory import give_back_free_memory
 from ...stream.reading import LayerReader, LoadedLayer
 from ...stream.trace import Trace
 from ...weights.base import names_by_layer, stored_names
+from ..folds import folds_of
 from ..threads import Progress
 from .document import MatrixLoss
 from .errors import LayerError, StreamError, matrix_numbers
@@ -91,6 +93,7 @@ class SideBySide:
         self.rounding = InputRounding(served)
         self.layers: list[LayerNumbers] = []
         self.matrices: list[MatrixLoss] = []
+        self._reshaping = UNCHANGED if source is None else folds_of(served.subject, source)
         self._names: dict[int, list[str]] = {}
         self._progress = progress
         self.lanes = Lanes(served, source, self.batches, self.arithmetics, self.device, self.dtype)
@@ -190,6 +193,7 @@ class SideBySide:
         for module, served in self.served.matrices_of(layer).items():
             weight = decoded[f"{module}.weight"]
             source = None if beside is None else beside.tensors.get(self._source_name(module))
+            source = None if source is None else self._reshaping.weight(module, source)
             histogram = self.served.subject.histograms.get(module)
             self.matrices.append(matrix_numbers(module, layer, served, source, weight, histogram))
 
