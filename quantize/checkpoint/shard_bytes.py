@@ -112,6 +112,8 @@ def read_range(path: Path, begin: int, buffer: memoryview, known: Header | None 
             while done < len(buffer):
                 got = uncached.read(descriptor, buffer[done : done + READ_CHUNK_BYTES], begin + done)
                 if not got:
+                    if known is not None:  # it may have changed since the check above
+                        _refuse_changed(path, os.fstat(descriptor), known)
                     raise InputError(
                         f"{path} changed during the run and ended at byte {begin + done:,}",
                         where=path,

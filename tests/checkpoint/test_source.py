@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from nvquant.checkpoint import shard_bytes, source
+from nvquant.checkpoint import shard_bytes, source, uncached
 from nvquant.checkpoint.shard_bytes import READ_CHUNK_BYTES, read_range
 from nvquant.checkpoint.source import (
     INDEX_NAME,
@@ -403,3 +403,19 @@ def test_opening_reads_headers_only(folder: Path, tmp_path: Path) -> None:
     (large / INDEX_NAME).unlink()
     checkpoint: Checkpoint = open_checkpoint(large)
     assert checkpoint.info("w").nbytes == size
+
+
+def test_a_file_that_is_cut_off_between_the_check_and_the_read_has_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(folder)
+    name, file = next(iter(checkpoint.files.items()))
+    real = uncached.read
+
+    def cut_then_read(descriptor: int, buffer: memoryview, begin: int) -> int:
+        os.truncate(folder / file, 64)
+        return real(descriptor, buffer, begin)
+
+    monkeypatch.setattr(uncached, "read", cut_then_read)
+    with pytest.raises(InputError, match="changed while it was being read: wait until nothing writes it"):
+        checkpoint.read(name)
