@@ -10,7 +10,7 @@ from torch import Tensor
 from ..stream.hidden import HiddenStates
 from .record import LayerCall
 from .skeleton import Skeleton
-from .statistics.base import Statistic
+from .statistics.base import Observer
 from .taps import Handle
 
 Watch = Callable[[int, Tensor, Tensor, LayerCall], None]
@@ -66,7 +66,7 @@ class Observing:
         statistics: by site.
     """
 
-    def __init__(self, statistics: Mapping[str, Sequence[Statistic]]) -> None:
+    def __init__(self, statistics: Mapping[str, Sequence[Observer]]) -> None:
         self._statistics = statistics
         self._lanes = {site: {lane for one in some for lane in one.lanes} for site, some in statistics.items()}
         self._waiting: dict[str, dict[int, dict[str, Tensor]]] = {}
@@ -105,7 +105,7 @@ class Observing:
         """Forget the batch."""
         self._end(lambda statistic: statistic.discard())
 
-    def _end(self, end: Callable[[Statistic], None]) -> None:
+    def _end(self, end: Callable[[Observer], None]) -> None:
         self._waiting.clear()
         self._numbers.clear()
         for statistics in self._statistics.values():

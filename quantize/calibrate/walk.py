@@ -18,7 +18,7 @@ from ..stream.hidden import HiddenBudget, HiddenStates
 from .lanes import Lane, LayerPass, Observing
 from .record import LayerCall, RecordedBatch, own_stores, record_batches
 from .skeleton import Skeleton, load_outer, loaded_layer
-from .statistics.base import Statistic
+from .statistics.base import Observer
 from .taps import Tap, Taps, ignore
 
 Span = Callable[[str], AbstractContextManager[Any]]
@@ -114,7 +114,7 @@ class Walk:
         layer: int,
         passes: Sequence[LayerPass],
         tap: Tap | None = None,
-        statistics: Mapping[str, Sequence[Statistic]] | None = None,
+        statistics: Mapping[str, Sequence[Observer]] | None = None,
         advance: bool = True,
     ) -> None:
         """Send every batch through a layer, in several lanes side by side.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..calibrate.lanes import Lane
 from ..calibrate.record import LayerCall
-from ..calibrate.statistics.base import Statistic
+from ..calibrate.statistics.base import Observer
 from ..stream.hidden import HiddenBudget, HiddenStates
 
 SHARE = 0.9  # of the memory that hidden states leave
@@ -24,7 +23,7 @@ class KeptInputs:
         order: the sites in the order in which the layer reached them.
     Args:
         sizes: bytes of all inputs, by site.
-        budget: of all of them. `may_keep` has told that it suffices.
+        budget: of all of them, large enough for `may_keep`.
     """
 
     def __init__(self, layer: int, lane: Lane, sizes: Mapping[str, int], budget: HiddenBudget) -> None:
@@ -64,7 +63,7 @@ class KeptInputs:
         """The inputs of a batch, on the device."""
         return [self._stores[site].fetch(number) for number in self._numbers[site][at]]
 
-    def feed(self, site: str, statistics: Sequence[Statistic]) -> None:
+    def feed(self, site: str, statistics: Sequence[Observer]) -> None:
         """Let statistics of the lane observe all batches."""
         for at in range(len(self._numbers[site])):
             for tensor in self.batch(site, at):
@@ -75,9 +74,7 @@ class KeptInputs:
 
 
 class Filling:
-    """A statistic that only keeps what it observes."""
-
-    name: ClassVar[str] = "kept"
+    """An observer that only keeps what it observes."""
 
     def __init__(self, kept: KeptInputs, site: str, lane: str) -> None:
         self.lanes = (lane,)
@@ -85,69 +82,49 @@ class Filling:
         self._batch: list[Tensor] = []
 
     def observe(self, seen: Mapping[str, Tensor]) -> None:
-        """See `Statistic.observe`."""
+        """See `Observer.observe`."""
         self._kept.order.setdefault(self._site)
         self._batch.append(seen[self.lanes[0]])
 
     def commit(self) -> None:
-        """See `Statistic.commit`."""
+        """See `Observer.commit`."""
         self._kept.add(self._site, self._batch)
         self._batch = []
 
     def discard(self) -> None:
-        """See `Statistic.discard`."""
+        """See `Observer.discard`."""
         self._batch = []
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing: each process keeps its own inputs."""
-        return {}
-
-    @classmethod
-    def merged(cls, states: Sequence[Mapping[str, Tensor]]) -> Filling:
-        """Processes have nothing to merge."""
-        raise NotImplementedError
 
 
 class BesideKept:
-    """A statistic of two lanes that observes one of them, and takes the other's inputs from those that are kept.
+    """Lets an observer of two lanes observe one of them, and takes the other's inputs from those that are kept.
 
     Args:
         statistic: of both lanes.
         kept: of the lane `kept_lane`, with the same batches.
     """
 
-    name: ClassVar[str] = "beside"
-
-    def __init__(self, statistic: Statistic, kept: KeptInputs, site: str, kept_lane: str, lane: str) -> None:
+    def __init__(self, statistic: Observer, kept: KeptInputs, site: str, kept_lane: str, lane: str) -> None:
         self.lanes = (lane,)
         self._statistic, self._kept, self._site, self._kept_lane = statistic, kept, site, kept_lane
         self._at = 0
         self._batch: list[Tensor] | None = None
 
     def observe(self, seen: Mapping[str, Tensor]) -> None:
-        """See `Statistic.observe`."""
+        """See `Observer.observe`."""
         if self._batch is None:
             self._batch = self._kept.batch(self._site, self._at)
         self._statistic.observe({**seen, self._kept_lane: self._batch.pop(0)})
 
     def commit(self) -> None:
-        """See `Statistic.commit`."""
+        """See `Observer.commit`."""
         self._statistic.commit()
         self._at, self._batch = self._at + 1, None
 
     def discard(self) -> None:
-        """See `Statistic.discard`."""
+        """See `Observer.discard`."""
         self._statistic.discard()
         self._batch = None
-
-    def state(self) -> dict[str, Tensor]:
-        """See `Statistic.state`."""
-        return self._statistic.state()
-
-    @classmethod
-    def merged(cls, states: Sequence[Mapping[str, Tensor]]) -> BesideKept:
-        """Merge the states with the class of the statistic itself."""
-        raise NotImplementedError
 
 
 def room_beside(lanes: Sequence[Lane]) -> HiddenBudget:

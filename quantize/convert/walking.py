@@ -14,7 +14,7 @@ from ..calibrate.lanes import Lane, LayerPass
 from ..calibrate.quantized import QuantizedLayer
 from ..calibrate.samples import CalibrationSet
 from ..calibrate.skeleton import build_skeleton
-from ..calibrate.statistics.base import Statistic
+from ..calibrate.statistics.base import Observer
 from ..calibrate.statistics.key_value import KeyValueAmax
 from ..calibrate.statistics.moments import SecondMoments
 from ..calibrate.statistics.ranges import InputRanges
@@ -143,8 +143,8 @@ class CalibrationWalk:
         layer: int,
         tensors: Mapping[str, Tensor],
         groups: Sequence[FusedGroup],
-        inputs: Mapping[str, Statistic],
-        amaxes: Mapping[str, Statistic],
+        inputs: Mapping[str, Observer],
+        amaxes: Mapping[str, Observer],
         advance: bool,
     ) -> list[str]:
         """Let statistics observe the source in a layer, from kept inputs if there are any. Returns the sites of inputs
@@ -162,7 +162,7 @@ class CalibrationWalk:
         else:
             filling = {}
         order: dict[str, None] = {}
-        every: list[Mapping[str, Statistic]] = [inputs, amaxes, filling]
+        every: list[Mapping[str, Observer]] = [inputs, amaxes, filling]
         statistics = {site: [one[site] for one in every if site in one] for one in every for site in one}
         prefix = self._prefix_of(layer)
         taps: list[Tap] = [LinearTap.of_groups(groups, prefix)]
@@ -215,13 +215,13 @@ class CalibrationWalk:
         """
         site = LinearTap.of_groups([group], self._prefix_of(layer))
         passes = [LayerPass(self._lane(QUANTIZED), quantized.tensors, quantized.round_inputs)]
-        statistic: Statistic = moments
+        observer: Observer = moments
         kept = self._kept_of(layer)
         if SOURCE in moments.lanes and kept is not None and group.name in kept:
-            statistic = BesideKept(moments, kept, group.name, SOURCE, QUANTIZED)
+            observer = BesideKept(moments, kept, group.name, SOURCE, QUANTIZED)
         elif SOURCE in moments.lanes:
             passes.insert(0, LayerPass(self._source, tensors))
-        self._walk.forward(layer, passes, Taps(site, quantized.tap), {group.name: [statistic]}, advance=False)
+        self._walk.forward(layer, passes, Taps(site, quantized.tap), {group.name: [observer]}, advance=False)
 
     def advance(self, layer: int, tensors: Mapping[str, Tensor], quantized: QuantizedLayer | None = None) -> None:
         """Send every batch of all lanes through a layer.

@@ -11,18 +11,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Statistic(Protocol):
-    """Gathers numbers of the tensors that pass one site, batch by batch.
+class Observer(Protocol):
+    """Observes the tensors that pass one site, batch by batch.
 
-    A batch counts once it is committed. A batch that ran out of memory is discarded and observed again. Only `state`
-    waits for the device.
+    A batch counts once it is committed. A batch that ran out of memory is discarded and observed again.
 
     Attributes:
-        name: the statistic's name, by which quantizers require it.
         lanes: names of the lanes whose tensors it observes together.
     """
-
-    name: ClassVar[str]
 
     @property
     def lanes(self) -> tuple[str, ...]:
@@ -45,6 +41,16 @@ class Statistic(Protocol):
     def discard(self) -> None:
         """Forget the observations since the last `commit`."""
         ...
+
+
+class Statistic(Observer, Protocol):
+    """Gathers numbers of what it observes, which several processes can merge. Only `state` waits for the device.
+
+    Attributes:
+        name: the statistic's name, by which quantizers require it.
+    """
+
+    name: ClassVar[str]
 
     def state(self) -> dict[str, Tensor]:
         """The committed data, on the CPU: all that another process requires to merge it. The names and dtypes are the
