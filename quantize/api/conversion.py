@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, get_args
 
 from .. import __version__
 from ..errors import InputError, unknown_name
 from ..plan.calibration import calibration_size
-from ..recipe.schema import Recipe
+from ..recipe.schema import FoldName, Recipe
 from .inputs import AnyPath, Say, as_recipe, make_plan, named, resolve_device
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Display: TypeAlias = Callable[[], AbstractContextManager[ProgressSink]]
 
 ENGINES = ("nvquant", "llmcompressor")
-FOLDS = ("auto", "off")
+FOLDS = get_args(FoldName)
 
 
 @dataclass(frozen=True)
