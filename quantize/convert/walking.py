@@ -121,8 +121,9 @@ class CalibrationWalk:
         Raises:
             InputError: not even one batch fits the device's memory.
         """
+        device = self._walk.skeleton.device
         ranges = {
-            group.name: InputRanges(wants_mean_square, SOURCE, _scaling(reshaping.input_factor(group.name)))
+            group.name: InputRanges(wants_mean_square, SOURCE, _scaling(reshaping.input_factor(group.name), device))
             for group in groups
         }
         amaxes = {site: KeyValueAmax(SOURCE) for site in cached}
@@ -267,11 +268,12 @@ def _without_first(inputs: Tensor) -> Tensor:
     return inputs[:, 1:] if inputs.ndim == 3 and inputs.shape[1] > 1 else inputs
 
 
-def _scaling(factor: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """Multiplies inputs by a factor of each channel, in float32."""
+def _scaling(factor: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """Multiplies inputs on a device by a factor of each channel, in float32."""
     if factor is None:
         return None
-    return lambda inputs: inputs.float() * factor.to(inputs.device)
+    own = factor.to(device)
+    return lambda inputs: inputs.float() * own
 
 
 def open_walk(

@@ -48,7 +48,7 @@ class SecondMoments:
     Args:
         mean_square: float64 [cols], about that of each column's input, as calibration saw it in the source. It only
             sets the size of the sums, and is the same on all ranks.
-        rounds: rounds an input as the server does. It returns float32.
+        rounds: rounds an input as the server does. It returns the input's dtype.
         weight: float32 [rows, cols], the group's stacked weights. With it, `cross` is multiplied by them at once, which
             takes less memory where there are fewer rows than columns.
         wants_cross: whether to gather `cross`. Without it, only the quantized path is observed.
@@ -86,11 +86,17 @@ class SecondMoments:
         """
         quantized, source = seen["quantized"], seen.get("source")
         if self._gram is None:
-            self._begin(quantized.device)
+            self._begin(quantized)
         self._batch.append((quantized, source if "source" in self.lanes else None))
 
-    def _begin(self, device: torch.device) -> None:
+    def _begin(self, first: Tensor) -> None:
+        """Prepare what every sequence needs, on the device and in the dtype of the products."""
+        device = first.device
         cols, rows = len(self._unit), len(self._row_unit)
+        if self._weight is not None:
+            self._weight = self._weight.to(device, _dtype_of_products(first))
+        if self._source_factor is not None:
+            self._source_factor = self._source_factor.to(device)
         self._unit, self._row_unit = self._unit.to(device), self._row_unit.to(device)
         self._gram = _Sums(cols, cols, is_symmetric=True, device=device)
         if "source" in self.lanes:
@@ -115,7 +121,7 @@ class SecondMoments:
             assert self._cross is not None
             moved = self._folded(source) - quantized.float()
             if self._weight is not None:
-                moved = _product(moved.t().to(dtype), self._weight.t().to(dtype))
+                moved = _product(moved.t().to(dtype), self._weight.t())
             self._cross.add((moved / self._row_unit).to(dtype), rounded)
         self._tokens += len(quantized)
         self._sequences += 1
@@ -124,7 +130,7 @@ class SecondMoments:
         """The source's input in the scale of the quantized path, float32."""
         if self._source_factor is None:
             return source.float()
-        return source.float() * self._source_factor.to(source.device)
+        return source.float() * self._source_factor
 
     def discard(self) -> None:
         """Forget the observations since the last `commit`."""
