@@ -16,6 +16,7 @@ from ..stream.manifest import FoldingRecord, LayerRecord
 from ..stream.memory import telling_of_full_gpu
 from ..stream.reading import LoadedLayer
 from ..stream.trace import Trace
+from .matrices import naming_damage
 from .ranks import Ranks
 from .walking import CalibrationWalk
 
@@ -39,7 +40,8 @@ class Folding:
         ranks, plan = self._ranks, self._plan
         with ranks.step():
             sizes = walk.observe_sizes(loaded.layer, loaded.tensors, groups)
-        found = {name: ranks.merged(ranges).result(name).mean_square for name, ranges in sizes.items()}
+        with naming_damage(plan, loaded.layer, loaded.tensors):
+            found = {name: ranks.merged(ranges).result(name).mean_square for name, ranges in sizes.items()}
         mean_squares = {name: square for name, square in found.items() if square is not None}
         chooser = ranks.exchange(walk.has_batches).index(True)  # a rank of several may have no sequences
         folded = None

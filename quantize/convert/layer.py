@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..calibrate.key_value_bounds import KeyValueBounds
 from ..calibrate.statistics.ranges import InputStatistics
-from ..errors import CheckFailed
 from ..plan.plan import Plan
 from ..quantizers import quantizer_for
 from ..quantizers.base import GroupInputs, Quantizer
@@ -28,9 +27,8 @@ from .matrices import (
     group_scalars,
     groups_of_layer,
     made_shapes,
+    naming_damage,
     quantize_group,
-    refuse_damaged,
-    refuse_damaged_before,
 )
 from .ranks import Ranks
 from .site_by_site import SiteBySite
@@ -142,17 +140,15 @@ class LayerMaker:
                 unbounded_sites(bounds),
                 reshaping,
             )
-        with self._trace.span("gather") if ranks.size > 1 else nullcontext():
-            try:
-                return _Amaxes(
-                    {name: ranks.merged(ranges).result(name) for name, ranges in found.inputs.items()},
-                    {site: ranks.merged(amax).result(site) for site, amax in found.cached.items()},
-                    next((order for order in ranks.exchange(found.order) if order), []),
-                )
-            except CheckFailed:
-                refuse_damaged(loaded.tensors)  # a damaged weight is the cause, not the input that it spoiled
-                refuse_damaged_before(self._plan, loaded.layer)
-                raise
+        with (
+            self._trace.span("gather") if ranks.size > 1 else nullcontext(),
+            naming_damage(self._plan, loaded.layer, loaded.tensors),
+        ):
+            return _Amaxes(
+                {name: ranks.merged(ranges).result(name) for name, ranges in found.inputs.items()},
+                {site: ranks.merged(amax).result(site) for site, amax in found.cached.items()},
+                next((order for order in ranks.exchange(found.order) if order), []),
+            )
 
     def _is_observed(self, group: FusedGroup) -> bool:
         scheme = self._plan.matrices[group.members[0]].scheme

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,6 +15,7 @@ from ..calibrate.input_scales import stored_amax
 from ..calibrate.statistics.ranges import InputStatistics
 from ..checkpoint.headers import DTYPE_BYTES
 from ..checkpoint.writer import TensorEntry
+from ..errors import CheckFailed
 from ..format.blocks import weight_amax
 from ..format.marlin import count_flushed_blocks, scale_histogram
 from ..format.schemes import Part, Scheme
@@ -71,6 +73,24 @@ def refuse_damaged_before(plan: Plan, layer: int) -> None:
     for name in (*embeddings, *earlier):
         if name not in quantized:
             refuse_damaged({name: plan.source.read(name)})
+
+
+@contextmanager
+def naming_damage(plan: Plan, layer: int, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Name a damaged weight, if there is one, where an input is not finite: it is the cause.
+
+    Args:
+        tensors: of the layer in the source.
+    Raises:
+        NonFiniteError, InputError: see `refuse_damaged` and `refuse_damaged_before`.
+        CheckFailed: of the block, without a damaged weight.
+    """
+    try:
+        yield
+    except CheckFailed:
+        refuse_damaged(tensors)
+        refuse_damaged_before(plan, layer)
+        raise
 
 
 def quantize_group(

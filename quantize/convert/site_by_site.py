@@ -28,7 +28,7 @@ from ..stream.memory import telling_of_full_gpu
 from ..stream.reading import LoadedLayer
 from ..stream.trace import Trace
 from .folding import reshaping_of_layer
-from .matrices import groups_of_layer, input_record, is_scalar, quantize_group, reshaped_weights
+from .matrices import groups_of_layer, input_record, is_scalar, naming_damage, quantize_group, reshaped_weights
 from .ranks import Ranks
 from .walking import CalibrationWalk
 
@@ -136,7 +136,10 @@ class SiteBySite:
         with telling_of_full_gpu(f"the second moments of {group.name}"):
             with self._ranks.step():
                 walk.observe_moments(loaded.layer, loaded.tensors, path, group, moments)
-            with self._trace.timed("moments", group.name):
+            with (
+                self._trace.timed("moments", group.name),
+                naming_damage(self._plan, loaded.layer, loaded.tensors),
+            ):
                 return self._ranks.merged(moments).result(group.name)
 
     def _scheme(self, group: FusedGroup) -> Scheme:
