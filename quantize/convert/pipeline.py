@@ -20,7 +20,7 @@ from ..errors import CheckFailed, InputError, NvquantError
 from ..plan.plan import Plan
 from ..quantizers import get_quantizer
 from ..quantizers.gptq import GPTQ
-from ..stream.manifest import MANIFEST_NAME, Manifest, Run, ShardRecord, held_to
+from ..stream.manifest import MANIFEST_NAME, Manifest, ResidualRecord, Run, ShardRecord, held_to
 from ..stream.memory import peak_gpu_bytes, peak_host_bytes
 from .config import output_configs
 from .device import DeviceStart
@@ -41,6 +41,7 @@ from .output import (
     write_side_files,
 )
 from .stop import STOPPED, Stopped
+from .survey import with_order
 from .watch import Watch
 
 
@@ -76,11 +77,14 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
         if not begun.is_finished:
             watch = Watch(options)
             try:
+                residual = None
+                if options.fold and calibration is not None:
+                    plan, residual = with_order(plan, calibration, options, dtype, begun.journal, watch)
                 Engine(plan, options, quantizer, dtype, begun.journal, begun.done, watch).run(calibration)
                 watch.phase("finish")
                 with options.trace.span("finish"), options.ranks.step():
                     if options.ranks.rank == 0:
-                        _finish(plan, options.output, begun.journal, identity, configs)
+                        _finish(plan, options.output, begun.journal, identity, configs, residual)
             except BaseException as error:
                 _leave(plan, options, begun.journal, error)
                 raise
@@ -189,7 +193,12 @@ def _begin(plan: Plan, options: ConvertOptions, identity: Mapping[str, Any], hel
 
 
 def _finish(
-    plan: Plan, output: Path, journal: Journal, identity: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
+    plan: Plan,
+    output: Path,
+    journal: Journal,
+    identity: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
+    residual: ResidualRecord | None,
 ) -> None:
     """Write the files that describe the shards, read every header back, and give the folder its name."""
     partial = journal.partial
@@ -204,6 +213,8 @@ def _finish(
     layers = [records[shard.file].layer for shard in plan.shards if shard.layer is not None]
     files = {file: records[file].sha256 for file in sorted(records)}
     manifest = Manifest(**identity, layers=tuple(layer for layer in layers if layer is not None), files=files)
+    if residual is not None:
+        manifest = manifest.model_copy(update={"residual": residual})
     for shard in plan.shards:
         if shard.is_head:
             manifest = manifest.model_copy(update={"head": records[shard.file].head})

@@ -17,7 +17,7 @@ from ..recipe.groups import FusedGroup
 from ..recipe.matrices import Matrix
 from .folds import STEPS, Fold, Heads, Place
 from .reshaping import Reshaping
-from .trial import LayerTrial, Passed
+from .trial import LayerTrial, Passed, is_same
 
 TRIAL_TOLERANCE = 1e-5
 PROOF_TOLERANCE = 1e-4
@@ -94,24 +94,15 @@ def _sharing(groups: Sequence[FusedGroup], passed: Passed) -> Iterator[tuple[str
     left = [group.name for group in groups if group.name in passed.inputs]
     while left:
         first = passed.inputs[left[0]]
-        names = tuple(name for name in left if _is_same(passed.inputs[name], first))
+        names = tuple(name for name in left if is_same(passed.inputs[name], first))
         yield names
         left = [name for name in left if name not in names]
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same memory. All tensors of a run are alive, so no memory is used twice."""
-    return one is other or (one.data_ptr(), one.numel(), one.shape[-1]) == (
-        other.data_ptr(),
-        other.numel(),
-        other.shape[-1],
-    )
 
 
 def _norm_places(passed: Passed, names: tuple[str, ...], readers: tuple[str, ...]) -> Iterator[Place]:
     value = passed.inputs[names[0]]
     for norm, output in passed.norms.items():
-        if _is_same(output, value):
+        if is_same(output, value):
             yield Place(names, readers, norm=norm)
             yield Place(names, readers, norm=norm, adds_one=True)
 

@@ -33,6 +33,17 @@ class Passed:
     norms: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Linears:
+    """The linears of a layer.
+
+    Attributes:
+        readers: names in the checkpoint of the weights that read the layer's input, or a norm of it or of its size.
+    """
+
+    readers: frozenset[str]
+
+
 class LayerTrial:
     """The first batch of a lane in front of a layer, and that layer.
 
@@ -57,12 +68,15 @@ class LayerTrial:
         return {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
 
     @torch.no_grad()
-    def run(self, changed: Mapping[str, Tensor] | None = None, tap: Tap | None = None) -> Passed:
+    def run(
+        self, changed: Mapping[str, Tensor] | None = None, tap: Tap | None = None, hidden: Tensor | None = None
+    ) -> Passed:
         """Send the batch through the layer. The lane stays as it is.
 
         Args:
             changed: replaces tensors of the source, on the device.
             tap: gives the inputs. Without it, `inputs` and `norms` stay empty.
+            hidden: replaces the batch's hidden state.
         """
         inputs: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
@@ -73,7 +87,7 @@ class LayerTrial:
                 opened.enter_context(tap.on(module, lambda site, tensor: _note(inputs, site, tensor)))
                 for hook in self._watch_norms(module, norms):
                     opened.callback(hook.remove)
-            output = run_layer(module, self.hidden, call)
+            output = run_layer(module, self.hidden if hidden is None else hidden, call)
         return Passed(output, inputs, norms)
 
     def error(self, reference: Tensor, changed: Mapping[str, Tensor]) -> float:
@@ -84,9 +98,47 @@ class LayerTrial:
             reference: the output with the tensors of the source.
             changed: see `run`.
         """
+        return self.relative(reference, self.run(changed).output)
+
+    def relative(self, reference: Tensor, output: Tensor) -> float:
+        """See `error`."""
         change = float((reference - self.hidden).abs().amax())
-        difference = float((self.run(changed).output - reference).abs().amax())
+        difference = float((output - reference).abs().amax())
         return difference / change if change > 0 and difference == difference else float("inf")
+
+    @torch.no_grad()
+    def linears(self, size: int) -> Linears:
+        """The linears that read the residual stream.
+
+        Args:
+            size: its channels.
+        """
+        names = self._skeleton.layer_tensors(self._layer)
+        streams, readers = [self.hidden], set[str]()
+
+        def norm(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.shape[-1:] == (size,):
+                streams.append(output)
+
+        def linear(name: str) -> Callable[..., None]:
+            def see(_module: nn.Module, args: Any) -> None:
+                if any(is_same(args[0], stream) for stream in streams):
+                    readers.add(name)
+
+            return see
+
+        with loaded_layer(self._skeleton, self._layer, self._tensors, self._module) as module, ExitStack() as opened:
+            for name, part in module.named_modules():
+                weight = getattr(part, "weight", None)
+                if not isinstance(weight, Tensor) or f"{name}.weight" not in names:
+                    continue
+                if weight.ndim == 1:
+                    opened.callback(part.register_forward_hook(norm).remove)
+                elif weight.ndim == 2:
+                    stored = names[f"{name}.weight"]
+                    opened.callback(part.register_forward_pre_hook(linear(stored)).remove)
+            run_layer(module, self.hidden, _in_float32(own_stores([self._call])[0]))
+        return Linears(frozenset(readers))
 
     def _watch_norms(self, module: nn.Module, norms: dict[str, Tensor]) -> list[torch.utils.hooks.RemovableHandle]:
         names = self._skeleton.layer_tensors(self._layer)
@@ -96,6 +148,15 @@ class LayerTrial:
             if isinstance(weight, Tensor) and weight.ndim == 1 and f"{name}.weight" in names:
                 hooks.append(part.register_forward_hook(_keep(norms, names[f"{name}.weight"])))
         return hooks
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same memory. All tensors of a run are alive, so no memory is used twice."""
+    return one is other or (one.data_ptr(), one.numel(), one.shape[-1]) == (
+        other.data_ptr(),
+        other.numel(),
+        other.shape[-1],
+    )
 
 
 def _note(inputs: dict[str, Tensor], site: str, tensor: Tensor) -> None:

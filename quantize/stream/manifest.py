@@ -221,6 +221,25 @@ class FoldingRecord(_Form):
     unfolded: dict[Line, Line] = Field(default_factory=dict)
 
 
+class ResidualRecord(_Form):
+    """The order of the residual stream's channels, or the reason why there is none.
+
+    Attributes:
+        order: int32 each, in base64: the place in the source of each channel.
+        axes: by the names of the tensors that follow, see `checkpoint.reordered.Reordered`.
+    """
+
+    order: Base64 | None = None
+    axes: dict[Line, Annotated[int, Field(ge=0, le=1, strict=True)]] = Field(default_factory=dict)
+    reason: Line = ""
+
+    @property
+    def places(self) -> list[int]:
+        """`order` as numbers."""
+        data = b64decode(self.order or "")
+        return [int.from_bytes(data[at : at + 4], "little", signed=True) for at in range(0, len(data), 4)]
+
+
 class LayerRecord(_Form):
     """A layer, and the shard that contains it.
 
@@ -293,10 +312,12 @@ class Manifest(Identity):
     """`nvquant_manifest.json`.
 
     Attributes:
+        residual: None where no order was looked for.
         head: None where the head is not quantized.
         files: sha256 of every shard, by file name.
     """
 
+    residual: ResidualRecord | None = None
     layers: tuple[LayerRecord, ...]
     head: HeadRecord | None = None
     files: dict[FileName, Sha256]

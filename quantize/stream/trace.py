@@ -32,6 +32,8 @@ PHASES = {
     "wait for read": "wait for the next layer: reading bounds the run",
     "forward": "run calibration samples through a layer",
     "statistics": "observe the inputs of matrices",
+    "survey": "send a few sequences through the source, and choose an order of its channels",
+    "fold": "find the exact folds of a layer, and prove them",
     "moments": "merge second moments of inputs, and turn them into means",
     "quantize": "compute scales and codes of a layer's matrices",
     "write": "copy from device to host memory, hash, write to disk",

@@ -12,6 +12,7 @@ import torch
 
 from ..calibrate.ids import config_value
 from ..checkpoint.headers import TensorInfo
+from ..checkpoint.reordered import Reordered
 from ..checkpoint.sidefiles import side_files
 from ..checkpoint.source import Checkpoint, read_json, tensor_bytes, torch_dtype
 from ..errors import InputError
@@ -77,9 +78,12 @@ def with_own_head(source: Checkpoint, subject: Subject) -> Checkpoint:
     name, file = f"{head.module}.weight", source.files[head.tensor]
     shard = source.shards[file]
     tensors = {**shard.tensors, name: replace(infos[head.tensor], name=name)}
-    return replace(
+    made = replace(
         source, files={**source.files, name: file}, shards={**source.shards, file: replace(shard, tensors=tensors)}
     )
+    if isinstance(made, Reordered) and head.tensor in made.axes:
+        return replace(made, axes={**made.axes, name: made.axes[head.tensor]})
+    return made
 
 
 def _is_same_type(copied: TensorInfo, info: TensorInfo) -> bool:

@@ -5,19 +5,37 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from ..checkpoint.reordered import Reordered, reordered
 from ..checkpoint.source import Checkpoint, tensor_bytes
 from ..errors import InputError
 from ..reshape.records import reshaping_of
 from ..reshape.reshaping import UNCHANGED, Reshaping
-from ..stream.manifest import FoldingRecord, FoldRecord, Manifest
+from ..stream.manifest import FoldingRecord, FoldRecord, Manifest, ResidualRecord
 from ..weights.stored import StoredMatrix
 from .report import Finding, counted
 from .subject import Subject
 
 
+def in_recorded_order(subject: Subject, source: Checkpoint) -> Checkpoint:
+    """The source with the channels of its residual stream in the order of the checkpoint. An order that does not fit
+    changes nothing, and `check_folds` reports it."""
+    record = _residual(subject)
+    if record is None or record.order is None:
+        return source
+    try:
+        return reordered(source, record.places, record.axes)
+    except (KeyError, ValueError):
+        return source
+
+
+def _residual(subject: Subject) -> ResidualRecord | None:
+    return subject.manifest.residual if isinstance(subject.manifest, Manifest) else None
+
+
 def has_folds(subject: Subject) -> bool:
-    """Whether the manifest records folds."""
-    return any(record.folds for record in _records(subject))
+    """Whether the manifest records folds, or an order of channels."""
+    residual = _residual(subject)
+    return (residual is not None and residual.order is not None) or any(record.folds for record in _records(subject))
 
 
 def check_folds(subject: Subject, source: Checkpoint) -> Finding:
@@ -25,6 +43,9 @@ def check_folds(subject: Subject, source: Checkpoint) -> Finding:
     records = _records(subject)
     folds = [fold for record in records for fold in record.folds]
     faults = list(_misfits(subject, source))
+    residual, is_ordered = _residual(subject), isinstance(source, Reordered)
+    if residual is not None and residual.order is not None and not is_ordered:
+        faults.append("the order of the residual stream's channels does not fit the source")
     if not faults:
         for name, norm in folds_of(subject, source).norms.items():
             if bytes(tensor_bytes(subject.checkpoint.read(name))) != bytes(tensor_bytes(norm)):
@@ -33,6 +54,8 @@ def check_folds(subject: Subject, source: Checkpoint) -> Finding:
     words = f"{counted(len(folds), 'fold')} with a largest error of {worst:.1e} in float32"
     reasons = Counter(reason for record in records for reason in record.unfolded.values())
     words += "".join(f", {counted(count, 'input')} not folded ({reason})" for reason, count in reasons.most_common(3))
+    words += ", channels of the residual stream in another order" if is_ordered else ""
+    words += f", no order of channels ({residual.reason})" if residual is not None and residual.reason else ""
     return Finding(words, faults)
 
 

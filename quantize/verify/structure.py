@@ -63,6 +63,7 @@ def structure_checks(subject: Subject, source: Checkpoint | None) -> Iterator[Ch
     """
     if source is not None:
         refuse_quantized(source, source.where)
+        source = folds.in_recorded_order(subject, source)
     headers = Check(STAGE, "headers", files.check_headers(subject))
     yield headers
     if not headers.passed:

@@ -16,6 +16,7 @@ from ...format.schemes import ARITHMETIC_WORDS
 from ...plan.quantized_source import refuse_quantized
 from ...recipe.decoder import layer_index
 from ...stream.manifest import Manifest
+from ..folds import in_recorded_order
 from ..report import Check, Finding, counted, not_applicable
 from ..subject import Subject
 from ..tally import RMSE_LIMIT
@@ -89,7 +90,8 @@ class NumericsStage:
     """
 
     def __init__(self, subject: Subject, source: Checkpoint, options: NumericsOptions, progress: Progress) -> None:
-        self._subject, self._source, self._options, self._progress = subject, source, options, progress
+        self._subject, self._options, self._progress = subject, options, progress
+        self._source = in_recorded_order(subject, source)
         self.numbers: Numerics | None = None
 
     def run(self) -> Iterator[Check]:
