@@ -18,6 +18,7 @@ from ..format.schemes import Scheme
 from ..quantizers import quantizer_for
 from ..quantizers.base import GroupInputs, Quantizer
 from ..recipe.matrices import Matrix
+from ..stream.memory import let_gpu_memory_grow
 
 TOKENS, COLS = 256, 1024  # divisible by 16, as Triton compiles for such sizes apart; large enough for the usual kernels
 
@@ -29,6 +30,7 @@ class DeviceStart(AbstractContextManager[None]):
         self._pool = ThreadPoolExecutor(1, "start")
         self._start: Future[None] | None = None
         if device != "cpu":
+            let_gpu_memory_grow()
             self._start = self._pool.submit(start_gpu, torch.device(device), quantizer, schemes, is_calibrated)
 
     def __exit__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import EnvironmentLack
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def peak_host_bytes() -> int:
@@ -65,6 +68,20 @@ def give_back_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def let_gpu_memory_grow() -> None:
+    """Let PyTorch's allocator grow its segments of GPU memory from now on, instead of leaving holes in them. Buffers of
+    gigabytes and of many sizes, as gptq needs them, reserve a third more memory otherwise. The user's own settings of
+    the allocator stay.
+    """
+    import torch
+
+    if sys.platform != "linux" or any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        return
+    configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if configure is not None:  # no public function does it after the start of the process
+        configure("expandable_segments:True")
 
 
 def give_back_gpu_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from nvquant.convert.options import ConvertResult
-from nvquant.stream.memory import peak_gpu_bytes, peak_host_bytes
+from nvquant.stream.memory import ALLOCATOR_VARIABLES, peak_gpu_bytes, peak_host_bytes
 from support.conversions import edit_config, random_samples, write_ids
 from support.raw_safetensors import read_raw, write_raw
 from support.tiny_models import tiny_llama
@@ -119,3 +120,24 @@ def test_the_peak_is_not_counted_again_for_a_child() -> None:
     subprocess.run([sys.executable, "-S", "-c", "pass"], check=True)
     assert peak_host_bytes() < before + (32 << 20)
     del block
+
+
+ALLOCATOR = """
+import torch
+from nvquant.stream.memory import let_gpu_memory_grow
+let_gpu_memory_grow()
+print(torch._C._accelerator_getAllocatorSettings())
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(torch._C, "_accelerator_getAllocatorSettings"),
+    reason="this PyTorch does not show the settings of its allocator",
+)
+@pytest.mark.parametrize(("own", "expected"), [(None, "expandable_segments:True"), ("", "")])
+def test_gpu_memory_grows_unless_the_user_set_the_allocator(own: str | None, expected: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_VARIABLES}
+    if own is not None:
+        environment["PYTORCH_ALLOC_CONF"] = own
+    ran = subprocess.run([sys.executable, "-c", ALLOCATOR], capture_output=True, text=True, env=environment)
+    assert ran.stdout.strip() == expected, ran.stderr
