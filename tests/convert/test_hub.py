@@ -74,6 +74,22 @@ def test_the_output_is_that_of_the_local_model_and_no_weight_comes_twice(
     assert ("ETag" in source["integrity"], "sha256" in source["integrity"]) == (low_disk, not low_disk)
 
 
+@pytest.mark.parametrize("low_disk", [False, True], ids=["downloaded", "low-disk"])
+def test_a_folded_model_gets_an_order_of_channels_only_where_its_weights_stay(
+    hub: HubServer, tiny: TinyModels, tmp_path: Path, low_disk: bool
+) -> None:
+    hub.add("model", NAME, tiny("llama"))
+    made = run(tmp_path / "out", low_disk, fold=True)
+    residual = read_json(made / MANIFEST_NAME, "")["residual"]
+    again = [(file, begin) for file, begin, _ in hub.sent_twice(NAME)]
+    headers = {} if low_disk else open_hub_checkpoint(find_model(NAME)).shards
+    assert all(begin < headers[file].data_start for file, begin in again)
+    if low_disk:
+        assert residual == {"reason": "the source comes over the network, and is read once only"}
+    else:
+        assert without_manifest(made) == without_manifest(converted(tiny("llama"), tmp_path / "local", fold=True))
+
+
 def test_shards_come_by_xet_too_and_a_store_that_fails_for_a_while_changes_no_byte(
     hub: HubServer, tiny: TinyModels, tmp_path: Path
 ) -> None:
