@@ -153,10 +153,14 @@ def _patterns(
     container, modules = prefix.rpartition(".")[2], list(modules)
     wanted, present = _by_leaf(modules, prefix), _by_leaf(everything, prefix)
     fused = {(place[0], fusions.fusion(module)) for place, module in _places(modules, prefix)}
+    together, of_all = _by_layer_of_server(modules, prefix, fusions), _by_layer_of_server(everything, prefix, fusions)
     rows: dict[tuple[str, tuple[int, ...] | None], list[str]] = {}
-    for (path, leaf), layers in wanted.items():
-        all_layers = layers == present[path, leaf]
-        rows.setdefault((path, None if all_layers else tuple(sorted(layers))), []).append(leaf)
+    for (path, leaf, _), module in _places(modules, prefix):
+        layers = together[path, fusions.fusion(module) or leaf]
+        all_layers = layers == of_all[path, fusions.fusion(module) or leaf]
+        leaves = rows.setdefault((path, None if all_layers else tuple(sorted(layers))), [])
+        if leaf not in leaves:
+            leaves.append(leaf)
     patterns = []
     for (path, numbers), leaves in rows.items():
         below = {place for place in present if f"{place[0]}.".startswith(f"{path}.")}
@@ -182,6 +186,17 @@ def _by_leaf(modules: Iterable[str], prefix: str) -> dict[tuple[str, str], set[i
     table: dict[tuple[str, str], set[int]] = {}
     for (path, leaf, number), _ in _places(modules, prefix):
         table.setdefault((path, leaf), set()).add(number)
+    return table
+
+
+def _by_layer_of_server(
+    modules: Iterable[str], prefix: str, fusions: Fusions
+) -> dict[tuple[str, Fusion | str], set[int]]:
+    """The layers of each path and fused layer, or last part where a module stands alone. A member that some layers lack
+    (v_proj where K is V) has those of its fused layer."""
+    table: dict[tuple[str, Fusion | str], set[int]] = {}
+    for (path, leaf, number), module in _places(modules, prefix):
+        table.setdefault((path, fusions.fusion(module) or leaf), set()).add(number)
     return table
 
 

@@ -196,6 +196,25 @@ def test_two_schemes_make_two_groups_whose_targets_are_disjoint(tiny: Tiny) -> N
         assert hits <= 1
 
 
+@pytest.mark.parametrize("other", ["fp8", "nvfp4-a16", None])
+def test_layers_that_lack_a_member_of_a_fused_layer_may_have_a_scheme_of_their_own(
+    tiny: Tiny, other: str | None
+) -> None:
+    """v_proj stands in all layers but the last, so its layers are all that have one, and not all that have a qkv."""
+    every, last = r"re:model\.layers\.[0-4]\.self_attn\.[qkv]_proj", r"re:model\.layers\.5\.self_attn\.[qk]_proj"
+    entries = [(last, "nvfp4")] if other is None else [(every, other), (last, "nvfp4")]
+    for layout in LAYOUTS:
+        quantization_config(planned(tiny("gemma4_text"), own(*entries), layout))
+    targets = [
+        target
+        for group in quantization_config(planned(tiny("gemma4_text"), own(*entries)))["config_groups"].values()
+        for target in group["targets"]
+    ]
+    for layer in range(6):
+        hits = [target for target in targets if re.match(target[3:], f"model.layers.{layer}.self_attn.qkv_proj")]
+        assert len(hits) == (layer == 5 or other is not None), (layer, hits)
+
+
 def test_one_layer_of_one_kind_is_named_alone(tiny: Tiny) -> None:
     name = "model.language_model.layers.5.self_attn.o_proj"
     plan = planned(tiny("gemma4"), own((name, "nvfp4")))
