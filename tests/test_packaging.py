@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("this machine has no C compiler")
     (made,) = (made_once(tmp_path_factory, "wheel", lambda folder: build(folder, "wheel")) / "made").iterdir()
     return made
+
+
+def test_every_folder_of_the_package_is_listed_once() -> None:
+    listed = re.findall(r'^    "(nvquant(?:\.\w+)*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    folders = {path.parent.relative_to(ROOT / "quantize") for path in (ROOT / "quantize").rglob("__init__.py")}
+    beside = {"nvquant.calibration", "nvquant.calibration.LICENSES", "nvquant.recipes"}
+    assert sorted(listed) == sorted({".".join(["nvquant", *folder.parts]) for folder in folders} | beside)
 
 
 def test_wheel_serves_every_python_from_3_10(wheel: Path) -> None:
