@@ -23,7 +23,8 @@ PAGES = sorted(
 ROOMS = sorted(path.parent.name for path in (ROOT / "quantize").glob("*/__init__.py"))
 LEAST_WORDS = 4  # of a text that counts as a message
 # Modules whose texts are programs, style sheets, lines of vLLM's log, or prose that a model reads.
-NO_MESSAGES = {"publish/chart.py", "calibrate/template.py", "serving/log.py", "verify/served_tokens.py"}
+STYLE_SHEETS = {"publish/chart.py", "sweep/chart.py"}
+NO_MESSAGES = {*STYLE_SHEETS, "calibrate/template.py", "serving/log.py", "verify/served_tokens.py"}
 
 TOLD = re.compile(r"\b(?:is|are|was|were|be|been)(?: not| never| only)? (?:told|asked|held|said)\b", re.IGNORECASE)
 # A clause that begins with "what" and has it as its subject or object: no question ends it.

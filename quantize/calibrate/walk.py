@@ -81,6 +81,20 @@ class Walk:
             raise
         return lane
 
+    def branch(self, name: str, of: Lane, budget: HiddenBudget) -> Lane:
+        """Open a lane in front of the layer that another lane is in front of, with copies of its hidden states and
+        stores. The walk may have begun.
+
+        Args:
+            budget: of this lane's hidden states.
+        Raises:
+            InputError: not even one batch fits the device's memory.
+        """
+        lane = Lane(name, self.skeleton, HiddenStates(self.skeleton.device, budget), [])
+        self._lanes.append(lane)
+        self._fill(lane, partial(_copied, of))
+        return lane
+
     def close(self) -> None:
         """Drop the hidden states of all lanes."""
         for lane in self._lanes:

@@ -70,7 +70,7 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     configs = output_configs(plan)
     check_head(plan)
-    run = _circumstances(options, dtype, calibration)
+    run = circumstances(options, dtype, calibration)
     identity = run_identity(plan, options.quantizer, calibration, run, options.fold).as_json()
     with ExitStack() as held:
         begun = _begin(plan, options, identity, held)
@@ -143,7 +143,7 @@ def _refuse_without_samples(plan: Plan, calibration: CalibrationSet | None) -> N
         )
 
 
-def _circumstances(options: ConvertOptions, dtype: torch.dtype, calibration: CalibrationSet | None) -> Run:
+def circumstances(options: ConvertOptions, dtype: torch.dtype, calibration: CalibrationSet | None) -> Run:
     """The circumstances of this run, beside its files and versions, on which the output's bytes may depend."""
     run = Run(
         device=options.device.split(":")[0],

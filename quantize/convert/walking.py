@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calibrate.lanes import Lane, LayerPass
 from ..calibrate.quantized import QuantizedLayer
 from ..calibrate.samples import CalibrationSet
-from ..calibrate.skeleton import build_skeleton
+from ..calibrate.skeleton import Skeleton, build_skeleton
 from ..calibrate.statistics.base import Observer
 from ..calibrate.statistics.key_value import KeyValueAmax
 from ..calibrate.statistics.moments import SecondMoments
@@ -292,19 +292,12 @@ def open_walk(
         folder: for hidden states that fit no memory.
         layers: the number of layers that the batches will go through.
     Raises:
-        InputError, EnvironmentLack: see `build_skeleton` and `Walk.lane`, or the config describes other layers.
+        InputError, EnvironmentLack: see `source_skeleton` and `Walk.lane`.
     """
     watch.phase("record")
     trace, ranks = options.trace, options.ranks
     with ranks.step(), trace.span("build"):
-        skeleton = build_skeleton(plan.source, plan.prefix, torch.device(options.device), dtype)
-        if len(skeleton.layers) != len(plan.layers):
-            raise InputError(
-                f"config.json describes {len(skeleton.layers)} decoder layers, but the shards contain "
-                f"{len(plan.layers)}",
-                where=plan.model,
-                hint="download the model again",
-            )
+        skeleton = source_skeleton(plan, torch.device(options.device), dtype)
     mine = ranks.split(make_batches(calibration.samples, options.batch_size))[ranks.rank]
     names = (SOURCE, QUANTIZED) if plan.has_two_lanes else (SOURCE,)
     with ranks.step():
@@ -317,3 +310,21 @@ def open_walk(
     first = groups_of_layer(plan.groups, plan.prefix, plan.layers[0])
     watch.expect_tokens(tokens * layers * made.passes(first, options.fold))
     return made
+
+
+def source_skeleton(plan: Plan, device: torch.device, dtype: torch.dtype) -> Skeleton:
+    """The skeleton of a plan's source.
+
+    Args:
+        dtype: of the computation.
+    Raises:
+        InputError, EnvironmentLack: see `build_skeleton`, or the config describes other layers.
+    """
+    skeleton = build_skeleton(plan.source, plan.prefix, device, dtype)
+    if len(skeleton.layers) != len(plan.layers):
+        raise InputError(
+            f"config.json describes {len(skeleton.layers)} decoder layers, but the shards contain {len(plan.layers)}",
+            where=plan.model,
+            hint="download the model again",
+        )
+    return skeleton

@@ -62,6 +62,24 @@ class Reshaping:
             made *= self._columns[module].to(made.device)
         return made
 
+    def unfolded(self, module: str, weight: Tensor) -> Tensor:
+        """The inverse of `weight` for a complete matrix: in the source's scale, float32, or the given one where no fold
+        changes it.
+
+        Args:
+            module: its name.
+            weight: [rows, cols] after the folds, in any float dtype, on any device.
+        """
+        if not self.changes(module):
+            return weight
+        made = weight.to(torch.float32, copy=True)
+        if module in self._rows:
+            begin, factors = self._rows[module]
+            made[begin : begin + len(factors)] /= factors.to(made.device).unsqueeze(1)
+        if module in self._columns:
+            made /= self._columns[module].to(made.device)
+        return made
+
     def input_factor(self, group: str) -> Tensor | None:
         """The factor of each channel of a group's input in the source, float32 [cols] on the CPU. None for no fold."""
         return self._inputs.get(group)

@@ -102,6 +102,27 @@ def test_each_lane_is_bit_for_bit_what_a_walk_alone_is(tiny: TinyModels, name: s
     assert states(source) != states(quantized)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma4_e2b"])
+def test_a_branch_goes_on_from_where_its_lane_stands(tiny: TinyModels, name: str) -> None:
+    """Whatever the other one does: hidden states and stores of shared keys and values are its own."""
+    skeleton, begin = skeleton_of(tiny(name)), 2
+    walk = Walk(skeleton, batches(), keeps_last=True)
+    source = walk.lane("source", IN_MEMORY)
+    alone = OneLane(skeleton_of(tiny(name)), batches(), IN_MEMORY, keeps_last=True)
+    branch = source
+    for layer in range(len(skeleton.layers)):
+        if layer == begin:
+            branch = walk.branch("branch", source, IN_MEMORY)
+            assert states(branch) == states(source)
+        weights = layer_weights(skeleton, layer)
+        walk.forward(layer, [LayerPass(source, changed(weights) if layer >= begin else weights)])
+        if branch is not source:
+            walk.forward(layer, [LayerPass(branch, weights)])
+        alone.step(layer, weights)
+    assert states(branch) == states(alone)
+    assert states(branch) != states(source)
+
+
 def test_the_model_is_recorded_once_for_all_lanes(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded: list[int] = []
     record_batches = walking.record_batches

@@ -101,8 +101,22 @@ def test_a_matrix_gets_the_factors_of_its_rows_wherever_its_part_begins() -> Non
     assert weight.eq(1).all()
 
 
+def test_a_folded_matrix_goes_back_to_the_scale_of_the_source() -> None:
+    maker = Fold(Place(("down",), ("d",), maker="up", first_row=3), torch.tensor([8, -8, 16, 3], dtype=torch.int8))
+    reader = Fold(Place(("mlp",), ("up",), norm="n"), torch.tensor([5, -9], dtype=torch.int8))
+    norm = torch.tensor([0.7, 1.3], dtype=torch.bfloat16)
+    reshaping = Reshaping([maker, reader], lambda _name: norm)
+    weight = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
+    folded = reshaping.weight("up", weight)
+    kept = folded.clone()
+    torch.testing.assert_close(reshaping.unfolded("up", folded), weight, rtol=1e-6, atol=0)
+    assert torch.equal(folded, kept)
+    assert not torch.allclose(folded, weight)
+
+
 def test_without_a_fold_the_given_tensors_come_back() -> None:
     weight = torch.ones(2, 2, dtype=torch.bfloat16)
+    assert UNCHANGED.unfolded("any", weight) is weight
     assert UNCHANGED.weight("any", weight) is weight
     assert UNCHANGED.input_factor("any") is None
     assert UNCHANGED.tensors({"a": weight})["a"] is weight
