@@ -17,6 +17,7 @@ from ..recipe.schema import Recipe
 from .conversion import Conversion, ConvertRequest
 from .inputs import AnyPath, as_layout, checked_plan, open_model
 from .publication import PushOptions, verified_request
+from .sweeping import SweepRequest, SweepResult, run_sweep, within_budget
 from .verification import VerifyRequest, open_verification
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from ..verify.report import Check, Report
     from ..verify.threads import Progress as StageProgress
 
-__all__ = ["convert", "plan", "push", "relayout", "verify"]
+__all__ = ["convert", "plan", "push", "relayout", "sweep", "verify"]
 _LOG = logging.getLogger(__name__)
-Request = TypeVar("Request", ConvertRequest, VerifyRequest, PushOptions)
+Request = TypeVar("Request", ConvertRequest, VerifyRequest, PushOptions, SweepRequest)
 
 
 def plan(
@@ -82,6 +83,9 @@ def convert(
     engine: str = "nvquant",
     revision: str | None = None,
     low_disk: bool = False,
+    target_bits: float | None = None,
+    target_size: int | None = None,
+    max_kl: float | None = None,
     progress: ProgressSink | None = None,
 ) -> ConvertResult:
     """Convert a BF16 model into an NVFP4 checkpoint, layer by layer. An equal call resumes an unfinished run.
@@ -102,6 +106,7 @@ def convert(
         profile: a folder for a phase table and a trace.
         engine: `nvquant`, or `llmcompressor` for a second opinion.
         low_disk: fetch the weights of a model on the Hub by ranges, and keep none.
+        target_bits, target_size, max_kl: a budget for mixed precision, see `sweep`. At most one.
         progress: called with the progress of the run, by any of its threads.
     Returns:
         The sizes, times and peaks of the run, the document of `convert --json`.
@@ -116,10 +121,63 @@ def convert(
         >>> result.quantized, result.was_finished
         (21, False)
     """
-    from ..convert.stop import StopRequest
+    return _converted(_request(ConvertRequest, locals()), progress or _ignore_state)
 
-    request = _request(ConvertRequest, locals())
-    return Conversion(request, _say).run(StopRequest(), lambda: nullcontext(progress or _ignore_state))
+
+def sweep(
+    model: AnyPath,
+    recipe: AnyPath | Recipe = "nvfp4",
+    output: AnyPath | None = None,
+    *,
+    format: str = "compressed-tensors",
+    quantizer: str | None = None,
+    fold: str | None = None,
+    target_bits: Sequence[float] = (),
+    target_size: Sequence[int] = (),
+    max_kl: Sequence[float] = (),
+    calibration: AnyPath | None = None,
+    calibration_fallback: AnyPath | None = None,
+    samples: int = 8,
+    sequence_length: int = 512,
+    seed: int = 0,
+    device: str = "auto",
+    memory_budget: int | None = None,
+    restart: bool = False,
+    revision: str | None = None,
+    progress: StageProgress | None = None,
+) -> SweepResult:
+    """Measure the loss of each fused group alone in NVFP4 and in FP8, and make recipes for budgets.
+
+    An equal call resumes an unfinished sweep. With other budgets, a finished one is not measured again.
+
+    Args:
+        model, recipe, format, revision: see `plan`.
+        output: the folder for the measurements, the curve and the recipes. None for MODEL-RECIPE.sweep.
+        quantizer, fold: of the conversion, see `convert`. With gptq, mse measures.
+        target_bits: make a recipe for each, with at most this mean number of stored bits a weight.
+        target_size: make a recipe for each, for a checkpoint of at most this number of bytes.
+        max_kl: make a recipe for each, whose forecast of the mean KL divergence is within these nats.
+        calibration: a shipped set, a Hub data set, or a file to measure on. None for the recipe's set.
+        calibration_fallback: the set to use if the Hub data set is not available. None to raise.
+        samples, sequence_length: the size of the measured text in sequences and tokens.
+        seed: of the choice of samples.
+        device: `auto`, `cuda` or `cpu`.
+        memory_budget: bytes, on the GPU and on the host each. None for the free memory.
+        restart: begin anew, and replace an earlier sweep.
+        progress: called with (done, total, phase).
+    Returns:
+        The measurements and the curve (`document`), and the recipes by their names, which `convert` takes.
+    Raises:
+        InputError: a wrong model, recipe, calibration or option, an impossible budget, or foreign files in the folder.
+        EnvironmentLack: a device or package is missing.
+        CheckFailed: predictions are not finite.
+    Example:
+        >>> from nvquant import sweep
+        >>> found = sweep(model, "nvfp4-full", output, target_bits=[6], samples=2, sequence_length=32, device="cpu")
+        >>> list(found.recipes), len(found.document.groups)
+        (['nvfp4-full-6bits'], 12)
+    """
+    return run_sweep(_request(SweepRequest, locals()), progress or _ignore_stage, _say)
 
 
 def verify(
@@ -238,6 +296,12 @@ def push(
 
     options = _request(PushOptions, locals())
     return upload(verified_request(Path(checkpoint), repo, options, progress or _ignore_stage, _say))
+
+
+def _converted(request: ConvertRequest, sink: ProgressSink) -> ConvertResult:
+    from ..convert.stop import StopRequest
+
+    return Conversion(within_budget(request, _ignore_stage, _say), _say).run(StopRequest(), lambda: nullcontext(sink))
 
 
 def _request(kind: type[Request], arguments: Mapping[str, object]) -> Request:

@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, get_args
+from typing import TYPE_CHECKING, TypeAlias
 
 from .. import __version__
 from ..errors import InputError, unknown_name
 from ..plan.calibration import calibration_size
-from ..recipe.schema import FoldName, Recipe
-from .inputs import AnyPath, Say, as_recipe, make_plan, named, resolve_device
+from ..recipe.schema import Recipe
+from .inputs import AnyPath, Say, as_recipe, load_samples, make_plan, makes_folds, named, resolve_device
 
 if TYPE_CHECKING:
     from ..calibrate.samples import CalibrationSet
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     Display: TypeAlias = Callable[[], AbstractContextManager[ProgressSink]]
 
 ENGINES = ("nvquant", "llmcompressor")
-FOLDS = get_args(FoldName)
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class ConvertRequest:
         profile: a folder for a phase table and a trace.
         engine: one of `ENGINES`.
         low_disk: fetch the weights of a model on the Hub by ranges, and keep none.
+        target_bits, target_size, max_kl: a budget, from which `sweeping.within_budget` makes the recipe. At most one.
     """
 
     model: AnyPath
@@ -66,6 +66,9 @@ class ConvertRequest:
     engine: str = "nvquant"
     revision: str | None = None
     low_disk: bool = False
+    target_bits: float | None = None
+    target_size: int | None = None
+    max_kl: float | None = None
 
 
 class Conversion:
@@ -105,35 +108,11 @@ class Conversion:
         )
         from ..stream.trace import prepare_folder
 
-        self._fold = self._makes_folds()
-        self.target = _output_of(request, self.plan.source.name, recipe.name)
+        self._fold = makes_folds(self.plan, request.fold, request.engine)
+        self.target = output_of(request, self.plan.source.name, recipe.name)
         self.is_first = True
         if request.profile is not None:
             prepare_folder(Path(request.profile))
-
-    def _makes_folds(self) -> bool:
-        """Whether the run makes exact folds.
-
-        Raises:
-            InputError: an unknown choice, or one that the run cannot make.
-        """
-        from ..quantizers import get_quantizer
-
-        request, chosen = self._request, self._request.fold or self.plan.recipe.fold
-        if chosen is not None and chosen not in FOLDS:
-            raise unknown_name("choice of folds", chosen, FOLDS)
-        if chosen == "auto" and request.engine != "nvquant":
-            raise InputError(
-                f"--engine {request.engine} makes no folds", where="--fold", hint="Drop one of the two options"
-            )
-        if chosen == "auto" and not self.plan.needs_calibration:
-            raise InputError(
-                f"recipe {self.plan.recipe.name} calibrates nothing, and folds require inputs",
-                where="--fold",
-                hint="Use --fold off, or a recipe with quantized inputs",
-            )
-        is_wanted = get_quantizer(self.plan.quantizer).folds if chosen is None else chosen == "auto"
-        return is_wanted and self.plan.needs_calibration and request.engine == "nvquant"
 
     def run(self, stop: StopRequest, display: Display) -> ConvertResult:
         """Convert.
@@ -204,32 +183,12 @@ class Conversion:
 
     def _load(self, trace: Trace) -> CalibrationSet:
         """The calibration samples of the request, or else of the recipe."""
-        from ..calibrate.samples import load_calibration
-        from ..checkpoint.hub.errors import HubError
-
-        request, default = self._request, self.plan.recipe.calibration
+        request = self._request
         size = calibration_size(self.plan, request.samples, request.sequence_length)
-        load = partial(
-            load_calibration,
-            model_folder=self.plan.source.folder,
-            config=self.plan.source.config,
-            samples=size.samples,
-            sequence_length=size.sequence_length,
-            seed=request.seed,
-        )
+        sizes = (size.samples, size.sequence_length, request.seed)
         with trace.span("samples"):
-            try:
-                loaded = load(str(request.calibration or default.set))
-            except HubError as refusal:
-                fallback = request.calibration_fallback
-                if fallback is None:
-                    raise
-                self._say(f"{refusal} Calibrating with the --calibration-fallback {fallback}.")
-                loaded = load(str(fallback))
-        if self.is_first:
-            count = len(loaded.samples)
-            self._say(f"calibration {loaded.name}: {count} samples, {loaded.tokens:,} tokens, {loaded.framing}")
-        return loaded
+            say = self._say if self.is_first else lambda _text: None
+            return load_samples(self.plan, request.calibration, request.calibration_fallback, *sizes, say=say)
 
     def _execute(self, options: ConvertOptions, loaded: CalibrationSet | None, display: Display) -> ConvertResult:
         """Convert with the engine, and show its progress."""
@@ -243,7 +202,7 @@ class Conversion:
             return run(self.plan, replace(options, progress=sink), loaded)
 
 
-def _output_of(request: ConvertRequest, source: str, recipe: str) -> Path:
+def output_of(request: ConvertRequest, source: str, recipe: str) -> Path:
     """The folder of the output, MODEL-RECIPE by default."""
     return Path(request.output or f"{source.rpartition('/')[2]}-{recipe}")
 
@@ -256,7 +215,7 @@ def _where_it_began(request: ConvertRequest, recipe: str, say: Say, remote: HubM
     from ..convert.journal import Journal
     from ..convert.output import partial_folder
 
-    identity = Journal(partial_folder(_output_of(request, remote.repo, recipe))).identity() or {}
+    identity = Journal(partial_folder(output_of(request, remote.repo, recipe))).identity() or {}
     began = identity.get("source", {}).get("hub") or {}
     if began.get("id") != remote.repo or began.get("commit") in (None, remote.commit):
         return remote

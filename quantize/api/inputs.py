@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, get_args
 
 from ..checkpoint.diagnosis import adapter_beside, names_in
 from ..checkpoint.source import Checkpoint, open_checkpoint
@@ -12,15 +12,17 @@ from ..errors import EnvironmentLack, InputError, unknown_name
 from ..format.layouts import FORMAT_NAMES, LAYOUTS, Layout
 from ..plan.plan import Plan, compute_plan
 from ..recipe.load import load_recipe
-from ..recipe.schema import Recipe
+from ..recipe.schema import FoldName, Recipe
 
 if TYPE_CHECKING:
+    from ..calibrate.samples import CalibrationSet
     from ..checkpoint.hub.repository import HubModel
 
 Pin: TypeAlias = "Callable[[HubModel], HubModel]"
 Say: TypeAlias = Callable[[str], None]
 AnyPath: TypeAlias = str | Path
 DEVICES = ("auto", "cuda", "cpu")
+FOLDS = get_args(FoldName)
 
 
 def as_recipe(recipe: AnyPath | Recipe) -> Recipe:
@@ -185,6 +187,76 @@ def checked_plan(model: AnyPath, recipe: AnyPath | Recipe, format_name: str, rev
 
     check_conversion(plan)
     return plan
+
+
+def makes_folds(plan: Plan, fold: str | None, engine: str = "nvquant") -> bool:
+    """Whether a run makes exact folds.
+
+    Args:
+        fold: one of `FOLDS`. None for the recipe's choice, or else the quantizer's.
+    Raises:
+        InputError: an unknown choice, or one that the run cannot make.
+    """
+    from ..quantizers import get_quantizer
+
+    chosen = fold or plan.recipe.fold
+    if chosen is not None and chosen not in FOLDS:
+        raise unknown_name("choice of folds", chosen, FOLDS)
+    if chosen == "auto" and engine != "nvquant":
+        raise InputError(f"--engine {engine} makes no folds", where="--fold", hint="Drop one of the two options")
+    if chosen == "auto" and not plan.needs_calibration:
+        raise InputError(
+            f"recipe {plan.recipe.name} calibrates nothing, and folds require inputs",
+            where="--fold",
+            hint="Use --fold off, or a recipe with quantized inputs",
+        )
+    is_wanted = get_quantizer(plan.quantizer).folds if chosen is None else chosen == "auto"
+    return is_wanted and plan.needs_calibration and engine == "nvquant"
+
+
+def load_samples(
+    plan: Plan,
+    calibration: AnyPath | None,
+    fallback: AnyPath | None,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    *,
+    in_equal_kinds: bool = False,
+    say: Say,
+) -> CalibrationSet:
+    """The calibration samples of a set, or else of the recipe's.
+
+    Args:
+        fallback: the set to use if the Hub data set is not available. None to raise.
+        in_equal_kinds: whether each kind of text gets as many samples.
+        say: called with a sentence about the samples.
+    Raises:
+        NvquantError: see `load_calibration`.
+    """
+    from ..calibrate.samples import load_calibration
+    from ..checkpoint.hub.errors import HubError
+
+    def load(name: AnyPath) -> CalibrationSet:
+        return load_calibration(
+            str(name),
+            model_folder=plan.source.folder,
+            config=plan.source.config,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            in_equal_kinds=in_equal_kinds,
+        )
+
+    try:
+        loaded = load(calibration or plan.recipe.calibration.set)
+    except HubError as refusal:
+        if fallback is None:
+            raise
+        say(f"{refusal} Calibrating with the --calibration-fallback {fallback}.")
+        loaded = load(fallback)
+    say(f"calibration {loaded.name}: {len(loaded.samples)} samples, {loaded.tokens:,} tokens, {loaded.framing}")
+    return loaded
 
 
 def named(plan: Plan) -> str:

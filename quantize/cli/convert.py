@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..api.conversion import ENGINES, FOLDS, Conversion, ConvertRequest
+from ..api.conversion import ENGINES, Conversion, ConvertRequest
 from ..api.publication import check_push, push_converted
+from ..api.sweeping import within_budget
 from ..quoting import argument, shell
 from .options import (
     calibration_options,
     debug_option,
     device_option,
+    fold_option,
     format_option,
     output_options,
     parse_bytes,
@@ -37,6 +39,7 @@ Examples:
   nvquant convert ./gemma-4-31b --recipe nvfp4-full --format modelopt -o out --samples 256
   nvquant convert ./model --recipe nvfp4-a16 --device cpu
   nvquant convert ./model --recipe my.yaml --calibration prompts.jsonl
+  nvquant convert ./model --recipe nvfp4-full --target-bits 5.5
 """
 
 
@@ -52,11 +55,24 @@ Examples:
 )
 @format_option
 @quantizer_option
+@fold_option
 @click.option(
-    "--fold",
-    type=click.Choice(FOLDS),
-    help="Change the scales of channels exactly before quantizing, wherever a proof holds, or never.",
-    show_default="the recipe's choice, or auto with gptq",
+    "--target-bits",
+    type=float,
+    metavar="BITS",
+    help="Give groups more bits by `nvquant sweep`, within this mean number of stored bits a weight.",
+)
+@click.option(
+    "--target-size",
+    callback=parse_bytes,
+    metavar="SIZE",
+    help="Give groups more bits by `nvquant sweep`, within this size of the checkpoint, such as 24GB.",
+)
+@click.option(
+    "--max-kl",
+    type=float,
+    metavar="NATS",
+    help="Give as few groups more bits by `nvquant sweep` as a forecast of this mean KL divergence needs.",
 )
 @click.option(
     "--calibration",
@@ -126,6 +142,7 @@ def command(
     if push_to is not None:
         check_push(push_to)
     request = ConvertRequest(model, recipe_name, format=format_name, profile=profile, restart=not resume, **values)
+    request = within_budget(request, out.stages(), out.say)
     conversion = Conversion(request, out.say)
     from ..convert.stop import StopRequest
 

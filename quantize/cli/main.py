@@ -23,6 +23,7 @@ from .output import send_warnings_to_stderr
 
 COMMANDS = {
     "plan": "Forecast sizes, memory and the GPUs that fit, before any work.",
+    "sweep": "Measure what each layer loses, and make recipes for a budget.",
     "convert": "Turn a BF16 checkpoint into an NVFP4 checkpoint.",
     "verify": "Prove a checkpoint: its files, its numbers, a served answer.",
     "bench": "Measure serving speed for users and contexts.",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..api.inputs import DEVICES
+from ..api.inputs import DEVICES, FOLDS
 from ..format.layouts import FORMAT_NAMES
 from .output import Output
 
@@ -43,6 +43,16 @@ def format_option(function: F) -> F:
 def quantizer_option(function: F) -> F:
     """`--quantizer`."""
     return click.option("--quantizer", help="Override the recipe's quantizer with mse, rtn or gptq.")(function)
+
+
+def fold_option(function: F) -> F:
+    """`--fold`."""
+    return click.option(
+        "--fold",
+        type=click.Choice(FOLDS),
+        help="Change the scales of channels exactly before quantizing, wherever a proof holds, or never.",
+        show_default="the recipe's choice, or auto with gptq",
+    )(function)
 
 
 def output_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,6 +127,11 @@ def revision_option(function: F) -> F:
         help="Read this commit, branch or tag of a MODEL on the Hub.",
         show_default="its default branch",
     )(function)
+
+
+def parse_sizes(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[int]:
+    """Sizes as `parse_bytes` takes them, of an option that may be repeated."""
+    return [size for value in values if (size := parse_bytes(ctx, parameter, value)) is not None]
 
 
 def parse_bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:

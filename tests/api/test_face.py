@@ -16,6 +16,7 @@ import pytest
 from huggingface_hub import constants
 from nvquant.api.conversion import ConvertRequest
 from nvquant.api.publication import PushOptions
+from nvquant.api.sweeping import SweepRequest
 from nvquant.api.verification import VerifyRequest
 from nvquant.errors import InputError
 from nvquant.recipe.load import load_recipe
@@ -24,7 +25,8 @@ from support.conversions import Conversions, TinyModels, contents, random_sample
 from support.hub_models import hub_for_this_process
 from support.hub_uploads import User
 
-FUNCTIONS = ("convert", "plan", "push", "relayout", "verify")
+FUNCTIONS = ("convert", "plan", "push", "relayout", "sweep", "verify")
+NAMED_WITH_ANOTHER = {"recipe", "format", "revision", "fold", "samples", "sequence_length", "target_size", "max_kl"}
 TOKEN = "hf_thisIsTheSecretOfTheTests"
 
 
@@ -84,14 +86,15 @@ def test_the_docstring_names_every_parameter_and_has_each_section(name: str) -> 
     text = inspect.getdoc(function) or ""
     arguments = text.partition("Args:")[2].partition("Returns:")[0]
     for parameter in inspect.signature(function).parameters:
-        if parameter not in ("recipe", "format", "revision", "samples", "sequence_length"):  # named with another one
+        if parameter not in NAMED_WITH_ANOTHER:
             assert f"\n    {parameter}" in arguments, parameter
     assert all(f"\n{section}:\n" in text for section in ("Args", "Returns", "Raises", "Example"))
     assert inspect.signature(getattr(nvquant, name)) == inspect.signature(function)
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("convert", ConvertRequest), ("verify", VerifyRequest), ("push", PushOptions)]
+    ("name", "kind"),
+    [("convert", ConvertRequest), ("verify", VerifyRequest), ("push", PushOptions), ("sweep", SweepRequest)],
 )
 def test_a_request_has_the_defaults_of_its_function(name: str, kind: type) -> None:
     parameters = inspect.signature(getattr(nvquant.api, name)).parameters
