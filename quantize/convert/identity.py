@@ -76,7 +76,9 @@ def source_identity(source: Checkpoint) -> Source:
 
 def difference(found: Mapping[str, Any], identity: Mapping[str, Any], path: str = "") -> str | None:
     """The first difference of another run's identity from this one's, as `calibration.sha256 is 4be1… there, 90ac…
-    here`, or None. Other keys of a manifest are not compared."""
+    here`, or None. A fact that only one of them has differs too. Other keys of a manifest are not compared."""
+    if not path:
+        identity = {**dict.fromkeys(Identity.model_fields, "missing"), **identity}
     for key, value in identity.items():
         name = f"{path}{key}"
         there = found.get(key, "missing")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,6 @@ from ..errors import InputError
 from ..plan.plan import Plan, compute_plan
 from ..quantizers import get_quantizer
 from ..recipe.schema import Recipe
-from ..stream.manifest import Identity
 from ..verify.threads import Progress
 from .candidates import candidates_of
 from .choice import Point, curve, schemes_at
@@ -166,7 +164,7 @@ class Sweep:
         found = None if self._options.restart else read_document(folder)
         if found is None:
             return parsed({**self._identity}, folder)
-        differs = difference(_complete(found), _complete(self._identity))
+        differs = difference(found, self._identity)
         if differs is not None:
             raise InputError(
                 f"{folder} contains another sweep ({differs})",
@@ -198,11 +196,6 @@ class Sweep:
         folder = self._options.output
         folder.mkdir(parents=True, exist_ok=True)
         return Subject(plan, self._candidates, self._quantizer, batches, self._dtype, self._options, folder)
-
-
-def _complete(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity with every key, because one that only the other has makes a difference too."""
-    return {key: identity.get(key) for key in Identity.model_fields}
 
 
 def recipe_name(recipe: Recipe, target: Target) -> str:

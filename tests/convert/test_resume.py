@@ -273,6 +273,16 @@ def test_a_finished_output_of_another_run_is_replaced_only_with_restart(llama: C
     assert contents(llama.output) == llama.undisturbed(quantizer="mse")
 
 
+def test_a_run_without_folds_is_another_one_than_a_run_with_them(llama: Conversion) -> None:
+    """The record of a run without folds does not mention them."""
+    llama.end_early(fold=True)
+    with pytest.raises(InputError, match=r"out\.partial contains another run \(fold is auto there, missing here\)"):
+        llama.run()
+    llama.run(fold=True)
+    with pytest.raises(InputError, match=r"out contains the finished checkpoint of another run \(fold is auto there"):
+        llama.run()
+
+
 HOLDING = """
 import sys
 from pathlib import Path
