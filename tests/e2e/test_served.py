@@ -33,6 +33,21 @@ Convert = Callable[..., Path]
 
 W4A4_KERNEL, WEIGHT_ONLY_KERNEL = "CpuNvFp4LinearKernel", "CpuNvFp4WeightOnlyLinearKernel"
 
+# As `nvquant sweep` writes it: some layers of a projection in each scheme, and some in none. Layer 5 has no v_proj.
+BY_LAYER = r"""
+name: by-layer
+quantize:
+- modules:
+  - re:model\.layers\.(0|1|2|3|4)\.self_attn\.(q|k|v)_proj$
+  - re:model\.layers\.(1|2)\.mlp\.(gate|up)_proj$
+  scheme: fp8
+- modules:
+  - re:model\.layers\.5\.self_attn\.(q|k)_proj$
+  - re:model\.layers\.\d+\.mlp\.down_proj$
+  - re:model\.layers\.(0|4|5)\.mlp\.(gate|up)_proj$
+  - re:model\.layers\.(2|3)\.self_attn\.o_proj$
+  scheme: nvfp4
+"""
 PROMPT = """\
 The harbour of the old town faces north, and for most of the winter its water lies in the shadow of the cliffs. Fishing
 boats leave before sunrise and come back in the early afternoon, when the light is already fading. In summer everything
@@ -230,6 +245,8 @@ def sample_ids(model: transformers.PreTrainedModel, count: int) -> list[int]:
         ("nvfp4-full", "compressed-tensors"),
         ("nvfp4-fp8", "modelopt"),
         pytest.param("nvfp4-fp8", "compressed-tensors", marks=pytest.mark.thorough),
+        (BY_LAYER, "compressed-tensors"),
+        pytest.param(BY_LAYER, "modelopt", marks=pytest.mark.thorough),
     ],
 )
 @pytest.mark.usefixtures("vllm_environment")
@@ -240,6 +257,9 @@ def test_served_gemma4_with_shared_keys_and_values_gives_the_likelihood_of_the_e
     sharpen(source)
     source_model = load_emulation(source)
     ids = sample_ids(source_model, 500)
+    if recipe == BY_LAYER:
+        (tmp_path / "mine.yaml").write_text(BY_LAYER)
+        recipe = str(tmp_path / "mine.yaml")
     checkpoint = run_convert(source, recipe, layout, tmp_path / "converted")
     with serve(checkpoint, tmp_path) as server:
         served = server.client.prompt_logprobs(ids)

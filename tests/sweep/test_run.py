@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from nvquant.checkpoint.source import open_checkpoint
 from nvquant.convert.config import quantization_config
 from nvquant.errors import InputError
@@ -23,6 +25,7 @@ from nvquant.sweep.walking import Subject, Window
 from nvquant.verify.numerics.stage import NumericsOptions
 from nvquant.verify.run import Verification, VerifyOptions
 from support.conversions import COMPRESSED_TENSORS, MODELOPT, TinyModels, converted, planned, random_samples
+from support.emulation import load_emulation, token_logprobs
 from sweep.sweeping import sweep_of
 
 LAYOUTS = (COMPRESSED_TENSORS, MODELOPT)
@@ -164,6 +167,16 @@ def test_a_mixed_checkpoint_passes_verification(tiny: TinyModels, tmp_path: Path
     report = verified(made, source, tmp_path)
     assert report.passed, [check.detail for check in report.checks if not check.passed]
     assert isinstance(document, SweepDocument)
+    if layout == COMPRESSED_TENSORS:
+        assert_transformers_reads(made)
+
+
+def assert_transformers_reads(checkpoint: Path) -> None:
+    """transformers decodes each module under the config group that its name matches."""
+    ids = random_samples((40,))[0].tolist()
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
+    own, expected = (torch.tensor(token_logprobs(one, ids)) for one in (model, load_emulation(checkpoint)))
+    assert float((own - expected).abs().mean()) < 0.05
 
 
 def verified(made: Path, source: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
