@@ -17,7 +17,7 @@ ROOT = Path(nvquant.__file__).parent
 # In the order in which a tensor meets them; a room may import those to its left, and the modules of COMMON.
 ROOMS = [
     *("format", "checkpoint", "recipe", "weights", "plan", "stream", "calibrate", "reshape", "quantizers"),
-    *("convert", "serving", "verify", "report", "sweep", "bench", "publish", "api", "demo", "cli"),
+    *("convert", "serving", "verify", "distill", "report", "sweep", "bench", "publish", "api", "demo", "cli"),
 ]
 COMMON = {"", "errors", "quoting"}
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))

@@ -14,7 +14,8 @@ from ..checkpoint.regular import read_regular
 from ..checkpoint.shard_bytes import read_range
 from ..checkpoint.source import Checkpoint
 from ..plan.plan import Plan
-from ..stream.manifest import CalibrationRecord, HubSource, Identity, Run, Source, SourceShard
+from ..stream.forms import CalibrationRecord
+from ..stream.manifest import HubSource, Identity, Run, Source, SourceShard
 
 
 def run_identity(
@@ -35,11 +36,12 @@ def run_identity(
         quantizer=quantizer,
         **folds,
         run=Run(**run.as_json(), versions=versions),
-        calibration=None if calibration is None else _calibration(calibration),
+        calibration=None if calibration is None else calibration_record(calibration),
     )
 
 
-def _calibration(calibration: CalibrationSet) -> CalibrationRecord:
+def calibration_record(calibration: CalibrationSet) -> CalibrationRecord:
+    """The entry of a manifest for a set of samples."""
     return CalibrationRecord(
         name=calibration.name,
         samples=len(calibration.samples),

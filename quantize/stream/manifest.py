@@ -14,54 +14,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_serializer
+from pydantic import Field, ValidationError, field_serializer
 
 from ..checkpoint.json_text import read_json
 from ..errors import InputError
-from ..quoting import visible
 from ..recipe.schema import Recipe
+from .distillation import DistillationRecord
+from .forms import (
+    Amax,
+    Base64,
+    CalibrationRecord,
+    Commit,
+    FileName,
+    HubId,
+    Line,
+    Natural,
+    Sha256,
+    Word,
+)
+from .forms import RecordForm as _Form
 
 MANIFEST_NAME = "nvquant_manifest.json"
-MOST_NAME_CHARACTERS = 4096
-MOST_BASE64_CHARACTERS = 1 << 22
-
-
-def _one_visible_line(text: str) -> str:
-    if visible(text) != text or "\n" in text or "\t" in text:
-        raise ValueError("it contains invisible characters")
-    return text
-
-
-def _decodable(text: str) -> str:
-    b64decode(text, validate=True)  # binascii.Error is a ValueError
-    return text
-
-
-def _file_in_folder(name: str) -> str:
-    if name in ("", ".", "..") or "/" in name or "\\" in name:
-        raise ValueError("it is not the name of a file in this folder")
-    return name
-
-
-Line = Annotated[str, Field(max_length=MOST_NAME_CHARACTERS), AfterValidator(_one_visible_line)]
-Word = Annotated[str, Field(pattern=r"^\w[\w.+-]{0,99}\z")]
-FileName = Annotated[Line, AfterValidator(_file_in_folder)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
-Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}\z")]
-HubId = Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}/\w[\w.-]{0,99}\z")]
-Natural = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
-Amax = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
-Base64 = Annotated[
-    str, AfterValidator(_decodable), Field(pattern=r"^[A-Za-z0-9+/]+={0,2}\z", max_length=MOST_BASE64_CHARACTERS)
-]
-
-
-class _Form(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    def as_json(self) -> dict[str, Any]:
-        """The keys that were given, in the order of the form."""
-        return self.model_dump(mode="json", exclude_unset=True)
 
 
 class HubSource(_Form):
@@ -98,18 +71,6 @@ class Run(_Form):
     batch_size: Annotated[int, Field(ge=1, lt=1 << 31, strict=True)] | None = None
     processor: Line | None = None
     versions: dict[Word, Word] = Field(default_factory=dict)
-
-
-class CalibrationRecord(_Form):
-    """The calibration of the inputs' global scales."""
-
-    name: Line
-    samples: Natural
-    sequence_length: Natural | None = None
-    seed: Natural | None = None
-    tokens: Natural
-    framing: Word
-    sha256: Sha256
 
 
 class InputRecord(_Form):
@@ -314,12 +275,14 @@ class Manifest(Identity):
     Attributes:
         residual: None where no order was looked for.
         head: None where the head is not quantized.
+        distillation: None where no distillation was requested.
         files: sha256 of every shard, by file name.
     """
 
     residual: ResidualRecord | None = None
     layers: tuple[LayerRecord, ...]
     head: HeadRecord | None = None
+    distillation: DistillationRecord | None = None
     files: dict[FileName, Sha256]
 
     @property

@@ -117,7 +117,6 @@ class Head:
         for rows in self.ranges():
             yield rows.start, self.read(rows)
 
-    @torch.no_grad()
     def logits(self, finished: Tensor, first: int, rows: Tensor) -> Tensor:
         """Compute the logits of a part of the vocabulary.
 
@@ -126,7 +125,7 @@ class Head:
             first: number of the first row.
             rows: float32 [part, hidden size], on the device of `finished`.
         Returns:
-            float32 [tokens, part].
+            float32 [tokens, part], with the gradient of `finished`.
         """
         full: Any = self._skeleton.full
         base = getattr(self._owner, self._base)

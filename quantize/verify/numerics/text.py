@@ -16,7 +16,12 @@ SEED = 1
 
 
 def load_text(
-    text: Path | None, folder: Path, config: Mapping[str, Any], samples: int, sequence_length: int
+    text: Path | None,
+    folder: Path,
+    config: Mapping[str, Any],
+    samples: int,
+    sequence_length: int,
+    seed: int = SEED,
 ) -> CalibrationSet:
     """Load samples of a file, or of the shipped held-out text, of each kind of text equally many where it has kinds.
 
@@ -25,6 +30,7 @@ def load_text(
     Args:
         text: a file of text or conversations, or of token ids, as for `--calibration`. None for the shipped text.
         folder: the checkpoint's own, which contains the tokenizer and its chat template.
+        seed: of the order of the documents.
     Raises:
         InputError: see `load_calibration`.
     """
@@ -36,7 +42,7 @@ def load_text(
             config=config,
             samples=samples,
             sequence_length=sequence_length,
-            seed=SEED,
+            seed=seed,
             in_equal_kinds=True,
         )
     except InputError as error:
