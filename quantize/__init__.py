@@ -1,6 +1,6 @@
 """nvquant: turn a BF16 Hugging Face checkpoint into an NVFP4 checkpoint that vLLM serves, and prove it.
 
-    from nvquant import Recipe, convert, plan, push, relayout, sweep, verify
+    from nvquant import Recipe, convert, distill, plan, push, relayout, sweep, verify
 
 docs/python.md describes these functions. Nothing heavy is imported before the first use of one.
 """
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from inspect import Signature
 
-    from .api import convert, plan, push, relayout, sweep, verify
+    from .api import convert, distill, plan, push, relayout, sweep, verify
     from .recipe.schema import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "convert", "plan", "push", "relayout", "sweep", "verify"]
+__all__ = ["Recipe", "__version__", "convert", "distill", "plan", "push", "relayout", "sweep", "verify"]
 
 _MODULES = {"Recipe": "recipe.schema", "push": "api", "relayout": "api"}
-_ROOMS = ("convert", "plan", "sweep", "verify")  # folders of this package that have the name of a function
+_ROOMS = ("convert", "distill", "plan", "sweep", "verify")  # folders of this package that have the name of a function
 
 
 class _CallableRoom(ModuleType):

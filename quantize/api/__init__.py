@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..plan.plan import Plan
 from ..recipe.schema import Recipe
 from .conversion import Conversion, ConvertRequest
+from .distillation import DEFAULT_TOKENS, DistillRequest, run_distillation
 from .inputs import AnyPath, as_layout, checked_plan, open_model
 from .publication import PushOptions, verified_request
 from .sweeping import SweepRequest, SweepResult, run_sweep, within_budget
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
     from ..convert.options import ConvertResult
     from ..convert.progress import Progress, ProgressSink
     from ..convert.relayout import RelayoutResult
+    from ..distill.options import DistillResult
     from ..publish.push import PushResult
     from ..serving.server import ServeOptions
     from ..verify.report import Check, Report
     from ..verify.threads import Progress as StageProgress
 
-__all__ = ["convert", "plan", "push", "relayout", "sweep", "verify"]
+__all__ = ["convert", "distill", "plan", "push", "relayout", "sweep", "verify"]
 _LOG = logging.getLogger(__name__)
-Request = TypeVar("Request", ConvertRequest, VerifyRequest, PushOptions, SweepRequest)
+Request = TypeVar("Request", ConvertRequest, DistillRequest, VerifyRequest, PushOptions, SweepRequest)
 
 
 def plan(
@@ -86,6 +88,7 @@ def convert(
     target_bits: float | None = None,
     target_size: int | None = None,
     max_kl: float | None = None,
+    distill: int | None = None,
     progress: ProgressSink | None = None,
 ) -> ConvertResult:
     """Convert a BF16 model into an NVFP4 checkpoint, layer by layer. An equal call resumes an unfinished run.
@@ -107,14 +110,14 @@ def convert(
         engine: `nvquant`, or `llmcompressor` for a second opinion.
         low_disk: fetch the weights of a model on the Hub by ranges, and keep none.
         target_bits, target_size, max_kl: a budget for mixed precision, see `sweep`. At most one.
+        distill: tokens of a distillation after the conversion, see `distill`. None for none.
         progress: called with the progress of the run, by any of its threads.
     Returns:
         The sizes, times and peaks of the run, the document of `convert --json`.
     Raises:
         InputError: a wrong model, recipe, calibration or option, or an output in the way.
         EnvironmentLack: a device or package is missing, or the memory or the disk is too small.
-        CheckFailed: the output differs from the plan.
-        KeyboardInterrupt: Ctrl-C. Complete layers are kept for the next call.
+        CheckFailed, KeyboardInterrupt: the output differs from the plan, or Ctrl-C. Complete layers are kept.
     Example:
         >>> from nvquant import convert
         >>> result = convert(model, output, "nvfp4-a16", device="cpu")
@@ -178,6 +181,49 @@ def sweep(
         (['nvfp4-full-6bits'], 12)
     """
     return run_sweep(_request(SweepRequest, locals()), progress or _ignore_stage, _say)
+
+
+def distill(
+    checkpoint: AnyPath,
+    against: AnyPath,
+    output: AnyPath,
+    *,
+    tokens: int = DEFAULT_TOKENS,
+    calibration: AnyPath | None = None,
+    text: AnyPath | None = None,
+    device: str = "auto",
+    memory_budget: int | None = None,
+    restart: bool = False,
+    progress: StageProgress | None = None,
+) -> DistillResult:
+    """Train the block scales and norms of a checkpoint to its source's logits. An equal call resumes an unfinished run.
+
+    Args:
+        checkpoint: a folder, or a checkpoint on the Hub.
+        against: the source of the checkpoint, a folder or a model on the Hub.
+        output: the folder to write.
+        tokens: of the training.
+        calibration: the training text, as for `convert`. None for the shipped set.
+        text: the text that decides whether the training is kept. None for the shipped held-out text.
+        device: `auto`, `cuda` or `cpu`.
+        memory_budget: bytes, on the device. None for the free memory.
+        restart: begin anew, and replace an unfinished run or an output.
+        progress: called with (done, total, phase).
+    Returns:
+        The document of `distill --json`. `record.is_kept` states whether the training was kept. If not, the output
+        has the tensors of the checkpoint.
+    Raises:
+        InputError: no checkpoint of nvquant, another model for a source, or an output in the way.
+        EnvironmentLack: a device is missing, or the memory is too small for both models.
+    Example:
+        >>> from nvquant import distill
+        >>> result = distill(checkpoint, model, output, tokens=4096, device="cpu")
+        >>> result.record.steps
+        1
+    """
+    from ..convert.stop import StopRequest
+
+    return run_distillation(_request(DistillRequest, locals()), StopRequest(), progress or _ignore_stage)
 
 
 def verify(

@@ -14,6 +14,7 @@ from .. import __version__
 from ..errors import InputError, unknown_name
 from ..plan.calibration import calibration_size
 from ..recipe.schema import Recipe
+from .distillation import DistillRequest, check_distillation, distill_converted, refuse_distilled
 from .inputs import AnyPath, Say, as_recipe, load_samples, make_plan, makes_folds, named, resolve_device
 
 if TYPE_CHECKING:
@@ -26,8 +27,13 @@ if TYPE_CHECKING:
     from ..stream.trace import Trace
 
     Display: TypeAlias = Callable[[], AbstractContextManager[ProgressSink]]
+    Stages: TypeAlias = Callable[[int, int, str], None]
 
 ENGINES = ("nvquant", "llmcompressor")
+
+
+def _ignore_stage(_done: int, _total: int, _phase: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class ConvertRequest:
         engine: one of `ENGINES`.
         low_disk: fetch the weights of a model on the Hub by ranges, and keep none.
         target_bits, target_size, max_kl: a budget, from which `sweeping.within_budget` makes the recipe. At most one.
+        distill: tokens of a distillation after the conversion. None for none.
     """
 
     model: AnyPath
@@ -69,6 +76,7 @@ class ConvertRequest:
     target_bits: float | None = None
     target_size: int | None = None
     max_kl: float | None = None
+    distill: int | None = None
 
 
 class Conversion:
@@ -87,6 +95,11 @@ class Conversion:
     def __init__(self, request: ConvertRequest, say: Say) -> None:
         if request.engine not in ENGINES:
             raise unknown_name("engine", request.engine, ENGINES)
+        if request.distill is not None and (request.low_disk or request.engine != "nvquant"):
+            other = "--low-disk" if request.low_disk else f"--engine {request.engine}"
+            raise InputError(
+                f"{other} and a distillation exclude each other", where="--distill", hint="Drop one of the two options"
+            )
         if request.low_disk and request.engine != "nvquant":
             raise InputError(
                 f"--engine {request.engine} reads the whole model from the disk",
@@ -114,12 +127,13 @@ class Conversion:
         if request.profile is not None:
             prepare_folder(Path(request.profile))
 
-    def run(self, stop: StopRequest, display: Display) -> ConvertResult:
-        """Convert.
+    def run(self, stop: StopRequest, display: Display, stages: Stages = _ignore_stage) -> ConvertResult:
+        """Convert, and distill where it is requested.
 
         Args:
             stop: checked between batches for a request to end the run.
             display: opens a display of the progress and returns its sink. Only the first rank opens one.
+            stages: called with (done, total, phase) by a distillation.
         Raises:
             EnvironmentLack: no such device.
             NvquantError: see `convert.pipeline.convert` and `load_calibration`.
@@ -152,9 +166,38 @@ class Conversion:
             fold=self._fold,
         )
         result = self._execute(options, loaded, display)
+        result = self._distill(result, device, stop, stages)
         if request.profile is not None and self.is_first:
             trace.write(Path(request.profile))
         return result
+
+    def _distill(self, result: ConvertResult, device: str, stop: StopRequest, stages: Stages) -> ConvertResult:
+        """Distill the output, if it is requested.
+
+        Raises:
+            InputError: no distillation is requested, but the output is distilled.
+        """
+        request = self._request
+        if request.distill is None:
+            if result.was_finished:
+                refuse_distilled(self.target)
+            return result
+        distilled = distill_converted(
+            self.plan,
+            self.target,
+            DistillRequest(
+                self.target,
+                request.model,
+                self.target,
+                request.distill,
+                device=device.partition(":")[0],
+                memory_budget=request.memory_budget,
+                restart=request.restart,
+            ),
+            stop,
+            stages,
+        )
+        return replace(result, distillation=distilled.as_json())
 
     def _places(self) -> tuple[str, Ranks]:
         """The device and the ranks of this run, after a check that its output and its downloads fit on the disk."""
@@ -169,6 +212,12 @@ class Conversion:
             raise InputError(
                 "every rank would fetch the whole model", where="--low-disk", hint="Drop the option, or use one rank"
             )
+        if self._request.distill is not None:
+            if ranks.size > 1:
+                raise InputError(
+                    "several ranks cannot distill together", where="--distill", hint="Drop the option, or use one rank"
+                )
+            check_distillation(plan, self._request.distill, found, self._request.memory_budget)
         return found, ranks
 
     def _announce(self, device: str, ranks: Ranks) -> None:

@@ -118,6 +118,15 @@ Examples:
     help="Fetch the weights of a MODEL on the Hub by ranges as the walk needs them, and keep none on the disk.",
 )
 @click.option(
+    "--distill",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help=(
+        "Then train block scales and norms on this many tokens of the shipped set, like `nvquant distill`. Good values "
+        "begin at 409600."
+    ),
+)
+@click.option(
     "--push-to",
     metavar="REPO",
     help="Verify the checkpoint and publish it as org/name, like `nvquant push`. New repositories are private.",
@@ -148,7 +157,7 @@ def command(
 
     with StopRequest() as stop:
         stop.is_quiet = out.is_quiet
-        result = conversion.run(stop, out.conversion)
+        result = conversion.run(stop, out.conversion, out.stages())
     if conversion.is_first:
         _finish(conversion, result, push_to, profile, out)
 
@@ -175,6 +184,10 @@ def _finish(
 def _say(result: ConvertResult, profile: Path | None, out: Output) -> None:
     if profile is not None:
         out.say(f"Profile: {profile / 'phases.txt'}, and {profile / 'trace.json'} for ui.perfetto.dev")
+    if result.distillation is not None:
+        from ..report.distilled import distillation_words
+
+        out.say(f"Distilled with {distillation_words(result.distillation)}.")
     if result.was_finished:
         out.say("An equal run has already written this output. To rebuild it, use --restart.")
     feedback = result.error_feedback

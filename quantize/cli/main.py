@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "Forecast sizes, memory and the GPUs that fit, before any work.",
     "sweep": "Measure what each layer loses, and make recipes for a budget.",
     "convert": "Turn a BF16 checkpoint into an NVFP4 checkpoint.",
+    "distill": "Train the scales and norms of a checkpoint to its source's predictions.",
     "verify": "Prove a checkpoint: its files, its numbers, a served answer.",
     "bench": "Measure serving speed for users and contexts.",
     "doctor": "Report the abilities of this machine and what it lacks.",

@@ -56,6 +56,7 @@ class ConvertResult:
         error_feedback: None for a quantizer without. Else the numbers of fused groups (`groups`), of those that needed
             more damping than the quantizer's own (`more_damping`), of those with blocks whose updated weights outgrew
             the largest block scale (`outgrown`), and of these blocks (`outgrown_blocks`).
+        distillation: the document of `distill --json`. None where none was requested.
     """
 
     output: str
@@ -71,6 +72,7 @@ class ConvertResult:
     was_finished: bool = False
     error_feedback: dict[str, int] | None = None
     phases: dict[str, float] = field(default_factory=dict)
+    distillation: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The document of `convert --json`."""

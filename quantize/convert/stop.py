@@ -9,7 +9,7 @@ from types import FrameType
 
 from ..errors import NvquantError
 
-HEARD = b"Stopping. Complete layers are kept. Press Ctrl-C again to end the run at once.\n"
+HEARD = b"Stopping. Complete work is kept. Press Ctrl-C again to end the run at once.\n"
 STOPPED = 128  # and above it the exit codes of runs that a signal ended
 
 

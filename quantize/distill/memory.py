@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 
 import torch
@@ -14,7 +15,6 @@ from ..recipe.decoder import layer_index
 from ..recipe.roles import text_config
 from ..stream.memory import available_host_bytes
 from ..verify.numerics.lanes import source_prefix
-from ..verify.numerics.served import ServedModel
 from ..weights.base import names_by_layer
 from .divergence import LOGITS
 from .options import BATCH_SEQUENCES, DistillOptions
@@ -25,13 +25,17 @@ _LAYER_COPIES = 3  # of a layer's decoded weights, and of the values that its ma
 _SHARE_OF_FREE = 0.9
 
 
-def check_memory(served: ServedModel, source: Checkpoint, options: DistillOptions, dtype: torch.dtype) -> int:
+Sizes = Mapping[str, tuple[int, int, bool]]
+"""Rows and columns of each quantized matrix, by its name in the source, and whether it has block scales."""
+
+
+def check_memory(matrices: Sizes, source: Checkpoint, options: DistillOptions, dtype: torch.dtype) -> int:
     """Refuse a distillation that does not fit the memory of its device. Returns the bytes that it needs.
 
     Raises:
         EnvironmentLack: it does not fit.
     """
-    needed = needed_bytes(served, source, options, dtype)
+    needed = needed_bytes(matrices, source, options, dtype)
     free, where = _free_bytes(options.device), "GPU" if options.device != "cpu" else "host"
     given = options.memory_budget_bytes
     most = free if given is None else min(free, given)
@@ -39,24 +43,24 @@ def check_memory(served: ServedModel, source: Checkpoint, options: DistillOption
         raise EnvironmentLack(
             f"distillation computes both models at once, which needs about {needed / 1e9:.1f} GB of {where} memory, "
             f"but {most / 1e9:.1f} GB may be used",
-            where=served.where,
+            where=source.where,
             hint="use a larger GPU, raise --memory-budget, or keep the checkpoint without distillation",
         )
     return needed
 
 
-def needed_bytes(served: ServedModel, source: Checkpoint, options: DistillOptions, dtype: torch.dtype) -> int:
+def needed_bytes(matrices: Sizes, source: Checkpoint, options: DistillOptions, dtype: torch.dtype) -> int:
     """The memory that both models, the training and one batch take together, roughly."""
     trained, layers = 0, dict[int, list[int]]()
-    for module, one in served.matrices.items():
-        layer = layer_index(f"{module}.", served.prefix)
+    prefix = source_prefix(source)
+    for module, (rows, cols, has_block_scales) in matrices.items():
+        layer = layer_index(f"{module}.", prefix)
         if layer is not None:
-            elements = one.matrix.rows * one.matrix.cols
             sizes = layers.setdefault(layer, [0, 0])
-            sizes[0], sizes[1] = sizes[0] + elements, sizes[1] + one.matrix.rows + one.matrix.cols
-            trained += elements if one.scheme.has_block_scales else 0
+            sizes[0], sizes[1] = sizes[0] + rows * cols, sizes[1] + rows + cols
+            trained += rows * cols if has_block_scales else 0
     largest, widest = (max((sizes[at] for sizes in layers.values()), default=0) for at in (0, 1))
-    inside = [name for names in names_by_layer(source, source_prefix(source)).values() for name in names]
+    inside = [name for names in names_by_layer(source, prefix).values() for name in names]
     elements = sum(prod(source.info(name).shape) for name in inside)
     config, item = text_config(source.config), dtype.itemsize
     hidden, vocabulary = config_int(config, "hidden_size"), config_int(config, "vocab_size")

@@ -19,6 +19,7 @@ from ..format.marlin import count_flushed_blocks, scale_histogram
 from ..format.scales import decode_e4m3
 from ..stream.distillation import DistillationRecord, NormChange
 from ..stream.manifest import MANIFEST_NAME, Manifest
+from ..verify.distilled import largest_norm_change
 from ..verify.subject import HF_QUANT_CONFIG, Subject
 from .student import Student
 
@@ -47,14 +48,7 @@ def changes_of(student: Student, moved: Mapping[str, Tensor]) -> tuple[dict[str,
 def largest_scale_change(before: Tensor, after: Tensor) -> float:
     """The largest |ln(after / before)| of block scales, float8_e4m3fn. Infinite where one of them alone is zero."""
     old, new = (decode_e4m3(one).double() for one in (before, after))
-    moved = torch.where(old == new, 0.0, (new / old).log().abs())
-    return float(moved.max()) if moved.numel() else 0.0
-
-
-def largest_norm_change(before: Tensor, after: Tensor, adds_one: bool) -> float:
-    """The largest |after / before - 1| of a norm's factors. Infinite where a factor of zero changed."""
-    old, new = (one.double() + int(adds_one) for one in (before, after))
-    moved = torch.where(old == new, 0.0, (new / old - 1).abs())
+    moved = (new / old).log().abs().masked_fill(old == new, 0.0)
     return float(moved.max()) if moved.numel() else 0.0
 
 

@@ -182,7 +182,8 @@ def _run(
     size = sum(path.stat().st_size for path in subject.folder.glob("*.safetensors"))
     check_output(options.output, size, source.folder if options.is_in_place else subject.folder)
     served, dtype = ServedModel(subject), torch.float32 if options.device == "cpu" else torch.bfloat16
-    check_memory(served, source, options, dtype)
+    sizes = {m: (one.matrix.rows, one.matrix.cols, one.scheme.has_block_scales) for m, one in served.matrices.items()}
+    check_memory(sizes, source, options, dtype)
     import_model_code(source)
     identity = _identity(subject, source, options, text, heldout, dtype)
     files = [*subject.checkpoint.shards, *flat_side_files(subject.folder), *OWN_FILES]

@@ -28,6 +28,7 @@ from .provenance import (
     calibration_facts,
     calibration_licence,
     convert_command,
+    distillation_facts,
     group_names,
     nvquant_page,
     run_facts,
@@ -141,7 +142,7 @@ def _making(facts: CardFacts) -> dict[str, Any]:
 
 def _checking(facts: CardFacts) -> dict[str, Any]:
     manifest = facts.folder / MANIFEST_NAME
-    made = [*source_facts(facts.provenance), *run_facts(facts.provenance)]
+    made = [*source_facts(facts.provenance), *run_facts(facts.provenance), *distillation_facts(facts.provenance)]
     if manifest.is_file():
         made.append((f"sha256 of {MANIFEST_NAME}", hashlib.sha256(manifest.read_bytes()).hexdigest()))
     made.append(("Verified and published with nvquant", __version__))

@@ -13,11 +13,13 @@ from ..checkpoint.hub.repository import hub_name
 from ..checkpoint.source import read_json
 from ..errors import InputError
 from ..quoting import argument, shell
+from ..report.distilled import distillation_words
 from ..report.document import at, rows
 from ..report.parts import Column, Table
 from ..report.words import ABSENT, number
 from ..stream.manifest import MANIFEST_NAME, Manifest, held_to
 
+DISTILLED_SET = "offline"  # of `convert --distill`
 HUB = "https://huggingface.co"
 FRAMINGS = {
     "chat": "conversations in the model's own chat template",
@@ -119,6 +121,9 @@ def convert_command(provenance: Provenance) -> str | None:
             ("--seed", form.calibration.seed),
         ):
             words += [] if value is None else [option, str(value)]
+    if form.distillation is not None and form.distillation.text.name == DISTILLED_SET:
+        text = form.distillation.text
+        words += ["--distill", str(text.samples * (text.sequence_length or 1))]
     if form.run.batch_size not in (None, 1):
         words += ["--batch-size", str(form.run.batch_size)]
     if form.run.device in ("cpu", "cuda"):
@@ -158,6 +163,13 @@ def run_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
     yield "nvquant", form.nvquant
     yield from form.run.versions.items()
     yield "Computed on", ", ".join(part for part in (form.run.device, form.run.processor, form.run.dtype) if part)
+
+
+def distillation_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
+    """The distillation, as name and value."""
+    words = distillation_words(provenance.manifest.get("distillation"))
+    if words is not None:
+        yield "Distillation of block scales and norms", words
 
 
 def calibration_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 from .. import __version__
 from ..quoting import argument, one_line, shell
 from ..verify.numerics.document import MeasuredText, Numerics, numerics_of
+from .distilled import distillation_words
 from .document import at, stages_run
 from .kinds import kind_warnings, kinds_table
 from .measured import (
@@ -88,6 +89,7 @@ def _reproduce(whole: Mapping[str, Any], numerics: Numerics | None) -> list[tupl
     words = {"max_kl": "mean KL at most", "min_top1": "top-1 agreement at least", "max_delta_nll": "ΔNLL at most"}
     stated = [f"{word} {_limit(getattr(limits, key))}" for key, word in words.items() if limits is not None]
     return [
+        ("Distilled", distillation_words(at(whole, "checkpoint", "distillation"))),
         ("nvquant", __version__),
         ("vLLM", at(whole, "serve", "server", "vllm")),
         ("Server's command", at(whole, "serve", "server", "command")),

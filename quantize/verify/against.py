@@ -21,6 +21,7 @@ from ..recipe.heads import head_source, untied
 from ..recipe.roles import Role, role_of, unused_tensors
 from ..weights.stored import KV_SCALES, split_name
 from .folds import folds_of
+from .moved import moved_norms
 from .report import Finding, counted
 from .subject import Subject, pieces
 from .threads import map_in_threads
@@ -133,12 +134,13 @@ def check_untouched(subject: Subject, source: Checkpoint) -> Finding:
     """Check that unquantized tensors have all of the source's bytes, or its values where another tool stored FP32."""
     infos = source.infos()
     copies = _copies(subject)
-    folded = folds_of(subject, source).norms  # for `check_folds`
+    # For `check_folds` and `check_distilled`.
+    changed = {*folds_of(subject, source).norms, *moved_norms(subject)}
     names = [
         name
         for name, info in copies.items()
         if name in infos
-        and name not in folded
+        and name not in changed
         and (
             _is_same_type(info, infos[name])
             or _is_widened(subject, info, infos[name])

@@ -38,6 +38,7 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
         "layout": subject.layout.name,
         "recipe": None if manifest is None else manifest.recipe.name,
         "quantizer": None if manifest is None else manifest.quantizer,
+        **_distillation(manifest),
         "made_by": None if manifest is None else f"nvquant {manifest.nvquant}",
         "tensors": len(subject.infos),
         "bytes": sum(info.nbytes for info in subject.infos.values()),
@@ -47,6 +48,14 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
         "groups": sorted(groups.values(), key=lambda group: -group["bytes"]),
         **checkpoint_identity(subject.folder),
     }
+
+
+def _distillation(manifest: Manifest | None) -> dict[str, Any]:
+    """The recorded distillation without its tensors. Empty where there is none."""
+    if manifest is None or manifest.distillation is None:
+        return {}
+    keys = ("tokens", "steps", "is_kept", "reason", "total", "heldout")
+    return {"distillation": {key: value for key, value in manifest.distillation.as_json().items() if key in keys}}
 
 
 def checkpoint_identity(folder: Path) -> dict[str, str | None]:

@@ -12,6 +12,7 @@ from ..reshape.records import reshaping_of
 from ..reshape.reshaping import UNCHANGED, Reshaping
 from ..stream.manifest import FoldingRecord, FoldRecord, Manifest, ResidualRecord
 from ..weights.stored import StoredMatrix
+from .moved import moved_norms
 from .report import Finding, counted
 from .subject import Subject
 
@@ -44,11 +45,12 @@ def check_folds(subject: Subject, source: Checkpoint) -> Finding:
     folds = [fold for record in records for fold in record.folds]
     faults = list(_misfits(subject, source))
     residual, is_ordered = _residual(subject), isinstance(source, Reordered)
+    moved = moved_norms(subject)
     if residual is not None and residual.order is not None and not is_ordered:
         faults.append("the order of the residual stream's channels does not fit the source")
     if not faults:
         for name, norm in folds_of(subject, source).norms.items():
-            if bytes(tensor_bytes(subject.checkpoint.read(name))) != bytes(tensor_bytes(norm)):
+            if name not in moved and bytes(tensor_bytes(subject.checkpoint.read(name))) != bytes(tensor_bytes(norm)):
                 faults.append(f"{name} is not the source's norm after its fold")
     worst = max((record.error for record in records), default=0.0)
     words = f"{counted(len(folds), 'fold')} with a largest error of {worst:.1e} in float32"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ from ..quantizers.base import Claim, Quantizer
 from ..recipe.match import select
 from ..stream.manifest import MANIFEST_NAME, Manifest, RecordedGroup
 from ..stream.scalars import scalar_values
+from .moved import scale_change
 from .numerics.served import ServedModel
 from .report import Finding, counted, not_applicable
 from .subject import Subject
+from .tally_distilled import TOLERANCE
 
 _NO_MANIFEST = "no manifest, so another tool made this checkpoint"
 
@@ -231,10 +233,20 @@ def _unreached_top(subject: Subject, group: RecordedGroup, quantizer: Quantizer)
     histogram = torch.stack([subject.histograms[module] for module in group.record.members]).sum(0)
     present = histogram[:0x7F].nonzero()
     top = int(present[-1]) if len(present) else 0
-    if top - nearest in offsets:
+    if top - nearest in offsets or _is_moved_top(subject, group, top, [nearest + offset for offset in offsets]):
         return []
     largest, wanted = decode_e4m3(torch.tensor([top, nearest], dtype=torch.uint8)).tolist()
     return [f"{group.name}: its largest block scale is {largest:g}, but its recorded amax asks for about {wanted:g}"]
+
+
+def _is_moved_top(subject: Subject, group: RecordedGroup, top: int, allowed: Sequence[int]) -> bool:
+    """Whether distillation may have moved the largest block scale from an allowed one, all as bytes."""
+    change = max(scale_change(subject, module) for module in group.record.members)
+    known = [byte for byte in allowed if 0 < byte < 0x7F]
+    if not change or not top or not known:
+        return False
+    largest, *before = decode_e4m3(torch.tensor([top, *known], dtype=torch.uint8)).log().tolist()
+    return any(abs(largest - one) <= change + TOLERANCE for one in before)
 
 
 def _unreached_rows(subject: Subject, group: RecordedGroup) -> list[str]:

@@ -7,13 +7,27 @@ from pathlib import Path
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..plan.quantized_source import refuse_quantized
-from . import against, architecture, configs, files, folds, kv_cache, recorded, scales, tokenizer, weights
+from . import (
+    against,
+    architecture,
+    configs,
+    distilled,
+    files,
+    folds,
+    kv_cache,
+    moved,
+    recorded,
+    scales,
+    tokenizer,
+    weights,
+)
 from .report import Check, Finding, Report, not_read
 from .subject import Subject, open_subject
 
 STAGE = "structure"
 FP8_CHECK = "fp8"  # only where a matrix is in FP8
 FOLDS_CHECK = "folds"  # only where the manifest has some
+DISTILLED_CHECK = "distilled"  # likewise
 # In the order in which they are worth reading: what stands first explains what fails further down.
 ALONE: dict[str, Callable[[Subject], Finding]] = {
     "index": files.check_index,
@@ -38,13 +52,14 @@ ALONE: dict[str, Callable[[Subject], Finding]] = {
 AGAINST: dict[str, Callable[[Subject, Checkpoint], Finding]] = {
     "names": against.check_names,
     FOLDS_CHECK: folds.check_folds,
+    DISTILLED_CHECK: distilled.check_distilled,
     "untouched": against.check_untouched,
     "config_source": against.check_config_source,
     "side_files": against.check_side_files,
     "weights": weights.check_weights,
 }
 # Of these, the checks that read whole weights of both.
-WHOLE = frozenset({FOLDS_CHECK, "untouched", "weights"})
+WHOLE = frozenset({FOLDS_CHECK, DISTILLED_CHECK, "untouched", "weights"})
 
 
 def verify_structure(folder: Path, against: Path | None = None) -> Report:
@@ -75,6 +90,8 @@ def structure_checks(subject: Subject, source: Checkpoint | None) -> Iterator[Ch
     if source is not None:
         for name, compare in AGAINST.items():
             if name == FOLDS_CHECK and not folds.has_folds(subject):
+                continue
+            if name == DISTILLED_CHECK and moved.distillation_of(subject) is None:
                 continue
             is_read = not (subject.is_remote and name in WHOLE)
             yield Check(STAGE, name, compare(subject, source) if is_read else not_read("the weights"))

@@ -145,7 +145,7 @@ def tally_matrix(
             continue
         for strip in strips_of(read):
             step = decode_e4m3(strip.scales) / divisor
-            _tally_errors(tally, strip, step)
+            add_errors(tally, strip, step)
             if rule is not None:
                 _tally_codes(tally, strip, step)
                 _tally_scales(tally, strip, rule)
@@ -201,7 +201,12 @@ def read_rows(checkpoint: Checkpoint, name: str, rows: range) -> Tensor:
     return tensor
 
 
-def _tally_errors(tally: Tally, strip: Strip, step: Tensor) -> None:
+def add_errors(tally: Tally, strip: Strip, step: Tensor) -> None:
+    """Add the errors of a strip, and the blocks beyond the limits.
+
+    Args:
+        step: float32 [n], the value of a code of one in each block.
+    """
     stored = strip.codes * step
     energy = strip.source.square().sum(0)
     product = (stored * strip.source).sum(0)

@@ -24,10 +24,12 @@ from ..stream.manifest import Manifest
 from ..weights.stored import StoredMatrix
 from .against import with_own_head
 from .folds import folds_of
+from .moved import scale_change
 from .recorded import claim_of, own_quantizer
 from .report import Finding, counted
 from .subject import Subject
 from .tally import GAIN_LIMITS, RMSE_LIMIT, Rule, Tally, read_rows, tally_matrix
+from .tally_distilled import tally_distilled
 from .tally_fed_back import BLOCK_LIMIT as FED_BACK_LIMIT
 from .tally_fed_back import BLOCK_SHARE as FED_BACK_SHARE
 from .tally_fed_back import tally_fed_back
@@ -53,6 +55,9 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     For gptq, whose codes depend on the inputs, the relative RMSE of a matrix is at most 0.25 and its gain 0.9 to 1.1.
     The relative RMSE of every row, and of 99.9 % of the blocks, is at most 0.5. Each group's amax is that of the
     manifest within a factor of 2. Its FP8 matrices and its head are exact, as above.
+
+    After distillation of rtn's and mse's, each block is the quantizer's with another block scale, within the recorded
+    change, and the relative RMSE of a matrix is at most 0.25 and its gain 0.9 to 1.1. Error feedback keeps its limits.
 
     For other tools, the relative RMSE is at most 0.25 and the least-squares gain 0.9 to 1.1, of the matrix and of 99 %
     of its blocks. In FP8, the relative RMSE is at most 0.08, of the matrix and of its rows.
@@ -81,6 +86,8 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     for matrix, tally in zip(matrices, tallies, strict=True):
         if matrix.module in fed_back:
             faults += _fed_back_faults(matrix, tally)
+        elif rules[matrix.module] is not None and scale_change(subject, matrix.module):
+            faults += _distilled_faults(matrix, tally)
         else:
             faults += _bound_faults(matrix, tally) if rules[matrix.module] is None else _exact_faults(matrix, tally)
         group = subject.fusions.name(matrix.module)
@@ -99,6 +106,9 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
 def _tally(
     subject: Subject, source: Checkpoint, matrix: StoredMatrix, rule: Rule | None, reshaping: Reshaping
 ) -> Tally:
+    change = scale_change(subject, matrix.module)
+    if rule is not None and change:
+        return tally_distilled(subject, source, matrix, rule, change, reshaping)
     if matrix.scheme.has_block_scales:
         return tally_matrix(subject, source, matrix, rule, reshaping)
     return tally_fp8(subject, source, matrix, rule is not None, reshaping)
@@ -170,6 +180,16 @@ def _exact_faults(matrix: StoredMatrix, tally: Tally) -> list[str]:
         count = f"{tally.blocks:,} block" if matrix.scheme.has_block_scales else f"{matrix.rows:,} row"
         share = f"{tally.wrong_scales:,} of {count} scales"
         faults.append(f"{matrix.module}: {share} differ from the quantizer's ({tally.first_scale})")
+    return faults
+
+
+def _distilled_faults(matrix: StoredMatrix, tally: Tally) -> list[str]:
+    faults = _matrix_faults(matrix, tally, RMSE_LIMIT)
+    if tally.wrong_scales:
+        faults.append(
+            f"{matrix.module}: {tally.wrong_scales:,} of {tally.blocks:,} blocks are not the quantizer's with a block "
+            f"scale within the recorded change ({tally.first_scale})"
+        )
     return faults
 
 
