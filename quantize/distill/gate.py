@@ -67,11 +67,15 @@ def judge(before: Tensor, after: Tensor, lengths: Sequence[int], kinds: Sequence
         places.setdefault(kind, []).append(at)
     heldout = {kind: _divergences(before, after, lengths, rows) for kind, rows in places.items()}
     total = _divergences(before, after, lengths, range(len(lengths)))
+    if heldout and all(one.error is not None for one in heldout.values()):
+        # The kinds are given, not drawn: differences between them are no noise.
+        errors = [(one.error or 0.0) * one.tokens / total.tokens for one in heldout.values()]
+        total = total.model_copy(update={"error": math.hypot(*errors)})
     worse = [kind for kind, one in heldout.items() if not _difference(one) <= _noise(one)]
-    if not _difference(total) < -_noise(total):
-        reason = f"{ALL} gained nothing beyond the noise ({_words(total)})"
-    elif worse:
+    if worse:
         reason = f"the kind {worse[0]} lost ({_words(heldout[worse[0]])})"
+    elif not _difference(total) < -_noise(total):
+        reason = f"{ALL} gained nothing beyond the noise ({_words(total)})"
     else:
         return Verdict(heldout, total, True, f"{ALL} gained, and no kind lost ({_words(total)})")
     return Verdict(heldout, total, False, reason)

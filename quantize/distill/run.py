@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -66,6 +67,8 @@ def distill(folder: Path, source: Checkpoint, options: DistillOptions) -> Distil
     subject = open_subject(folder, options.progress)
     manifest = _own_manifest(subject)
     _refuse_other_source(subject, manifest, source)
+    if not options.is_in_place and options.output.resolve() == folder.resolve():
+        raise InputError(f"-o {options.output} is the checkpoint itself", where="-o", hint="choose another folder")
     finish_publishing(options.output)
     text = _training_text(subject, options)
     heldout = load_text(
@@ -238,9 +241,11 @@ def _train(
     """Train and judge. Returns the record, and the tensors that the output stores in place of the old ones."""
     device, ids = torch.device(options.device), torch.cat([*text.samples, *heldout.samples])
     options.progress(0, 0, "loading both models")
-    teacher = Resident(source, source, source_prefix(source), ids, device, dtype)
-    student = Student(served, ids, device, dtype)
-    try:
+    with ExitStack() as opened:
+        teacher = Resident(source, source, source_prefix(source), ids, device, dtype)
+        opened.callback(teacher.close)
+        student = Student(served, ids, device, dtype)
+        opened.callback(student.close)
         training = Training(teacher, student, text.samples, options, journal)
         training.run()
         before, after = measure(teacher, student, heldout, options.progress)
@@ -249,9 +254,6 @@ def _train(
             verdict = replace(verdict, is_kept=False, reason=training.fault)
         moved = student.moved() if verdict.is_kept else {}
         scales, norms = changes_of(student, moved)
-    finally:
-        student.close()
-        teacher.close()
     record = _record(options, text, heldout, dtype, verdict)
     return record.model_copy(update={"scales": scales, "norms": norms}), moved
 

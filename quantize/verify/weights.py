@@ -86,7 +86,7 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     for matrix, tally in zip(matrices, tallies, strict=True):
         if matrix.module in fed_back:
             faults += _fed_back_faults(matrix, tally)
-        elif rules[matrix.module] is not None and scale_change(subject, matrix.module):
+        elif rules[matrix.module] is not None and _has_moved(subject, matrix):
             faults += _distilled_faults(matrix, tally)
         else:
             faults += _bound_faults(matrix, tally) if rules[matrix.module] is None else _exact_faults(matrix, tally)
@@ -106,12 +106,16 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
 def _tally(
     subject: Subject, source: Checkpoint, matrix: StoredMatrix, rule: Rule | None, reshaping: Reshaping
 ) -> Tally:
-    change = scale_change(subject, matrix.module)
-    if rule is not None and change:
-        return tally_distilled(subject, source, matrix, rule, change, reshaping)
+    if rule is not None and _has_moved(subject, matrix):
+        return tally_distilled(subject, source, matrix, rule, scale_change(subject, matrix.module), reshaping)
     if matrix.scheme.has_block_scales:
         return tally_matrix(subject, source, matrix, rule, reshaping)
     return tally_fp8(subject, source, matrix, rule is not None, reshaping)
+
+
+def _has_moved(subject: Subject, matrix: StoredMatrix) -> bool:
+    """Whether distillation changed block scales of a matrix, as far as the manifest records it."""
+    return matrix.scheme.has_block_scales and scale_change(subject, matrix.module) > 0
 
 
 def _worst(matrices: Sequence[StoredMatrix], tallies: Sequence[Tally]) -> str:

@@ -16,6 +16,7 @@ from nvquant.plan.plan import compute_plan
 from nvquant.recipe.load import load_recipe
 from nvquant.recipe.roles import text_config
 from nvquant.recipe.schema import KvCache
+from support.distilling import distilled
 from support.tiny_models import tiny_gemma2, tiny_gemma4, tiny_llama, tiny_qwen2
 
 
@@ -32,8 +33,8 @@ WRITERS = {
     "llama": tiny_llama, "gemma4": tiny_gemma4, "gemma2": tiny_gemma2, "qwen2": tiny_qwen2, "deep": deep_llama,
     "untied": untied_llama,
 }  # fmt: skip
-# Name: model, layout, recipe and perhaps head, KV cache or folds, quantizer, and whether the manifest is kept. Without
-# it another tool might have made it.
+# Name: model, layout, recipe and perhaps head, KV cache, folds or distillation, quantizer, and whether the manifest is
+# kept. Without it another tool might have made it.
 GOOD = {
     "llama-ct": ("llama", "compressed-tensors", "nvfp4-full", "rtn", True),
     "llama-mo": ("llama", "modelopt", "nvfp4-full", "mse", True),
@@ -72,6 +73,9 @@ GOOD = {
     "gemma4-gptq-a16-head-ct": ("gemma4", "compressed-tensors", "nvfp4-a16 nvfp4", "gptq", True),
     "llama-fold-ct": ("llama", "compressed-tensors", "nvfp4-full fold", "mse", True),
     "gemma4-fold-mo": ("gemma4", "modelopt", "nvfp4-fp8 fold", "rtn", True),
+    "llama-distilled-ct": ("llama", "compressed-tensors", "nvfp4-full distilled", "mse", True),
+    "llama-fold-distilled-mo": ("llama", "modelopt", "nvfp4-full fold distilled", "gptq", True),
+    "gemma4-fp8-distilled-ct": ("gemma4", "compressed-tensors", "nvfp4-fp8 distilled", "rtn", True),
     "llama-foreign": ("llama", "compressed-tensors", "nvfp4-full", "rtn", False),
 }
 
@@ -88,14 +92,18 @@ def convert_good(name: str, models: Mapping[str, Path], output: Path) -> Path:
     """Convert what `GOOD` says under a name."""
     model, layout, recipe, quantizer, keeps_manifest = GOOD[name]
     named, _, more = recipe.partition(" ")
-    is_cache, fold = more.startswith("kv:"), more == "fold"
-    more = "" if fold else more
+    is_distilled, fold = more.endswith("distilled"), more.startswith("fold")
+    is_cache = more.startswith("kv:")
+    more = "" if fold or is_distilled else more
     chosen = load_recipe(named).model_copy(
         update={"kv_cache": KvCache(dtype=more.removeprefix("kv:"))} if is_cache else {"head": more or "bf16"}  # type: ignore[arg-type]
     )
     plan = compute_plan(open_checkpoint(models[model]), chosen, LAYOUTS[layout], model, quantizer)
     samples = token_ids(plan.source, output.parent) if plan.needs_calibration else None
-    convert(plan, ConvertOptions(output, quantizer, fold=fold), samples)
+    made = output.with_name(f"{name}-undistilled") if is_distilled else output
+    convert(plan, ConvertOptions(made, quantizer, fold=fold), samples)
+    if is_distilled:
+        assert distilled(made, models[model], output).record.is_kept
     if not keeps_manifest:
         (output / "nvquant_manifest.json").unlink()
     return output

@@ -5,6 +5,7 @@ from __future__ import annotations
 from verify import (
     faults_cache,
     faults_config,
+    faults_distilled,
     faults_files,
     faults_folds,
     faults_fp8,
@@ -19,6 +20,7 @@ from verify import (
 FAULTS = [
     *faults_cache.FAULTS,
     *faults_config.FAULTS,
+    *faults_distilled.FAULTS,
     *faults_files.FAULTS,
     *faults_folds.FAULTS,
     *faults_fp8.FAULTS,
