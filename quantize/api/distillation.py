@@ -109,15 +109,12 @@ def check_distillation(plan: Plan, tokens: int, device: str, memory_budget: int 
         InputError: too few tokens.
         EnvironmentLack: too little memory.
     """
-    import torch
-
     from ..distill.memory import check_memory
     from ..distill.options import DistillOptions
 
     options = DistillOptions(Path(), tokens, device=device, memory_budget_bytes=memory_budget)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     sizes = {name: (one.rows, one.cols, one.scheme.has_block_scales) for name, one in plan.matrices.items()}
-    check_memory(sizes, plan.source, options, dtype)
+    check_memory(sizes, plan.source, options, options.dtype)
 
 
 def refuse_distilled(output: Path) -> None:

@@ -41,8 +41,8 @@ def check_memory(matrices: Sizes, source: Checkpoint, options: DistillOptions, d
     most = free if given is None else min(free, given)
     if needed > most:
         raise EnvironmentLack(
-            f"distillation computes both models at once, which needs about {needed / 1e9:.1f} GB of {where} memory, "
-            f"but {most / 1e9:.1f} GB may be used",
+            f"distillation computes both models at once, which needs about {needed / 1e9:.2f} GB of {where} memory, "
+            f"but {most / 1e9:.2f} GB may be used",
             where=source.where,
             hint="use a larger GPU, raise --memory-budget, or keep the checkpoint without distillation",
         )

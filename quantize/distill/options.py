@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..convert.stop import StopRequest
 from ..errors import InputError
 from ..stream.distillation import DistillationRecord
@@ -33,6 +35,7 @@ class DistillOptions:
         restart: begin anew instead of resuming an unfinished run.
         is_in_place: whether the output replaces the checkpoint itself.
         scale_rate, norm_rate: the first learning rates of θ and r.
+        in_float32: compute in float32 on a GPU too.
         snapshot_steps: steps between two snapshots.
         stop: checked between steps for a request to end the run.
         progress: called with (done, total, phase).
@@ -51,6 +54,7 @@ class DistillOptions:
     is_in_place: bool = False
     scale_rate: float = 0.002
     norm_rate: float = 0.001
+    in_float32: bool = False
     snapshot_steps: int = 10
     stop: StopRequest = field(default_factory=StopRequest)
     progress: Progress = lambda done, total, phase: None
@@ -71,6 +75,11 @@ class DistillOptions:
     def samples(self) -> int:
         """The number of training sequences."""
         return self.tokens // self.sequence_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computation. The trained numbers are float32."""
+        return torch.float32 if self.device == "cpu" or self.in_float32 else torch.bfloat16
 
     @property
     def steps(self) -> int:

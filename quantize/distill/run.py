@@ -121,7 +121,7 @@ def _refuse_other_source(subject: Subject, manifest: Manifest, source: Checkpoin
     is_other = recorded.config_sha256 is not None and recorded.config_sha256 != own.config_sha256
     for name, shard in recorded.shards.items():
         found = own.shards.get(name)
-        if shard.header_sha256 is not None and (found is None or found.header_sha256 is not None):
+        if shard.header_sha256 is not None and own.hub is None:  # the Hub names other hashes
             is_other |= found is None or (found.bytes, found.header_sha256) != (shard.bytes, shard.header_sha256)
     if is_other:
         raise InputError(
@@ -184,7 +184,7 @@ def _run(
 ) -> DistillationRecord:
     size = sum(path.stat().st_size for path in subject.folder.glob("*.safetensors"))
     check_output(options.output, size, source.folder if options.is_in_place else subject.folder)
-    served, dtype = ServedModel(subject), torch.float32 if options.device == "cpu" else torch.bfloat16
+    served, dtype = ServedModel(subject), options.dtype
     sizes = {m: (one.matrix.rows, one.matrix.cols, one.scheme.has_block_scales) for m, one in served.matrices.items()}
     check_memory(sizes, source, options, dtype)
     import_model_code(source)

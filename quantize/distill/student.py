@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,7 @@ class Student:
     """
 
     def __init__(self, served: ServedModel, ids: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        _move_scalars(served, device)
         self.served = served
         self.arithmetic: Arithmetic = served.arithmetics[0]
         self.resident = _ServedResident(served, served.subject.checkpoint, served.prefix, ids, device, dtype)
@@ -234,6 +235,14 @@ class _ServedResident(Resident):
         if self._served.head is None:
             return super().read_head()
         return self._served.head_rows(range(self.head.rows), self._served.arithmetics[0])
+
+
+def _move_scalars(served: ServedModel, device: torch.device) -> None:
+    """Move the scalars of a model to the device once, and not at each rounding. Members of a group keep sharing them."""
+    moved: dict[int, Tensor] = {}
+    for module, one in served.matrices.items():
+        scalars = {part: moved.setdefault(id(value), value.to(device)) for part, value in one.scalars.items()}
+        served.matrices[module] = replace(one, scalars=scalars)
 
 
 def _straight(rounds: Handle) -> Handle:

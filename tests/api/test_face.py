@@ -1,4 +1,4 @@
-"""`from nvquant import plan, convert, verify, relayout, push, Recipe`: light to import, and each example runs."""
+"""`from nvquant import plan, convert, distill, verify, relayout, push, Recipe`: light to import, and each example runs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import nvquant.api
 import pytest
 from huggingface_hub import constants
 from nvquant.api.conversion import ConvertRequest
+from nvquant.api.distillation import DistillRequest
 from nvquant.api.publication import PushOptions
 from nvquant.api.sweeping import SweepRequest
 from nvquant.api.verification import VerifyRequest
@@ -25,7 +26,7 @@ from support.conversions import Conversions, TinyModels, contents, random_sample
 from support.hub_models import hub_for_this_process
 from support.hub_uploads import User
 
-FUNCTIONS = ("convert", "plan", "push", "relayout", "sweep", "verify")
+FUNCTIONS = ("convert", "distill", "plan", "push", "relayout", "sweep", "verify")
 NAMED_WITH_ANOTHER = {"recipe", "format", "revision", "fold", "samples", "sequence_length", "target_size", "max_kl"}
 TOKEN = "hf_thisIsTheSecretOfTheTests"
 
@@ -94,7 +95,13 @@ def test_the_docstring_names_every_parameter_and_has_each_section(name: str) -> 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("convert", ConvertRequest), ("verify", VerifyRequest), ("push", PushOptions), ("sweep", SweepRequest)],
+    [
+        ("convert", ConvertRequest),
+        ("distill", DistillRequest),
+        ("verify", VerifyRequest),
+        ("push", PushOptions),
+        ("sweep", SweepRequest),
+    ],
 )
 def test_a_request_has_the_defaults_of_its_function(name: str, kind: type) -> None:
     parameters = inspect.signature(getattr(nvquant.api, name)).parameters

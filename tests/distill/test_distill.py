@@ -268,7 +268,7 @@ def test_wrong_requests_are_refused_in_one_sentence(make: Conversions, tiny: Tin
     assert "was not made from" in refused(checkpoint, tiny("qwen3"), output)
     assert "is quantized" in refused(checkpoint, checkpoint, output)
     words = refused(checkpoint, source, output, memory_budget_bytes=1_000_000)
-    assert "needs about 0.0 GB of host memory, but 0.0 GB may be used: use a larger GPU" in words
+    assert "GB of host memory, but 0.00 GB may be used: use a larger GPU" in words
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     for path in checkpoint.iterdir():

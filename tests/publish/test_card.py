@@ -21,11 +21,13 @@ from nvquant.publish.target import MARKER
 from nvquant.quoting import one_line
 from nvquant.recipe.load import load_recipe
 from nvquant.recipe.schema import KvCache
-from nvquant.report.words import ABSENT
+from nvquant.report.page import page_of
+from nvquant.report.words import ABSENT, number
 from nvquant.serving.machine import FP4_WORDS
 from support import reports
 from support.conversions import Conversions, TinyModels
 from support.conversions import converted as converted_anew
+from support.distilling import distilled
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "me/llama-NVFP4"
@@ -283,6 +285,23 @@ def test_the_command_is_the_one_that_makes_the_checkpoint(copy: Callable[[], Pat
     for key, option in (("samples", "--samples"), ("sequence_length", "--sequence-length"), ("seed", "--seed")):
         assert options[option] == str(manifest["calibration"][key])
     assert (options["--device"], options["--recipe"]) == ("cpu", "nvfp4")
+
+
+def test_a_distillation_is_told_with_its_gain_and_repeated_by_the_command(tiny: TinyModels, tmp_path: Path) -> None:
+    folder = tmp_path / "distilled"
+    source = tiny("llama")
+    record = distilled(converted_anew(source, tmp_path / "out"), source, folder).record
+    document = prove(folder, None, None, lambda _done, _total, _phase: None)
+    card = card_of(folder, document)
+    before, after = (number(value) for value in (record.total.before, record.total.after))
+    words = f"{record.tokens:,} tokens, held-out KL {before} to {after} nats (even "
+    assert words in section(card, "Provenance")
+    assert "--distill" not in section(card, "Provenance")  # which uses the shipped set
+    assert dict(page_of(document).reproduce)["Distilled"].startswith(words)
+    of_shipped_set = {**record.as_json(), "text": {**record.text.as_json(), "name": "offline"}, "is_kept": False}
+    card = card_of(edit_manifest(folder, distillation={**of_shipped_set, "reason": "the kind prose lost"}), document)
+    assert f"{record.tokens:,} tokens, not kept: the kind prose lost" in section(card, "Provenance")
+    assert "--distill 4096" in section(card, "Provenance")
 
 
 def test_another_tools_checkpoint_says_what_is_not_known(copy: Callable[[], Path], proved: dict[str, Any]) -> None:
