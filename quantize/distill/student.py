@@ -238,7 +238,7 @@ class _ServedResident(Resident):
 
 
 def _move_scalars(served: ServedModel, device: torch.device) -> None:
-    """Move the scalars of a model to the device once, and not at each rounding. Members of a group keep sharing them."""
+    """Move the scalars of a model to the device once, not at each rounding. Members of a group keep sharing them."""
     moved: dict[int, Tensor] = {}
     for module, one in served.matrices.items():
         scalars = {part: moved.setdefault(id(value), value.to(device)) for part, value in one.scalars.items()}

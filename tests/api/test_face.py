@@ -1,4 +1,4 @@
-"""`from nvquant import plan, convert, distill, verify, relayout, push, Recipe`: light to import, and each example runs."""
+"""`from nvquant import plan, convert, distill, verify, …`: light to import, and each example runs."""
 
 from __future__ import annotations
 
