@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..checkpoint.source import read_json
-from ..stream.manifest import Identity, Line, Natural, ResidualRecord, Word, held_to
+from ..stream.forms import Line, Natural, Word
+from ..stream.manifest import Identity, ResidualRecord, held_to
 from .candidates import UNQUANTIZED, Candidate
 from .choice import Form, Ladder
 
