@@ -102,4 +102,4 @@ def _noise(one: Divergences) -> float:
 
 def _words(one: Divergences) -> str:
     before, after = ("no number" if value is None else f"{value:.4f}" for value in (one.before, one.after))
-    return f"KL {before} to {after}, difference ± {one.error or 0.0:.4f}"
+    return f"KL {before} to {after}{'' if one.error is None else f', difference ± {one.error:.4f}'}"
