@@ -101,8 +101,7 @@ def convert(
         calibration: a shipped set, a Hub data set, or a file. None for the recipe's set.
         calibration_fallback: the set to use if the Hub data set is not available. None to raise.
         samples, sequence_length: the size of the calibration set in sequences and tokens. None for the recipe's.
-        batch_size: sequences in one forward.
-        seed: of the choice of calibration samples.
+        batch_size, seed: sequences in one forward, and the seed of the choice of samples.
         device: `auto`, `cuda` or `cpu`.
         memory_budget: bytes, on the GPU and on the host each. None for the free memory.
         restart: begin anew, and replace an unfinished run or an output.
