@@ -24,7 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PACKAGES = ("nvquant", "torch", "transformers", "accelerate", "safetensors", "compressed-tensors")
-PEERS = {"llmcompressor": "llmcompressor", "modelopt": "nvidia-modelopt"}
+PEERS = {"llmcompressor": "llmcompressor", "modelopt": "nvidia-modelopt", "auto-round": "auto-round"}
 POLL_SECONDS = 0.02
 RUN_HEADER = ("", "seconds", "x forward", "x ours", "process s", "host GB", "GPU GB")
 KERNEL_HEADER = ("", "ms", "floor ms", "x floor")
@@ -111,7 +111,10 @@ def try_child(command: Sequence[object], *, label: str, timeout: float | None = 
     if code:
         print("\n".join(lines[-25:] or text.splitlines()[-25:]), file=sys.stderr)
         return {"failed": f"exit code {code}: {lines[-1] if lines else 'no message'}", "wall_seconds": seconds}
-    return {**parse_document(text), "wall_seconds": seconds, "peak_rss_bytes": peak}
+    try:
+        return {**parse_document(text), "wall_seconds": seconds, "peak_rss_bytes": peak}
+    except SystemExit as error:
+        return {"failed": str(error), "wall_seconds": seconds}
 
 
 def parse_document(text: str) -> Json:
@@ -253,7 +256,7 @@ def add_tool_options(parser: argparse.ArgumentParser, *, peers: str, recipe: str
     parser.add_argument("--recipe", choices=["nvfp4", "nvfp4-fp8", "nvfp4-full", DATA_FREE], default=recipe)
     parser.add_argument("--quantizers", type=split_commas, default=["rtn", "mse"])
     parser.add_argument("--peers", type=split_commas, default=split_commas(peers), help="llmcompressor,modelopt or ''")
-    parser.add_argument("--python-peer", type=_peer_python, action="append", default=[], metavar="PEER=PYTHON")
+    parser.add_argument("--python-peer", type=peer_python, action="append", default=[], metavar="PEER=PYTHON")
     parser.add_argument("--repeats", type=int, default=repeats, help="of ours and of the plain forward; the median")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="passed to nvquant convert, one folder a quantizer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="a folder gets BENCHMARK-MACHINE.json")
@@ -269,7 +272,8 @@ def split_commas(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
-def _peer_python(text: str) -> tuple[str, str]:
+def peer_python(text: str) -> tuple[str, str]:
+    """`PEER=PYTHON` as both parts."""
     name, _, python = text.partition("=")
     if name not in PEERS or not shutil.which(python):
         raise argparse.ArgumentTypeError(f"{text}: give PEER=PYTHON, a peer of {', '.join(PEERS)} and an interpreter")

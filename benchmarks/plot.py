@@ -1,9 +1,10 @@
-"""Bring the kept results into the documentation: the tables of docs/benchmarks.md and the plot docs/benchmarks.svg.
+"""Bring the kept results into the documentation: the tables of docs/benchmarks.md and docs/accuracy.md, and the plot
+docs/benchmarks.svg.
 
 usage: python benchmarks/plot.py [--check]
 
-Reads benchmarks/results/*.json and writes the part of the page between its two marks, and the plot (which needs the
-extra `plot`). With --check nothing is written: the exit code is 1 where the page does not say what the results say.
+Reads benchmarks/results/*.json and writes the part of each page between its two marks, and the plot (which needs the
+extra `plot`). With --check nothing is written: the exit code is 1 where a page does not say what the results say.
 """
 
 from __future__ import annotations
@@ -11,15 +12,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+import accuracy_table
 import common
+from accuracy_table import markdown
 
 ROOT = common.HERE.parent
 PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
+ACCURACY = ROOT / "docs" / "accuracy.md"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
-ORDER = ("gemma4_slice", "whole_31b", "data_free", "scale_out", "smollm2_cpu", "kernels", "served_31b", "judged")
+ORDER = (
+    "gemma4_slice",
+    "whole_31b",
+    "data_free",
+    "scale_out",
+    "smollm2_cpu",
+    "kernels",
+    "served_31b",
+    "judged",
+    "accuracy",
+)
 RATES = {"decode_tokens_per_second": 0, "ceiling_tokens_per_second": 0, "prefill_tokens_per_second": 0}
 RATES |= {"ttft_p50_ms": 1, "itl_p50_ms": 1}  # columns of a served model, and their decimals
 COLOURS = {"nvquant": "#2f7d4f", "plain": "#8a8f98"}
@@ -32,16 +46,25 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     reports = load_reports(common.HERE / "results")
-    text = PAGE.read_text(encoding="utf-8")
+    speed = [report for report in reports if report["benchmark"] != "accuracy"]
+    tables = ["\n".join([*accuracy_table.section(report), ""]) for report in reports if report not in speed]
+    pages = {PAGE: "\n".join(map(section, speed)), ACCURACY: "\n".join(tables)}
+    for page, generated in pages.items():
+        text = page.read_text(encoding="utf-8")
+        wanted = with_generated(text, generated)
+        if options.check and text != wanted:
+            sys.exit(f"{page} does not say what benchmarks/results says: run python benchmarks/plot.py")
+        if not options.check:
+            page.write_text(wanted, encoding="utf-8")
+    if not options.check:
+        plot([report for report in speed if any(peer in report.get("runs", {}) for peer in common.PEERS)])
+
+
+def with_generated(text: str, generated: str) -> str:
+    """A page with another text between its marks."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    wanted = head + BEGIN + "\n".join(section(report) for report in reports) + END + tail
-    if options.check:
-        if text != wanted:
-            sys.exit(f"{PAGE} does not say what benchmarks/results says: run python benchmarks/plot.py")
-        return
-    PAGE.write_text(wanted, encoding="utf-8")
-    plot([report for report in reports if any(peer in report.get("runs", {}) for peer in common.PEERS)])
+    return head + BEGIN + generated + END + tail
 
 
 def load_reports(folder: Path) -> list[common.Json]:
@@ -130,11 +153,6 @@ def run_table(report: common.Json) -> list[str]:
         parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report["floor"].items())
         lines += ["", f"Floor (bytes and operations over the measured speeds, all at once): {parts}."]
     return lines
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 TABLES: dict[str, Callable[[common.Json], list[str]]] = {

@@ -21,11 +21,12 @@ BLOCK_COLUMNS = 16
 Rounding = Callable[[Tensor], Tensor]
 
 
-def load_emulation(checkpoint: Path) -> transformers.PreTrainedModel:
+def load_emulation(checkpoint: Path, device: str = "cpu") -> transformers.PreTrainedModel:
     """Build the checkpoint's model in float32: decoded weights, inputs of quantized layers rounded where it says so.
 
     Both layouts are told apart by their tensor names; an NVFP4 layer without an input scale is weight-only, and an FP8
-    layer without one rounds each token under a scale of its own.
+    layer without one rounds each token under a scale of its own. Inputs that have a `pre_quant_scale` (modelopt's AWQ)
+    are multiplied by it first.
     Raises AssertionError when the stored tensors are not exactly those of the architecture.
     """
     config = transformers.AutoConfig.from_pretrained(checkpoint)
@@ -33,7 +34,7 @@ def load_emulation(checkpoint: Path) -> transformers.PreTrainedModel:
         del config.quantization_config
     with init_empty_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    state, rounds = decode_tensors(read_tensors(checkpoint))
+    state, rounds = decode_tensors(read_tensors(checkpoint), device)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     absent = set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     assert not absent, f"{checkpoint} lacks {absent}"
@@ -43,7 +44,7 @@ def load_emulation(checkpoint: Path) -> transformers.PreTrainedModel:
         model.get_submodule(name).register_forward_pre_hook(
             lambda _, args, rounded=rounded: (rounded(args[0]), *args[1:])
         )
-    return model.eval()
+    return model.to(device).eval()
 
 
 @torch.no_grad()
@@ -62,15 +63,20 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def decode_tensors(stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Rounding]]:
-    """Return a checkpoint's float32 state dict, and how the inputs of each layer are rounded that rounds them."""
+def decode_tensors(stored: dict[str, Tensor], device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Rounding]]:
+    """Return a checkpoint's float32 state dict, and how the inputs of each layer are rounded that rounds them.
+
+    The state is where the tensors are, the roundings take inputs on `device`.
+    """
     state: dict[str, Tensor] = {}
     rounds: dict[str, Rounding] = {}
+    factors: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         layer, _, kind = key.rpartition(".")
         if kind == "weight" and tensor.dtype == torch.float8_e4m3fn:
             state[key] = tensor.float() * stored[f"{layer}.weight_scale"].float()
-            rounds[layer] = partial(round_to_fp8, scale=stored.get(f"{layer}.input_scale"))
+            scale = stored.get(f"{layer}.input_scale")
+            rounds[layer] = partial(round_to_fp8, scale=None if scale is None else scale.to(device))
         elif kind == "weight_packed":  # compressed-tensors: scales are divisors
             state[f"{layer}.weight"] = decode(
                 tensor, stored[f"{layer}.weight_scale"].float() / stored[f"{layer}.weight_global_scale"]
@@ -78,15 +84,24 @@ def decode_tensors(stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
         elif kind == "weight" and f"{layer}.weight_scale_2" in stored:  # modelopt: scales are multipliers
             state[key] = decode(tensor, stored[f"{layer}.weight_scale"].float() * stored[f"{layer}.weight_scale_2"])
         elif kind == "input_global_scale":
-            rounds[layer] = partial(quantize_dequantize, global_scale=tensor)
+            rounds[layer] = partial(quantize_dequantize, global_scale=tensor.to(device))
         elif kind == "input_scale" and f"{layer}.weight_scale_2" in stored:
-            rounds[layer] = partial(quantize_dequantize, global_scale=1 / tensor)
+            rounds[layer] = partial(quantize_dequantize, global_scale=1 / tensor.to(device))
+        elif kind == "pre_quant_scale":
+            factors[layer] = tensor.float().to(device)
         elif kind not in (
             *("weight_scale", "weight_global_scale", "weight_scale_2", "input_scale"),
             *("k_scale", "v_scale"),  # of the KV cache, which the emulation does not have
         ):
             state[key] = tensor.float()
+    for layer, factor in factors.items():
+        rounds[layer] = partial(multiplied_first, factor=factor, rounding=rounds.get(layer))
     return state, rounds
+
+
+def multiplied_first(x: Tensor, factor: Tensor, rounding: Rounding | None) -> Tensor:
+    """Multiply x [..., columns] by a factor for each column, then round it where the layer rounds its inputs."""
+    return x * factor if rounding is None else rounding(x * factor)
 
 
 def decode(packed: Tensor, block_scales: Tensor) -> Tensor:
