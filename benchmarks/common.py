@@ -196,6 +196,8 @@ def convert(
     command += ["--quantizer", quantizer, "--device", options.device, "-o", output, "--json"]
     if options.recipe != DATA_FREE:
         command += ["--calibration", ids, "--samples", options.samples, "--sequence-length", options.sequence_length]
+    if options.memory_budget:
+        command += ["--memory-budget", options.memory_budget]
     if options.profile:
         command += ["--profile", options.profile / f"profile-{quantizer}"]
     run = run_child(command, label=f"nvquant {quantizer}, {processes} process{'es' if processes > 1 else ''}")
@@ -210,10 +212,12 @@ def nvquant(processes: int) -> list[object]:
 
 
 def peer(name: str, source: Path, output: Path, ids: Path, options: argparse.Namespace) -> Json:
-    """A peer in a process of its own and its own interpreter; its output is removed."""
-    python = dict(options.python_peer).get(name, sys.executable)
+    """A peer (PEER or PEER:METHOD) in a process of its own and its own interpreter; its output is removed."""
+    tool, _, method = name.partition(":")
+    python = dict(options.python_peer).get(tool, sys.executable)
     scope = "mlp" if options.recipe == "nvfp4" else "all"
-    command = [python, HERE / "peer.py", name, source, output, "--ids", ids, "--scope", scope]
+    command = [python, HERE / "peer.py", tool, source, output, "--ids", ids, "--scope", scope]
+    command += ["--method", method] if method else []
     result = try_child([*command, "--device", options.device], label=name)
     shutil.rmtree(output, ignore_errors=True)
     return result
@@ -255,9 +259,12 @@ def add_tool_options(parser: argparse.ArgumentParser, *, peers: str, recipe: str
     """Options that say which tools run, how and where the result goes."""
     parser.add_argument("--recipe", choices=["nvfp4", "nvfp4-fp8", "nvfp4-full", DATA_FREE], default=recipe)
     parser.add_argument("--quantizers", type=split_commas, default=["rtn", "mse"])
-    parser.add_argument("--peers", type=split_commas, default=split_commas(peers), help="llmcompressor,modelopt or ''")
+    parser.add_argument(
+        "--peers", type=split_commas, default=split_commas(peers), help="as llmcompressor:gptq,modelopt"
+    )
     parser.add_argument("--python-peer", type=peer_python, action="append", default=[], metavar="PEER=PYTHON")
     parser.add_argument("--repeats", type=int, default=repeats, help="of ours and of the plain forward; the median")
+    parser.add_argument("--memory-budget", metavar="SIZE", help="passed to nvquant convert")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="passed to nvquant convert, one folder a quantizer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="a folder gets BENCHMARK-MACHINE.json")
 
