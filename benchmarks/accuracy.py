@@ -41,7 +41,7 @@ def main() -> None:
     ids = parser.add_argument_group("ids")
     ids.add_argument("--samples", type=int, default=256, help="calibration sequences")
     ids.add_argument("--sequence-length", type=int, default=512, help="of calibration and judgement")
-    ids.add_argument("--judge-samples", type=int, default=16, help="sequences of each kind that are judged")
+    ids.add_argument("--judge-samples", type=int, default=18, help="sequences of each kind, if so many are there")
     ids.add_argument(
         "--text", type=Path, action="append", default=[], help="a further kind to judge, named as the file"
     )
