@@ -101,10 +101,12 @@ def _swept(plan: Plan, request: SweepRequest, targets: Sequence[Target], progres
     fold = makes_folds(plan, request.fold)
     folder = Path(request.output or "")
     from ..convert.options import ConvertOptions
+    from ..convert.output import check_cache
     from ..sweep.output import write_results
     from ..sweep.run import Sweep, refuse_foreign_folder
 
     refuse_foreign_folder(folder)
+    check_cache(plan.source, folder, 0)
     device = resolve_device(request.device)
     say(f"sweep of {named(plan)} -> {folder}, recipe {plan.recipe.name}, {plan.layout.name}, {device}")
     sizes = (request.samples, request.sequence_length, request.seed)

@@ -40,10 +40,11 @@ def mean_divergences(
     logits = [RunningLogits(targets) for _ in every]
     divergence = [RunningDivergence(logits[0], other) for other in logits[1:]]
     for rows in head.ranges():
-        progress(rows.start, head.rows, "comparing predictions, vocabulary")
         weight = head.read(rows).to(device).float()
         height = max(1, BLOCK_ELEMENTS // len(weight))
         for begin in range(0, len(targets), height):
+            done = rows.start + len(rows) * begin // len(targets)
+            progress(done, head.rows, f"comparing the predictions of {len(lanes)} lanes, vocabulary")
             block = slice(begin, min(len(targets), begin + height))
             parts = (head.logits(lane[block].to(device).float(), rows.start, weight) for lane in finished)
             reference = next(parts)

@@ -18,6 +18,7 @@ from ..quantizers import quantizer_for
 from ..quantizers.base import GroupInputs, Quantizer
 from ..recipe.groups import FusedGroup
 from ..reshape.reshaping import Reshaping
+from ..stream.memory import telling_of_full_gpu
 from ..stream.reading import LoadedLayer
 
 
@@ -47,9 +48,10 @@ class ServedLayer:
         matrices = [plan.matrices[module] for module in group.members]
         scheme = matrices[0].scheme
         inputs = GroupInputs(seen) if scheme.inputs == "calibrated" else None
-        made = quantize_group(plan, group, self._tensors, inputs, quantizer, reshaping)
         headroom = quantizer_for(scheme.name, quantizer).claim.headroom
-        self._layer.put(group, matrices, made.parts, made.record, headroom)
+        with telling_of_full_gpu(f"the quantization of {group.name}"):
+            made = quantize_group(plan, group, self._tensors, inputs, quantizer, reshaping)
+            self._layer.put(group, matrices, made.parts, made.record, headroom)
         for matrix in matrices:
             if reshaping.changes(matrix.name):
                 own = matrix.of(self._layer.tensors)

@@ -84,23 +84,30 @@ class Sweep:
         """
         document = self._begun()
         todo = [layer for layer in dict.fromkeys(c.layer for c in self._candidates) if layer not in document.layers]
-        if todo:
-            import_model_code(self._plan.source)
-            document = self._with_order(document)
-            subject = self._subject(document)
-            while todo:
-                has_ends = not document.ends
-                window = subject.window(todo, has_ends)
-                measured = Window(subject, window, has_ends, self._progress).run()
-                groups = [
-                    measurement(one, [measured.alone[one.group.name, scheme] for scheme in one.schemes])
-                    for layer in window
-                    for one in subject.in_layer(layer)
-                ]
-                ends = tuple(measured.ends) if has_ends else document.ends
-                every = tuple(sorted([*document.groups, *groups], key=lambda group: group.layer))
-                document = self._kept(document.with_(groups=every, ends=ends))
-                todo = [layer for layer in todo if layer not in window]
+        if not todo:
+            return document
+        import_model_code(self._plan.source)
+        try:
+            return self._measured(self._with_order(document), todo)
+        finally:
+            self._plan.source.content.end()
+
+    def _measured(self, document: SweepDocument, todo: list[int]) -> SweepDocument:
+        """The document with the measurements of more layers."""
+        subject = self._subject(document)
+        while todo:
+            has_ends = not document.ends
+            window = subject.window(todo, has_ends)
+            measured = Window(subject, window, has_ends, self._progress).run()
+            groups = [
+                measurement(one, [measured.alone[one.group.name, scheme] for scheme in one.schemes])
+                for layer in window
+                for one in subject.in_layer(layer)
+            ]
+            ends = tuple(measured.ends) if has_ends else document.ends
+            every = tuple(sorted([*document.groups, *groups], key=lambda group: group.layer))
+            document = self._kept(document.with_(groups=every, ends=ends))
+            todo = [layer for layer in todo if layer not in window]
         return document
 
     def choose(self, document: SweepDocument, targets: Sequence[Target]) -> tuple[SweepDocument, list[Chosen]]:

@@ -9,6 +9,7 @@ import pytest
 from nvquant.stream.manifest import read_manifest
 from support.commands import Command
 from support.conversions import TinyModels, contents, planned, random_samples, write_ids
+from support.hub_models import hub_for_this_process
 
 SIZE = ("--device", "cpu", "--samples", "6", "--sequence-length", "40")
 
@@ -47,6 +48,23 @@ def test_the_default_folder_is_named_for_model_and_recipe(nvquant: Command, tiny
     assert (ended.code, ended.stderr) == (0, "")
     assert ended.stdout.startswith("llama-nvfp4.sweep: 6 groups measured")
     assert Path("llama-nvfp4.sweep/sweep.json").is_file()
+
+
+def test_a_model_on_the_hub_has_the_numbers_of_its_copy(
+    nvquant: Command, tiny: TinyModels, ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub_for_this_process(monkeypatch, tmp_path / "cache") as hub:
+        commit = hub.add("model", "org/llama", tiny("llama"))
+        ended = nvquant("sweep", "org/llama", "--calibration", ids, *SIZE, "--fold", "auto", "--quiet")
+        assert ended.code == 0, ended.stderr
+        local = nvquant("sweep", tiny("llama"), "--calibration", ids, *SIZE, "--fold", "auto", "--quiet", "-o", "local")
+        assert local.code == 0, local.stderr
+        low = nvquant("convert", "org/llama", "--low-disk", "--target-bits", "5")
+        assert low.code == 2
+        assert "reads the model several times, and --low-disk reads it once" in low.stderr
+    remote, beside = (json.loads(Path(name, "sweep.json").read_text()) for name in ("llama-nvfp4.sweep", "local"))
+    assert remote["source"]["hub"] == {"id": "org/llama", "commit": commit}
+    assert {**remote, "source": None} == {**beside, "source": None}
 
 
 def test_a_conversion_within_a_budget_has_the_recipe_of_its_sweep(
