@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import pytest
 from nvquant.checkpoint.source import open_checkpoint
 from nvquant.distill.run import distill
+from nvquant.distill.training import RECORD_NAME
 from nvquant.stream.manifest import MANIFEST_NAME
 from support.commands import Command
 from support.conversions import Conversions, TinyModels, contents, random_samples, write_ids
@@ -50,6 +55,26 @@ def test_the_command_writes_a_checkpoint_and_its_document(
     assert f"Next: nvquant verify {tmp_path / 'out'} --against {tiny('llama')}" in again.stderr
     assert nvquant("verify", tmp_path / "out", "--against", tiny("llama"), "--stage", "structure").code == 0
     assert nvquant(*command, "--restart", "--json").code == 0
+
+
+def test_a_killed_run_resumes_and_gives_the_same_bytes(
+    nvquant: Command, checkpoint: Path, tiny: TinyModels, tmp_path: Path
+) -> None:
+    rows = write_text(tmp_path / "rows.jsonl", 8 * 14, 12)
+    command: list[object] = ["distill", checkpoint, "--against", tiny("llama"), "--tokens", 8 * 14 * 512, "--device"]
+    command += ["cpu", "--calibration", rows, "--text", rows, "--json", "-o"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert nvquant(*command, whole).code == 0
+    words = [sys.executable, "-m", "nvquant", *map(str, command), str(killed)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (tmp_path / "killed.partial" / "nvquant_run" / RECORD_NAME).exists():
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not killed.exists()
+    assert nvquant(*command, killed).code == 0
+    assert contents(killed) == contents(whole)
+    assert not (tmp_path / "killed.partial").exists()
 
 
 @pytest.mark.parametrize(
