@@ -218,7 +218,7 @@ def peer(name: str, source: Path, output: Path, ids: Path, options: argparse.Nam
     scope = "mlp" if options.recipe == "nvfp4" else "all"
     command = [python, HERE / "peer.py", tool, source, output, "--ids", ids, "--scope", scope]
     command += ["--method", method] if method else []
-    result = try_child([*command, "--device", options.device], label=name)
+    result = try_child([*command, "--device", options.device], label=name, timeout=options.peer_timeout)
     shutil.rmtree(output, ignore_errors=True)
     return result
 
@@ -263,6 +263,7 @@ def add_tool_options(parser: argparse.ArgumentParser, *, peers: str, recipe: str
         "--peers", type=split_commas, default=split_commas(peers), help="as llmcompressor:gptq,modelopt"
     )
     parser.add_argument("--python-peer", type=peer_python, action="append", default=[], metavar="PEER=PYTHON")
+    parser.add_argument("--peer-timeout", type=float, metavar="SECONDS", help="of each peer")
     parser.add_argument("--repeats", type=int, default=repeats, help="of ours and of the plain forward; the median")
     parser.add_argument("--memory-budget", metavar="SIZE", help="passed to nvquant convert")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="passed to nvquant convert, one folder a quantizer")
