@@ -101,7 +101,8 @@ def convert(
         calibration: a shipped set, a Hub data set, or a file. None for the recipe's set.
         calibration_fallback: the set to use if the Hub data set is not available. None to raise.
         samples, sequence_length: the size of the calibration set in sequences and tokens. None for the recipe's.
-        batch_size, seed: sequences in one forward, and the seed of the choice of samples.
+        batch_size: sequences in one forward.
+        seed: of the choice of calibration samples.
         device: `auto`, `cuda` or `cpu`.
         memory_budget: bytes, on the GPU and on the host each. None for the free memory.
         restart: begin anew, and replace an unfinished run or an output.
@@ -109,13 +110,12 @@ def convert(
         engine: `nvquant`, or `llmcompressor` for a second opinion.
         low_disk: fetch the weights of a model on the Hub by ranges, and keep none.
         target_bits, target_size, max_kl: a budget for mixed precision, see `sweep`. At most one.
-        distill: tokens of a distillation after the conversion, see `distill`. None for none.
+        distill: tokens of a distillation after the conversion. None for none.
         progress: called with the progress of the run, by any of its threads.
     Returns:
         The sizes, times and peaks of the run, the document of `convert --json`.
     Raises:
-        InputError: a wrong model, recipe, calibration or option, or an output in the way.
-        EnvironmentLack: a device or package is missing, or the memory or the disk is too small.
+        InputError, EnvironmentLack: a wrong model, recipe or option, an output in the way, or too little of something.
         CheckFailed, KeyboardInterrupt: the output differs from the plan, or Ctrl-C. Complete layers are kept.
     Example:
         >>> from nvquant import convert

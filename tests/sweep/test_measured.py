@@ -38,10 +38,10 @@ def alone(members: tuple[str, ...], scheme: str) -> Recipe:
 @pytest.mark.parametrize(
     ("name", "layout", "layers"),
     [
-        ("llama", COMPRESSED_TENSORS, (0, 2)),
-        ("qwen3", MODELOPT, (1,)),
-        ("gemma4_text", COMPRESSED_TENSORS, (4, 5)),
-        ("phi3", COMPRESSED_TENSORS, (1,)),
+        ("llama", COMPRESSED_TENSORS, (2,)),
+        pytest.param("qwen3", MODELOPT, (1,), marks=pytest.mark.thorough),
+        pytest.param("gemma4_text", COMPRESSED_TENSORS, (4, 5), marks=pytest.mark.thorough),
+        ("phi3", MODELOPT, (1,)),
     ],
 )
 def test_a_group_alone_loses_what_its_own_conversion_loses(

@@ -131,7 +131,10 @@ def test_bits_are_four_and_a_half_in_nvfp4_and_eight_in_fp8(tiny: TinyModels) ->
             assert bits["fp8"] == (fp8 or 8 + 32 / columns)  # a float32 scale for each row
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma4", "gemma4_text", "phi3", "qwen2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gemma4_text", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("gemma4", "phi3", "qwen2"))],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_choice_has_a_recipe_whose_config_vllm_reads_as_planned(tiny: TinyModels, layout: str, name: str) -> None:
     plan = planned(tiny(name), "nvfp4-full", layout)
