@@ -100,7 +100,7 @@ def test_a_command_asks_for_no_mode() -> None:
             assert not re.search(r"\bif (not )?(as_json|out\.is_json)\b", path.read_text("utf-8")), path
 
 
-QUIET = ("convert", "verify", "push", "bench", "demo", "sweep")
+QUIET = ("convert", "distill", "verify", "push", "bench", "demo", "sweep")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -11,8 +11,6 @@ from nvquant.distill.rounding import moved_norm, moved_scales, stored_blocks
 from nvquant.format.blocks import quantize_blocks
 from nvquant.stream.distillation import MOST_SCALE_CHANGE
 from torch import nn
-from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 EVERY_SCALE = torch.arange(0x7F, dtype=torch.uint8)
 
@@ -71,6 +69,9 @@ def test_a_norm_moves_its_factor_in_its_own_dtype(is_one_added: bool) -> None:
 
 
 def test_norms_are_known_by_what_they_compute() -> None:
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
     assert adds_one(LlamaRMSNorm(32), 32) is False
     assert adds_one(nn.LayerNorm(32), 32) is False
     assert adds_one(Gemma2RMSNorm(32), 32) is True
