@@ -17,10 +17,12 @@ from .options import (
     device_option,
     fold_option,
     format_option,
+    memory_budget_option,
     output_options,
     parse_bytes,
     quantizer_option,
     recipe_option,
+    resume_option,
     revision_option,
 )
 from .output import Output, gigabytes
@@ -87,18 +89,8 @@ Examples:
 @calibration_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Choose calibration samples with this seed.")
 @device_option
-@click.option(
-    "--memory-budget",
-    callback=parse_bytes,
-    help="Use at most this much memory on the GPU and on the host each, such as 8GB.",
-    show_default="the free memory",
-)
-@click.option(
-    "--resume/--restart",
-    default=True,
-    show_default=True,
-    help="Resume an unfinished run of this output, or begin anew and replace it.",
-)
+@memory_budget_option("on the GPU and on the host each, such as 8GB")
+@resume_option("an unfinished run of this output")
 @click.option(
     "--profile",
     type=click.Path(path_type=Path, file_okay=False),

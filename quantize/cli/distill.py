@@ -9,7 +9,7 @@ import click
 
 from ..api.distillation import DEFAULT_TOKENS, DistillRequest, run_distillation
 from ..quoting import argument, shell
-from .options import debug_option, device_option, output_options, parse_bytes
+from .options import debug_option, device_option, memory_budget_option, output_options, resume_option
 from .output import Output, gigabytes
 
 if TYPE_CHECKING:
@@ -47,18 +47,8 @@ Examples:
     show_default="the shipped held-out text",
 )
 @device_option
-@click.option(
-    "--memory-budget",
-    callback=parse_bytes,
-    help="Use at most this much memory of the device, such as 80GB.",
-    show_default="the free memory",
-)
-@click.option(
-    "--resume/--restart",
-    default=True,
-    show_default=True,
-    help="Resume an unfinished run of this output, or begin anew and replace it.",
-)
+@memory_budget_option("of the device, such as 80GB")
+@resume_option("an unfinished run of this output")
 @output_options
 @debug_option
 def command(checkpoint: str, against: str, resume: bool, out: Output, **values: Any) -> None:

@@ -129,6 +129,34 @@ def revision_option(function: F) -> F:
     )(function)
 
 
+def memory_budget_option(extent: str) -> Callable[[F], F]:
+    """`--memory-budget`.
+
+    Args:
+        extent: the memory that it limits, and an example.
+    """
+    return click.option(
+        "--memory-budget",
+        callback=parse_bytes,
+        help=f"Use at most this much memory {extent}.",
+        show_default="the free memory",
+    )
+
+
+def resume_option(earlier: str) -> Callable[[F], F]:
+    """`--resume/--restart`.
+
+    Args:
+        earlier: the thing to resume.
+    """
+    return click.option(
+        "--resume/--restart",
+        default=True,
+        show_default=True,
+        help=f"Resume {earlier}, or begin anew and replace it.",
+    )
+
+
 def parse_sizes(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[int]:
     """Sizes as `parse_bytes` takes them, of an option that may be repeated."""
     return [size for value in values if (size := parse_bytes(ctx, parameter, value)) is not None]

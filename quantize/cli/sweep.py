@@ -14,11 +14,12 @@ from .options import (
     device_option,
     fold_option,
     format_option,
+    memory_budget_option,
     output_options,
-    parse_bytes,
     parse_sizes,
     quantizer_option,
     recipe_option,
+    resume_option,
     revision_option,
 )
 from .output import Output
@@ -92,18 +93,8 @@ Examples:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Choose the sequences with this seed.")
 @device_option
-@click.option(
-    "--memory-budget",
-    callback=parse_bytes,
-    help="Use at most this much memory on the GPU and on the host each, such as 8GB.",
-    show_default="the free memory",
-)
-@click.option(
-    "--resume/--restart",
-    default=True,
-    show_default=True,
-    help="Resume an earlier sweep in this folder, or begin anew and replace it.",
-)
+@memory_budget_option("on the GPU and on the host each, such as 8GB")
+@resume_option("an earlier sweep in this folder")
 @revision_option
 @output_options
 @debug_option
