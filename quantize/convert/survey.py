@@ -23,7 +23,6 @@ from ..calibrate.walk import Walk, make_batches
 from ..checkpoint.config_values import config_int
 from ..checkpoint.hub.shards import RemoteShards
 from ..checkpoint.reordered import Reordered, reordered
-from ..checkpoint.shard_bytes import ReadingOrder
 from ..checkpoint.source import Checkpoint, read_json
 from ..checkpoint.writer import write_json
 from ..format.constants import BLOCK
@@ -38,7 +37,7 @@ from ..stream.trace import Trace
 from .journal import Journal
 from .matrices import groups_of_layer, naming_damage
 from .options import ConvertOptions
-from .walking import SOURCE, CalibrationWalk
+from .walking import SOURCE, CalibrationWalk, begin_reading, columns_of_groups, source_skeleton
 from .watch import Watch
 
 RECORD_NAME = "residual.json"
@@ -142,17 +141,19 @@ class Survey:
     def _walk(self) -> Iterator[tuple[CalibrationWalk, LayerReader]]:
         """The source's lane in front of the first layer, and the reader of the layers."""
         plan = self._plan
-        by_layer = plan.tensors_by_layer()
-        names = [name for name in plan.source.files if plan.layer_of(name) is None]
-        plan.source.begin(ReadingOrder(list(by_layer.values()), names, frozenset(names)))
-        skeleton = build_skeleton(plan.source, plan.prefix, self._device, self._dtype)
-        columns = {group.name: plan.matrices[group.members[0]].cols for group in plan.groups}
+        by_layer, columns = begin_reading(plan), columns_of_groups(plan)
+        skeleton = source_skeleton(plan, self._device, self._dtype)
         walk = Walk(skeleton, self._batches, before_batch=lambda _tokens: self._watch.before_batch(0), keeps_last=True)
         made = CalibrationWalk(walk, columns, sum(b.numel() for b in self._batches), walk.lane(SOURCE, self._budget))
         reader = LayerReader(
-            plan.source, by_layer, plan.layers, self._device, lambda _layer: False, Trace(),
+            plan.source,
+            by_layer,
+            plan.layers,
+            self._device,
+            lambda _layer: False,
+            Trace(),
             lambda: self._watch.before_batch(0),
-        )  # fmt: skip
+        )
         try:
             with reader:
                 yield made, reader

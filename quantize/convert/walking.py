@@ -20,6 +20,7 @@ from ..calibrate.statistics.moments import SecondMoments
 from ..calibrate.statistics.ranges import InputRanges
 from ..calibrate.taps import KeyValueTap, LinearTap, Tap, Taps
 from ..calibrate.walk import Walk, make_batches
+from ..checkpoint.shard_bytes import ReadingOrder
 from ..errors import InputError
 from ..plan.plan import Plan
 from ..recipe.groups import FusedGroup
@@ -304,12 +305,24 @@ def open_walk(
         budget = hidden_budget(plan, mine, options, folder, len(names))
         walk = Walk(skeleton, mine, trace.timed, watch.before_batch)
         lanes = [walk.lane(name, budget) for name in names]
-        columns = {group.name: plan.matrices[group.members[0]].cols for group in plan.groups}
         tokens = sum(batch.numel() for batch in mine)
-        made = CalibrationWalk(walk, columns, tokens, *lanes)
+        made = CalibrationWalk(walk, columns_of_groups(plan), tokens, *lanes)
     first = groups_of_layer(plan.groups, plan.prefix, plan.layers[0])
     watch.expect_tokens(tokens * layers * made.passes(first, options.fold))
     return made
+
+
+def columns_of_groups(plan: Plan) -> dict[str, int]:
+    """The columns of the input of each fused group, by its name."""
+    return {group.name: plan.matrices[group.members[0]].cols for group in plan.groups}
+
+
+def begin_reading(plan: Plan) -> dict[int, list[str]]:
+    """Let the source be read in the order of a walk that writes nothing. Returns the tensors of each layer."""
+    by_layer = plan.tensors_by_layer()
+    outer = [name for name in plan.source.files if plan.layer_of(name) is None]
+    plan.source.begin(ReadingOrder(list(by_layer.values()), outer, frozenset(outer)))
+    return by_layer
 
 
 def source_skeleton(plan: Plan, device: torch.device, dtype: torch.dtype) -> Skeleton:

@@ -17,13 +17,12 @@ from ..calibrate.lanes import Lane, LayerPass
 from ..calibrate.statistics.ranges import InputStatistics
 from ..calibrate.walk import Walk
 from ..checkpoint.config_values import config_int
-from ..checkpoint.shard_bytes import ReadingOrder
 from ..convert.budget import hidden_budget
 from ..convert.folding import Folding
 from ..convert.matrices import naming_damage
 from ..convert.options import ConvertOptions
 from ..convert.ranks import Ranks
-from ..convert.walking import SOURCE, CalibrationWalk, source_skeleton
+from ..convert.walking import SOURCE, CalibrationWalk, begin_reading, columns_of_groups, source_skeleton
 from ..plan.plan import Plan
 from ..quantizers.base import Quantizer
 from ..recipe.roles import text_config
@@ -135,14 +134,11 @@ class Window:
         self._walk = Walk(
             source_skeleton(plan, torch.device(subject.options.device), subject.dtype), subject.batches, keeps_last=True
         )
-        by_layer = plan.tensors_by_layer()
-        outer = [name for name in plan.source.files if plan.layer_of(name) is None]
-        plan.source.begin(ReadingOrder(list(by_layer.values()), outer, frozenset(outer)))
+        self._by_layer = begin_reading(plan)
         self._source = self._walk.lane(SOURCE, self._budget)
         self._ends = [self._walk.lane(f"all groups, form {at}", self._budget) for at in ends]
         self._alone: dict[Alone, Lane] = {}
-        columns = {group.name: plan.matrices[group.members[0]].cols for group in plan.groups}
-        self._calibration = CalibrationWalk(self._walk, columns, subject.tokens, self._source)
+        self._calibration = CalibrationWalk(self._walk, columns_of_groups(plan), subject.tokens, self._source)
         self._folding = Folding(plan, Ranks(), Trace()) if subject.options.fold else None
 
     def run(self) -> Measured:
@@ -152,10 +148,9 @@ class Window:
             NvquantError: a damaged weight, a shard that changed, or not enough memory.
         """
         plan, device = self._subject.plan, self._walk.skeleton.device
-        by_layer = plan.tensors_by_layer()
         words = f"measuring the groups of layers {min(self._layers)} to {max(self._layers)}, layer"
         try:
-            with LayerReader(plan.source, by_layer, plan.layers, device, lambda _layer: False, Trace()) as reader:
+            with LayerReader(plan.source, self._by_layer, plan.layers, device, lambda _layer: False, Trace()) as reader:
                 for loaded in reader:
                     self._progress(plan.layer_places[loaded.layer], len(plan.layers), words)
                     self._layer(loaded)
@@ -170,9 +165,7 @@ class Window:
         named = {f"{group} alone in {scheme}": lane for (group, scheme), lane in self._alone.items()}
         ends = {lane.name: lane for lane in self._ends}
         subject = self._subject
-        means = mean_divergences(
-            self._walk.skeleton, subject.batches, self._source, {**named, **ends}, self._progress
-        )  # fmt: skip
+        means = mean_divergences(self._walk.skeleton, subject.batches, self._source, {**named, **ends}, self._progress)
         alone = {key: means[name] for key, name in zip(self._alone, named, strict=True)}
         return Measured(alone, [means[name] for name in ends])
 
