@@ -89,9 +89,7 @@ def run_sweep(request: SweepRequest, progress: Progress, say: Say) -> SweepResul
     _refuse_ranks("nvquant sweep")
     targets = targets_of(request.target_bits, request.target_size, request.max_kl)
     recipe = as_recipe(request.recipe)
-    plan = make_plan(
-        str(request.model), recipe, request.format, request.revision, quantizer=request.quantizer, say=say
-    )  # fmt: skip
+    plan = make_plan(str(request.model), recipe, request.format, request.revision, quantizer=request.quantizer, say=say)
     default = f"{plan.source.name.rpartition('/')[2]}-{recipe.name}{SUFFIX}"
     return _swept(plan, replace(request, output=request.output or default), targets, progress, say)
 
@@ -152,9 +150,7 @@ def within_budget(request: ConvertRequest, progress: Progress, say: Say) -> Conv
             hint="Drop one of the two options",
         )
     recipe = as_recipe(request.recipe)
-    plan = make_plan(
-        str(request.model), recipe, request.format, request.revision, quantizer=request.quantizer, say=say
-    )  # fmt: skip
+    plan = make_plan(str(request.model), recipe, request.format, request.revision, quantizer=request.quantizer, say=say)
     output = output_of(request, plan.source.name, recipe_name(recipe, target))
     check_output(output, plan.file_bytes, plan.source.folder)
     sweep = SweepRequest(

@@ -37,11 +37,7 @@ class Candidate:
 def candidates_of(plan: Plan) -> list[Candidate]:
     """The fused groups of a plan's decoder layers, in the order of the layers."""
     head = plan.head
-    found = [
-        _candidate(plan, group)
-        for group in plan.groups
-        if head is None or head.name not in group.members
-    ]  # fmt: skip
+    found = [_candidate(plan, group) for group in plan.groups if head is None or head.name not in group.members]
     return sorted(found, key=lambda candidate: candidate.layer)
 
 

@@ -49,9 +49,7 @@ def curve_svg(points: Sequence[PointRecord], recipes: Sequence[RecipeRecord]) ->
     places = [f"{x.at(size):.1f},{y.at(point.kl):.1f}" for size, point in zip(sizes, points, strict=True)]
     SubElement(root, "polyline", {"class": "curve", "points": " ".join(places)})
     for recipe in recipes:
-        at = next(
-            at for at, point in enumerate(points) if (point.bits, point.kl) == (recipe.bits, recipe.kl)
-        )  # fmt: skip
+        at = next(at for at, point in enumerate(points) if (point.bits, point.kl) == (recipe.bits, recipe.kl))
         left, top = places[at].split(",")
         mark = SubElement(root, "circle", {"class": "chosen", "cx": left, "cy": top, "r": "5"})
         SubElement(mark, "title").text = f"{recipe.name}: {recipe.bits:.2f} bits, KL {recipe.kl:.4f}"

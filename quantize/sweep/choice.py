@@ -84,9 +84,7 @@ def curve(ladders: Sequence[Ladder], kl_recipe: float, kl_fp8: float, tensor_byt
         forecast.step(ladder, at[place])
         if all(reached == len(own.forms) - 1 for reached, own in zip(at, ladders, strict=True)):
             break
-        points.append(
-            Point(ladder.name, after.scheme, tensor_bytes, 8 * stored / weights, forecast.kl, tuple(at))
-        )  # fmt: skip
+        points.append(Point(ladder.name, after.scheme, tensor_bytes, 8 * stored / weights, forecast.kl, tuple(at)))
     return points
 
 
