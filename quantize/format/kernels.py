@@ -22,12 +22,13 @@ CHUNK = 64  # tokens whose squares are added in float32
 COLUMNS_PER_PROGRAM = 256
 ROUNDED_BLOCKS = 128  # of a program
 FED_BACK_ROWS = 32  # of a program
+PRODUCTS_PER_PROGRAM = 1024
 
 
 def has_kernel(tensor: Tensor) -> bool:
     """Whether there is a kernel for a tensor: it is on the CPU and the extension module was built, or it is on a GPU
     and Triton, which comes with CUDA builds of torch, is installed."""
-    return has_native(tensor) or _has_triton(tensor)
+    return has_native(tensor) or has_triton(tensor)
 
 
 def quantize_with_kernel(
@@ -183,7 +184,24 @@ def feed_back_on_gpu(block: Tensor, upper: Tensor, scale: Tensor, offsets: range
     return FedBack(codes, scales, errors, outgrown)
 
 
-def _has_triton(tensor: Tensor) -> bool:
+def add_products_on_gpu(products: Tensor, sums: Tensor, peak: Tensor, fraction_bits: int) -> None:
+    """Add products to sums in fixed point: `calibrate.statistics.moments.add_products`, bit for bit.
+
+    Args:
+        products: float32, contiguous.
+        sums: int64 of the same shape, contiguous. They change in place.
+        peak: float32 scalar, which changes in place.
+        fraction_bits: of the sums.
+    """
+    with torch.cuda.device(products.device) if products.is_cuda else torch.no_grad():
+        _load("add_products_kernel")[(-(-products.numel() // PRODUCTS_PER_PROGRAM),)](
+            products, sums, products.numel(), peak.view(torch.int32), FRACTION_BITS=fraction_bits,
+            N=PRODUCTS_PER_PROGRAM, enable_fp_fusion=False, num_warps=4,
+        )  # fmt: skip
+
+
+def has_triton(tensor: Tensor) -> bool:
+    """Whether there is a Triton kernel for a tensor, see `has_kernel`."""
     return tensor.is_cuda and tensor.numel() > 0 and importlib.util.find_spec("triton") is not None
 
 

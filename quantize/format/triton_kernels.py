@@ -216,6 +216,18 @@ def gather_kernel(
 
 
 @triton.jit
+def add_products_kernel(products, sums, size, peak, FRACTION_BITS: tl.constexpr, N: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    inside = at < size
+    value = tl.load(products + at, mask=inside, other=0.0)
+    tl.atomic_max(peak, tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0))
+    scaled = value.to(tl.float64) * (1 << FRACTION_BITS)
+    magic = 3 << 51  # 1.5 * 2**52: the sum has no room for a fraction
+    rounded = tl.where(tl.abs(scaled) < (1 << 51), (scaled + magic) - magic, scaled)
+    tl.store(sums + at, tl.load(sums + at, mask=inside, other=0) + rounded.to(tl.int64), mask=inside)
+
+
+@triton.jit
 def add_chunks_kernel(sums, squares, chunks, cols, N: tl.constexpr):
     column = tl.program_id(0) * N + tl.arange(0, N)
     sequence = tl.program_id(1).to(tl.int64)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckFailed
+from ...format.kernels import add_products_on_gpu, has_triton
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -217,9 +218,7 @@ class _Sums:
         """Add leftᵀ·right of a sequence, [tokens, rows] and [tokens, cols]."""
         for begin, panel in self._panels.items():
             first = begin if self._is_symmetric else 0
-            products = _product(left[:, begin : begin + len(panel)], right[:, first:])
-            self.peak = torch.maximum(self.peak, products.abs().amax())
-            panel += products.mul_(2.0**FRACTION_BITS).round_().long()
+            add_products(_product(left[:, begin : begin + len(panel)], right[:, first:]), panel, self.peak)
 
     def flat(self) -> Tensor:
         """All panels one after the other, int64 on the CPU."""
@@ -249,6 +248,21 @@ class _Sums:
                 square.copy_(square.triu() + square.triu(1).t())
                 made[end:, begin:end] = made[begin:end, end:].t()
         return made
+
+
+def add_products(products: Tensor, sums: Tensor, peak: Tensor) -> None:
+    """Add products to sums in fixed point.
+
+    Args:
+        products: float32. They are spoiled.
+        sums: int64 of the same shape, with `FRACTION_BITS` bits behind the point. They change in place.
+        peak: float32 scalar, the largest magnitude so far, which changes in place.
+    """
+    if has_triton(products):
+        add_products_on_gpu(products, sums, peak, FRACTION_BITS)
+        return
+    torch.maximum(peak, products.abs().amax(), out=peak)
+    sums += products.mul_(2.0**FRACTION_BITS).round_().long()
 
 
 def _flat(sums: _Sums | None) -> Tensor:

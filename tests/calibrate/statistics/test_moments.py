@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
-from nvquant.calibrate.statistics.moments import SecondMoments
+from nvquant.calibrate.statistics.moments import FRACTION_BITS, SecondMoments, add_products
 from nvquant.errors import CheckFailed
 from torch import Tensor
 
@@ -101,3 +103,39 @@ def test_what_was_never_reached_or_grows_without_limit_is_named() -> None:
             observed([(source, quantized * far) for source, quantized in pairs], mean_square(pairs)).result("a group")
     with pytest.raises(CheckFailed, match="never reached a group"):
         SecondMoments.merged([observed([], mean_square(pairs)).state()] * 2).result("a group")
+
+
+def in_python(products: Tensor) -> list[int]:
+    """Each product in fixed point, to nearest and to even, by Python's exact arithmetic."""
+    return [round(Fraction(float(product)) * (1 << FRACTION_BITS)) for product in products.flatten()]
+
+
+def products_of_every_size() -> Tensor:
+    """Products that end in a half of the last bit, that are whole, and that are larger than float32's fraction."""
+    generator = torch.Generator().manual_seed(7)
+    halves = (torch.arange(-6.0, 7.0) + 0.5) * 2.0**-FRACTION_BITS
+    return torch.cat([halves, *(torch.randn(700, generator=generator) * 2.0**power for power in (-30, -12, 0, 12, 30))])
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_products_are_added_exactly(device: str) -> None:
+    products = products_of_every_size()
+    before = torch.arange(len(products)) - 40
+    sums, peak = before.to(device, copy=True), torch.ones((), device=device)
+    add_products(products.to(device, copy=True), sums, peak)
+    assert (sums.cpu() - before).tolist() == in_python(products)
+    assert torch.equal(peak.cpu(), products.abs().amax())
+    add_products(torch.full((3,), float("nan"), device=device), sums[:3], peak)
+    assert bool(peak.isnan())
