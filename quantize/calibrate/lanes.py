@@ -48,12 +48,14 @@ class LayerPass:
         tensors: the layer's tensors in this lane, by their names in the checkpoint, on the device.
         rounds: receives the tensors at the sites of the walk's tap, after the statistics. See `Handle`.
         watch: see `Watch`.
+        advances: whether the lane goes on to the next layer. Otherwise its hidden states stay as they are.
     """
 
     lane: Lane
     tensors: Mapping[str, Tensor]
     rounds: Handle | None = None
     watch: Watch | None = None
+    advances: bool = True
 
 
 class Observing:

@@ -129,7 +129,6 @@ class Walk:
         passes: Sequence[LayerPass],
         tap: Tap | None = None,
         statistics: Mapping[str, Sequence[Observer]] | None = None,
-        advance: bool = True,
     ) -> None:
         """Send every batch through a layer, in several lanes side by side.
 
@@ -140,20 +139,18 @@ class Walk:
             layer: its number. Layers are walked in order.
             tap: the sites at which statistics observe and passes round. Without it, neither happens.
             statistics: by site.
-            advance: whether the lanes go on to the next layer. Otherwise their hidden states stay as they are.
         Raises:
             InputError: not even one batch fits the device's memory.
         """
         self._has_begun = True
         observing = Observing(statistics or {})
         needs_output = self._keeps_last or layer < len(self.skeleton.layers) - 1
-        goes_on = needs_output and advance
-        passes = [one for one in passes if goes_on or observing.sites(one.lane.name)]
+        passes = [one for one in passes if (needs_output and one.advances) or observing.sites(one.lane.name)]
         if not passes:
             return
         with self._span("forward"), self._loaded(layer, passes) as modules:
             runs = [
-                _Run(layer, one, module, tap or Taps(), observing, goes_on, needs_output)
+                _Run(layer, one, module, tap or Taps(), observing, needs_output)
                 for one, module in zip(passes, modules, strict=True)
             ]
             for at in range(len(self._batches)):
@@ -238,7 +235,6 @@ class _Run:
 
     Args:
         module: the layer with the weights of the pass.
-        goes_on: whether the lane goes on to the next layer.
         is_read: whether anything may follow the layer. Without that, and if the lane stays and nothing watches, the
             forward ends once every statistic has observed the lane.
     """
@@ -250,12 +246,11 @@ class _Run:
         module: nn.Module,
         tap: Tap,
         observing: Observing,
-        goes_on: bool,
         is_read: bool,
     ) -> None:
         self.layer, self.lane = layer, one.lane
-        self._watch, self._module, self._tap, self._goes_on = one.watch, module, tap, goes_on
-        self._needs_output = goes_on or (is_read and one.watch is not None)
+        self._watch, self._module, self._tap, self._goes_on = one.watch, module, tap, is_read and one.advances
+        self._needs_output = self._goes_on or (is_read and one.watch is not None)
         self._handle = observing.handle(one.lane.name, one.rounds)
         self._sites = observing.sites(one.lane.name)
 

@@ -75,9 +75,15 @@ class SiteBySite:
         place = {name: at for at, name in enumerate(order)}
         path = walk.quantized_layer(self._plan, loaded.layer, loaded.tensors, reshaping)
         made = MadeGroups({}, {})
-        for group in sorted(groups, key=lambda group: place.get(group.name, -1)):
+        in_order = sorted(groups, key=lambda group: place.get(group.name, -1))
+        solved = [group.name for group in in_order if group.name in inputs and self._is_solved(group)]
+        for group in in_order:
             own = quantizer_for(self._scheme(group).name, self._quantizer)
-            statistics = self._statistics(group, own, loaded, walk, path, inputs.get(group.name), reshaping)
+            seen = inputs.get(group.name)
+            statistics = None if seen is None else GroupInputs(seen)
+            if seen is not None and group.name in solved:
+                moments = self._moments(group, loaded, walk, path, seen, reshaping, group.name == solved[-1])
+                statistics = GroupInputs(seen, moments)
             with (
                 self._ranks.step(),
                 self._trace.timed("quantize", group.name),
@@ -92,21 +98,8 @@ class SiteBySite:
             walk.advance(loaded.layer, loaded.tensors, path)
         return made
 
-    def _statistics(
-        self,
-        group: FusedGroup,
-        quantizer: Quantizer,
-        loaded: LoadedLayer,
-        walk: CalibrationWalk,
-        path: QuantizedLayer,
-        seen: InputStatistics | None,
-        reshaping: Reshaping,
-    ) -> GroupInputs | None:
-        if seen is None:
-            return None
-        if "moments" not in quantizer.needs:
-            return GroupInputs(seen)
-        return GroupInputs(seen, self._moments(group, loaded, walk, path, seen, reshaping))
+    def _is_solved(self, group: FusedGroup) -> bool:
+        return "moments" in quantizer_for(self._scheme(group).name, self._quantizer).needs
 
     def _moments(
         self,
@@ -116,8 +109,9 @@ class SiteBySite:
         path: QuantizedLayer,
         seen: InputStatistics,
         reshaping: Reshaping,
+        is_last: bool,
     ) -> Moments:
-        """Second moments of a group's input over the samples of all ranks."""
+        """Second moments of a group's input over the samples of all ranks. See `CalibrationWalk.observe_moments`."""
         scheme = self._scheme(group)
         device = next(iter(loaded.tensors.values())).device
         record = input_record(self._plan, scheme, seen) if scheme.inputs == "calibrated" else None
@@ -135,7 +129,7 @@ class SiteBySite:
         )
         with telling_of_full_gpu(f"the second moments of {group.name}"):
             with self._ranks.step():
-                walk.observe_moments(loaded.layer, loaded.tensors, path, group, moments)
+                walk.observe_moments(loaded.layer, loaded.tensors, path, group, moments, is_last)
             with (
                 self._trace.timed("moments", group.name),
                 naming_damage(self._plan, loaded.layer, loaded.tensors),

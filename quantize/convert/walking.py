@@ -71,6 +71,7 @@ class CalibrationWalk:
         self._walk, self._source, self._quantized = walk, source, quantized
         self._columns, self._tokens = columns, tokens
         self._kept: KeptInputs | None = None
+        self._source_is_ahead = False  # already behind the layer that the walk is in front of
         self.prefix, self.dtype = walk.skeleton.layer_prefix, walk.skeleton.dtype
 
     @property
@@ -101,7 +102,8 @@ class CalibrationWalk:
             return 2 if folds and not is_kept else 1
         if is_kept:  # the source once, then the quantized path up to each site, and behind the layer
             return 2 + len(groups)
-        return 3 + 2 * len(groups) + folds  # observed once or twice, both lanes up to each site, both behind the layer
+        # The source is observed once or twice. Both lanes go up to each site. The quantized path goes behind the layer.
+        return 2 + 2 * len(groups) + folds
 
     def observe(
         self,
@@ -170,8 +172,8 @@ class CalibrationWalk:
         taps: list[Tap] = [LinearTap.of_groups(groups, prefix)]
         taps += [KeyValueTap(prefix)] if amaxes else []
         watch = kept.keep_output if kept is not None and filling else None
-        one_pass = LayerPass(self._source, tensors, lambda site, _inputs: order.setdefault(site), watch)
-        self._walk.forward(layer, [one_pass], Taps(*taps), statistics, advance)
+        one_pass = LayerPass(self._source, tensors, lambda site, _inputs: order.setdefault(site), watch, advance)
+        self._walk.forward(layer, [one_pass], Taps(*taps), statistics)
         return list(order)
 
     def _kept_of(self, layer: int) -> KeptInputs | None:
@@ -208,25 +210,29 @@ class CalibrationWalk:
         quantized: QuantizedLayer,
         group: FusedGroup,
         moments: SecondMoments,
+        is_last: bool = False,
     ) -> None:
         """Send every batch of both lanes through a layer up to a fused group. The walk stays in front of the layer.
 
         Args:
             tensors: of the source.
             quantized: with the groups before this one quantized.
+            is_last: whether nothing else of the source will be observed in this layer. Then the source goes through the
+                whole layer at once, and `advance` sends the quantized path after it.
         """
         site = LinearTap.of_groups([group], self._prefix_of(layer))
-        passes = [LayerPass(self._lane(QUANTIZED), quantized.tensors, quantized.round_inputs)]
+        passes = [LayerPass(self._lane(QUANTIZED), quantized.tensors, quantized.round_inputs, advances=False)]
         observer: Observer = moments
         kept = self._kept_of(layer)
         if SOURCE in moments.lanes and kept is not None and group.name in kept:
             observer = BesideKept(moments, kept, group.name, SOURCE, QUANTIZED)
         elif SOURCE in moments.lanes:
-            passes.insert(0, LayerPass(self._source, tensors))
-        self._walk.forward(layer, passes, Taps(site, quantized.tap), {group.name: [observer]}, advance=False)
+            passes.insert(0, LayerPass(self._source, tensors, advances=is_last))
+            self._source_is_ahead = is_last
+        self._walk.forward(layer, passes, Taps(site, quantized.tap), {group.name: [observer]})
 
     def advance(self, layer: int, tensors: Mapping[str, Tensor], quantized: QuantizedLayer | None = None) -> None:
-        """Send every batch of all lanes through a layer.
+        """Send every batch of all lanes through a layer, unless the lane is already behind it.
 
         Args:
             quantized: complete. None where the source alone is walked.
@@ -234,7 +240,8 @@ class CalibrationWalk:
         kept, self._kept = self._kept_of(layer), None
         if kept is not None:
             kept.advance()
-        passes = [LayerPass(self._source, tensors)] if kept is None else []
+        passes = [] if kept is not None or self._source_is_ahead else [LayerPass(self._source, tensors)]
+        self._source_is_ahead = False
         if quantized is None:
             self._walk.forward(layer, passes)
             return

@@ -73,8 +73,9 @@ def solved_groups(plan: Plan) -> dict[int, list[SolvedGroup]]:
 
 
 def passes(groups: Sequence[SolvedGroup], linear_flop: float) -> float:
-    """How often the tokens go through a layer, in parts of a complete forward: the source once to observe its inputs,
-    both lanes up to each group, then both to the next layer. Without groups it is 1.
+    """How often the tokens go through a layer, in parts of a complete forward: the source twice to observe its inputs,
+    for folds and after them, both lanes up to each group, and each lane to the next layer, the source from the last
+    group on. Without groups it is 1.
 
     Args:
         groups: see `solved_groups`.
@@ -82,11 +83,11 @@ def passes(groups: Sequence[SolvedGroup], linear_flop: float) -> float:
     """
     if not groups or not linear_flop:
         return 1.0
-    before, parts = 0, 0.0
+    before, parts = 0, list[float]()
     for group in groups:
-        parts += before / linear_flop
+        parts.append(before / linear_flop)
         before += 2 * group.rows * group.cols
-    return 3 + 2 * parts
+    return 4 + 2 * sum(parts) - parts[-1]
 
 
 def most_memory(plan: Plan) -> int:

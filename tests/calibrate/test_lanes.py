@@ -251,12 +251,25 @@ def test_without_advance_lanes_stay_and_the_forward_ends_behind_the_last_statist
             part.register_forward_hook(lambda _, args, output, name=name: reached.append(name))
     weights, ranges = layer_weights(skeleton, 0), InputRanges()
     (site,) = (site for site in sites if site.endswith("o_proj"))
-    passes = [LayerPass(source, weights), LayerPass(quantized, weights)]
-    walk.forward(0, passes, tap, {site: [ranges]}, advance=False)
+    passes = [LayerPass(lane, weights, advances=False) for lane in (source, quantized)]
+    walk.forward(0, passes, tap, {site: [ranges]})
     assert set(reached) == {f"self_attn.{leaf}_proj" for leaf in "qkv"}
     assert len(reached) == 3 * len(batches())  # in the lane that is observed
     assert ranges.result(site).tokens == sum(batch.numel() for batch in batches())
     assert states(source) == states(quantized) == before
+
+
+def test_one_lane_goes_on_while_another_stays(tiny: TinyModels) -> None:
+    skeleton = skeleton_of(tiny("llama"))
+    tap, sites = tap_of(tiny, "llama")
+    walk, source, quantized = two_lanes(skeleton)
+    before, weights = states(quantized), layer_weights(skeleton, 0)
+    pairs = Pairs()
+    passes = [LayerPass(source, weights), LayerPass(quantized, weights, advances=False)]
+    walk.forward(0, passes, tap, {sites[-1]: [pairs]})
+    assert states(quantized) == before != states(source)
+    walk.forward(0, [LayerPass(quantized, weights)])
+    assert states(quantized) == states(source)
 
 
 def test_a_pass_that_serves_nothing_does_not_begin(tiny: TinyModels) -> None:
@@ -267,7 +280,7 @@ def test_a_pass_that_serves_nothing_does_not_begin(tiny: TinyModels) -> None:
     last = len(skeleton.layers) - 1
     weights = layer_weights(skeleton, last)
     walk.forward(last, [LayerPass(source, weights), LayerPass(quantized, weights)])
-    walk.forward(0, [LayerPass(source, layer_weights(skeleton, 0))], advance=False)
+    walk.forward(0, [LayerPass(source, layer_weights(skeleton, 0), advances=False)])
     assert announced == []
 
 
