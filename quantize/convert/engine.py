@@ -153,7 +153,8 @@ class Engine:
     ) -> None:
         options = self._options
         lockstep = Ranks() if walk is None else options.ranks  # those that go through a layer together
-        folding = Folding(self._plan, lockstep, options.trace) if options.fold else None
+        made = [record.layer for record in self._done.values() if record.layer is not None]
+        folding = Folding(self._plan, lockstep, options.trace, made) if options.fold else None
         maker = LayerMaker(self._plan, self._quantizer, self._cache, lockstep, self._watch, options.trace, folding)
         behind: int | None = None
         while True:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from ..plan.plan import Plan
 from ..recipe.groups import FusedGroup
 from ..recipe.roles import Role
-from ..reshape.folding import FoldedLayer, fold_layer
-from ..reshape.records import folding_record, reshaping_of
+from ..reshape.folding import FoldedLayer, KnownPlaces, fold_layer, kind_of_layer
+from ..reshape.records import folding_record, folds_of, reshaping_of
 from ..reshape.reshaping import UNCHANGED, Reshaping
 from ..stream.manifest import FoldingRecord, LayerRecord
 from ..stream.memory import telling_of_full_gpu
 from ..stream.reading import LoadedLayer
 from ..stream.trace import Trace
-from .matrices import naming_damage
+from .matrices import groups_of_layer, naming_damage
 from .ranks import Ranks
 from .walking import CalibrationWalk
 
@@ -26,10 +26,24 @@ class Folding:
 
     Args:
         ranks: those that go through each layer together.
+        done: the layers that an earlier run made. With them, a run that is resumed makes the same folds.
     """
 
-    def __init__(self, plan: Plan, ranks: Ranks, trace: Trace) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks, trace: Trace, done: Iterable[LayerRecord] = ()) -> None:
         self._plan, self._ranks, self._trace = plan, ranks, trace
+        self._places: dict[int, KnownPlaces] = {}
+        infos = plan.source.infos()
+        self._kinds = {
+            layer: kind_of_layer(
+                _prefix(plan, layer),
+                {name: infos[name].shape for name in names},
+                groups_of_layer(plan.groups, plan.prefix, layer),
+            )
+            for layer, names in plan.tensors_by_layer().items()
+        }
+        for one in done:
+            if one.layer is not None and one.folding is not None:
+                self._remember(one.layer, one.folding)
 
     def fold(self, groups: Sequence[FusedGroup], loaded: LoadedLayer, walk: CalibrationWalk) -> FoldedLayer:
         """The folds of a layer, chosen by the inputs of all ranks. The walk stays in front of the layer.
@@ -52,10 +66,23 @@ class Folding:
         ):
             if ranks.rank == chooser:
                 trial, fixed = walk.trial(loaded.layer, loaded.tensors), self._fixed(groups)
-                prefix = f"{walk.prefix}.{loaded.layer}."
-                folded = fold_layer(trial, loaded.tensors, groups, plan.matrices, prefix, mean_squares, fixed)
-        record = None if folded is None else folding_record(folded)
-        return _folded(plan, ranks.exchange(record)[chooser], loaded.tensors)
+                prefix, known = f"{walk.prefix}.{loaded.layer}.", self._known(loaded.layer)
+                folded = fold_layer(trial, loaded.tensors, groups, plan.matrices, prefix, mean_squares, fixed, known)
+        record = ranks.exchange(None if folded is None else folding_record(folded))[chooser]
+        self._remember(loaded.layer, record)
+        return _folded(plan, record, loaded.tensors)
+
+    def _known(self, layer: int) -> KnownPlaces | None:
+        """The places of the nearest layer before this one that is of its kind and has a fold."""
+        for other in sorted((one for one in self._places if one < layer), reverse=True):
+            if self._kinds[other] == self._kinds[layer]:
+                return self._places[other].moved(_prefix(self._plan, layer))
+        return None
+
+    def _remember(self, layer: int, record: FoldingRecord) -> None:
+        if record.folds:
+            places = tuple(fold.place for fold in folds_of(record, _members(self._plan)))
+            self._places[layer] = KnownPlaces(_prefix(self._plan, layer), places, record.unfolded)
 
     def _fixed(self, groups: Sequence[FusedGroup]) -> frozenset[str]:
         """Names of the matrices whose outputs keep their scale: those that an FP8 KV cache stores under scales of the
@@ -77,6 +104,13 @@ def reshaping_of_layer(plan: Plan, record: LayerRecord, tensors: Mapping[str, Te
 
 
 def _folded(plan: Plan, record: FoldingRecord, tensors: Mapping[str, Tensor]) -> FoldedLayer:
-    members = {group.name: group.members for group in plan.groups}
-    reshaping = reshaping_of([record], members, lambda name: tensors[name])
+    reshaping = reshaping_of([record], _members(plan), lambda name: tensors[name])
     return FoldedLayer(reshaping, record.unfolded, record.error)
+
+
+def _members(plan: Plan) -> dict[str, tuple[str, ...]]:
+    return {group.name: group.members for group in plan.groups}
+
+
+def _prefix(plan: Plan, layer: int) -> str:
+    return f"{plan.prefix}.{layer}."

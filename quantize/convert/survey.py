@@ -28,7 +28,7 @@ from ..checkpoint.writer import write_json
 from ..format.constants import BLOCK
 from ..plan.plan import Plan
 from ..recipe.roles import text_config
-from ..reshape.folding import fold_layer
+from ..reshape.folding import KnownPlaces, fold_layer, kind_of_layer
 from ..reshape.residual import TOLERANCE, dealt, layer_axes, outer_axes, share_of_energy
 from ..stream.hidden import HiddenBudget
 from ..stream.manifest import ResidualRecord, held_to
@@ -106,6 +106,7 @@ class Survey:
         self._device = torch.device(options.device)
         self._batches = make_batches(calibration.samples[:SEQUENCES], 1)
         self._budget = HiddenBudget(0, HOST_BYTES, folder)
+        self._known: dict[frozenset[tuple[str, tuple[int, ...]]], KnownPlaces] = {}  # by `kind_of_layer`
         self._size = config_int(text_config(plan.source.config), "hidden_size")
 
     def record(self) -> ResidualRecord:
@@ -172,7 +173,13 @@ class Survey:
         axes = layer_axes(trial, loaded.tensors, self._size)
         if axes.reason:
             raise _NoOrder(f"{prefix.rstrip('.')}: {axes.reason}")
-        reshaping = fold_layer(trial, loaded.tensors, groups, plan.matrices, prefix, squares).reshaping
+        kind = kind_of_layer(prefix, {name: tensor.shape for name, tensor in loaded.tensors.items()}, groups)
+        known = self._known[kind].moved(prefix) if kind in self._known else None
+        folded = fold_layer(trial, loaded.tensors, groups, plan.matrices, prefix, squares, known=known)
+        if folded.reshaping.folds:
+            places = tuple(fold.place for fold in folded.reshaping.folds)
+            self._known[kind] = KnownPlaces(prefix, places, folded.reasons)
+        reshaping = folded.reshaping
         readers = [group for group in groups if axes.axes.get(plan.matrices[group.members[0]].tensor) == 1]
         shown = [_after(squares[group.name], reshaping.input_factor(group.name)) for group in readers]
         walk.advance(loaded.layer, loaded.tensors)

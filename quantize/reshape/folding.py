@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..recipe.groups import FusedGroup
 from ..recipe.matrices import Matrix
 from .folds import Fold, Place, solve
 from .reshaping import Reshaping
-from .structure import PROOF_TOLERANCE, error_of, find_places
+from .structure import PROOF_TOLERANCE, Found, error_of, find_places
 from .trial import LayerTrial
 
 STRENGTH = 0.4
@@ -33,6 +33,51 @@ class FoldedLayer:
     error: float = 0.0
 
 
+@dataclass(frozen=True)
+class KnownPlaces:
+    """The places of the folds that held in a layer.
+
+    Attributes:
+        prefix: precedes the names of the layer's modules, with a final dot.
+        reasons: see `FoldedLayer`.
+    """
+
+    prefix: str
+    places: tuple[Place, ...]
+    reasons: Mapping[str, str]
+
+    def moved(self, prefix: str) -> KnownPlaces:
+        """The same places in the layer of another prefix."""
+
+        def name(old: str) -> str:
+            return f"{prefix}{old.removeprefix(self.prefix)}"
+
+        places = [
+            replace(
+                place,
+                groups=tuple(map(name, place.groups)),
+                readers=tuple(map(name, place.readers)),
+                norm=None if place.norm is None else name(place.norm),
+                maker=None if place.maker is None else name(place.maker),
+            )
+            for place in self.places
+        ]
+        return KnownPlaces(prefix, tuple(places), {name(group): reason for group, reason in self.reasons.items()})
+
+
+def kind_of_layer(
+    prefix: str, shapes: Mapping[str, Sequence[int]], groups: Iterable[FusedGroup]
+) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """Equal for layers that may have folds at the same places: those of the same tensors and fused groups.
+
+    Args:
+        prefix: precedes the names of the layer's modules, with a final dot.
+        shapes: of its tensors, by name.
+    """
+    tensors = {(name.removeprefix(prefix), tuple(shape)) for name, shape in shapes.items()}
+    return frozenset(tensors | {(group.name.removeprefix(prefix), ()) for group in groups})
+
+
 def fold_layer(
     trial: LayerTrial,
     tensors: Mapping[str, Tensor],
@@ -41,22 +86,41 @@ def fold_layer(
     prefix: str,
     mean_squares: Mapping[str, Tensor],
     fixed: Collection[str] = (),
+    known: KnownPlaces | None = None,
 ) -> FoldedLayer:
     """Find the exact folds of a layer, choose their factors by the inputs and weights, and prove the layer with them.
 
     Args:
         mean_squares: float64 [cols], of each channel of the groups' inputs, by group. Groups without one keep theirs.
         tensors, groups, matrices, prefix, fixed: see `find_places`.
+        known: places that held in a layer of the same shapes. The search begins only if their proof fails here, because
+            it takes several times as long.
     """
     measured = [group for group in groups if group.name in mean_squares]
-    found = find_places(trial, tensors, measured, matrices, prefix, fixed)
-    folds = [_solved(place, tensors, matrices, mean_squares) for place in found.places]
-    reshaping = Reshaping(folds, lambda name: tensors[name])
-    error = error_of(trial, found.output, tensors, matrices, reshaping) if folds else 0.0
+    found: Found | None = None
+    if known is not None:
+        found = Found(known.places, known.reasons, trial.run().output)
+        folds, error = _proved(found, trial, tensors, matrices, mean_squares)
+    if found is None or error > PROOF_TOLERANCE:
+        found = find_places(trial, tensors, measured, matrices, prefix, fixed)
+        folds, error = _proved(found, trial, tensors, matrices, mean_squares)
     if error <= PROOF_TOLERANCE:
-        return FoldedLayer(reshaping, found.reasons, error)
+        return FoldedLayer(Reshaping(folds, lambda name: tensors[name]), found.reasons, error)
     why = f"the folded layer's output differs by {error:.2g} of its change, more than {PROOF_TOLERANCE:g}"
     return FoldedLayer(Reshaping(), {**found.reasons, **{name: why for fold in folds for name in fold.place.groups}})
+
+
+def _proved(
+    found: Found,
+    trial: LayerTrial,
+    tensors: Mapping[str, Tensor],
+    matrices: Mapping[str, Matrix],
+    mean_squares: Mapping[str, Tensor],
+) -> tuple[list[Fold], float]:
+    """Folds with their factors, and the error of the layer with all of them."""
+    folds = [_solved(place, tensors, matrices, mean_squares) for place in found.places]
+    reshaping = Reshaping(folds, lambda name: tensors[name])
+    return folds, error_of(trial, found.output, tensors, matrices, reshaping) if folds else 0.0
 
 
 def _solved(

@@ -28,7 +28,16 @@ def reshaping_of(records: Iterable[FoldingRecord], members: Mapping[str, Sequenc
         members: names of the matrices of each fused group, by group.
         read: reads the source's norms.
     """
-    return Reshaping([_fold(record, members) for one in records for record in one.folds], read)
+    return Reshaping([fold for one in records for fold in folds_of(one, members)], read)
+
+
+def folds_of(record: FoldingRecord, members: Mapping[str, Sequence[str]]) -> list[Fold]:
+    """The recorded folds of a layer.
+
+    Args:
+        members: see `reshaping_of`.
+    """
+    return [_fold(one, members) for one in record.folds]
 
 
 def _record(fold: Fold) -> FoldRecord:

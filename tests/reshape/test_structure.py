@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import transformers
 from nvquant.recipe.schema import Recipe
+from nvquant.reshape.folding import FoldedLayer, KnownPlaces
 from nvquant.reshape.folds import Fold, Heads, Place
 from nvquant.reshape.reshaping import Reshaping
 from nvquant.reshape.structure import TRIAL_TOLERANCE, error_of
+from nvquant.reshape.trial import LayerTrial
 from support.conversions import TinyModels, experts_in_bf16, random_samples
 from support.folding import WalkedLayer, folded_tensors, walked_layers
 from support.tiny_models import WRITERS, tiny_cohere, tiny_llama, tiny_qwen2
@@ -124,3 +127,32 @@ def test_two_groups_that_read_one_norm_are_folded_together_or_not_at_all(tmp_pat
     assert layer.fold().error < 1e-5
     mlp_alone = next(walked_layers(source, "nvfp4")).fold()
     assert mlp_alone.reasons == {f"{layer.prefix}mlp.gate_up_proj": "no candidate of this layer is exact"}
+
+
+def places_of(folded: FoldedLayer) -> tuple[Place, ...]:
+    return tuple(fold.place for fold in folded.reshaping.folds)
+
+
+def assert_same_folds(one: FoldedLayer, other: FoldedLayer) -> None:
+    assert places_of(one) == places_of(other)
+    for first, second in zip(one.reshaping.folds, other.reshaping.folds, strict=True):
+        assert torch.equal(first.exponents, second.exponents)
+    assert one.reasons == other.reasons
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3_text"])
+def test_places_of_an_equal_layer_are_proved_without_a_search(tiny: TinyModels, name: str) -> None:
+    first, second = list(walked_layers(tiny(name)))[:2]
+    searched = second.fold()
+    folded = first.fold()
+    known = KnownPlaces(first.prefix, places_of(folded), folded.reasons).moved(second.prefix)
+    with patch.object(LayerTrial, "run", autospec=True, side_effect=LayerTrial.run) as run:
+        assert_same_folds(second.fold(known), searched)
+    assert run.call_count == 2  # the source, and the folded layer
+
+
+def test_known_places_that_do_not_hold_in_a_layer_are_searched_anew(tmp_path: Path) -> None:
+    layer = first_layer(tiny_llama(tmp_path / "source"))
+    down, gate = (f"{layer.prefix}mlp.{name}_proj" for name in ("down", "gate"))
+    wrong = KnownPlaces(layer.prefix, (Place((down,), (down,), maker=gate),), {})
+    assert_same_folds(layer.fold(wrong), layer.fold())

@@ -11,7 +11,7 @@ from nvquant.calibrate.statistics.ranges import InputRanges
 from nvquant.calibrate.walk import make_batches
 from nvquant.plan.plan import Plan
 from nvquant.recipe.schema import Recipe
-from nvquant.reshape.folding import FoldedLayer, fold_layer
+from nvquant.reshape.folding import FoldedLayer, KnownPlaces, fold_layer
 from nvquant.reshape.trial import LayerTrial
 from nvquant.stream.hidden import HiddenBudget
 from support.conversions import layer_weights, planned, random_samples, skeleton_of
@@ -30,10 +30,11 @@ class WalkedLayer:
     trial: LayerTrial
     mean_squares: dict[str, Tensor]
 
-    def fold(self) -> FoldedLayer:
+    def fold(self, known: KnownPlaces | None = None) -> FoldedLayer:
         """The folds of the layer."""
         groups = [group for group in self.plan.groups if group.name in self.mean_squares]
-        return fold_layer(self.trial, self.tensors, groups, self.plan.matrices, self.prefix, self.mean_squares)
+        matrices, squares = self.plan.matrices, self.mean_squares
+        return fold_layer(self.trial, self.tensors, groups, matrices, self.prefix, squares, known=known)
 
 
 def walked_layers(folder: Path, recipe: str | Recipe = "nvfp4-full") -> Iterator[WalkedLayer]:
