@@ -146,7 +146,7 @@ class FedBack(NamedTuple):
         codes: uint8 [16, rows], E2M1 codes.
         scales: uint8 [rows], E4M3 bytes.
         errors: float32 [16, rows], each divided by the diagonal of U.
-        outgrown: integer scalar, the number of rows whose largest magnitude outgrew the largest block scale.
+        outgrown: int32 scalar, the number of rows whose largest magnitude outgrew the largest block scale.
     """
 
     codes: Tensor
@@ -154,34 +154,38 @@ class FedBack(NamedTuple):
     errors: Tensor
     outgrown: Tensor
 
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> FedBack:
+        """Tensors that a block can be written into. Nothing is outgrown yet."""
+        codes, scales = (torch.empty(shape, dtype=torch.uint8, device=device) for shape in ((BLOCK, rows), (rows,)))
+        errors = torch.empty((BLOCK, rows), device=device)
+        return cls(codes, scales, errors, torch.zeros((), dtype=torch.int32, device=device))
 
-def feed_back_with_kernel(block: Tensor, upper: Tensor, scale: Tensor, offsets: range) -> FedBack:
+
+def feed_back_with_kernel(block: Tensor, upper: Tensor, scale: Tensor, offsets: range, into: FedBack) -> None:
     """Round a block, which `has_kernel` accepts, column after column under the best of several scales:
     `quantizers.error_feedback.round_block_in_torch`, bit for bit.
 
     Args:
         block: float32 [16, rows], contiguous.
-        upper: float32 [16, 16], upper triangular.
+        upper: float32 [16, 16], upper triangular, any strides.
         scale: float32 scalar, the global scale (divisor).
         offsets: neighbouring distances of the candidates' bytes from that of amax / 6.
+        into: contiguous tensors for the result. `outgrown` is added to.
     """
-    if has_native(block):
-        return FedBack(*feed_back_on_cpu(block, upper, scale, offsets))
-    return feed_back_on_gpu(block, upper, scale, offsets)
+    chosen = feed_back_on_cpu if has_native(block) else feed_back_on_gpu
+    chosen(block, upper, scale, offsets, into)
 
 
-def feed_back_on_gpu(block: Tensor, upper: Tensor, scale: Tensor, offsets: range) -> FedBack:
+def feed_back_on_gpu(block: Tensor, upper: Tensor, scale: Tensor, offsets: range, into: FedBack) -> None:
     """`feed_back_with_kernel` for a block on a GPU."""
-    rows, device, upper = block.shape[1], block.device, upper.contiguous()
-    codes = torch.empty((BLOCK, rows), dtype=torch.uint8, device=device)
-    scales = torch.empty(rows, dtype=torch.uint8, device=device)
-    errors, outgrown = torch.empty_like(block), torch.zeros((), dtype=torch.int32, device=device)
+    rows, device = block.shape[1], block.device
     with torch.cuda.device(device) if block.is_cuda else torch.no_grad():
         _load("feed_back_kernel")[(-(-rows // FED_BACK_ROWS),)](
-            block, rows, upper, upper.stride(0), scale.reshape(1).to(device, torch.float32), offsets[0],
-            offsets[-1] + 1, codes, scales, errors, outgrown, N=FED_BACK_ROWS, enable_fp_fusion=False, num_warps=4,
+            block, rows, upper, upper.stride(0), upper.stride(1), scale.reshape(1).to(device, torch.float32),
+            offsets[0], offsets[-1] + 1, into.codes, into.scales, into.errors, into.outgrown, N=FED_BACK_ROWS,
+            enable_fp_fusion=False, num_warps=4,
         )  # fmt: skip
-    return FedBack(codes, scales, errors, outgrown)
 
 
 def add_products_on_gpu(products: Tensor, sums: Tensor, peak: Tensor, fraction_bits: int) -> None:

@@ -209,22 +209,25 @@ def round_on_cpu(inputs: Tensor, scale: Tensor, target: int = -1) -> Tensor:
 
 
 def feed_back_on_cpu(
-    block: Tensor, upper: Tensor, scale: Tensor, offsets: range, target: int = -1
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    block: Tensor,
+    upper: Tensor,
+    scale: Tensor,
+    offsets: range,
+    into: tuple[Tensor, Tensor, Tensor, Tensor],
+    target: int = -1,
+) -> None:
     """Round a block column after column under the best of several scales, as `quantizers.error_feedback` defines it.
 
     Args:
         block: float32 [16, rows], contiguous, on the CPU.
-        upper: float32 [16, 16], upper triangular.
+        upper: float32 [16, 16], upper triangular, any strides.
         scale: float32 scalar, the global scale (divisor).
         offsets: neighbouring distances of the candidates' bytes from that of amax / 6.
+        into: `FedBack` of contiguous tensors. Its last one is added to.
         target: which instruction set, counted as in `TARGETS`.
-    Returns:
-        the values of `FedBack`.
     """
-    rows = block.shape[1]
-    codes, scales = torch.empty((BLOCK, rows), dtype=torch.uint8), torch.empty(rows, dtype=torch.uint8)
-    errors, upper = torch.empty((BLOCK, rows)), upper.contiguous()
+    rows, upper = block.shape[1], upper.contiguous()
+    codes, scales, errors, total = into
     runs, divisor = _Runs(rows, _LANES, _FED_BACK // BLOCK), float(scale)
     outgrown = [0] * len(runs)
 
@@ -236,7 +239,7 @@ def feed_back_on_cpu(
         )  # fmt: skip
 
     _share(len(runs), work)
-    return codes, scales, errors, torch.tensor(sum(outgrown))
+    total += sum(outgrown)
 
 
 class _Runs:

@@ -112,7 +112,8 @@ def round_kernel(inputs, scale_at, rounded, blocks, N: tl.constexpr):
 
 @triton.jit
 def feed_back_kernel(
-    block, rows, upper, upper_stride, scale_at, first, end, codes, scales, errors, outgrown, N: tl.constexpr,
+    block, rows, upper, row_stride, column_stride, scale_at, first, end, codes, scales, errors, outgrown,
+    N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * N + tl.arange(0, N)
     inside = row < rows
@@ -149,12 +150,12 @@ def feed_back_kernel(
             number = (total.to(tl.float32, bitcast=True) - magic1.to(tl.float32, bitcast=True)) * step
             number = (number.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
             found = (total - magic1 + ((magic1 - ((22 << 23) + (1 << 22) + 0x3F800000)) >> 22)) | ((sign >> 28) & 8)
-            diagonal = tl.load(upper + i * upper_stride + i)
+            diagonal = tl.load(upper + i * (row_stride + column_stride))
             error = tl.div_rn(value - number, tl.broadcast_to(diagonal, (N,)))
             cost += error * error
             tried_codes = tl.where(is_column, found[:, None], tried_codes)
             tried_errors = tl.where(is_column, error[:, None], tried_errors)
-            line = tl.load(upper + i * upper_stride + column)
+            line = tl.load(upper + i * row_stride + column * column_stride)
             left = left - tl.where(column > i, line, 0.0)[None, :] * error[:, None]
         better = (offset == first) | (cost < best)
         best = tl.where(better, cost, best)

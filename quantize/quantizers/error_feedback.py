@@ -132,20 +132,18 @@ def round_with_feedback(weight: Tensor, gram: Tensor, scale: Tensor, damping: fl
     turned = weight.t()[order].contiguous()
     codes = torch.empty(turned.shape, dtype=torch.uint8, device=weight.device)
     scales = torch.empty((cols // BLOCK, weight.shape[0]), dtype=torch.uint8, device=weight.device)
-    outgrown = torch.zeros((), dtype=torch.int64, device=weight.device)
+    errors = torch.empty((PANEL, weight.shape[0]), device=weight.device)
+    outgrown = torch.zeros((), dtype=torch.int32, device=weight.device)
     for begin in range(0, cols, PANEL):
         end = min(cols, begin + PANEL)
         upper = inverse.rows(begin, end)
-        errors = torch.empty((end - begin, weight.shape[0]), device=weight.device)
         for at in range(begin, end, BLOCK):
-            inside = slice(at, at + BLOCK)
-            own = upper[at - begin : at - begin + BLOCK]
-            block = round_block(turned[inside], own[:, inside].contiguous(), scale)
-            codes[inside], scales[at // BLOCK] = block.codes, block.scales
-            errors[at - begin : at - begin + BLOCK] = block.errors
-            outgrown += block.outgrown
-            turned[at + BLOCK : end] -= own[:, at + BLOCK : end].t() @ block.errors
-        turned[end:] -= upper[:, end:].t() @ errors
+            inside, behind = slice(at, at + BLOCK), slice(at + BLOCK, end)
+            own, error = upper[at - begin : at - begin + BLOCK], errors[at - begin : at - begin + BLOCK]
+            into = FedBack(codes[inside], scales[at // BLOCK], error, outgrown)
+            round_block(turned[inside], own[:, inside], scale, into)
+            turned[behind].addmm_(own[:, behind].t(), error, alpha=-1)
+        turned[end:].addmm_(upper[:, end:].t(), errors[: end - begin], alpha=-1)
     place = order.argsort()
     blocks = (order[::BLOCK] // BLOCK).argsort()
     packed = pack_codes(codes[place].t())
@@ -153,17 +151,22 @@ def round_with_feedback(weight: Tensor, gram: Tensor, scale: Tensor, damping: fl
     return Solved(packed.contiguous(), stored, int(outgrown), inverse.damping)
 
 
-def round_block(block: Tensor, upper: Tensor, scale: Tensor) -> FedBack:
+def round_block(block: Tensor, upper: Tensor, scale: Tensor, into: FedBack) -> None:
     """Round a block under each candidate scale, its errors fed forward inside it, and keep the cheapest for each row.
 
     Args:
         block: float32 [16, rows], the updated columns.
         upper: float32 [16, 16], the block's part of U.
         scale: float32 scalar, the global scale (divisor).
+        into: contiguous tensors for the result. `outgrown` is added to.
     """
     if has_kernel(block) and block.is_contiguous():
-        return feed_back_with_kernel(block, upper, scale, OFFSETS)
-    return round_block_in_torch(block, upper, scale)
+        feed_back_with_kernel(block, upper, scale, OFFSETS, into)
+        return
+    found = round_block_in_torch(block, upper, scale)
+    for part, value in zip(into[:3], found[:3], strict=True):
+        part.copy_(value)
+    into.outgrown.add_(found.outgrown)
 
 
 def round_block_in_torch(block: Tensor, upper: Tensor, scale: Tensor) -> FedBack:

@@ -82,11 +82,13 @@ def block(rows: int, kind: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_a_block_is_rounded_with_feedback_as_the_reference_rounds_it(rows: int, kind: str, place: str) -> None:
     weight, upper, scale = block(rows, kind, rows)
     wanted = round_block_in_torch(weight, upper, scale)
-    if place == "gpu":
-        found = feed_back_on_gpu(weight.cuda(), upper.cuda(), scale, OFFSETS)
-    else:
-        found = FedBack(*feed_back_on_cpu(weight, upper, scale, OFFSETS, NAMES.index(place)))
-    assert int(found.outgrown) == int(wanted.outgrown)
+    found = FedBack.empty(rows, torch.device("cuda" if place == "gpu" else "cpu"))
+    for turned in (upper, upper.t().contiguous().t()):
+        if place == "gpu":
+            feed_back_on_gpu(weight.cuda(), turned.cuda(), scale, OFFSETS, found)
+        else:
+            feed_back_on_cpu(weight, turned, scale, OFFSETS, found, NAMES.index(place))
+    assert int(found.outgrown) == 2 * int(wanted.outgrown)
     assert (int(found.outgrown) > 0) == (kind == "outgrown")
     assert torch.equal(found.scales.cpu(), wanted.scales)
     assert torch.equal(found.codes.cpu(), wanted.codes)
