@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _SLICE, _WHOLE = "gemma4_slice-h200.json", "served_31b-h200.json"  # 6 layers, 262,144 tokens; 60 layers, 8,192 tokens
+_GPTQ = "gemma4_slice-gptq-h200.json"  # 6 layers, 131,072 tokens, two lanes
 _HALF, _SMOLLM2 = "data_free-intel-xeon-2-cores.json", "smollm2_cpu-intel-xeon-2-cores.json"
 
 MEASURED_GPU = "H200"
@@ -35,7 +36,7 @@ class Rates:
         flop: operations a second in a decoder layer's forward: matrix products, attention, and all that lies between.
         call_seconds: least seconds of one batch in one layer, whatever its tokens: Python and the launches of kernels.
         quantize: matrix elements a second, by quantizer.
-        moment_flop: operations a second in float32, of second moments of inputs.
+        moment_flop: operations a second, of second moments of inputs: in BF16 with float32 sums on a GPU.
         solve_flop: operations a second in float32, of quantization with error feedback.
         read_bytes: a second, from the shards to the device with hashing, where the disk is faster.
         write_bytes: a second, of one of two threads that hash and write, where the disk is faster.
@@ -74,9 +75,8 @@ _BEGIN = (
 
 _CPU_FLOP = "1880736399360 / {RUN.phases.forward}"
 
-# Without a stored run of gptq, these are assumed: half of an H200's published 67 TFLOP/s in float32, and a CPU that
-# rounds block after block at a sixth of the rate of its large products.
-ASSUMED_GPU_FLOAT32 = Measured(33e12, ())
+# Without a stored run of gptq on a CPU, this is assumed: it rounds block after block at a sixth of the rate of large
+# products.
 ASSUMED_CPU_SOLVING = Measured(0.032e12, ())
 
 # Literals in the expressions follow from the shapes: operations, elements of the quantized matrices, bytes outside of
@@ -96,8 +96,12 @@ GPU_RATES = Rates(
             ),
         ),
     },
-    moment_flop=ASSUMED_GPU_FLOAT32,
-    solve_flop=ASSUMED_GPU_FLOAT32,
+    # The rest of the forward, after the passes of both lanes at the rate above.
+    moment_flop=Measured(
+        171.6e12,
+        ((_GPTQ, "1110678542745600 / ({runs.nvquant gptq.phases.forward} - 4529375889374663 / 406.8e12)"),),
+    ),
+    solve_flop=Measured(27.39e12, ((_GPTQ, "225224361858382 / {runs.nvquant gptq.phases.quantize}"),)),
     read_bytes=Measured(3.126e9, _in_runs(_WHOLE, "{make.decoder_bytes} / {RUN.phases.read}", *_BY_RECIPE)),
     write_bytes=Measured(
         1.082e9, _in_runs(_WHOLE, "({RUN.tensor_bytes} - 2818583040) / {RUN.phases.write}", *_BY_RECIPE)
