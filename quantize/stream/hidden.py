@@ -191,7 +191,12 @@ class _OnDevice:
         return self._hidden
 
     def put(self, hidden: Tensor) -> None:
-        self._hidden = hidden.contiguous()
+        if (
+            self._hidden.is_cuda
+        ):  # in place: new blocks between others would cut the allocator's free memory into pieces
+            self._hidden.copy_(hidden)
+        else:
+            self._hidden = hidden.contiguous()
 
 
 class _InHostMemory:

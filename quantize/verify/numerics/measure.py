@@ -156,7 +156,7 @@ class SideBySide:
 
         def keep(_at: int, before: Tensor, after: Tensor, call: LayerCall) -> None:
             if sum(item.before.shape[1] for item in kept) < EQUAL_INPUT_TOKENS:
-                kept.append(Kept(before, after, *own_stores([call])))
+                kept.append(Kept(before.clone(), after, *own_stores([call])))
 
         walk.forward(layer, [LayerPass(self.lanes["source"], beside.tensors, watch=keep)])
         with noise_on(walk.skeleton.layers[layer], self.device):
