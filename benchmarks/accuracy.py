@@ -173,7 +173,7 @@ def collect_results(options: argparse.Namespace) -> None:
     report = {
         "benchmark": "accuracy",
         "machine": next(iter(machines.values())),
-        "versions": common.versions(),
+        "versions": next((run["versions"] for run in runs if run["tool"] == "nvquant"), common.versions()),
         "work": {
             "description": f"{options.name}, {samples} x {length} calibration tokens, W4A4 on every matrix",
             "model": options.name,
