@@ -191,9 +191,7 @@ class _OnDevice:
         return self._hidden
 
     def put(self, hidden: Tensor) -> None:
-        if (
-            self._hidden.is_cuda
-        ):  # in place: new blocks between others would cut the allocator's free memory into pieces
+        if self._hidden.is_cuda:  # in place: a new block would lie anywhere, and cut free memory into pieces
             self._hidden.copy_(hidden)
         else:
             self._hidden = hidden.contiguous()
