@@ -373,6 +373,6 @@ def hint_for(cause: str) -> StartFailure | None:
     return next((failure for failure in START_FAILURES if re.search(failure.pattern, cause)), None)
 
 
-# Weight-only checkpoints in the modelopt layout: vLLM makes room for an input scale in each of their layers, which none
+# Weight-only checkpoints in the modelopt layout, and weight-only experts: vLLM makes room for input scales, which none
 # of them has, and its check for tensors that were not loaded then refuses every one. Seen in 0.32.0.
-LOAD_CHECK_REFUSES_WEIGHT_ONLY_MODELOPT = True
+LOAD_CHECK_REFUSES_WEIGHT_ONLY = True

@@ -17,12 +17,12 @@ from ..format.declared import ALGORITHMS
 from ..format.schemes import NVFP4_A16
 from ..plan.forecast import kv_cache_bytes
 from ..quoting import shell_without_secrets
-from ..recipe.roles import text_config
+from ..recipe.roles import share_of_experts, text_config
 from .causes import root_cause
 from .client import Client
 from .command import VllmCommand, find_vllm, has_gpu
 from .environment import CPU_FLAGS, own_settings, server_environment
-from .faults import LOAD_CHECK_REFUSES_WEIGHT_ONLY_MODELOPT, hint_for
+from .faults import LOAD_CHECK_REFUSES_WEIGHT_ONLY, hint_for
 from .http import ServerError, ServerGone
 from .log import LogFacts, parse_log, phase_of
 from .process import ServerProcess
@@ -41,7 +41,8 @@ DYING_SECONDS = 10.0  # an engine that died takes its server down with it, but n
 LOAD_CHECK = '--model-loader-extra-config={"enable_weights_track": true}'
 NO_LOAD_CHECK = (
     "vLLM's check for tensors that were not loaded is off: it refuses every weight-only checkpoint in the modelopt "
-    "layout, because it expects an input scale there (the stage structure finds missing tensors instead)"
+    "layout, and weight-only experts in both, because it expects an input scale there (the stage structure finds "
+    "missing tensors instead)"
 )
 # What nvquant itself decides.
 _OWN_FLAGS = {
@@ -236,7 +237,7 @@ def _start(checkpoint: Path, vllm: VllmCommand, options: ServeOptions, folder: P
     flags += [f"--tensor-parallel-size={options.tensor_parallel}"] if options.tensor_parallel > 1 else []
     flags += [] if any((checkpoint / file).is_file() for file in _TOKENIZERS) else ["--skip-tokenizer-init"]
     flags += CPU_FLAGS if is_cpu else ()
-    skips_check = LOAD_CHECK_REFUSES_WEIGHT_ONLY_MODELOPT and _is_weight_only_modelopt(checkpoint, config)
+    skips_check = LOAD_CHECK_REFUSES_WEIGHT_ONLY and _expects_input_scales(checkpoint, config)
     flags += [*options.flags, *([] if skips_check else [LOAD_CHECK])]
     settings = own_settings(
         is_cpu, kv_cache_bytes(config, context), options.tensor_parallel, options.ready_seconds
@@ -312,15 +313,18 @@ def _refuse_own_flags(flags: tuple[str, ...]) -> None:
             raise InputError(f"{_OWN_FLAGS[name]}", where=f"--vllm-flag {name}", hint="Drop the flag")
 
 
-def _is_weight_only_modelopt(checkpoint: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint in the modelopt layout has weight-only matrices, perhaps beside others."""
+def _expects_input_scales(checkpoint: Path, config: Mapping[str, Any]) -> bool:
+    """Whether vLLM would wait for input scales of weight-only matrices: all in the modelopt layout, and experts in the
+    other. Weight-only matrices may stand beside others."""
     stored = config.get("quantization_config")
     if not isinstance(stored, Mapping) and (checkpoint / "hf_quant_config.json").is_file():
         stored = {
             "quant_method": "modelopt",
             **(read_json(checkpoint / "hf_quant_config.json", "").get("quantization") or {}),
         }
-    if not isinstance(stored, Mapping) or stored.get("quant_method") != "modelopt":
+    if not isinstance(stored, Mapping):
+        return False
+    if stored.get("quant_method") != "modelopt" and not share_of_experts(text_config(config)):
         return False
     groups = stored.get("config_groups")
     groups = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []

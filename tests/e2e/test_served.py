@@ -15,15 +15,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from statistics import correlation, mean
+from statistics import mean
 
 import pytest
-import torch
 import transformers
 from nvquant.serving.server import NO_LOAD_CHECK, ServerDied
 from safetensors.torch import load_file, save_file
 from support.converting import run_convert
 from support.emulation import load_emulation, token_logprobs
+from support.likelihoods import assert_close, sample_ids, sharpen
 from support.tiny_models import tiny_gemma4_text
 from support.vllm_server import kernel_of, serve, vllm_python
 
@@ -77,12 +77,6 @@ def prompt_ids(smollm2: Path) -> list[int]:
 @pytest.fixture(scope="session")
 def source_logprobs(smollm2: Path, prompt_ids: list[int]) -> list[float]:
     return token_logprobs(load_emulation(smollm2), prompt_ids)
-
-
-def assert_close(got: list[float], expected: list[float], *, nll: float = 0.15, least_correlation: float = 0.9) -> None:
-    """Compare the mean negative log-likelihoods, and how the tokens' likelihoods vary together."""
-    assert -mean(got) == pytest.approx(-mean(expected), abs=nll)
-    assert correlation(got, expected) > least_correlation
 
 
 @pytest.mark.parametrize(
@@ -216,27 +210,6 @@ def test_a_server_takes_the_scales_of_the_kv_cache(
     differences = [abs(got - expected) for got, expected in zip(served, emulated, strict=True)]
     assert mean(differences) < 0.3  # 0.17 on the shorter text, 0.05 with a BF16 cache, 3.2 with unit scales
     assert_close(served, source_logprobs, nll=0.3, least_correlation=0.95)
-
-
-def sharpen(checkpoint: Path) -> None:
-    """Make a random model's predictions four times as decided.
-
-    As it is they are nearly uniform, and then no fault in any layer can change the mean likelihood.
-    """
-    for shard in checkpoint.glob("*.safetensors"):
-        tensors = load_file(shard)
-        if "model.norm.weight" in tensors:
-            tensors["model.norm.weight"] *= 4
-            save_file(tensors, shard, metadata={"format": "pt"})
-
-
-def sample_ids(model: transformers.PreTrainedModel, count: int) -> list[int]:
-    """Tokens drawn from the model itself: the only text that a random model predicts better than chance."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        start = torch.tensor([[model.config.bos_token_id]])
-        drawn = model.generate(start, do_sample=True, top_k=0, min_new_tokens=count, max_new_tokens=count)
-    return drawn[0].tolist()
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,9 @@ def test_a_server_without_tokenizer_files_is_not_asked_to_load_them(
         assert "--skip-tokenizer-init" in started(tmp_path)[0]
 
 
+WEIGHT_ONLY = {"quant_method": "compressed-tensors", "config_groups": {"g": {"input_activations": None}}}
+
+
 @pytest.mark.parametrize(
     ("quantization", "checked"),
     [
@@ -117,13 +120,19 @@ def test_a_server_without_tokenizer_files_is_not_asked_to_load_them(
             False,
         ),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"g": {"input_activations": {}}}}, True),
-        ({"quant_method": "compressed-tensors", "config_groups": {"g": {"input_activations": None}}}, True),
+        (WEIGHT_ONLY, True),
+        ({**WEIGHT_ONLY, "experts": 8}, False),
     ],
 )
 def test_the_check_for_unloaded_tensors_is_off_only_where_vllm_would_refuse_a_whole_checkpoint(
     checkpoint: Path, small_server: str, tmp_path: Path, quantization: dict[str, Any], checked: bool
 ) -> None:
-    (checkpoint / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    config = {
+        "quantization_config": quantization,
+        "num_experts": quantization.get("experts", 0),
+        "num_experts_per_tok": 2,
+    }
+    (checkpoint / "config.json").write_text(json.dumps(config))
     with serving(checkpoint, ServeOptions(vllm=small_server), tmp_path / "proof", lambda _: None) as server:
         assert any("enable_weights_track" in word for word in started(tmp_path)[0]) == checked
         assert server.notes == ([] if checked else [NO_LOAD_CHECK])

@@ -153,6 +153,18 @@ def tiny_qwen3(folder: Path, *, shards: int = 2, base: bool = False, **build: An
     return save_tiny(build_qwen3(**build), folder, tokenizer="qwen", shards=shards, base=base)
 
 
+def build_qwen3_moe(*, seed: int = 11, **changes: Any) -> PreTrainedModel:
+    """Qwen3 with 8 experts in each layer, 2 of them for each token. They are stored one by one."""
+    values = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+    config = transformers.Qwen3MoeConfig(**_plain_values("qwen", **values | changes))
+    return _build("Qwen3MoeForCausalLM", config, seed)
+
+
+def tiny_qwen3_moe(folder: Path, *, shards: int = 2, base: bool = False, **build: Any) -> Path:
+    """Write `build_qwen3_moe(**build)`; its tokenizer has no BOS."""
+    return save_tiny(build_qwen3_moe(**build), folder, tokenizer="qwen", shards=shards, base=base)
+
+
 def build_phi3(*, seed: int = 3, **changes: Any) -> PreTrainedModel:
     """Phi-3: q, k, v in one matrix and gate, up in one matrix, on disk too; untied head."""
     values = _plain_values("llama", **({"tie_word_embeddings": False} | changes))

@@ -1,4 +1,4 @@
-"""Plugin for vLLM's CPU build: linear layers of NVFP4 checkpoints, which that build refuses on its own."""
+"""Plugin for vLLM's CPU build: linear layers and experts of NVFP4 checkpoints, which that build refuses on its own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def register() -> None:
 
     if not current_platform.is_cpu():
         return
-    from .kernels import install
+    from . import experts, kernels
 
-    install()
+    kernels.install()
+    experts.install()
