@@ -24,6 +24,7 @@ from ..plan.plan import Plan, compute_plan
 from ..plan.serving import Serving
 from ..plan.serving import as_json as serving_document
 from ..recipe.load import load_recipe, shipped_recipes
+from ..weights.decoding import decoded_form
 from .machine_options import machine_options, print_conversion, read_machine
 from .options import (
     calibration_options,
@@ -152,6 +153,9 @@ def _print(
     source_bytes = sum(g.bytes_in for g in census(plan))
     rows.append(["total", "", str(plan.tensors), gigabytes(source_bytes), gigabytes(plan.tensor_bytes)])
     out.table(["part", "scheme", "tensors", "before", "after"], rows)
+    form = decoded_form(plan.source)
+    if form is not None:
+        out.tell(f"\nThe source is stored in {form}. nvquant decodes it, and writes unquantized tensors in BF16.")
     out.tell(
         f"\n{len(plan.matrices)} matrices quantized, {plan.tensor_bytes:,} bytes of tensors in "
         f"{len(plan.shards)} files."

@@ -22,6 +22,7 @@ from ..quantizers import get_quantizer
 from ..quantizers.gptq import GPTQ
 from ..stream.manifest import MANIFEST_NAME, Manifest, ResidualRecord, Run, ShardRecord, held_to
 from ..stream.memory import peak_gpu_bytes, peak_host_bytes
+from ..weights.decoding import check_scales
 from .config import output_configs
 from .device import DeviceStart
 from .engine import Engine
@@ -53,7 +54,7 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
     Args:
         calibration: None for a plan that needs none.
     Raises:
-        InputError: the plan needs a calibration, and gets none.
+        InputError: the plan needs a calibration, and gets none. A scale of a quantized source is no finite number.
         NvquantError: see each stage. Complete shards stay in the partial folder for the next run.
     """
     quantizer = get_quantizer(options.quantizer)
@@ -69,7 +70,7 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
     started = time.monotonic()
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     configs = output_configs(plan)
-    check_head(plan)
+    _check_weights(plan, options)
     run = circumstances(options, dtype, calibration)
     identity = run_identity(plan, options.quantizer, calibration, run, options.fold).as_json()
     with ExitStack() as held:
@@ -132,6 +133,14 @@ class _Begun:
     journal: Journal
     done: Mapping[str, ShardRecord]
     is_finished: bool = False
+
+
+def _check_weights(plan: Plan, options: ConvertOptions) -> None:
+    """Refuse a head, or scales of a quantized source, that would end the run later."""
+    check_head(plan)
+    with options.ranks.step():
+        if options.ranks.rank == 0:
+            check_scales(plan.source)
 
 
 def _refuse_without_samples(plan: Plan, calibration: CalibrationSet | None) -> None:

@@ -23,7 +23,7 @@ from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import Role
 from ..recipe.schema import ON_QUANTIZED_PATH, Recipe
 from .heads import refuse_other_head
-from .quantized_source import refuse_quantized
+from .quantized_source import as_computed
 
 SHARD_LIMIT_BYTES = 5_000_000_000
 
@@ -195,10 +195,10 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str,
     Args:
         quantizer: its name. None for the recipe's.
     Raises:
-        InputError: the source is quantized already, its stored head contradicts its config, it lacks code that its
-            auto_map names, or the recipe does not fit it (see `recipe.match.select`).
+        InputError: the source is quantized in a form that nvquant does not decode, its stored head contradicts its
+            config, it lacks code that its auto_map names, or the recipe does not fit it (see `recipe.match.select`).
     """
-    refuse_quantized(source, model)
+    source = as_computed(source, model)
     refuse_other_head(source, model)
     lack = lack_of_code(source.folder)
     if lack is not None:

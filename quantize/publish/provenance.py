@@ -139,6 +139,8 @@ def source_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
     if provenance.commit is not None:
         yield "Source's commit", provenance.commit
     form = provenance.form
+    if form is not None and form.source.decoded is not None:
+        yield "Source's form", f"{form.source.decoded}, decoded before quantization"
     if form is not None and form.source.integrity is not None:
         yield "Source's integrity", form.source.integrity
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, field_serializer
 
 from ..checkpoint.json_text import read_json
+from ..checkpoint.sidefiles import MANIFEST_NAME as MANIFEST_NAME
 from ..errors import InputError
 from ..recipe.schema import Recipe
 from .distillation import DistillationRecord
@@ -33,8 +34,6 @@ from .forms import (
     Word,
 )
 from .forms import RecordForm as _Form
-
-MANIFEST_NAME = "nvquant_manifest.json"
 
 
 class HubSource(_Form):
@@ -54,9 +53,14 @@ class SourceShard(_Form):
 
 
 class Source(_Form):
-    """The source of a checkpoint."""
+    """The source of a checkpoint.
+
+    Attributes:
+        decoded: the forms that its tensors were decoded from. None for an unquantized source.
+    """
 
     hub: HubSource | None = None
+    decoded: Line | None = None
     integrity: Line | None = None
     config_sha256: Sha256 | None = None
     shards: dict[FileName, SourceShard] = Field(default_factory=dict)
