@@ -193,7 +193,8 @@ def makes_folds(plan: Plan, fold: str | None, engine: str = "nvquant") -> bool:
     """Whether a run makes exact folds.
 
     Args:
-        fold: one of `FOLDS`. None for the recipe's choice, or else the quantizer's.
+        fold: one of `FOLDS`. None for the recipe's choice, or else the quantizer's. Folds would change the codes of an
+            MXFP4 source, which then is requantized, so they require a choice.
     Raises:
         InputError: an unknown choice, or one that the run cannot make.
     """
@@ -210,7 +211,8 @@ def makes_folds(plan: Plan, fold: str | None, engine: str = "nvquant") -> bool:
             where="--fold",
             hint="Use --fold off, or a recipe with quantized inputs",
         )
-    is_wanted = get_quantizer(plan.quantizer).folds if chosen is None else chosen == "auto"
+    keeps_codes = "MXFP4" in plan.casts.values()
+    is_wanted = (get_quantizer(plan.quantizer).folds and not keeps_codes) if chosen is None else chosen == "auto"
     return is_wanted and plan.needs_calibration and engine == "nvquant"
 
 

@@ -156,6 +156,9 @@ def _print(
     form = decoded_form(plan.source)
     if form is not None:
         out.tell(f"\nThe source is stored in {form}. nvquant decodes it, and writes unquantized tensors in BF16.")
+    if plan.casts:
+        forms = " and ".join(sorted(set(plan.casts.values())))
+        out.tell(f"{len(plan.casts):,} of the quantized matrices keep their {forms} codes.")
     out.tell(
         f"\n{len(plan.matrices)} matrices quantized, {plan.tensor_bytes:,} bytes of tensors in "
         f"{len(plan.shards)} files."

@@ -103,6 +103,7 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
         layers_resumed=len(plan.layers) if begun.is_finished else _layers_in(begun.done),
         was_finished=begun.is_finished,
         error_feedback=_error_feedback(made),
+        casts=_casts(made),
         phases={phase: round(seconds, 3) for phase, seconds in options.trace.phases().items()},
     )
 
@@ -119,6 +120,15 @@ def _error_feedback(manifest: Manifest) -> dict[str, int] | None:
         "outgrown": sum(record.outgrown_blocks > 0 for record in records),
         "outgrown_blocks": sum(record.outgrown_blocks for record in records),
     }
+
+
+def _casts(manifest: Manifest) -> dict[str, int] | None:
+    """See `ConvertResult.casts`."""
+    casts = [(len(g.record.members), g.record.cast) for g in manifest.groups.values() if g.record.cast is not None]
+    if not casts:
+        return None
+    counts = {key: sum(getattr(cast, key) for _, cast in casts) for key in ("blocks", "shifted", "rounded")}
+    return {"matrices": sum(number for number, _ in casts), **counts}
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,13 @@ def _own_manifest(subject: Subject) -> Manifest:
             where=subject.folder,
             hint="convert the source with nvquant first",
         )
+    casts = [group.record.cast for group in manifest.groups.values() if group.record.cast is not None]
+    if any(cast.exponent is not None for cast in casts):
+        raise InputError(
+            f"{subject.folder} keeps the codes and scales of its MXFP4 source, which distillation would change",
+            where=subject.folder,
+            hint="use the checkpoint without distillation",
+        )
     unsound = [fault for matrix in subject.matrices.values() for fault in matrix.faults]
     if unsound or not subject.matrices:
         raise InputError(

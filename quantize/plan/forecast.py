@@ -208,6 +208,7 @@ def as_json(plan: Plan, memory: Memory) -> dict[str, Any]:
         "model": plan.model,
         "commit": None if plan.source.hub is None else plan.source.hub.commit,
         "source_form": decoded_form(plan.source),
+        "casts": len(plan.casts),
         "recipe": plan.recipe.name,
         "format": plan.layout.name,
         "tensors": plan.tensors,

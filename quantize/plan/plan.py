@@ -22,6 +22,7 @@ from ..recipe.match import Selection, select
 from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import Role
 from ..recipe.schema import ON_QUANTIZED_PATH, Recipe
+from ..weights.encoded import group_form
 from .heads import refuse_other_head
 from .quantized_source import as_computed
 
@@ -139,6 +140,16 @@ class Plan:
         """The fused groups of decoder layers with a choice of block scales, which is for the quantizer of the run."""
         inner = {matrix.name for matrix in self.inner_matrices if matrix.scheme.has_block_scales}
         return [group for group in self.groups if group.members[0] in inner]
+
+    @cached_property
+    def casts(self) -> Mapping[str, str]:
+        """The forms of the matrices that keep the codes of a quantized source, if no fold changes them, by name."""
+        found = {}
+        for group in self.groups:
+            matrices = [self.matrices[module] for module in group.members]
+            form = None if self.head in matrices else group_form(self.source, matrices)
+            found.update({} if form is None else dict.fromkeys(group.members, form))
+        return found
 
     @property
     def inner_matrices(self) -> list[Matrix]:

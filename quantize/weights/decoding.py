@@ -235,10 +235,15 @@ def read_rows(raw: Checkpoint, coded: Coded, first: int, last: int) -> StoredRow
     raw.read_into(coded.codes.name, tensor_bytes(codes), first * row_bytes)
     begin, end = coded.scale_range(first, last)
     scalar = None if coded.scalar is None else raw.read(coded.scalar.name)
-    return StoredRows(coded, first, codes, _scale_rows(raw, coded, begin, end), scalar)
+    return StoredRows(coded, first, codes, scale_rows(raw, coded, begin, end), scalar)
 
 
-def _scale_rows(raw: Checkpoint, coded: Coded, begin: int, end: int) -> Tensor:
+def scale_rows(raw: Checkpoint, coded: Coded, begin: int, end: int) -> Tensor:
+    """Rows of scales of a coded tensor, counted through the stack, in their dtype.
+
+    Raises:
+        InputError: they cannot be read.
+    """
     import torch
 
     scales = torch.empty((end - begin, coded.scale_cols), dtype=torch_dtype(coded.scales.dtype))
@@ -250,4 +255,4 @@ def _scale_rows(raw: Checkpoint, coded: Coded, begin: int, end: int) -> Tensor:
 def _all_scales(raw: Checkpoint, coded: Coded) -> Iterator[Tensor]:
     rows, height = coded.matrices * coded.scale_rows, max(1, _SCALE_ELEMENTS // coded.scale_cols)
     for begin in range(0, rows, height):
-        yield _scale_rows(raw, coded, begin, min(rows, begin + height))
+        yield scale_rows(raw, coded, begin, min(rows, begin + height))

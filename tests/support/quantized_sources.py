@@ -178,3 +178,33 @@ def edit_source(folder: Path, edit: Callable[[Stored], object], shards: int = 2)
 def in_layers(name: str) -> bool:
     """The linear layers of a decoder."""
     return ".layers." in name and name.endswith("_proj.weight")
+
+
+def mxfp4_form(
+    claim: Mapping[str, Any], *, names: tuple[str, str] = ("weight_packed", "weight_scale"), **how: Any
+) -> Form:
+    """MXFP4.
+
+    Args:
+        names: of codes and scales.
+        how: `shape` gives codes and scales the form that is stored, `dtype` the scales theirs, `spread` makes the
+            exponents of neighbouring blocks differ.
+    """
+    shape, dtype, spread_of = how.get("shape"), how.get("dtype", torch.uint8), how.get("spread", 0)
+
+    def encode(matrix: Tensor) -> Stored:
+        blocks = matrix.double().unflatten(1, (-1, 32))
+        exponents = (blocks.abs().amax(-1).clamp(min=2.0**-60).log2().floor() - 2).int()
+        if spread_of:
+            exponents -= torch.arange(exponents.numel()).reshape(exponents.shape).int() % (spread_of + 1)
+        codes = nearest_e2m1(blocks / exponents.double().exp2().unsqueeze(-1)).flatten(1)
+        scales = (exponents + 127).to(torch.uint8)
+        stored = {names[0]: packed(codes), names[1]: scales.view(dtype)}
+        return stored if shape is None else {name: shape(name, tensor) for name, tensor in stored.items()}
+
+    def decode(stored: Stored) -> Tensor:
+        rows, exponents = stored[names[0]].shape[0], stored[names[1]].view(torch.uint8).double() - 127
+        values = E2M1[unpacked(stored[names[0]].view(torch.uint8).reshape(rows, -1))]
+        return (values.unflatten(1, (-1, 32)) * exponents.exp2().unsqueeze(-1)).flatten(1).bfloat16()
+
+    return Form(encode, decode, claim)

@@ -13,7 +13,7 @@ from nvquant.checkpoint.source import open_checkpoint, tensor_bytes
 from nvquant.errors import InputError
 from nvquant.weights.decoding import decoded, decoded_form, stored_bytes
 from safetensors.torch import save_file
-from support.quantized_sources import Form, Stored, fp8_form
+from support.quantized_sources import Form, Stored, fp8_form, mxfp4_form
 from torch import Tensor
 
 ROWS, COLS = 320, 192  # 2.5 and 1.5 blocks of 128
@@ -43,6 +43,23 @@ FP8_FORMS = {
     ),
     "one scale with an axis": fp8_form(None, FP8, shape=torch.flatten, extras={"activation_scale": torch.ones(1)}),
     "MXFP8": fp8_form((1, 32), {"quant_method": "modelopt"}, name="weight_scale", dtype=torch.uint8),
+}
+
+
+MXFP4_FORMS = {
+    "compressed-tensors": mxfp4_form(CT | {"format": "mxfp4-pack-quantized"}),
+    "under E8M0 by dtype": mxfp4_form(CT | {"format": "mxfp4-pack-quantized"}, dtype=E8M0),
+    "blocks of gpt-oss": mxfp4_form(
+        {"quant_method": "mxfp4"},
+        names=("weight_blocks", "weight_scales"),
+        shape=lambda name, tensor: tensor.unflatten(1, (-1, 16)) if name.endswith("blocks") else tensor,
+    ),
+    "bytes of DeepSeek V4": mxfp4_form(
+        FP8 | {"expert_dtype": "fp4"},
+        names=("weight", "scale"),
+        dtype=E8M0,
+        shape=lambda name, tensor: tensor.view(torch.int8) if name == "weight" else tensor,
+    ),
 }
 
 
@@ -101,6 +118,35 @@ def test_fp8_is_decoded(form: str, tmp_path: Path) -> None:
     folder, wanted = stored_in(tmp_path / "model", FP8_FORMS[form], matrix())
     assert len(wanted.unique()) > 200
     is_decoded(folder, wanted, "MXFP8" if form == "MXFP8" else "FP8")
+
+
+@pytest.mark.parametrize("form", MXFP4_FORMS)
+def test_mxfp4_is_decoded_exactly(form: str, tmp_path: Path) -> None:
+    folder, wanted = stored_in(tmp_path / "model", MXFP4_FORMS[form], matrix())
+    assert len(wanted.unique()) > 50
+    is_decoded(folder, wanted, "MXFP4")
+
+
+def test_the_experts_of_gpt_oss_are_decoded_with_rows_and_columns_exchanged(tmp_path: Path) -> None:
+    """Against transformers' own dequantization, whose rows are the model's."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    form, name = MXFP4_FORMS["blocks of gpt-oss"], "model.layers.0.mlp.experts.gate_up_proj"
+    stored = [form.encode(matrix(seed=seed)) for seed in range(3)]
+    blocks, scales = (torch.stack([one[end] for one in stored]) for end in ("weight_blocks", "weight_scales"))
+    wanted = convert_moe_packed_tensors(blocks, scales)
+    assert wanted.shape == (3, COLS, ROWS)
+    tensors = {f"{name}_blocks": blocks, f"{name}_scales": scales, f"{name}_bias": torch.ones(3, ROWS)}
+    source = decoded(open_checkpoint(folder_of(tmp_path / "model", tensors, {"quant_method": "mxfp4"})))
+    assert set(source.infos()) == {name, f"{name}_bias"}
+    assert torch.equal(source.read(name), wanted)
+    assert torch.equal(source.read_rows(name, [2, 0]), wanted[[2, 0]])
+    whole = bytes(tensor_bytes(wanted.contiguous()))
+    one = 2 * COLS * ROWS
+    for begin, end in ((5, 7), (one - 3, one + 3), (777, 2 * one + 9)):
+        buffer = memoryview(bytearray(end - begin))
+        source.read_into(name, buffer, begin)
+        assert bytes(buffer) == whole[begin:end]
 
 
 def test_a_stack_of_fp8_matrices_is_decoded(tmp_path: Path) -> None:
