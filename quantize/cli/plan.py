@@ -24,7 +24,7 @@ from ..plan.plan import Plan, compute_plan
 from ..plan.serving import Serving
 from ..plan.serving import as_json as serving_document
 from ..recipe.load import load_recipe, shipped_recipes
-from ..weights.decoding import decoded_form
+from ..weights.decoding import form_notes
 from .machine_options import machine_options, print_conversion, read_machine
 from .options import (
     calibration_options,
@@ -153,9 +153,8 @@ def _print(
     source_bytes = sum(g.bytes_in for g in census(plan))
     rows.append(["total", "", str(plan.tensors), gigabytes(source_bytes), gigabytes(plan.tensor_bytes)])
     out.table(["part", "scheme", "tensors", "before", "after"], rows)
-    form = decoded_form(plan.source)
-    if form is not None:
-        out.tell(f"\nThe source is stored in {form}. nvquant decodes it, and writes unquantized tensors in BF16.")
+    for note in form_notes(plan.source):
+        out.tell(f"\n{note}")
     if plan.casts:
         forms = " and ".join(sorted(set(plan.casts.values())))
         out.tell(f"{len(plan.casts):,} of the quantized matrices keep their {forms} codes.")

@@ -65,6 +65,12 @@ class Claim:
         groups = [numbers for numbers in self._groups() if numbers.get("type", "int") == "int"]
         return frozenset(bits for numbers in groups if type(bits := numbers.get("num_bits")) is int)
 
+    @property
+    def groups_of_integers(self) -> frozenset[int]:
+        """Columns under one scale that it declares for integers."""
+        groups = [numbers for numbers in self._groups() if numbers.get("type", "int") == "int"]
+        return frozenset(size for numbers in groups if type(size := numbers.get("group_size")) is int and size > 0)
+
     def refuse_other_forms(self, model: str) -> None:
         """Refuse settings under which a tensor is more than codes and scales.
 

@@ -168,6 +168,18 @@ def check_scales(source: Checkpoint) -> None:
             )
 
 
+def form_notes(source: Checkpoint) -> Iterator[str]:
+    """Sentences on a quantized source: its form, and what follows from it for the output."""
+    form = decoded_form(source)
+    if form is None:
+        return
+    yield f"The source is stored in {form}. nvquant decodes it, and writes unquantized tensors in BF16."
+    if "INT4" in form:
+        yield "INT4 and NVFP4 have other levels, so this conversion adds an error of its own. Measure it with verify."
+    if "NVFP4" in form:
+        yield "Matrices in NVFP4 are quantized again. To change the layout alone, use `nvquant relayout`."
+
+
 def stored_bytes(source: Checkpoint, name: str) -> int:
     """Bytes of a tensor of a source in its files, with its companions."""
     content = source.content

@@ -155,9 +155,11 @@ def _integers(tensor: str, info: TensorInfo, scales: TensorInfo, claim: Claim) -
     if len(info.shape) < 2 or scales.dtype not in _FLOATS or scales.shape[:-1] != info.shape[:-1]:
         raise _unlike(tensor, info, scales)
     cols, groups = info.shape[-1] * (32 // min(bits)), scales.shape[-1]
-    if not groups or cols % groups:
+    fitting = [size for size in claim.groups_of_integers if -(-cols // size) == groups]
+    if not fitting and (not groups or cols % groups):
         raise _unlike(tensor, info, scales)
-    return Coded(tensor, form, (*info.shape[:-1], cols), info, scales, (1, cols // groups))
+    grid = (1, fitting[0] if fitting else cols // groups)
+    return Coded(tensor, form, (*info.shape[:-1], cols), info, scales, grid)
 
 
 def _nvfp4(tensor: str, info: TensorInfo, scales: TensorInfo, scalar: TensorInfo | None, is_divisor: bool) -> Coded:

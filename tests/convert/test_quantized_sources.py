@@ -4,6 +4,7 @@ output against the quantized source itself."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -44,11 +45,16 @@ from support.conversions import (
 )
 from support.hub_models import hub_for_this_process
 from support.hub_server import HubServer
-from support.quantized_sources import Form, fp8_form, in_layers, write_source, write_twin
+from support.quantized_sources import Form, fp8_form, in_layers, integer_form, nvfp4_form, write_source, write_twin
 from support.tiny_models import save_tiny, tiny_llama
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
 BLOCKS = fp8_form((128, 128), FP8)
+INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}}},
+}
 FORMS = {
     "FP8 blocks": BLOCKS,
     "FP8 blocks under UE8M0": fp8_form((128, 128), FP8, name="scale", dtype=torch.float8_e8m0fnu),
@@ -62,6 +68,11 @@ FORMS = {
         shape=lambda scales: scales.reshape(()),
         extras={"input_scale": torch.tensor(0.25)},
     ),
+}
+OTHERS = {
+    "INT4": integer_form(4, 32, INT4),
+    "NVFP4": nvfp4_form({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, is_modelopt=False),
+    "NVFP4 of modelopt": nvfp4_form({"quant_method": "modelopt", "quant_algo": "NVFP4"}, is_modelopt=True),
 }
 Made = Callable[[str], tuple[Path, Path]]
 
@@ -82,8 +93,8 @@ def made(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     def get(name: str) -> tuple[Path, Path]:
         source, twin = root / f"{name}-source", root / f"{name}-twin"
         if not source.exists():
-            write_source(wide, source, FORMS[name], in_layers)
-            write_twin(wide, twin, FORMS[name], in_layers)
+            write_source(wide, source, (FORMS | OTHERS)[name], in_layers)
+            write_twin(wide, twin, (FORMS | OTHERS)[name], in_layers)
         return source, twin
 
     return get
@@ -129,6 +140,37 @@ def test_a_quantized_source_gives_the_bytes_of_its_twin(name: str, layout: str, 
     assert manifest["source"]["decoded"] == "FP8"
     is_proved(output, source)
     has_no_trace_of(FORMS[name], output)
+
+
+@pytest.mark.parametrize("layout", [COMPRESSED_TENSORS, MODELOPT])
+@pytest.mark.parametrize("name", OTHERS)
+def test_int4_and_nvfp4_sources_give_the_bytes_of_their_twins(
+    name: str, layout: str, made: Made, tmp_path: Path
+) -> None:
+    """Names of the source's companions occur in the output too, so every part of it is nvquant's own."""
+    source, twin = made(name)
+    output = converted(source, tmp_path / "out", "nvfp4", layout, "mse")
+    same_but_for_the_source(output, converted(twin, tmp_path / "twin", "nvfp4", layout, "mse"))
+    manifest = json.loads((output / MANIFEST_NAME).read_text())
+    assert manifest["source"]["decoded"] == name.partition(" ")[0]
+    is_proved(output, source)
+    kept = [key for key in tensors_in(output) if ".self_attn." in key]
+    assert sorted(kept) == [f"model.layers.{n}.self_attn.{p}_proj.weight" for n in range(3) for p in "koqv"]
+
+
+def test_hf_quant_config_alone_claims_modelopt(made: Made, tmp_path: Path) -> None:
+    """NVIDIA publishes such models. The file does not come along."""
+    source, twin = made("NVFP4 of modelopt")
+    alone = tmp_path / "source"
+    shutil.copytree(source, alone)
+    config = json.loads((alone / "config.json").read_text())
+    config.pop("quantization_config")
+    (alone / "config.json").write_text(json.dumps(config, indent=2))
+    (alone / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    output = converted(alone, tmp_path / "out", "nvfp4-a16")
+    left, right = contents(output), contents(converted(twin, tmp_path / "twin", "nvfp4-a16"))
+    assert {name for name in left if left[name] != right.get(name)} == {MANIFEST_NAME}
+    is_proved(output, alone)
 
 
 def test_attention_that_the_recipe_leaves_is_written_in_bf16(made: Made, tmp_path: Path) -> None:

@@ -208,3 +208,56 @@ def mxfp4_form(
         return (values.unflatten(1, (-1, 32)) * exponents.exp2().unsqueeze(-1)).flatten(1).bfloat16()
 
     return Form(encode, decode, claim)
+
+
+def integer_form(bits: int, group: int, claim: Mapping[str, Any]) -> Form:
+    """compressed-tensors' symmetric integers, packed into words of 32 bits, the first in the lowest bits."""
+    half, each = 1 << (bits - 1), 32 // bits
+
+    def encode(matrix: Tensor) -> Stored:
+        scales = (block_amax(matrix.float(), (1, group)) / (half - 1)).clamp(min=2.0**-100).bfloat16()
+        steps = under(scales.double(), tuple(matrix.shape), (1, group))
+        codes = (matrix.double() / steps).round().clamp(-half, half - 1).long() + half
+        words = sum(codes[:, at::each] << (bits * at) for at in range(each))
+        assert isinstance(words, Tensor)
+        return {
+            "weight_packed": torch.where(words >= 1 << 31, words - (1 << 32), words).int(),
+            "weight_scale": scales,
+            "weight_shape": torch.tensor(matrix.shape),
+        }
+
+    def decode(stored: Stored) -> Tensor:
+        words = stored["weight_packed"].long() & 0xFFFFFFFF
+        codes = torch.zeros(words.shape[0], each * words.shape[1], dtype=torch.long)
+        for at in range(each):
+            codes[:, at::each] = (words >> (bits * at)) & (2 * half - 1)
+        return product(codes - half, under(stored["weight_scale"], tuple(codes.shape), (1, group)))
+
+    return Form(encode, decode, claim)
+
+
+def nvfp4_form(claim: Mapping[str, Any], *, is_modelopt: bool) -> Form:
+    """NVFP4 in either layout, with input scales."""
+    names = (
+        ("weight", "weight_scale", "weight_scale_2", "input_scale")
+        if is_modelopt
+        else (*("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),)
+    )
+
+    def encode(matrix: Tensor) -> Stored:
+        amax = matrix.float().abs().max()
+        divisor = 2688 / amax
+        scales = (block_amax(matrix.float(), (1, 16)) / 6 * divisor.double()).clamp(2.0**-9, 448)
+        stored = scales.float().to(torch.float8_e4m3fn)
+        steps = under(stored.float().double() / divisor.double(), tuple(matrix.shape), (1, 16))
+        scalar = (amax / 2688).reshape(()) if is_modelopt else divisor.reshape(1)
+        parts = (packed(nearest_e2m1(matrix.double() / steps)), stored, scalar, torch.ones_like(scalar))
+        return dict(zip(names, parts, strict=True))
+
+    def decode(stored: Stored) -> Tensor:
+        scales, scalar = stored[names[1]].float(), stored[names[2]]
+        steps = scales * scalar if is_modelopt else scales / scalar
+        codes = E2M1[unpacked(stored[names[0]])]
+        return product(codes, under(steps, tuple(codes.shape), (1, 16)))
+
+    return Form(encode, decode, claim)

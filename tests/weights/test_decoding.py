@@ -11,9 +11,9 @@ import pytest
 import torch
 from nvquant.checkpoint.source import open_checkpoint, tensor_bytes
 from nvquant.errors import InputError
-from nvquant.weights.decoding import decoded, decoded_form, stored_bytes
+from nvquant.weights.decoding import check_scales, decoded, decoded_form, stored_bytes
 from safetensors.torch import save_file
-from support.quantized_sources import Form, Stored, fp8_form, mxfp4_form
+from support.quantized_sources import Form, Stored, fp8_form, integer_form, mxfp4_form, nvfp4_form
 from torch import Tensor
 
 ROWS, COLS = 320, 192  # 2.5 and 1.5 blocks of 128
@@ -60,6 +60,22 @@ MXFP4_FORMS = {
         dtype=E8M0,
         shape=lambda name, tensor: tensor.view(torch.int8) if name == "weight" else tensor,
     ),
+}
+
+
+def integers(bits: int, group: int, **changes: object) -> dict[str, object]:
+    """compressed-tensors' claim of packed integers."""
+    numbers = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": group, "symmetric": True, **changes}
+    return CT | {"format": "pack-quantized", "config_groups": {"group_0": {"targets": ["Linear"], "weights": numbers}}}
+
+
+OTHER_FORMS = {
+    "INT4 in groups of 32": ("INT4", integer_form(4, 32, integers(4, 32))),
+    "INT4 in groups that end in a part": ("INT4", integer_form(4, 128, integers(4, 128))),
+    "INT4 in rows": ("INT4", integer_form(4, COLS, integers(4, -1, strategy="channel"))),
+    "INT8 in groups of 64": ("INT8", integer_form(8, 64, integers(8, 64))),
+    "NVFP4 of compressed-tensors": ("NVFP4", nvfp4_form(CT | {"format": "nvfp4-pack-quantized"}, is_modelopt=False)),
+    "NVFP4 of modelopt": ("NVFP4", nvfp4_form({"quant_method": "modelopt", "quant_algo": "NVFP4"}, is_modelopt=True)),
 }
 
 
@@ -125,6 +141,83 @@ def test_mxfp4_is_decoded_exactly(form: str, tmp_path: Path) -> None:
     folder, wanted = stored_in(tmp_path / "model", MXFP4_FORMS[form], matrix())
     assert len(wanted.unique()) > 50
     is_decoded(folder, wanted, "MXFP4")
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_integers_and_nvfp4_are_decoded(name: str, tmp_path: Path) -> None:
+    words, form = OTHER_FORMS[name]
+    folder, wanted = stored_in(tmp_path / "model", form, matrix())
+    assert len(wanted.unique()) > 200
+    is_decoded(folder, wanted, words)
+    check_scales(decoded(open_checkpoint(folder)))
+
+
+@pytest.mark.parametrize("name", ["INT4 in groups of 32", "INT8 in groups of 64", "NVFP4 of compressed-tensors"])
+def test_compressed_tensors_decodes_alike(name: str, tmp_path: Path) -> None:
+    """By its own compressors, which compute in the scales' dtype: equal to a step of BF16."""
+    from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+
+    words, form = OTHER_FORMS[name]
+    stored = form.encode(matrix())
+    folder = folder_of(tmp_path / "model", {f"{MODULE}.{end}": tensor for end, tensor in stored.items()}, form.claim)
+    own = decoded(open_checkpoint(folder)).read(f"{MODULE}.weight")
+    if words == "NVFP4":
+        made = NVFP4PackedCompressor.decompress(stored, preset_name_to_scheme("NVFP4A16", ["Linear"]))
+    else:
+        scheme = QuantizationScheme(**form.claim["config_groups"]["group_0"])
+        made = PackedQuantizationCompressor.decompress(stored, scheme)
+    assert torch.allclose(own.float(), made["weight"].float(), rtol=2.0**-7, atol=0)
+
+
+def test_a_stored_shape_that_contradicts_is_refused(tmp_path: Path) -> None:
+    _, form = OTHER_FORMS["INT4 in groups of 32"]
+    stored = {f"{MODULE}.{end}": tensor for end, tensor in form.encode(matrix()).items()}
+    stored[f"{MODULE}.weight_shape"] = torch.tensor([ROWS, COLS - 3])
+    source = decoded(open_checkpoint(folder_of(tmp_path / "model", stored, form.claim)))
+    with pytest.raises(InputError, match="weight_shape contradicts the shapes of the codes and scales beside it"):
+        check_scales(source)
+
+
+FAULTS = {
+    "integers with a zero point": (
+        "INT4 in groups of 32",
+        {"weight_zero_point": torch.zeros(ROWS // 8, COLS // 32, dtype=torch.int32)},
+        "weight_zero_point is a part of integers that are not symmetric or in another order",
+    ),
+    "integers in another order": (
+        "INT4 in groups of 32",
+        {"weight_g_idx": torch.zeros(COLS, dtype=torch.int32)},
+        "weight_g_idx is a part of integers",
+    ),
+    "NVFP4 without its global scale": ("NVFP4 of modelopt", {"weight_scale_2": None}, "without a global scale"),
+    "packed codes without scales": ("NVFP4 of compressed-tensors", {"weight_scale": None}, "without a scale"),
+    "a global scale without its codes": (
+        "NVFP4 of compressed-tensors",
+        {"weight_packed": None},
+        "up_proj.*_scale is a scale or a part of quantized weights that the model lacks",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_other_forms_that_do_not_fit_are_refused(fault: str, tmp_path: Path) -> None:
+    name, changes, words = FAULTS[fault]
+    form = OTHER_FORMS[name][1]
+    stored = {key: tensor for key, tensor in {**form.encode(matrix()), **changes}.items() if tensor is not None}
+    folder = folder_of(tmp_path / "model", {f"{MODULE}.{end}": tensor for end, tensor in stored.items()}, form.claim)
+    with pytest.raises(InputError, match=words):
+        decoded(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize("bits", [3, 5])
+def test_integers_of_other_sizes_are_refused(bits: int, tmp_path: Path) -> None:
+    _, form = OTHER_FORMS["INT4 in groups of 32"]
+    stored = {f"{MODULE}.{end}": tensor for end, tensor in form.encode(matrix()).items()}
+    folder = folder_of(tmp_path / "model", stored, integers(bits, 32))
+    with pytest.raises(InputError, match=f"declares integers of {bits} bits, and nvquant decodes 4 or 8"):
+        decoded(open_checkpoint(folder))
 
 
 def test_the_experts_of_gpt_oss_are_decoded_with_rows_and_columns_exchanged(tmp_path: Path) -> None:
