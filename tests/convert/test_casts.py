@@ -35,6 +35,7 @@ from support.quantized_sources import (
     E2M1,
     Stored,
     edit_source,
+    fp8_form,
     in_layers,
     mxfp4_form,
     unpacked,
@@ -277,3 +278,104 @@ def test_plan_and_card_count_the_matrices_that_keep_their_codes(
     assert cast_sentence(read_provenance(output, None)) == (
         "21 matrices keep the MXFP4 codes of the source, and no value of them changed."
     )
+
+
+FP8_FORMS = {
+    "rows": fp8_form((1, 0), {"quant_method": "compressed-tensors"}, name="weight_scale", dtype=torch.bfloat16),
+    "one scale": fp8_form(
+        None,
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        name="weight_scale",
+        shape=lambda scales: scales.reshape(()),
+        extras={"input_scale": torch.tensor(0.25)},
+    ),
+    "blocks": fp8_form((128, 128), {"quant_method": "fp8"}),
+}
+
+
+@pytest.mark.parametrize("form", ["rows", "one scale"])
+def test_fp8_attention_of_an_fp8_source_stays_as_it_is(form: str, wide: Path, tmp_path: Path) -> None:
+    """Codes byte for byte, and the scale of each row; MLPs become NVFP4 as those of the twin."""
+    source = write_source(wide, tmp_path / "source", FP8_FORMS[form], in_layers)
+    twin = write_twin(wide, tmp_path / "twin", FP8_FORMS[form], in_layers)
+    output = converted(source, tmp_path / "out", "nvfp4-fp8")
+    of_twin = tensors_in(converted(twin, tmp_path / "out-twin", "nvfp4-fp8"))
+    made, stored = tensors_in(output), tensors_in(source)
+    moved = 0
+    for name, tensor in made.items():
+        if ".self_attn." not in name:
+            assert torch.equal(tensor.view(torch.uint8), of_twin[name].view(torch.uint8)), name
+        elif name.endswith("_proj.weight"):
+            assert torch.equal(tensor.view(torch.uint8), stored[name].view(torch.uint8)), name
+            moved += int((tensor.view(torch.uint8) != of_twin[name].view(torch.uint8)).sum())
+        else:
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, stored[name].float().expand_as(tensor)), name
+    assert moved > 0 or form == "rows"  # what quantizing anew would have changed
+    assert "12 with the codes of the FP8 source" in is_proved(output, source)
+    assert {cast["source"] for name, cast in casts_of(output).items() if "self_attn" in name} == {"FP8"}
+    config = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"
+
+
+def test_verify_notices_a_changed_byte_of_kept_fp8(wide: Path, tmp_path: Path) -> None:
+    source = write_source(wide, tmp_path / "source", FP8_FORMS["rows"], in_layers)
+    output = converted(source, tmp_path / "out", "nvfp4-fp8")
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        name = "model.layers.1.self_attn.o_proj.weight"
+        if name in tensors:
+            tensors[name].view(torch.uint8)[3, 4] ^= 1
+
+    report = verify_structure(broken(output, tmp_path / "broken", edit), source)
+    faults = next(check.finding.faults for check in report.checks if check.name == "weights")
+    assert faults == [
+        "model.layers.1.self_attn.o_proj: 1 bytes of codes are not those of the FP8 source (first at row 3, byte 4)"
+    ]
+
+
+@pytest.mark.parametrize(("form", "layout"), [("blocks", COMPRESSED_TENSORS), ("rows", MODELOPT), ("blocks", MODELOPT)])
+def test_fp8_that_the_layout_s_form_cannot_express_is_quantized_anew(
+    form: str, layout: str, wide: Path, tmp_path: Path
+) -> None:
+    """Scales of blocks, or of rows where the layout has one scale: the bytes are those of the twin."""
+    source = write_source(wide, tmp_path / "source", FP8_FORMS[form], in_layers)
+    twin = write_twin(wide, tmp_path / "twin", FP8_FORMS[form], in_layers)
+    output = converted(source, tmp_path / "out", "nvfp4-fp8", layout)
+    left, right = contents(output), contents(converted(twin, tmp_path / "out-twin", "nvfp4-fp8", layout))
+    assert {name for name in left if left[name] != right.get(name)} == {MANIFEST_NAME}
+    assert set(casts_of(output).values()) == {None}
+    is_proved(output, source)
+
+
+def test_plan_shows_attention_in_bf16_and_kept_in_fp8(
+    wide: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = write_source(wide, tmp_path / "source", FP8_FORMS["rows"], in_layers)
+    document = json.loads(run_command(capfd, "plan", source, "--recipe", "nvfp4", "--json").stdout)
+    other = json.loads(run_command(capfd, "plan", source, "--recipe", "nvfp4-fp8", "--json").stdout)
+    elements = 3 * (2 * 192 * 192 + 2 * 96 * 192)
+    assert document["fp8_attention"] == {
+        "matrices": 12,
+        "kept": 12,
+        "stored_bytes": elements + 2 * 3 * (192 + 96 + 96 + 192),
+        "bf16_bytes": 2 * elements,
+        "fp8_bytes": elements + 4 * 3 * (192 + 96 + 96 + 192),
+        "recipe": "nvfp4-fp8",
+    }
+    assert other["fp8_attention"] is None
+    assert (document["casts"], other["casts"]) == (0, 12)
+    assert document["tensor_bytes"] - other["tensor_bytes"] == (
+        document["fp8_attention"]["bf16_bytes"] - document["fp8_attention"]["fp8_bytes"]
+    )
+    words = run_command(capfd, "plan", source, "--recipe", "nvfp4").stdout
+    assert "12 attention matrices grow from FP8 to BF16" in words
+    assert "Recipe nvfp4-fp8 keeps their codes" in words
+    assert "12 of the quantized matrices keep their FP8 codes." in (
+        run_command(capfd, "plan", source, "--recipe", "nvfp4-fp8").stdout
+    )
+    blocks = write_source(wide, tmp_path / "blocks", FP8_FORMS["blocks"], in_layers)
+    document = json.loads(run_command(capfd, "plan", blocks, "--recipe", "nvfp4", "--json").stdout)
+    assert (document["fp8_attention"]["matrices"], document["fp8_attention"]["kept"]) == (12, 0)
+    assert "Recipe nvfp4-fp8 quantizes them to FP8" in run_command(capfd, "plan", blocks, "--recipe", "nvfp4").stdout
+    assert json.loads(run_command(capfd, "plan", wide, "--json").stdout)["fp8_attention"] is None
