@@ -18,6 +18,7 @@ LARGEST_CAST, SMALLEST_CAST = 8, -9
 MX_BLOCK = 32
 E8M0_BIAS = 127
 E8M0_NAN = 255
+_MANTISSA_BITS = 23  # of float32, below its exponent
 
 
 def decode_e8m0(stored: Tensor) -> Tensor:
@@ -30,9 +31,23 @@ def decode_e8m0(stored: Tensor) -> Tensor:
     """
     import torch
 
-    exponents = stored.view(torch.uint8).int() - E8M0_BIAS
-    values = torch.ldexp(torch.ones(exponents.shape, device=stored.device), exponents)
-    return values.masked_fill_(exponents == E8M0_NAN - E8M0_BIAS, float("nan"))
+    exponents = stored.view(torch.uint8).int()
+    values = (exponents << _MANTISSA_BITS).view(torch.float32)
+    values.masked_fill_(exponents == 0, 2.0**-E8M0_BIAS)
+    return values.masked_fill_(exponents == E8M0_NAN, float("nan"))
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """2^exponent by the bits of float32, because a device's power function may be off by an ulp.
+
+    Args:
+        exponents: int32, any shape, from -126 to 127.
+    Returns:
+        float32, the same shape.
+    """
+    import torch
+
+    return ((exponents + E8M0_BIAS) << _MANTISSA_BITS).view(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -84,11 +99,12 @@ def cast_rows(weight: Tensor, exponents: Tensor, exponent: int) -> CastRows:
     kept = wanted.clamp(SMALLEST_CAST, LARGEST_CAST)
     blocks = weight.float().unflatten(1, (-1, BLOCK))
     power = -(kept + exponent)  # in two steps, because 2^power alone may exceed float32
-    scaled = torch.ldexp(torch.ldexp(blocks, (power // 2).unsqueeze(-1)), (power - power // 2).unsqueeze(-1))
+    half = power >> 1
+    scaled = blocks * powers_of_two(half).unsqueeze(-1) * powers_of_two(power - half).unsqueeze(-1)
     codes = encode_e2m1(scaled)
     is_zero = blocks.eq(0).all(-1)
     moved = (wanted < SMALLEST_CAST) & ~is_zero
     exact = decode_e2m1(codes).eq(scaled).all(-1)
-    scales = torch.exp2(kept.float()).to(torch.float8_e4m3fn).view(torch.uint8)
+    scales = powers_of_two(kept).to(torch.float8_e4m3fn).view(torch.uint8)
     scales = scales.masked_fill(is_zero, ZERO_BLOCK_BYTE).view(torch.float8_e4m3fn)
     return CastRows(pack_codes(codes.flatten(1)), scales, int((moved & exact).sum()), int((moved & ~exact).sum()))
