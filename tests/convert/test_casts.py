@@ -379,3 +379,19 @@ def test_plan_shows_attention_in_bf16_and_kept_in_fp8(
     assert (document["fp8_attention"]["matrices"], document["fp8_attention"]["kept"]) == (12, 0)
     assert "Recipe nvfp4-fp8 quantizes them to FP8" in run_command(capfd, "plan", blocks, "--recipe", "nvfp4").stdout
     assert json.loads(run_command(capfd, "plan", wide, "--json").stdout)["fp8_attention"] is None
+
+
+def test_a_distillation_of_kept_codes_is_refused_before_and_after_the_conversion(
+    source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ("convert", source, "-o", tmp_path / "out", "--recipe", "nvfp4-a16", "--distill", "4096", "--device", "cpu")
+    ended = run_command(capfd, *words)
+    assert ended.code == 2
+    assert "keeps its MXFP4 codes and scales, and a distillation would change them. Drop the option." in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+    output = converted(source, tmp_path / "out", "nvfp4-a16")
+    words = ("distill", output, "--against", source, "-o", tmp_path / "distilled", "--device", "cpu")
+    ended = run_command(capfd, *words)
+    assert ended.code == 2
+    assert "keeps the codes and scales of its MXFP4 source, which distillation would change" in ended.stderr
+    assert not (tmp_path / "distilled").exists()

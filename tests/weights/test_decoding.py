@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from nvquant.checkpoint.headers import Header
+from nvquant.checkpoint.shard_bytes import LocalBytes
 from nvquant.checkpoint.source import open_checkpoint, tensor_bytes
 from nvquant.errors import InputError
 from nvquant.weights.decoding import check_scales, decoded, decoded_form, stored_bytes
@@ -277,6 +280,28 @@ def test_headers_alone_are_read_before_a_weight(tmp_path: Path) -> None:
     assert source.info(f"{MODULE}.weight").shape == (ROWS, COLS)
     with pytest.raises(InputError, match="changed while it was being read"):
         source.read(f"{MODULE}.weight")
+
+
+@dataclass(frozen=True)
+class Recorded(LocalBytes):
+    """Local shards that note the size of every read, by tensor."""
+
+    sizes: list[tuple[str, int]]
+
+    def fill(self, name: str, header: Header, begin: int, buffer: memoryview) -> None:
+        """See `ShardBytes`."""
+        self.sizes.append((name, len(buffer)))
+        super().fill(name, header, begin, buffer)
+
+
+def test_a_read_of_some_rows_reads_their_codes_and_scales_alone(tmp_path: Path) -> None:
+    """A piece of a large tensor takes the memory of a piece, and a remote source sends no more."""
+    folder, _ = stored_in(tmp_path / "model", FP8_FORMS["blocks"], matrix())
+    content = Recorded([])
+    source = decoded(replace(open_checkpoint(folder), content=content))
+    buffer = memoryview(bytearray(2 * COLS * 3))
+    source.read_into(f"{MODULE}.weight", buffer, 2 * COLS * 127)  # rows 127, 128 and 129 lie in two blocks
+    assert content.sizes == [(f"{MODULE}.weight", 3 * COLS), (f"{MODULE}.weight_scale_inv", 2 * 2 * 4)]
 
 
 def test_scales_of_a_cache_are_dropped_and_an_unquantized_neighbour_stays(tmp_path: Path) -> None:
