@@ -121,6 +121,12 @@ class Conversion:
         )
         from ..stream.trace import prepare_folder
 
+        if request.distill is not None and "MXFP4" in self.plan.casts.values():
+            raise InputError(
+                f"{self.plan.model} keeps its MXFP4 codes and scales, and a distillation would change them",
+                where="--distill",
+                hint="Drop the option",
+            )
         self._fold = makes_folds(self.plan, request.fold, request.engine)
         self.target = output_of(request, self.plan.source.name, recipe.name)
         self.is_first = True

@@ -13,6 +13,7 @@ from ..format.layouts import FORMAT_NAMES, LAYOUTS, Layout
 from ..plan.plan import Plan, compute_plan
 from ..recipe.load import load_recipe
 from ..recipe.schema import FoldName, Recipe
+from ..weights.decoding import form_notes
 
 if TYPE_CHECKING:
     from ..calibrate.samples import CalibrationSet
@@ -144,13 +145,16 @@ def make_plan(
 
     Args:
         quantizer: its name. None for the recipe's.
-        say: called with a sentence about an adapter beside the model.
+        say: called with sentences about an adapter beside the model, and about a quantized source.
     Raises:
         InputError: see `open_model`, `load_recipe` and `compute_plan`.
     """
     found, layout = as_recipe(recipe), as_layout(format_name)
     source, name = open_source(model, revision, low_disk, pin, say=say)
-    return compute_plan(source, found, layout, name, as_quantizer(quantizer, found))
+    plan = compute_plan(source, found, layout, name, as_quantizer(quantizer, found))
+    for note in form_notes(plan.source):
+        say(note)
+    return plan
 
 
 def open_source(
@@ -193,7 +197,8 @@ def makes_folds(plan: Plan, fold: str | None, engine: str = "nvquant") -> bool:
     """Whether a run makes exact folds.
 
     Args:
-        fold: one of `FOLDS`. None for the recipe's choice, or else the quantizer's.
+        fold: one of `FOLDS`. None for the recipe's choice, or else the quantizer's. Folds would change the codes of an
+            MXFP4 source, which then is requantized, so they require a choice.
     Raises:
         InputError: an unknown choice, or one that the run cannot make.
     """
@@ -210,7 +215,8 @@ def makes_folds(plan: Plan, fold: str | None, engine: str = "nvquant") -> bool:
             where="--fold",
             hint="Use --fold off, or a recipe with quantized inputs",
         )
-    is_wanted = get_quantizer(plan.quantizer).folds if chosen is None else chosen == "auto"
+    keeps_codes = "MXFP4" in plan.casts.values()
+    is_wanted = (get_quantizer(plan.quantizer).folds and not keeps_codes) if chosen is None else chosen == "auto"
     return is_wanted and plan.needs_calibration and engine == "nvquant"
 
 

@@ -96,8 +96,9 @@ def push_converted(checkpoint: Path, source: Checkpoint, repo: str, progress: Pr
     from ..checkpoint.hub.shards import RemoteShards
     from ..publish.proof import prove
     from ..publish.push import PushRequest, push
+    from ..weights.decoding import shards_below
 
-    is_kept = not isinstance(source.content, RemoteShards)
+    is_kept = not isinstance(shards_below(source), RemoteShards)
     if not is_kept:
         command = shell(["nvquant", "push", argument(checkpoint), repo, "--against", argument(source.name)])
         say(f"Numbers are not measured, because --low-disk kept no weights. To add them to the card, run `{command}`.")

@@ -35,6 +35,8 @@ SIDE_FILE_PATTERNS = (
     "USE_POLICY*",
 )
 TEMPLATE_FOLDER = "additional_chat_templates"
+MANIFEST_NAME = "nvquant_manifest.json"
+"""nvquant's record of a conversion, which no source has."""
 
 
 def side_files(folder: Path) -> list[str]:

@@ -182,6 +182,14 @@ def _say(result: ConvertResult, profile: Path | None, out: Output) -> None:
         out.say(f"Distilled with {distillation_words(result.distillation)}.")
     if result.was_finished:
         out.say("An equal run has already written this output. To rebuild it, use --restart.")
+    casts = result.casts
+    if casts is not None:
+        out.say(
+            f"{casts['matrices']:,} matrices keep the codes of the source. {casts['rounded']:,} of their "
+            f"{casts['blocks']:,} blocks were requantized, because the span of their exponents is too wide."
+            if casts["rounded"]
+            else f"{casts['matrices']:,} matrices keep the codes of the source, and no value of them changed."
+        )
     feedback = result.error_feedback
     if feedback is not None and (feedback["more_damping"] or feedback["outgrown"]):
         out.say(

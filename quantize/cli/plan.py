@@ -18,12 +18,14 @@ from ..plan.conversion import Conversion, forecast_conversion
 from ..plan.conversion import as_json as time_document
 from ..plan.forecast import Memory, census, fits, forecast_memory, serving_bytes
 from ..plan.forecast import as_json as plan_document
+from ..plan.fp8_attention import fp8_attention
 from ..plan.head_cost import head_cost
 from ..plan.machines import Disk
 from ..plan.plan import Plan, compute_plan
 from ..plan.serving import Serving
 from ..plan.serving import as_json as serving_document
 from ..recipe.load import load_recipe, shipped_recipes
+from ..weights.decoding import form_notes
 from .machine_options import machine_options, print_conversion, read_machine
 from .options import (
     calibration_options,
@@ -131,6 +133,8 @@ def _document(
     document["calibration"] = asdict(size) if plan.needs_calibration else None
     cost = head_cost(plan)
     document["head"] = None if cost is None else asdict(cost)
+    attention = fp8_attention(plan)
+    document["fp8_attention"] = None if attention is None else asdict(attention)
     document["time"] = None if conversion is None else time_document(conversion)
     document["missing_packages"] = list(_missing_packages(plan))
     if serving is not None:
@@ -152,13 +156,18 @@ def _print(
     source_bytes = sum(g.bytes_in for g in census(plan))
     rows.append(["total", "", str(plan.tensors), gigabytes(source_bytes), gigabytes(plan.tensor_bytes)])
     out.table(["part", "scheme", "tensors", "before", "after"], rows)
+    for note in form_notes(plan.source):
+        out.tell(f"\n{note}")
+    if plan.casts:
+        forms = " and ".join(sorted(set(plan.casts.values())))
+        out.tell(f"{len(plan.casts):,} of the quantized matrices keep their {forms} codes.")
     out.tell(
         f"\n{len(plan.matrices)} matrices quantized, {plan.tensor_bytes:,} bytes of tensors in "
         f"{len(plan.shards)} files."
     )
-    cost = head_cost(plan)
-    if cost is not None:
-        out.tell(cost.words)
+    for cost in (head_cost(plan), fp8_attention(plan)):
+        if cost is not None:
+            out.tell(cost.words)
     if plan.needs_calibration:
         out.tell(f"Calibration takes {size.words}.")
     if conversion is None:

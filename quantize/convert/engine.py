@@ -23,6 +23,7 @@ from ..stream.manifest import LayerRecord, ShardRecord
 from ..stream.memory import give_back_free_memory
 from ..stream.reading import LayerReader, LoadedLayer
 from ..stream.writing import ShardWriter
+from ..weights.decoding import shards_below
 from .copying import Copies
 from .folding import Folding
 from .head import HeadMaker, head_maker
@@ -162,7 +163,11 @@ class Engine:
                 with lockstep.step():
                     loaded = next(layers, None)
             except NvquantError:
-                if walk is not None and behind is not None and isinstance(self._plan.source.content, RemoteShards):
+                if (
+                    walk is not None
+                    and behind is not None
+                    and isinstance(shards_below(self._plan.source), RemoteShards)
+                ):
                     writer.finish()  # only behind layers that are whole can a run go on
                     snapshots.take(behind, walk.hidden)
                 raise

@@ -16,6 +16,7 @@ from ..checkpoint.source import Checkpoint
 from ..plan.plan import Plan
 from ..stream.forms import CalibrationRecord
 from ..stream.manifest import HubSource, Identity, Run, Source, SourceShard
+from ..weights.decoding import decoded_form
 
 
 def run_identity(
@@ -56,13 +57,16 @@ def calibration_record(calibration: CalibrationSet) -> CalibrationRecord:
 def source_identity(source: Checkpoint) -> Source:
     """The identity of the source. A model on the Hub has its name, its commit, its published hashes and the kind of
     integrity that was proved. A folder has each shard's size, modification time and header hash. Both have the hash of
-    config.json.
+    config.json, and a quantized source has the forms that it is decoded from.
     """
+    form = decoded_form(source)
+    known: dict[str, Any] = {} if form is None else {"decoded": form}
     config = hashlib.sha256(read_regular(source.folder / "config.json", source.folder)).hexdigest()
     if source.hub is not None:
         files = {name: source.hub.files[name] for name in source.shards}
         return Source(
             hub=HubSource(id=source.hub.repo, commit=source.hub.commit),
+            **known,
             integrity=source.content.integrity,
             config_sha256=config,
             shards={name: SourceShard(bytes=file.size, etag=file.etag) for name, file in files.items()},
@@ -73,7 +77,7 @@ def source_identity(source: Checkpoint) -> Source:
         read_range(header.path, 0, memoryview(head), header)
         digest = hashlib.sha256(head).hexdigest()
         shards[name] = SourceShard(bytes=header.file_bytes, mtime_ns=header.mtime_ns, header_sha256=digest)
-    return Source(config_sha256=config, shards=shards)
+    return Source(**known, config_sha256=config, shards=shards)
 
 
 def difference(found: Mapping[str, Any], identity: Mapping[str, Any], path: str = "") -> str | None:

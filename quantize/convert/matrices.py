@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -21,13 +21,15 @@ from ..format.marlin import count_flushed_blocks, scale_histogram
 from ..format.schemes import Part, Scheme
 from ..plan.plan import Plan
 from ..quantizers import quantizer_for
-from ..quantizers.base import GroupInputs, Quantizer
+from ..quantizers.base import GroupInputs, QuantizedGroup, Quantizer
+from ..quantizers.casts import cast_group
 from ..recipe.groups import FusedGroup
 from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import Role
 from ..reshape.reshaping import UNCHANGED, Reshaping
 from ..stream.manifest import GroupRecord, InputRecord
 from ..stream.scalars import scalar_values
+from ..weights.encoded import encoded, group_form
 
 _EMBEDDINGS = frozenset({Role.EMBEDDING, Role.PER_LAYER_INPUT})
 
@@ -101,7 +103,8 @@ def quantize_group(
     quantizer: Quantizer,
     reshaping: Reshaping = UNCHANGED,
 ) -> GroupOutput:
-    """Quantize a fused group. Its scalars follow from the record (`group_scalars`).
+    """Quantize a fused group, or cast it where a quantized source has all of its codes. Its scalars follow from the
+    record (`group_scalars`).
 
     Args:
         weights: the members' tensors by source name, in their stored dtype, on one device.
@@ -115,7 +118,9 @@ def quantize_group(
     members = [plan.matrices[module] for module in group.members]
     scheme = members[0].scheme
     given = reshaped_weights(members, weights, reshaping)
-    made = quantizer_for(scheme.name, quantizer).quantize(members, given, inputs)
+    made = None if any(map(reshaping.changes, group.members)) else _cast(plan, members, given)
+    if made is None:
+        made = quantizer_for(scheme.name, quantizer).quantize(members, given, inputs)
     tensors: dict[str, Tensor] = {}
     histogram = torch.zeros(256, dtype=torch.int64)
     for matrix in members:
@@ -131,7 +136,17 @@ def quantize_group(
         facts["marlin_flushed_blocks"] = count_flushed_blocks(histogram)
     if made.feedback is not None:
         facts["feedback"] = made.feedback
+    if made.cast is not None:
+        facts["cast"] = made.cast
     return GroupOutput(tensors, made.parts, GroupRecord(**facts))
+
+
+def _cast(plan: Plan, members: Sequence[Matrix], weights: Sequence[Tensor]) -> QuantizedGroup | None:
+    """The group with the codes of its source, or None where they cannot stay."""
+    if group_form(plan.source, members) is None:
+        return None
+    scales = [encoded(plan.source, matrix) for matrix in members]
+    return cast_group(members, weights, [own for own in scales if own is not None])
 
 
 def reshaped_weights(matrices: Iterable[Matrix], weights: Mapping[str, Tensor], reshaping: Reshaping) -> list[Tensor]:

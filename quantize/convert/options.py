@@ -56,6 +56,9 @@ class ConvertResult:
         error_feedback: None for a quantizer without. Else the numbers of fused groups (`groups`), of those that needed
             more damping than the quantizer's own (`more_damping`), of those with blocks whose updated weights outgrew
             the largest block scale (`outgrown`), and of these blocks (`outgrown_blocks`).
+        casts: None where no matrix keeps the codes of a quantized source. Else the numbers of such matrices, of their
+            blocks of 16 values, of blocks with the same values under another scale (`shifted`), and of blocks that
+            were requantized because the span of their exponents is too wide (`rounded`).
         distillation: the document of `distill --json`. None where none was requested.
     """
 
@@ -72,6 +75,7 @@ class ConvertResult:
     was_finished: bool = False
     error_feedback: dict[str, int] | None = None
     phases: dict[str, float] = field(default_factory=dict)
+    casts: dict[str, int] | None = None
     distillation: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:

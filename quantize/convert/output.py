@@ -17,6 +17,7 @@ from ..checkpoint.source import Checkpoint, read_json
 from ..checkpoint.writer import sync_folder, write_bytes, write_json
 from ..errors import InputError
 from ..stream.manifest import MANIFEST_NAME
+from ..weights.decoding import shards_below
 from .identity import difference
 from .journal import STATE_FOLDER, Journal
 from .ownership import is_ours, refuse_foreign, remove_own
@@ -228,9 +229,10 @@ def check_cache(source: Checkpoint, output: Path, output_bytes: int) -> None:
     Raises:
         InputError: the disk is too full.
     """
-    if source.hub is None or not isinstance(source.content, DownloadedShards):
+    content = shards_below(source)
+    if source.hub is None or not isinstance(content, DownloadedShards):
         return
-    missing = source.content.missing_bytes(source.shards)
+    missing = content.missing_bytes(source.shards)
     folder = source.folder
     is_shared = _existing_parent(partial_folder(output)).stat().st_dev == folder.stat().st_dev
     needed = missing + (output_bytes if is_shared else 0)

@@ -22,6 +22,7 @@ from ..quantizers import get_quantizer
 from ..quantizers.gptq import GPTQ
 from ..stream.manifest import MANIFEST_NAME, Manifest, ResidualRecord, Run, ShardRecord, held_to
 from ..stream.memory import peak_gpu_bytes, peak_host_bytes
+from ..weights.decoding import check_scales
 from .config import output_configs
 from .device import DeviceStart
 from .engine import Engine
@@ -53,7 +54,7 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
     Args:
         calibration: None for a plan that needs none.
     Raises:
-        InputError: the plan needs a calibration, and gets none.
+        InputError: the plan needs a calibration, and gets none. A scale of a quantized source is no finite number.
         NvquantError: see each stage. Complete shards stay in the partial folder for the next run.
     """
     quantizer = get_quantizer(options.quantizer)
@@ -69,7 +70,7 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
     started = time.monotonic()
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     configs = output_configs(plan)
-    check_head(plan)
+    _check_weights(plan, options)
     run = circumstances(options, dtype, calibration)
     identity = run_identity(plan, options.quantizer, calibration, run, options.fold).as_json()
     with ExitStack() as held:
@@ -102,6 +103,7 @@ def convert(plan: Plan, options: ConvertOptions, calibration: CalibrationSet | N
         layers_resumed=len(plan.layers) if begun.is_finished else _layers_in(begun.done),
         was_finished=begun.is_finished,
         error_feedback=_error_feedback(made),
+        casts=_casts(made),
         phases={phase: round(seconds, 3) for phase, seconds in options.trace.phases().items()},
     )
 
@@ -120,6 +122,15 @@ def _error_feedback(manifest: Manifest) -> dict[str, int] | None:
     }
 
 
+def _casts(manifest: Manifest) -> dict[str, int] | None:
+    """See `ConvertResult.casts`."""
+    casts = [(len(g.record.members), g.record.cast) for g in manifest.groups.values() if g.record.cast is not None]
+    if not casts:
+        return None
+    counts = {key: sum(getattr(cast, key) for _, cast in casts) for key in ("blocks", "shifted", "rounded")}
+    return {"matrices": sum(number for number, _ in casts), **counts}
+
+
 @dataclass(frozen=True)
 class _Begun:
     """The start of a run.
@@ -132,6 +143,14 @@ class _Begun:
     journal: Journal
     done: Mapping[str, ShardRecord]
     is_finished: bool = False
+
+
+def _check_weights(plan: Plan, options: ConvertOptions) -> None:
+    """Refuse a head, or scales of a quantized source, that would end the run later."""
+    check_head(plan)
+    with options.ranks.step():
+        if options.ranks.rank == 0:
+            check_scales(plan.source)
 
 
 def _refuse_without_samples(plan: Plan, calibration: CalibrationSet | None) -> None:

@@ -39,6 +39,7 @@ from ..plan.plan import SHARD_LIMIT_BYTES, Plan
 from ..recipe.matrices import matrix_entries
 from ..recipe.roles import Role, text_config
 from ..stream.memory import available_host_bytes, peak_gpu_bytes, peak_host_bytes
+from ..weights.decoding import decoded_form
 from .config import coverage_in_order, output_configs
 from .options import ConvertOptions, ConvertResult
 from .output import check_output, fresh_partial, publish, write_side_files
@@ -106,6 +107,13 @@ def refuse_unsupported(plan: Plan, options: ConvertOptions) -> None:
             "--engine llmcompressor writes the compressed-tensors layout only",
             where="--engine",
             hint="drop --format, and use `nvquant relayout` on the output",
+        )
+    form = decoded_form(plan.source)
+    if form is not None:
+        raise InputError(
+            f"--engine llmcompressor reads unquantized models only, and {plan.model} is stored in {form}",
+            where="--engine",
+            hint="use --engine nvquant",
         )
     if options.quantizer != "rtn":
         raise InputError(

@@ -34,6 +34,7 @@ from ..stream.hidden import HiddenBudget
 from ..stream.manifest import ResidualRecord, held_to
 from ..stream.reading import LayerReader, LoadedLayer
 from ..stream.trace import Trace
+from ..weights.decoding import shards_below
 from .journal import Journal
 from .matrices import groups_of_layer, naming_damage
 from .options import ConvertOptions
@@ -128,7 +129,7 @@ class Survey:
 
     def _outer_axes(self) -> dict[str, int]:
         plan = self._plan
-        if isinstance(plan.source.content, RemoteShards):
+        if isinstance(shards_below(plan.source), RemoteShards):
             raise _NoOrder("the source comes over the network, and is read once only")
         if self._size % BLOCK:
             raise _NoOrder(f"{self._size} channels are no complete blocks")

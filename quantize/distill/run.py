@@ -29,7 +29,7 @@ from ..convert.output import (
     remove_partial,
 )
 from ..errors import InputError
-from ..plan.quantized_source import refuse_quantized
+from ..plan.quantized_source import as_computed
 from ..stream.distillation import DistillationRecord
 from ..stream.manifest import MANIFEST_NAME, Manifest, held_to
 from ..stream.memory import peak_gpu_bytes, peak_host_bytes, telling_of_full_gpu
@@ -63,7 +63,7 @@ def distill(folder: Path, source: Checkpoint, options: DistillOptions) -> Distil
         Stopped: a signal ended the run.
     """
     started = time.monotonic()
-    refuse_quantized(source, source.where)
+    source = as_computed(source, source.where)
     subject = open_subject(folder, options.progress)
     manifest = _own_manifest(subject)
     _refuse_other_source(subject, manifest, source)
@@ -104,6 +104,13 @@ def _own_manifest(subject: Subject) -> Manifest:
             f"{subject.folder} has no usable {MANIFEST_NAME}, and nvquant distills only its own checkpoints",
             where=subject.folder,
             hint="convert the source with nvquant first",
+        )
+    casts = [group.record.cast for group in manifest.groups.values() if group.record.cast is not None]
+    if any(cast.exponent is not None for cast in casts):
+        raise InputError(
+            f"{subject.folder} keeps the codes and scales of its MXFP4 source, which distillation would change",
+            where=subject.folder,
+            hint="use the checkpoint without distillation",
         )
     unsound = [fault for matrix in subject.matrices.values() for fault in matrix.faults]
     if unsound or not subject.matrices:

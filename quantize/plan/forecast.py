@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoint.config_values import config_int, config_kinds, config_largest, config_part
 from ..recipe.roles import text_config
+from ..weights.decoding import decoded_form, stored_bytes
 from .gpus import GPUS
 from .plan import Plan
 from .two_lanes import most_memory
@@ -59,7 +60,7 @@ def census(plan: Plan) -> list[Group]:
         bytes_out[key] = bytes_out.get(key, 0) + sizes[name]
         if origin.cached is None and origin.source not in counted:
             counted.add(origin.source)
-            bytes_in[key] = bytes_in.get(key, 0) + infos[origin.source].nbytes
+            bytes_in[key] = bytes_in.get(key, 0) + stored_bytes(plan.source, origin.source)
     return [
         Group(role, scheme, count, bytes_in.get((role, scheme), 0), bytes_out[role, scheme])
         for (role, scheme), count in tensors.items()
@@ -206,6 +207,8 @@ def as_json(plan: Plan, memory: Memory) -> dict[str, Any]:
     return {
         "model": plan.model,
         "commit": None if plan.source.hub is None else plan.source.hub.commit,
+        "source_form": decoded_form(plan.source),
+        "casts": len(plan.casts),
         "recipe": plan.recipe.name,
         "format": plan.layout.name,
         "tensors": plan.tensors,

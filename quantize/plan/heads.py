@@ -7,7 +7,6 @@ all readers see the same model.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from ..checkpoint.source import COPY_CHUNK_BYTES, Checkpoint, torch_dtype
 from ..errors import InputError
 from ..recipe.heads import is_tied, stored_head, token_embedding
 from ..weights.base import Weights
+from ..weights.decoding import with_shards_below
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ def _are_equal(source: Checkpoint, head: str, embedding: str) -> bool:
 
     reader = RangeReader(source.hub)
     try:
-        return equal_tensors(replace(source, content=RemoteShards(reader)), head, embedding, is_sampled=True)
+        return equal_tensors(with_shards_below(source, RemoteShards(reader)), head, embedding, is_sampled=True)
     finally:
         reader.end()
 

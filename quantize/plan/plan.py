@@ -22,8 +22,9 @@ from ..recipe.match import Selection, select
 from ..recipe.matrices import Matrix, matrix_entries
 from ..recipe.roles import Role
 from ..recipe.schema import ON_QUANTIZED_PATH, Recipe
+from ..weights.encoded import group_form
 from .heads import refuse_other_head
-from .quantized_source import refuse_quantized
+from .quantized_source import as_computed
 
 SHARD_LIMIT_BYTES = 5_000_000_000
 
@@ -140,6 +141,16 @@ class Plan:
         inner = {matrix.name for matrix in self.inner_matrices if matrix.scheme.has_block_scales}
         return [group for group in self.groups if group.members[0] in inner]
 
+    @cached_property
+    def casts(self) -> Mapping[str, str]:
+        """The forms of the matrices that keep the codes of a quantized source, if no fold changes them, by name."""
+        found = {}
+        for group in self.groups:
+            matrices = [self.matrices[module] for module in group.members]
+            form = None if self.head in matrices else group_form(self.source, matrices)
+            found.update({} if form is None else dict.fromkeys(group.members, form))
+        return found
+
     @property
     def inner_matrices(self) -> list[Matrix]:
         """The matrices to quantize in decoder layers: all but the head."""
@@ -195,10 +206,10 @@ def compute_plan(source: Checkpoint, recipe: Recipe, layout: Layout, model: str,
     Args:
         quantizer: its name. None for the recipe's.
     Raises:
-        InputError: the source is quantized already, its stored head contradicts its config, it lacks code that its
-            auto_map names, or the recipe does not fit it (see `recipe.match.select`).
+        InputError: the source is quantized in a form that nvquant does not decode, its stored head contradicts its
+            config, it lacks code that its auto_map names, or the recipe does not fit it (see `recipe.match.select`).
     """
-    refuse_quantized(source, model)
+    source = as_computed(source, model)
     refuse_other_head(source, model)
     lack = lack_of_code(source.folder)
     if lack is not None:

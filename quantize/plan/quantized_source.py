@@ -1,21 +1,17 @@
-"""Sources that are quantized already, and those whose config only claims it."""
+"""Sources that are quantized already: decoded where nvquant knows the form, and refused elsewhere."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.regular import is_file
+from ..checkpoint.sidefiles import MANIFEST_NAME
 from ..checkpoint.source import Checkpoint
 from ..errors import InputError
+from ..weights.claims import METHODS, find_claim
+from ..weights.decoding import decoded, decoded_form
 
-# Keys of config.json that claim quantization: transformers', llm-compressor's old one, and MLX's.
-_KEYS = ("quantization_config", "compression_config")
-_MLX_KEY = "quantization"
-# Files beside config.json that claim it: modelopt's, AutoGPTQ's, AutoAWQ's.
-_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 # Ends of names that only tensors of a quantized matrix have, and the formats that use them.
 _MARKS = (
     (re.compile(r"\.(qweight|qzeros)$"), "GPTQ or AWQ"),
@@ -27,8 +23,27 @@ _MARKS = (
     ),
     (re.compile(r"(\.|_)blocks$"), "MXFP4"),
 )
-_WORD = re.compile(r"[\w.+-]{1,60}")
 _FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+def as_computed(source: Checkpoint, model: str) -> Checkpoint:
+    """The source as its model computes with it: decoded, if it is quantized in a form that nvquant decodes.
+
+    Args:
+        model: its name in messages.
+    Raises:
+        InputError: it is nvquant's own output, or quantized in another form, or its codes and scales do not fit each
+            other. See also `refuse_quantized`.
+    """
+    if is_file(source.folder / MANIFEST_NAME):
+        raise InputError(
+            f"{model} is quantized already (nvquant made it, as {MANIFEST_NAME} shows)",
+            where=model,
+            hint="convert from the original BF16 model, or change the layout with `nvquant relayout`",
+        )
+    found = decoded(source)
+    refuse_quantized(found, model)
+    return found
 
 
 def refuse_quantized(source: Checkpoint, model: str) -> None:
@@ -40,7 +55,7 @@ def refuse_quantized(source: Checkpoint, model: str) -> None:
         InputError: it is quantized, or its config claims it although every matrix is a plain float. In the second case,
             the message names the claim to remove.
     """
-    claim = _claim(source)
+    claim = None if decoded_form(source) else find_claim(source.folder, source.config)
     infos = source.infos().values()
     proof = next((found for find in (_odd_dtype, _odd_name) for info in infos if (found := find(info))), None)
     way_out = "convert from the original BF16 model"
@@ -48,43 +63,18 @@ def refuse_quantized(source: Checkpoint, model: str) -> None:
         if proof is not None:
             raise InputError(f"{model} is quantized already ({proof})", where=model, hint=way_out)
         return
-    key, file, method = claim
-    where = f"{key} of {file}" if key else file
     if proof is not None:
-        raise InputError(f"{model} is quantized already ({where} names {method})", where=model, hint=way_out)
+        unknown = "" if claim.method in METHODS else ", which nvquant does not decode"
+        raise InputError(
+            f"{model} is quantized already ({claim.where} names {claim.method}{unknown})", where=model, hint=way_out
+        )
     dtype = next((info.dtype for info in infos if len(info.shape) > 1), "absent")
+    place = f"{claim.key} from {claim.file}" if claim.key else claim.file
     raise InputError(
-        f"{where} names {method}, but no tensor is quantized, and the matrices are {dtype}",
+        f"{claim.where} names {claim.method}, but no tensor is quantized, and the matrices are {dtype}",
         where=model,
-        hint=f"remove {f'{key} from {file}' if key else file} if these are the model's original weights",
+        hint=f"remove {place} if these are the model's original weights",
     )
-
-
-def _claim(source: Checkpoint) -> tuple[str, str, str] | None:
-    """The key and the file that claim quantization, and the method. None: nothing claims it."""
-    for place, config in _configs(source.config):
-        for key in _KEYS:
-            found = config.get(key)
-            if found is not None:
-                named = found.get("quant_method") or found.get("quant_algo") if isinstance(found, Mapping) else None
-                return f"{place}{key}", "config.json", _word(named)
-    if isinstance(source.config.get(_MLX_KEY), Mapping):
-        return _MLX_KEY, "config.json", "MLX"
-    for name, method in _FILES.items():
-        if is_file(source.folder / name):
-            return "", name, method
-    return None
-
-
-def _word(method: object) -> str:
-    """A method's name as a message repeats it."""
-    return method if isinstance(method, str) and _WORD.fullmatch(method) else "an unknown method"
-
-
-def _configs(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The config and its parts, each with the prefix of its keys in a message."""
-    parts = [(f"{key}.", value) for key, value in config.items() if key.endswith("_config") and key not in _KEYS]
-    return [("", config), *((place, part) for place, part in parts if isinstance(part, Mapping))]
 
 
 def _odd_dtype(info: TensorInfo) -> str | None:

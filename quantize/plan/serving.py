@@ -9,7 +9,7 @@ the ceiling.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..checkpoint.config_values import config_int
@@ -18,12 +18,13 @@ from ..errors import InputError, NvquantError
 from ..format.layouts import Layout
 from ..recipe.roles import text_config
 from ..recipe.schema import Recipe
+from ..weights.decoding import decoded_form, stored_bytes
 from .ceiling import Ceiling, Stored, held_bytes, tower_bytes
 from .ceiling import read_bytes as bytes_of_a_token
 from .forecast import BF16_BYTES, FP8_BYTES, SERVING_OVERHEAD_BYTES, VLLM_SHARE
 from .gpus import GPUS
 from .plan import Plan, compute_plan
-from .quantized_source import refuse_quantized
+from .quantized_source import as_computed
 
 KV_CACHES = {"bf16": BF16_BYTES, "fp8": FP8_BYTES}
 
@@ -137,15 +138,17 @@ def forecast_serving(
         model: its name in messages.
         check: raises for a plan that the conversion would refuse.
     Raises:
-        InputError: the source is quantized, or the context is longer than the model supports.
+        InputError: the source is quantized in a form that nvquant does not decode, or the context is longer than the
+            model supports.
     """
-    refuse_quantized(source, model)
+    source = as_computed(source, model)
     refuse_context(source, load.context)
-    infos = list(source.infos().values())
+    infos = [replace(info, begin=0, end=stored_bytes(source, info.name)) for info in source.infos().values()]
     sizes: dict[str, int] = {}
     for info in infos:
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    rows: list[Row | Refused] = [_row(max(sizes, key=lambda dtype: sizes[dtype]), None, source, infos, load)]
+    stored_as = decoded_form(source) or max(sizes, key=lambda dtype: sizes[dtype])
+    rows: list[Row | Refused] = [_row(stored_as, None, source, infos, load)]
     for recipe in recipes:
         try:
             plan = compute_plan(source, recipe, layout, model)

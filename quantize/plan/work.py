@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoint.config_values import config_int, config_kinds
 from ..checkpoint.headers import TensorInfo
 from ..recipe.roles import Role, share_of_experts, text_config, unused_tensors
+from ..weights.decoding import stored_bytes
 from .forecast import kv_heads
 from .plan import Plan
 from .two_lanes import passes, solved_groups
@@ -97,9 +98,9 @@ def measure_work(plan: Plan, samples: int, sequence_length: int, batch_size: int
     ]
     return Work(
         _layers(plan, infos, sequence_length),
-        sum(info.nbytes for info in rest),
+        sum(stored_bytes(plan.source, info.name) for info in rest),
         sum(shard.file_bytes for shard in plan.shards if shard.layer is None),
-        sum(info.nbytes for info in outer),
+        sum(stored_bytes(plan.source, info.name) for info in outer),
         tuple(dict.fromkeys(plan.source.files[info.name] for info in outer)),
         {name: header.file_bytes for name, header in plan.source.shards.items()},
         samples,
@@ -125,7 +126,7 @@ def _layers(plan: Plan, infos: Mapping[str, TensorInfo], sequence_length: int) -
         linear_flop = sum(_flop(info, plan.selection.roles[info.name], share) for info in used)
         found.append(
             LayerWork(
-                sum(infos[name].nbytes for name in tensors),
+                sum(stored_bytes(plan.source, name) for name in tensors),
                 written[layer],
                 linear_flop,
                 attention_flop(config, at, sequence_length),

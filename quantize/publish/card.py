@@ -27,6 +27,7 @@ from .provenance import (
     Provenance,
     calibration_facts,
     calibration_licence,
+    cast_sentence,
     convert_command,
     distillation_facts,
     group_names,
@@ -126,6 +127,7 @@ def _making(facts: CardFacts) -> dict[str, Any]:
     listed = {"In 4 bits": groups["NVFP4"], "In 8 bits": groups["FP8"], "As in the source": groups[""]}
     return {
         "quantized_sentence": " ".join(f"{where}: {_listed(names)}." for where, names in listed.items() if names),
+        "cast_sentence": cast_sentence(provenance),
         "has_fp8": bool(groups["FP8"]),
         "cache_sentence": _cache_sentence(facts),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip() if recipe else None,

@@ -139,8 +139,22 @@ def source_facts(provenance: Provenance) -> Iterator[tuple[str, str]]:
     if provenance.commit is not None:
         yield "Source's commit", provenance.commit
     form = provenance.form
+    if form is not None and form.source.decoded is not None:
+        yield "Source's form", f"{form.source.decoded}, decoded before quantization"
     if form is not None and form.source.integrity is not None:
         yield "Source's integrity", form.source.integrity
+
+
+def cast_sentence(provenance: Provenance) -> str:
+    """Words on the matrices that keep the codes of a quantized source. Empty where there are none."""
+    groups = () if provenance.form is None else provenance.form.groups.values()
+    casts = [(len(group.record.members), group.record.cast) for group in groups if group.record.cast is not None]
+    if not casts:
+        return ""
+    forms = " and ".join(sorted({cast.source for _, cast in casts}))
+    rounded, blocks = (sum(getattr(cast, key) for _, cast in casts) for key in ("rounded", "blocks"))
+    lost = f"{number(rounded)} of their {number(blocks)} blocks lost bits" if rounded else "no value of them changed"
+    return f"{number(sum(members for members, _ in casts))} matrices keep the {forms} codes of the source, and {lost}."
 
 
 def source_shards(provenance: Provenance) -> Table | None:

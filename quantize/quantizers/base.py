@@ -12,7 +12,7 @@ from ..calibrate.statistics.moments import Moments
 from ..calibrate.statistics.ranges import InputStatistics
 from ..format.schemes import Part
 from ..recipe.matrices import Matrix
-from ..stream.manifest import FeedbackRecord
+from ..stream.manifest import CastRecord, FeedbackRecord
 
 Need = Literal["mean_square", "moments"]
 """A statistic of the inputs: the mean square of each column, or see `Moments`."""
@@ -55,11 +55,13 @@ class QuantizedGroup:
         parts: for each matrix, by name, its tensors that no record of the run holds: all but scalars. They are on the
             weights' device.
         feedback: the course of error feedback, where the quantizer has any.
+        cast: where the codes are the source's.
     """
 
     amax: float
     parts: Mapping[str, Mapping[Part, Tensor]]
     feedback: FeedbackRecord | None = None
+    cast: CastRecord | None = None
 
 
 class Quantizer(Protocol):

@@ -72,11 +72,16 @@ def size_tile(checkpoint: Mapping[str, Any]) -> list[Tile]:
     return [Tile("Size", size(after), (*notes, f"{number(value_at(checkpoint, 'matrices'))} matrices in NVFP4"))]
 
 
+def source_words(numerics: Numerics) -> str:
+    """The reference of the losses: the BF16 source, or the one that was decoded."""
+    return "BF16 source" if numerics.source_form is None else f"decoded {numerics.source_form} source"
+
+
 def accuracy_table(numerics: Numerics | None) -> Table | None:
     """All arithmetics beside the source and the floor."""
     if numerics is None or not numerics.arithmetics:
         return None
-    lines = [("BF16 source", *[ABSENT] * 4, number(numerics.perplexity_source), ABSENT)]
+    lines = [(source_words(numerics), *[ABSENT] * 4, number(numerics.perplexity_source), ABSENT)]
     for name in [*present(numerics), "floor"]:
         own = numerics.arithmetics.get(name)
         if own is None:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, field_serializer
 
 from ..checkpoint.json_text import read_json
+from ..checkpoint.sidefiles import MANIFEST_NAME as MANIFEST_NAME
 from ..errors import InputError
 from ..recipe.schema import Recipe
 from .distillation import DistillationRecord
@@ -33,8 +34,6 @@ from .forms import (
     Word,
 )
 from .forms import RecordForm as _Form
-
-MANIFEST_NAME = "nvquant_manifest.json"
 
 
 class HubSource(_Form):
@@ -54,9 +53,14 @@ class SourceShard(_Form):
 
 
 class Source(_Form):
-    """The source of a checkpoint."""
+    """The source of a checkpoint.
+
+    Attributes:
+        decoded: the forms that its tensors were decoded from. None for an unquantized source.
+    """
 
     hub: HubSource | None = None
+    decoded: Line | None = None
     integrity: Line | None = None
     config_sha256: Sha256 | None = None
     shards: dict[FileName, SourceShard] = Field(default_factory=dict)
@@ -98,6 +102,24 @@ class FeedbackRecord(_Form):
     outgrown_blocks: Natural = 0
 
 
+class CastRecord(_Form):
+    """A fused group that keeps the codes of its quantized source.
+
+    Attributes:
+        source: the form of the source.
+        exponent: of MXFP4's global scale as a multiplier, a power of two. None of FP8, whose scales stay too.
+        blocks: of 16 values, in MXFP4.
+        shifted: blocks with the same values under another scale, and therefore other codes.
+        rounded: blocks that lost bits, because no scale was small enough.
+    """
+
+    source: Word
+    exponent: Annotated[int, Field(ge=-149, le=127, strict=True)] | None = None
+    blocks: Natural = 0
+    shifted: Natural = 0
+    rounded: Natural = 0
+
+
 class GroupRecord(_Form):
     """A fused group. A scheme whose inputs need no calibration has no `input`.
 
@@ -105,6 +127,7 @@ class GroupRecord(_Form):
         weight_amax: behind the global scale. With error feedback, it is that of the target, not of the source.
         input_bound: the largest magnitude that the norm before the head can give, behind the head's input scale.
         feedback: None for a quantizer without error feedback.
+        cast: None for a group that was quantized.
     """
 
     scheme: Word
@@ -114,6 +137,7 @@ class GroupRecord(_Form):
     input_bound: Amax | None = None
     marlin_flushed_blocks: Natural = 0
     feedback: FeedbackRecord | None = None
+    cast: CastRecord | None = None
 
 
 class CachedRecord(_Form):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..format.constants import E4M3_MAX
+from ..format.constants import E4M3_MAX, SCALE_RANGE
 from ..format.fp8 import fp8_scale
 from ..format.layouts import Layout
 from ..format.schemes import INPUT_PARTS, Part, Scheme
@@ -28,7 +28,9 @@ def scalar_amaxes(scheme: Scheme, record: GroupRecord, headroom: float) -> dict[
     """
     amaxes = {}
     for part in scheme.shared:
-        if part not in INPUT_PARTS:
+        if part not in INPUT_PARTS and record.cast is not None and record.cast.exponent is not None:
+            amaxes[part] = SCALE_RANGE * 2.0**record.cast.exponent  # whose global scale is this power in both layouts
+        elif part not in INPUT_PARTS:
             amaxes[part] = record.weight_amax * headroom
         elif record.input is not None:
             amaxes[part] = record.input.calibrated_amax

@@ -11,6 +11,7 @@ from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import Checkpoint
 from ..recipe.roles import Role
 from ..stream.manifest import MANIFEST_NAME, Manifest
+from ..weights.decoding import decoded_form, stored_bytes
 from .subject import Subject
 
 
@@ -19,7 +20,8 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
 
     Returns:
         Names without folders. `recipe`, `quantizer` and `made_by` are None without a manifest. `groups` are roles, with
-        the bytes that they take here and took in the source. The hashes are those of `checkpoint_identity`.
+        the bytes that they take here and took in the source's
+        files. `source_form` names the forms of a quantized source. The hashes are those of `checkpoint_identity`.
     """
     manifest = subject.manifest if isinstance(subject.manifest, Manifest) else None
     groups: dict[str, dict[str, Any]] = {}
@@ -29,8 +31,8 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
         group = groups.setdefault(label, {"name": label, "tensors": 0, "bytes": 0, "source_bytes": None})
         group["tensors"] += 1
         group["bytes"] += info.nbytes
-        if name in before and name not in counted:
-            group["source_bytes"] = (group["source_bytes"] or 0) + before[name].nbytes
+        if source is not None and name in before and name not in counted:
+            group["source_bytes"] = (group["source_bytes"] or 0) + stored_bytes(source, name)
             counted.add(name)
     return {
         "name": subject.name,
@@ -44,7 +46,8 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
         "bytes": sum(info.nbytes for info in subject.infos.values()),
         "matrices": len(subject.matrices),
         "source": None if source is None else source.name,
-        "source_bytes": None if source is None else sum(info.nbytes for info in before.values()),
+        "source_form": None if source is None else decoded_form(source),
+        "source_bytes": None if source is None else sum(stored_bytes(source, name) for name in before),
         "groups": sorted(groups.values(), key=lambda group: -group["bytes"]),
         **checkpoint_identity(subject.folder),
     }

@@ -18,7 +18,7 @@ from ..format.schemes import INPUT_PARTS, Part, Scheme
 from ..quantizers import QUANTIZERS, quantizer_for
 from ..quantizers.base import Claim, Quantizer
 from ..recipe.match import select
-from ..stream.manifest import MANIFEST_NAME, Manifest, RecordedGroup
+from ..stream.manifest import MANIFEST_NAME, CastRecord, Manifest, RecordedGroup
 from ..stream.scalars import scalar_values
 from .moved import scale_change
 from .numerics.served import ServedModel
@@ -39,6 +39,14 @@ def claim_of(subject: Subject, group: RecordedGroup, quantizer: Quantizer) -> Cl
     """The claim of a quantizer for a recorded group. The head is quantized by rows, without its inputs."""
     own = quantizer_for(group.record.scheme, quantizer)
     return own.rows_claim if group.name == subject.head else own.claim
+
+
+def cast_of(subject: Subject, module: str) -> CastRecord | None:
+    """The recorded cast of a matrix's group, or None."""
+    if not isinstance(subject.manifest, Manifest):
+        return None
+    group = subject.manifest.groups.get(subject.fusions.name(module))
+    return None if group is None else group.record.cast
 
 
 def check_manifest(subject: Subject) -> Finding:
@@ -100,7 +108,7 @@ def _group_faults(subject: Subject, group: RecordedGroup, members: tuple[str, ..
         faults.append(f"{group.name} is stored as {sorted(schemes)}, not {record.scheme}")
     if record.input_bound is not None and (group.name != subject.head or record.input is not None):
         faults.append(f"{group.name}: a bound of its inputs is recorded, which only the head has")
-    if (record.feedback is not None) != _has_seen_inputs(subject, group):
+    if (record.feedback is not None) != (record.cast is None and _has_seen_inputs(subject, group)):
         faults.append(f"{group.name}: the record of error feedback does not fit the quantizer")
     if (record.input is not None) != is_calibrated(subject, group):
         faults.append(f"{group.name}: input statistics do not fit scheme {record.scheme}")
@@ -223,7 +231,7 @@ def _unequal_scalars(subject: Subject, group: RecordedGroup, expected: Mapping[P
 def _unreached_top(subject: Subject, group: RecordedGroup, quantizer: Quantizer) -> list[str]:
     """The block that holds the group's amax has one of the largest scales: about 448 / head-room."""
     claim = claim_of(subject, group, quantizer)
-    offsets = claim.scale_offsets
+    offsets = None if group.record.cast is not None else claim.scale_offsets
     if not group.record.members or not all(module in subject.histograms for module in group.record.members):
         return []
     if offsets is None:
@@ -252,7 +260,7 @@ def _is_moved_top(subject: Subject, group: RecordedGroup, top: int, allowed: Seq
 def _unreached_rows(subject: Subject, group: RecordedGroup) -> list[str]:
     """The row that holds the group's amax has the largest scale: amax / 448. A row of zeros has the scale 1."""
     form, members = form_of(subject, group), group.record.members
-    if form is None or form.has_block_scales or "scales" in form.shared:
+    if form is None or form.has_block_scales or "scales" in form.shared or group.record.cast is not None:
         return []
     if not all(module in subject.fp8_scales for module in members):
         return []

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from ..checkpoint.hub.repository import HubModel
 from ..checkpoint.source import Checkpoint
 from ..errors import EnvironmentLack, InputError
+from ..plan.quantized_source import as_computed
 from ..serving.server import ServeOptions
 from ..stream.memory import give_back_gpu_memory
 from .contents import describe_checkpoint
@@ -87,10 +88,13 @@ class Verification:
         """Every check, each yielded when it is done.
 
         Raises:
-            InputError: the folder contains no NVFP4 checkpoint, or a stage raised it.
+            InputError: the folder contains no NVFP4 checkpoint, the source is quantized in a form that nvquant does not
+                decode, or a stage raised it.
         """
         with self._open() as subject:
             self._subject = subject
+            if self._source is not None:
+                self._source = as_computed(self._source, self._source.where)
             for check in self._stages(subject):
                 self._checks.append(check)
                 yield check

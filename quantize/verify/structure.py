@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..plan.quantized_source import refuse_quantized
+from ..plan.quantized_source import as_computed
 from . import (
     against,
     architecture,
@@ -77,8 +77,7 @@ def structure_checks(subject: Subject, source: Checkpoint | None) -> Iterator[Ch
         InputError: the source is quantized itself.
     """
     if source is not None:
-        refuse_quantized(source, source.where)
-        source = folds.in_recorded_order(subject, source)
+        source = folds.in_recorded_order(subject, as_computed(source, source.where))
     headers = Check(STAGE, "headers", files.check_headers(subject))
     yield headers
     if not headers.passed:

@@ -89,6 +89,7 @@ class Tally:
         amax: the largest magnitude of the source.
         poor_blocks: blocks beyond the limits of the error.
         poor_rows, first_row: likewise rows, where they are counted, and the number of the first of them.
+        shifted, rounded: of a cast, see `format.microscaling.CastRows`.
         wrong_codes, wrong_scales: their numbers, and the first of them in words.
     """
 
@@ -104,6 +105,8 @@ class Tally:
     first_code: str = ""
     wrong_scales: int = 0
     first_scale: str = ""
+    shifted: int = 0
+    rounded: int = 0
 
     def add(self, found: Compared, blocks: int) -> None:
         """Add what the compiled kernel counted in so many blocks, none of which it left open."""

@@ -25,10 +25,11 @@ from ..weights.stored import StoredMatrix
 from .against import with_own_head
 from .folds import folds_of
 from .moved import scale_change
-from .recorded import claim_of, own_quantizer
+from .recorded import cast_of, claim_of, own_quantizer
 from .report import Finding, counted
 from .subject import Subject
 from .tally import GAIN_LIMITS, RMSE_LIMIT, Rule, Tally, read_rows, tally_matrix
+from .tally_cast import cast_faults, cast_words, changed_faults, tally_cast
 from .tally_distilled import tally_distilled
 from .tally_fed_back import BLOCK_LIMIT as FED_BACK_LIMIT
 from .tally_fed_back import BLOCK_SHARE as FED_BACK_SHARE
@@ -59,6 +60,9 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     After distillation of rtn's and mse's, each block is the quantizer's with another block scale, within the recorded
     change, and the relative RMSE of a matrix is at most 0.25 and its gain 0.9 to 1.1. Error feedback keeps its limits.
 
+    A matrix that keeps the codes of a quantized source has these codes and their scales, bit for bit, and as many
+    blocks that lost bits as the manifest counts.
+
     For other tools, the relative RMSE is at most 0.25 and the least-squares gain 0.9 to 1.1, of the matrix and of 99 %
     of its blocks. In FP8, the relative RMSE is at most 0.08, of the matrix and of its rows.
     """
@@ -71,36 +75,42 @@ def check_weights(subject: Subject, source: Checkpoint) -> Finding:
     reshaping = folds_of(subject, source)
     rules = {matrix.module: _rule(subject, matrix, quantizer) for matrix in matrices}
     fed_back = {matrix.module for matrix in matrices if _is_fed_back(subject, matrix)}
-    tallies = map_in_threads(
-        lambda matrix: (
-            tally_fed_back(subject, source, matrix, reshaping)
-            if matrix.module in fed_back
-            else _tally(subject, source, matrix, rules[matrix.module], reshaping)
-        ),
-        matrices,
-        subject.progress,
-        "comparing weights",
-    )
+    casts = {matrix.module: cast for matrix in matrices if (cast := cast_of(subject, matrix.module)) is not None}
+
+    def tally(matrix: StoredMatrix) -> Tally:
+        if matrix.module in casts:
+            return tally_cast(subject, source, matrix, casts[matrix.module])
+        if matrix.module in fed_back:
+            return tally_fed_back(subject, source, matrix, reshaping)
+        return _tally(subject, source, matrix, rules[matrix.module], reshaping)
+
+    tallies = map_in_threads(tally, matrices, subject.progress, "comparing weights")
     faults: list[str] = []
     amaxes: dict[str, float] = {}
-    for matrix, tally in zip(matrices, tallies, strict=True):
-        if matrix.module in fed_back:
-            faults += _fed_back_faults(matrix, tally)
-        elif rules[matrix.module] is not None and _has_moved(subject, matrix):
-            faults += _distilled_faults(matrix, tally)
+    for matrix, found in zip(matrices, tallies, strict=True):
+        if matrix.module in casts:
+            faults += cast_faults(matrix, found, casts[matrix.module])
+        elif matrix.module in fed_back:
+            faults += _fed_back_faults(matrix, found)
         else:
-            faults += _bound_faults(matrix, tally) if rules[matrix.module] is None else _exact_faults(matrix, tally)
+            faults += _quantized_faults(subject, matrix, found, is_exact=rules[matrix.module] is not None)
         group = subject.fusions.name(matrix.module)
-        amaxes[group] = max(tally.amax, amaxes.get(group, 0.0))
+        amaxes[group] = max(found.amax, amaxes.get(group, 0.0))
     if quantizer is not None:
+        faults += changed_faults(subject, casts, matrices, tallies)
         faults += _amax_faults(subject, amaxes, {subject.fusions.name(module) for module in fed_back})
-    how = f"exact for {quantizer.name}" if quantizer is not None else "by limits, because another tool made them"
-    if fed_back:
-        how = f"{len(matrices) - len(fed_back):,} exact, {len(fed_back):,} by the limits for error feedback"
-    elements = sum(tally.blocks for tally in tallies) * BLOCK
+    how = _how(quantizer, len(matrices), len(fed_back)) + cast_words(casts, matrices, tallies)
+    elements = sum(found.blocks for found in tallies) * BLOCK
     number = counted(len(matrices), "matrix", "matrices")
     beside = _beside_mse(subject, source, matrices) if subject.manifest is None and not faults else ""
     return Finding(f"{number}, {elements:,} elements, {how}{_worst(matrices, tallies)}{beside}", faults)
+
+
+def _how(quantizer: Quantizer | None, matrices: int, fed_back: int) -> str:
+    """Words on how the matrices were compared."""
+    if fed_back:
+        return f"{matrices - fed_back:,} exact, {fed_back:,} by the limits for error feedback"
+    return f"exact for {quantizer.name}" if quantizer is not None else "by limits, because another tool made them"
 
 
 def _tally(
@@ -171,8 +181,14 @@ def _is_fed_back(subject: Subject, matrix: StoredMatrix) -> bool:
     if quantizer is None or not isinstance(subject.manifest, Manifest):
         return False
     group = subject.manifest.groups.get(subject.fusions.name(matrix.module))
-    has_scales = matrix.scheme.has_block_scales
+    has_scales = matrix.scheme.has_block_scales and cast_of(subject, matrix.module) is None
     return has_scales and group is not None and claim_of(subject, group, quantizer).codes == "any"
+
+
+def _quantized_faults(subject: Subject, matrix: StoredMatrix, tally: Tally, is_exact: bool) -> list[str]:
+    if not is_exact:
+        return _bound_faults(matrix, tally)
+    return _distilled_faults(matrix, tally) if _has_moved(subject, matrix) else _exact_faults(matrix, tally)
 
 
 def _exact_faults(matrix: StoredMatrix, tally: Tally) -> list[str]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from support import hostile
 from support.commands import Command
 from support.conversions import TinyModels, contents, edit_config, write_ids
+from support.quantized_sources import edit_source, fp8_form, in_layers, write_source
 from support.tiny_models import tiny_llama
 
 Refused = Callable[..., str]
@@ -174,11 +175,58 @@ def test_a_stale_config_of_modelopt_over_plain_weights_may_be_removed(refused: R
     assert "remove hf_quant_config.json if these are the model's original weights" in sentence
 
 
+def broken_source(model: Path, folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """The model in FP8 under E8M0 scales, with tensors changed."""
+    form = fp8_form((128, 128), {"quant_method": "fp8"}, name="weight_scale_inv", dtype=torch.float8_e8m0fnu)
+    return edit_source(write_source(model, folder, form, in_layers), edit)
+
+
+def bad_byte(tensors: dict[str, torch.Tensor]) -> None:
+    """E8M0's NaN in the last layer, behind what could be written before."""
+    tensors["model.layers.2.mlp.down_proj.weight_scale_inv"].view(torch.uint8).fill_(255)
+
+
+FAULTS_OF_SOURCES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "a scale without its weight": (
+        lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"),
+        "model.layers.1.mlp.up_proj.weight_scale_inv is a scale or a part of quantized weights that the model lacks",
+    ),
+    "a weight without its scale": (
+        lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight_scale_inv"),
+        "model.layers.1.mlp.up_proj.weight is stored as F8_E4M3 without a scale",
+    ),
+    "the E8M0 byte 255": (
+        bad_byte,
+        "model.layers.2.mlp.down_proj.weight_scale_inv contains the E8M0 byte 255, which is no number",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_SOURCES)
+def test_a_broken_quantized_source_is_refused_by_name(
+    fault: str, refused: Refused, model: Path, tmp_path: Path
+) -> None:
+    edit, words = FAULTS_OF_SOURCES[fault]
+    sentence = refused(2, broken_source(model, tmp_path / "source", edit), *WEIGHT_ONLY)
+    assert words in sentence
+    assert "again" in sentence
+
+
+@pytest.mark.parametrize("method", ["quark", "gptq"])
+def test_an_unknown_method_of_quantization_is_named(method: str, refused: Refused, model: Path, tmp_path: Path) -> None:
+    source = broken_source(model, tmp_path / "source", lambda tensors: None)
+    edit_config(source, quantization_config={"quant_method": method})
+    assert f"(quantization_config of config.json names {method}, which nvquant does not decode)" in refused(
+        2, source, *WEIGHT_ONLY
+    )
+
+
 def test_an_output_of_ours_is_no_source(refused: Refused, nvquant: Command, tiny: TinyModels, tmp_path: Path) -> None:
     assert nvquant("convert", tiny("llama"), "-o", tmp_path / "out", *WEIGHT_ONLY).code == 0
     sentence = refused(2, tmp_path / "out", *WEIGHT_ONLY)
     assert f"{tmp_path / 'out'} is quantized already" in sentence
-    assert "compressed-tensors" in sentence
+    assert "nvquant made it" in sentence
+    assert "`nvquant relayout`" in sentence
 
 
 def test_a_mixture_of_experts_says_what_to_do(refused: Refused, tiny: TinyModels) -> None:

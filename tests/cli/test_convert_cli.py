@@ -37,8 +37,8 @@ def test_json_puts_one_document_on_stdout_and_all_else_on_stderr(nvquant: Comman
     document = json.loads(ended.stdout)
     assert set(document) == {
         "output", "tensors", "tensor_bytes", "quantized", "seconds", "peak_host_bytes", "peak_gpu_bytes",
-        "calibration", "marlin_flushed_blocks", "layers_resumed", "was_finished", "error_feedback", "distillation",
-        "phases",
+        "calibration", "marlin_flushed_blocks", "layers_resumed", "was_finished", "error_feedback", "casts",
+        "distillation", "phases",
     }  # fmt: skip
     plan = planned(tiny("gemma4"), "nvfp4")
     assert (document["output"], document["tensors"], document["tensor_bytes"], document["quantized"]) == (

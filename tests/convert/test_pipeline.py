@@ -314,7 +314,7 @@ def test_progress_is_told_for_every_layer_and_the_rest(tiny: TinyModels, tmp_pat
         "output": str(tmp_path / "out"), "tensors": 71, "tensor_bytes": result.tensor_bytes, "quantized": 21,
         "seconds": 0, "peak_host_bytes": 0, "peak_gpu_bytes": 0, "calibration": None,
         "marlin_flushed_blocks": result.marlin_flushed_blocks, "layers_resumed": 0, "was_finished": False,
-        "error_feedback": None, "distillation": None, "phases": {},
+        "error_feedback": None, "casts": None, "distillation": None, "phases": {},
     }  # fmt: skip
 
 

@@ -9,7 +9,8 @@ import pytest
 from nvquant.checkpoint.headers import Header, TensorInfo
 from nvquant.checkpoint.source import SINGLE_NAME, Checkpoint
 from nvquant.errors import InputError
-from nvquant.plan.quantized_source import refuse_quantized
+from nvquant.plan.quantized_source import as_computed
+from nvquant.weights.claims import METHODS
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 MATRIX: Shapes = {"model.norm.weight": ("F32", (64,)), "model.layers.0.mlp.up_proj.weight": ("BF16", (64, 64))}
@@ -24,7 +25,7 @@ def checkpoint(folder: Path, shapes: Shapes, config: dict[str, Any]) -> Checkpoi
 
 def refused(source: Checkpoint) -> str:
     with pytest.raises(InputError) as caught:
-        refuse_quantized(source, "model")
+        as_computed(source, "model")
     return str(caught.value)
 
 
@@ -53,8 +54,9 @@ def test_a_claim_of_quantization_is_true_or_stale(
     if file is not None:
         (tmp_path / file).write_text("{}")
     quantized = {"model.layers.0.mlp.up_proj.qweight": ("I32", (8, 64))}
+    unknown = "" if method in METHODS else ", which nvquant does not decode"
     assert refused(checkpoint(tmp_path, MATRIX | quantized, config)) == (
-        f"model is quantized already ({where} names {method}): convert from the original BF16 model."
+        f"model is quantized already ({where} names {method}{unknown}): convert from the original BF16 model."
     )
     key, _, of = where.partition(" of ")
     assert refused(checkpoint(tmp_path, MATRIX, config)) == (
@@ -65,7 +67,7 @@ def test_a_claim_of_quantization_is_true_or_stale(
 
 @pytest.mark.parametrize("config", [{"quantization_config": None}, {"text_config": {"quantization_config": None}}])
 def test_null_is_no_quantization(config: dict[str, Any], tmp_path: Path) -> None:
-    refuse_quantized(checkpoint(tmp_path, MATRIX, config), "model")
+    as_computed(checkpoint(tmp_path, MATRIX, config), "model")
 
 
 @pytest.mark.parametrize(

@@ -192,4 +192,4 @@ def test_no_other_module_reads_or_writes_the_documents_keys() -> None:
         constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         if words := {word for word in constants if isinstance(word, str)} & KEYS:
             found[module] = words
-    assert found == {"stream/manifest.py": {MANIFEST_NAME}}
+    assert found == {"checkpoint/sidefiles.py": {MANIFEST_NAME}}

@@ -203,6 +203,7 @@ class Numerics:
     Attributes:
         kl, perplexity, top1: of the checkpoint's own scheme.
         arithmetics: the predictions by lane: `w4a4`, `weight_only`, `floor`.
+        source_form: the forms that the source was decoded from. None for an unquantized source.
         kind_warnings: the kinds of text that lost clearly more than the others.
     """
 
@@ -211,6 +212,7 @@ class Numerics:
     perplexity_source: Number = None
     top1: Number = None
     source: str | None = None
+    source_form: str | None = None
     text: MeasuredText | None = None
     device: str | None = None
     dtype: str | None = None
@@ -224,9 +226,12 @@ class Numerics:
 
     def as_json(self) -> dict[str, Any]:
         """The document as JSON values, with floats for what JSON cannot hold (see `report.plain_json`)."""
-        return {**asdict(self), "layers": [layer.as_json() for layer in self.layers]} | {
+        document = {**asdict(self), "layers": [layer.as_json() for layer in self.layers]} | {
             key: list(map(asdict, getattr(self, key))) for key in ("matrices", "inputs", "kind_warnings")
         }
+        if self.source_form is None:  # as in documents of earlier releases
+            del document["source_form"]
+        return document
 
 
 Form = TypeVar(

@@ -13,9 +13,10 @@ import torch
 from ...calibrate.samples import CalibrationSet
 from ...checkpoint.source import Checkpoint
 from ...format.schemes import ARITHMETIC_WORDS
-from ...plan.quantized_source import refuse_quantized
+from ...plan.quantized_source import as_computed
 from ...recipe.decoder import layer_index
 from ...stream.manifest import Manifest
+from ...weights.decoding import decoded_form
 from ..folds import in_recorded_order
 from ..report import Check, Finding, counted, not_applicable
 from ..subject import Subject
@@ -91,7 +92,7 @@ class NumericsStage:
 
     def __init__(self, subject: Subject, source: Checkpoint, options: NumericsOptions, progress: Progress) -> None:
         self._subject, self._options, self._progress = subject, options, progress
-        self._source = in_recorded_order(subject, source)
+        self._source = source
         self.numbers: Numerics | None = None
 
     def run(self) -> Iterator[Check]:
@@ -101,10 +102,10 @@ class NumericsStage:
             InputError: too little text, another model for a source, or an architecture that cannot be walked.
             EnvironmentLack: a transformers that does not know the model.
         """
-        refuse_quantized(self._source, str(self._source.folder))
         options, subject = self._options, self._subject
+        source = in_recorded_order(subject, as_computed(self._source, str(self._source.folder)))
         text = load_text(options.text, subject.folder, subject.config, options.samples, options.sequence_length)
-        self.numbers = measure(subject, self._source, text, options, self._progress)
+        self.numbers = measure(subject, source, text, options, self._progress)
         for name, finding in findings(self.numbers).items():
             yield Check(STAGE, name, finding)
 
@@ -142,6 +143,7 @@ def measure(
         perplexity_source=perplexity(nll),
         top1=own.top1.agreement,
         source=source.name,
+        source_form=decoded_form(source),
         text=MeasuredText(text.name, text.framing, len(text.samples), text.tokens, scored, text.sha256),
         device=_device_name(run.device),
         dtype=str(run.dtype).removeprefix("torch."),
