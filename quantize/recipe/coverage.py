@@ -170,8 +170,10 @@ def _patterns(
 
 
 def _all_experts(tensor: str) -> str:
-    """One name for all the experts of a layer, whether they are stored one by one or together."""
-    return tensor.partition(".experts.")[0] + ".experts.all"
+    """One name for all the experts of a layer, whether they are stored one by one or together. Servers call the layer
+    of a stack without such a name (`block_sparse_moe.input_linear`) `experts` too."""
+    parent, has_name, _ = tensor.partition(".experts.")
+    return (parent if has_name else module_of(tensor).rpartition(".")[0]) + ".experts.all"
 
 
 def _places(modules: Iterable[str], prefix: str) -> Iterator[tuple[tuple[str, str, int], str]]:

@@ -292,6 +292,44 @@ def test_sources_may_be_bf16_f16_or_f32(dtype: str) -> None:
     assert len(select(own(("mlp", "nvfp4")), infos(plain(), dtype), "m", {}).schemes) == 6
 
 
+def test_a_selector_without_matrices_leaves_the_others() -> None:
+    shapes = {"model.layers.0.mlp.up_proj.weight": (32, 32), "model.layers.0.mlp.gate_proj.weight": (32, 32)}
+    found = select(own((["attention", "mlp", "linear"], "nvfp4")), infos(shapes), "m", {})
+    assert set(found.schemes) == {"model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"}
+
+
+def test_a_recipe_whose_selectors_all_find_nothing_is_refused() -> None:
+    shapes = {"model.layers.0.input_layernorm.weight": (32,)}
+    assert refused(own((["attention", "mlp"], "nvfp4")), shapes).startswith(
+        "recipe mine: patterns 'attention' and 'mlp' match no matrix of model, whose text matrices are none"
+    )
+
+
+def test_the_selector_linear_takes_projections_of_linear_attention_and_leaves_gates_with_all_they_are_fused_with() -> (
+    None
+):
+    delta = {
+        f"model.layers.0.linear_attn.{leaf}.weight": (32, 32)
+        for leaf in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
+    }
+    odd = {"model.layers.0.laurel.linear_right.weight": (32, 8)}
+    found = select(own(("linear", "nvfp4")), infos(delta | odd), "m", {})
+    assert [(group.name.rpartition(".")[2], len(group.members)) for group in found.groups] == [
+        ("in_proj_qkvz", 2),
+        ("out_proj", 1),
+    ]
+    kimi = {
+        f"model.layers.0.linear_attn.{leaf}.weight": (32, 32)
+        for leaf in ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "o_proj")
+    }
+    assert set(select(own(("linear", "nvfp4")), infos(kimi), "m", {}).schemes) == {"model.layers.0.linear_attn.o_proj"}
+
+
+def test_a_gate_of_a_recurrence_is_quantized_where_a_pattern_names_it() -> None:
+    shapes = {f"model.layers.0.linear_attn.{leaf}.weight": (32, 32) for leaf in ("in_proj_a", "in_proj_b")}
+    assert len(select(own(("re:.*in_proj_[ab]$", "nvfp4")), infos(shapes), "m", {}).schemes) == 2
+
+
 def test_a_selector_takes_only_matrices() -> None:
     shapes = plain(1) | {"model.layers.0.mlp.conv.weight": (32, 16, 4), "model.layers.0.mlp.up_proj.bias": (32,)}
     assert set(select(own(("mlp", "nvfp4")), infos(shapes), "m", {}).schemes) == {
