@@ -8,7 +8,9 @@ from typing import Any
 
 from ..checkpoint.config_values import TEXT_PARTS
 
-LAYER = re.compile(r"^(?P<prefix>(?:.+\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
+LAYER = re.compile(
+    r"^(?P<prefix>(?:.+\.)?(?:layers|h|blocks|(?<=encoder\.)layer))\.(?P<index>\d+)\.(?P<rest>.+)$"
+)
 TOWER = re.compile(r"vision|visual|audio|image|speech|video|^vit$")
 PROJECTOR = re.compile(r"^embed_(vision|audio)$|projector|^connector$|^aligner$|^merger$")
 # Layers that predict further tokens: vLLM's *_mtp.py files read `mtp.`, `model.mtp.`, `model.mtp_layers.` and

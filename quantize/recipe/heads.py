@@ -95,6 +95,19 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return tie_of(config) is True
 
 
+def class_ties_head(config: Mapping[str, Any]) -> bool | None:
+    """Whether the model's class ties any weights where the flag asks for it, or None for a class that transformers does
+    not know. Some classes ignore the flag. The import of the class takes seconds."""
+    import transformers
+
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, (list, tuple)) and named else None
+    model_class: Any = getattr(transformers, first, None) if isinstance(first, str) and first.isidentifier() else None
+    if model_class is None or not hasattr(model_class, "_tied_weights_keys"):
+        return None
+    return bool(model_class._tied_weights_keys)
+
+
 def _tie_of_class(config: Mapping[str, Any]) -> bool | None:
     """The tie by the model's config class from the flags alone, or None for a class that transformers does not know."""
     kind = config.get("model_type")

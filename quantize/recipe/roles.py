@@ -24,6 +24,7 @@ class Role(Enum):
     MLP = "text MLP"
     ATTENTION = "text attention"
     LINEAR = "other text linear"
+    CROSS_ATTENTION = "cross-attention"
     EXPERT = "experts"
     ROUTER = "router"
     PER_LAYER_INPUT = "per-layer input"
@@ -60,9 +61,9 @@ _GATES = frozenset(
     {"in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "f_a_proj", "f_b_proj", "igate_preact", "fgate_preact",
      "correction_coefs", "prediction_coefs", "modality_router"}
 )  # fmt: skip
-_ATTENTIONS = frozenset(
-    {"self_attn", "self_attention", "attention", "attn", "multi_head_attention", "encoder_attn", "cross_attn"}
-)
+_ATTENTIONS = frozenset({"self_attn", "self_attention", "attention", "attn", "multi_head_attention"})
+# Reads an encoder or an image, which text alone does not reach.
+_CROSS_ATTENTIONS = frozenset({"encoder_attn", "cross_attn", "crossattention"})
 _MLPS = frozenset(
     {"mlp", "mlps", "mlp_block", "feed_forward", "ffn", "shared_expert", "shared_experts", "shared_mlp",
      "block_sparse_moe", "moe"}
@@ -115,6 +116,8 @@ def _is_stack_of_experts(inside: list[str], shape: tuple[int, ...]) -> bool:
 def _role_of_matrix(inside: list[str]) -> Role:
     """The role of a matrix that servers may build quantized, by the parts of its name inside a layer."""
     parents, leaf = inside[:-1], inside[-1]
+    if _CROSS_ATTENTIONS.intersection(parents):
+        return Role.CROSS_ATTENTION
     if _ATTENTIONS.intersection(parents):
         return Role.ATTENTION
     if _MLPS.intersection(parents):

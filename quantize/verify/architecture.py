@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..calibrate.ids import config_value
-from ..calibrate.skeleton import embedding_rows
+from ..calibrate.model_class import embedding_rows
 from ..checkpoint.custom_code import missing_code
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import torch_dtype

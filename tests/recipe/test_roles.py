@@ -106,7 +106,7 @@ TENSORS: list[tuple[str, str, tuple[int, ...], Role]] = [
     ("nemotron-h", "backbone.layers.0.mixer.q_proj.weight", MATRIX, Role.ATTENTION),
     ("nemotron-h", "backbone.layers.0.mixer.down_proj.weight", MATRIX, Role.MLP),
     ("opt", "model.decoder.layers.0.fc1.weight", MATRIX, Role.MLP),
-    ("bart", "model.decoder.layers.0.encoder_attn.out_proj.weight", MATRIX, Role.ATTENTION),
+    ("bart", "model.decoder.layers.0.encoder_attn.out_proj.weight", MATRIX, Role.CROSS_ATTENTION),
     ("longcat", LLAMA + "mlps.1.gate_proj.weight", MATRIX, Role.MLP),
     ("hunyuan v3", LLAMA + "mlp.shared_mlp.up_proj.weight", MATRIX, Role.MLP),
     ("granite-hybrid", LLAMA + "shared_mlp.input_linear.weight", MATRIX, Role.MLP),

@@ -88,7 +88,7 @@ class Head:
         decoder: Any = skeleton.decoder
         embedding = decoder.get_input_embeddings()
         inside = next(inside for inside, module in skeleton.decoder.named_modules() if module is embedding)
-        name = f"{skeleton.root}{inside}.weight"
+        name = skeleton.stored_name(f"{skeleton.root}{inside}.weight")
         if name not in skeleton.source.infos():
             raise InputError(
                 f"{skeleton.source.where} stores no {name}",
