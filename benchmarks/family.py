@@ -19,17 +19,12 @@ import transformers
 from nvquant import convert, plan, verify
 from nvquant.errors import NvquantError
 from nvquant.recipe.load import load_recipe
-from nvquant.recipe.roles import Role
 from tiny_config import tiny_configs
 
-SEQUENCES, TOKENS, SMALLEST_ID, LARGEST_ID = 4, 24, 8, 400
+SEQUENCES, TOKENS, SMALLEST_ID, LARGEST_ID = 4, 24, 8, 250
 MOST_PARAMETERS = 100_000_000
 MOST_LOSS_ERROR = 2e-3  # nats a token between nvquant's loss of the source and transformers'
 MOST_TEXT = 400  # characters of a reason
-# Matrices of these roles stay as they are in any recipe.
-NEVER = frozenset(
-    {Role.ROUTER, Role.FULL_PRECISION, Role.PER_LAYER_INPUT, Role.EMBEDDING, Role.HEAD, Role.TOWER, Role.PROJECTOR}
-)
 
 
 @dataclass
@@ -152,20 +147,7 @@ def _recipe() -> Any:
 def _plan(row: Row, folder: Path) -> None:
     planned = plan(folder / "model", _recipe())
     row.quantized = len(planned.matrices)
-    quantized = {matrix.tensor for matrix in planned.matrices.values()}
-    infos = planned.source.infos()
-    inside = {
-        name: info
-        for name, info in infos.items()
-        if planned.layer_of(name) is not None and len(info.shape) > 1 and planned.selection.roles[name] not in NEVER
-    }
-    total = sum(info.nbytes for info in inside.values())
-    left: dict[str, int] = {}
-    for name, info in inside.items():
-        if name not in quantized and name not in planned.selection.unused:
-            role = planned.selection.roles[name].value
-            left[role] = left.get(role, 0) + info.nbytes
-    row.stays = {role: round(size / total, 4) for role, size in left.items()}
+    row.stays = {role: round(share, 4) for role, share in planned.kept_shares.items()}
 
 
 def _convert(row: Row, folder: Path) -> None:

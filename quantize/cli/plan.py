@@ -23,6 +23,7 @@ from ..plan.machines import Disk
 from ..plan.plan import Plan, compute_plan
 from ..plan.serving import Serving
 from ..plan.serving import as_json as serving_document
+from ..recipe.kept import kept_words
 from ..recipe.load import load_recipe, shipped_recipes
 from .machine_options import machine_options, print_conversion, read_machine
 from .options import (
@@ -156,6 +157,9 @@ def _print(
         f"\n{len(plan.matrices)} matrices quantized, {plan.tensor_bytes:,} bytes of tensors in "
         f"{len(plan.shards)} files."
     )
+    kept = kept_words(plan.kept_shares)
+    if kept is not None:
+        out.tell(kept)
     cost = head_cost(plan)
     if cost is not None:
         out.tell(cost.words)

@@ -15,8 +15,10 @@ from .. import __version__
 from ..checkpoint.sidefiles import side_files
 from ..quoting import code, fenced, one_line, shell
 from ..quoting import markdown as escaped
+from ..recipe.kept import kept_words
 from ..report.document import at, rows
 from ..report.markdown import table
+from ..report.measured import known_shares
 from ..report.page import page_of
 from ..report.parts import Page, Stage
 from ..report.words import size
@@ -125,7 +127,9 @@ def _making(facts: CardFacts) -> dict[str, Any]:
     groups = group_names(facts.document)
     listed = {"In 4 bits": groups["NVFP4"], "In 8 bits": groups["FP8"], "As in the source": groups[""]}
     return {
-        "quantized_sentence": " ".join(f"{where}: {_listed(names)}." for where, names in listed.items() if names),
+        "quantized_sentence": " ".join(
+            [*(f"{where}: {_listed(names)}." for where, names in listed.items() if names), *_kept(facts)]
+        ),
         "has_fp8": bool(groups["FP8"]),
         "cache_sentence": _cache_sentence(facts),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip() if recipe else None,
@@ -138,6 +142,12 @@ def _making(facts: CardFacts) -> dict[str, Any]:
         "calibration_licence": calibration_licence(provenance) if provenance.is_calibrated else "",
         "command": convert_command(provenance),
     }
+
+
+def _kept(facts: CardFacts) -> list[str]:
+    """A sentence about matrices of the decoder that stay as in the source, if there are any."""
+    words = kept_words(known_shares(at(facts.document, "checkpoint") or {}))
+    return [] if words is None else [words]
 
 
 def _checking(facts: CardFacts) -> dict[str, Any]:
