@@ -31,6 +31,7 @@ _SIZES: tuple[tuple[str, int | None], ...] = (
     (r"^(expert|attn|moe)_layer_(offset|period)$|^moe_layer_freq$|^(decoder_sparse_step|moe_layer_interval)$", None),
     (r"^(q_lora_rank|kv_lora_rank|o_lora_rank|attention_rank|low_rank_dim|.*lora_rank|.*_lora_r|lora_r|.*_rank)$", 32),
     (r"^rotary_dim$|^rotary_pct_dim$", HEAD_SIZE // 2),
+    (r"^o_groups$", 2),
     (r"^qk_head_dim$", 2 * HEAD_SIZE),
     (r"^(qk_rope_head_dim|qk_nope_head_dim|v_head_dim|rope_head_dim|nope_head_dim)$", HEAD_SIZE),
     (r"^(num_|n_|mamba_num_|mamba_n_|linear_num_|swa_|ssm_num_|.*_)?(key_value|kv|k|v)_heads$", KEY_VALUE_HEADS),
@@ -86,7 +87,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "step3p7_text": {"sliding_window": 16},
     "step3p5": {"sliding_window": 16},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"attention_head_dim": 32, "attention_hidden_size": 128},
+    "zamba2": {"attention_head_dim": 32, "attention_hidden_size": 128, "mamba_headdim": 32, "n_mamba_heads": 4},
 }
 
 

@@ -47,6 +47,20 @@ def embedding_rows(source: Weights) -> int | None:
         return None
 
 
+def model_ties_head(source: Weights) -> bool | None:
+    """Whether the model of the class that config.json names gets its head from another weight, or None where
+    transformers cannot build it or it has no head."""
+    try:
+        full = on_meta(source, torch.float32)
+        head = full.get_output_embeddings()
+    except (EnvironmentLack, AttributeError, NotImplementedError):
+        return None
+    if head is None:
+        return None
+    name = next(name for name, module in full.named_modules(remove_duplicate=False) if module is head)
+    return f"{name}.weight" in full.all_tied_weights_keys
+
+
 def on_meta(source: Weights, dtype: torch.dtype) -> Any:
     """The model of the class that config.json names, without weights.
 

@@ -7,7 +7,7 @@ the class (see `stored_form`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -62,6 +62,23 @@ def _embeds(module: Any) -> bool:
         return isinstance(module.get_input_embeddings(), nn.Embedding)
     except (AttributeError, NotImplementedError):
         return False
+
+
+def tied_origin(parameter: str, full: Any, origins: Mapping[str, Joined], stored: Collection[str]) -> Joined | None:
+    """Where a parameter is stored that the model's class ties to another one, or None.
+
+    Args:
+        parameter: its name in the model.
+        full: see `find_layers`.
+        origins: see `find_layers`.
+        stored: all names in the checkpoint.
+    """
+    tied: Mapping[str, str] = full.all_tied_weights_keys
+    source = tied.get(parameter, parameter)
+    others = [source, *(name for name, target in tied.items() if target == source)]
+    found = next((origins[name] for name in others if name in origins), None)
+    plain = next((name for name in others if name in stored), None)
+    return found if found is not None or plain is None else Joined({"": (plain,)}, None)
 
 
 def modules_inside(layer: Mapping[str, Joined], path: str) -> dict[str, tuple[str, ...]]:

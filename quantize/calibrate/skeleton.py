@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..recipe.decoder import layer_index
 from ..weights.base import Weights
 from .model_class import on_meta
-from .model_names import find_decoder, find_layers, modules_inside
+from .model_names import find_decoder, find_layers, modules_inside, tied_origin
 from .stored_form import Joined, joined_parameters, joined_shape
 from .taps import STORED_MODULES
 
@@ -42,6 +43,7 @@ class Skeleton:
         origins: where the checkpoint stores a parameter, by its name in the model, as transformers describes it.
         joined: parameters that the checkpoint stores in another form, by the name that they would have there.
         renamed: names in the checkpoint, where they differ from the model's by more than a prefix, likewise.
+        loaded_ids: one of the token ids whose embeddings are loaded, once `load_outer` has been called.
     """
 
     source: Weights
@@ -58,6 +60,7 @@ class Skeleton:
     origins: Mapping[str, Joined] = field(default_factory=dict, repr=False)
     joined: dict[str, Joined] = field(default_factory=dict, repr=False)
     renamed: dict[str, str] = field(default_factory=dict, repr=False)
+    loaded_ids: list[int] = field(default_factory=list, repr=False)
     _lookups: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list, repr=False)
 
     def layer_tensors(self, layer: int) -> dict[str, str]:
@@ -143,12 +146,25 @@ def load_outer(skeleton: Skeleton, token_ids: Tensor) -> None:
     for lookup in skeleton._lookups:
         lookup.remove()
     skeleton._lookups.clear()
+    skeleton.loaded_ids[:] = [int(token_ids.min())]
     by_token: type[nn.Embedding] = type(decoder.get_input_embeddings())
+    if not issubclass(by_token, nn.Embedding):
+        raise InputError(
+            f"{type(decoder).__name__} looks tokens up in {by_token.__name__}, which the layer-by-layer walk does not "
+            "support",
+            where=skeleton.source.where,
+            hint="use a weight-only recipe",
+        )
     modules = dict(_outer_modules(skeleton))
+    main, largest = decoder.get_input_embeddings(), int(token_ids.max())
     embeddings = {
         name: module
         for name, module in modules.items()
-        if isinstance(module, by_token) and type(module) is by_token and not _POSITIONS.search(name)
+        if isinstance(module, by_token)
+        and type(module) is by_token
+        and not _POSITIONS.search(name)
+        # A table with fewer rows is looked up by other numbers, such as segments.
+        and (module is main or len(module.weight) > largest)
     }
     for name, embedding in embeddings.items():
         _load_embedding_rows(skeleton, skeleton.stored_name(f"{skeleton.root}{name}.weight"), embedding, token_ids)
@@ -260,6 +276,15 @@ def _check_tensors(skeleton: Skeleton) -> None:
     infos = source.infos()
     wanted = {name: shape for name, shape in _wanted(skeleton).items() if name not in skeleton.joined}
     missing = [name for name in wanted if skeleton.stored_name(name) not in infos]
+    for name in wanted:
+        layer, owner = (layer_index(one, skeleton.layer_prefix) for one in (name, skeleton.stored_name(name)))
+        if layer is not None and layer != owner and name not in missing:
+            raise InputError(
+                f"layer {layer} shares {skeleton.stored_name(name)} with another layer, which the layer-by-layer walk "
+                "does not support",
+                where=source.where,
+                hint="use a weight-only recipe",
+            )
     if missing:
         raise InputError(
             f"{source.where} lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors that "
@@ -283,6 +308,8 @@ def _find_origins(skeleton: Skeleton) -> None:
     shapes = {name: info.shape for name, info in skeleton.source.infos().items()}
     for usual, (parameter, shape) in _parameters(skeleton).items():
         origin = skeleton.origins.get(parameter)
+        if origin is None and usual not in shapes:
+            origin = tied_origin(parameter, skeleton.full, skeleton.origins, shapes)
         if origin is None or (origin.converter is None and usual in shapes):
             continue
         if origin.converter is None:

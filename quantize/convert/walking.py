@@ -184,7 +184,7 @@ class CalibrationWalk:
 
     def _has_room(self, groups: Sequence[FusedGroup]) -> bool:
         outputs = sum(self._source.hidden.sizes())
-        return bool(groups) and may_keep(self._sizes(groups), outputs, self._room())
+        return bool(groups) and not self._walk.hands_outputs_on and may_keep(self._sizes(groups), outputs, self._room())
 
     def _room(self) -> HiddenBudget:
         return room_beside([lane for lane in (self._source, self._quantized) if lane is not None])

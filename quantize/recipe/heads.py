@@ -138,14 +138,14 @@ def _flags(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
 
 def token_embedding(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str | None:
     """The table that token ids are looked up in, of several tables the one beside the decoder's layers whose width is
-    the hidden size and which has the most rows, or None without any."""
+    the hidden size and which has the most rows, one of positions last, or None without any."""
     prefix = decoder_prefix(shapes)
     width = text_config(config).get("hidden_size")
     tables = _outside(shapes, Role.EMBEDDING, prefix)
     root = (prefix or "").removesuffix("layers").removesuffix("h").removesuffix("blocks")
 
-    def rank(name: str) -> tuple[bool, bool, int]:
-        return shapes[name][1] == width, name.startswith(root), shapes[name][0]
+    def rank(name: str) -> tuple[bool, bool, bool, int]:
+        return "position" not in name, shapes[name][1] == width, name.startswith(root), shapes[name][0]
 
     return max(tables, key=rank, default=None)
 

@@ -73,7 +73,7 @@ _ATTENTION_LEAVES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj
 _MLP_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"})
 _RECURRENT = frozenset({"linear_attn", "mamba", "conv", "mlstm_layer"})  # parents whose q_proj is no attention's
 _HEADS = frozenset({"lm_head", "embed_out", "score"})
-_OUTER_HEADS = frozenset({"output", "output_layer"})  # inside of a layer these are linears
+_OUTER_HEADS = frozenset({"output", "output_layer", "head", "decoder"})  # inside of a layer these are linears
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERTS_USED = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
