@@ -78,6 +78,14 @@ class Skeleton:
         model."""
         return self.renamed.get(usual, usual)
 
+    def claimed(self) -> frozenset[str]:
+        """Names in the checkpoint of all tensors that the model reads."""
+        state = set(self.full.state_dict())
+        decoder = {name for name in _parameters(self) if name not in self.joined}
+        joined = [name for one in self.joined.values() for name in one.stored]
+        read = [name for parameter, origin in self.origins.items() if parameter in state for name in origin.stored]
+        return frozenset({*map(self.stored_name, decoder), *joined, *read})
+
     @property
     def layers_inside(self) -> str:
         """The path of the layers' list in the decoder."""

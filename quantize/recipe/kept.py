@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from math import prod
 
 from .decoder import layer_index
-from .roles import Role
+from .roles import Role, gates_a_recurrence, module_of
 
 # Matrices of these roles stay in every recipe, and are small.
 NEVER_QUANTIZED = frozenset(
@@ -34,7 +34,7 @@ def kept_shares(
     sizes = {
         name: prod(shape)
         for name, shape in shapes.items()
-        if len(shape) > 1 and layer_index(name, prefix) is not None and roles[name] not in NEVER_QUANTIZED
+        if layer_index(name, prefix) is not None and _may_be_quantized(name, shape, roles[name])
     }
     total, found = sum(sizes.values()), dict[str, int]()
     for name, size in sizes.items():
@@ -42,6 +42,13 @@ def kept_shares(
             found[roles[name].value] = found.get(roles[name].value, 0) + size
     ordered = sorted(found.items(), key=lambda item: -item[1])
     return {role: round(size / total, 6) for role, size in ordered}
+
+
+def _may_be_quantized(name: str, shape: tuple[int, ...], role: Role) -> bool:
+    """Whether a tensor contains matrices that some recipe or server could have quantized."""
+    if len(shape) < 2 or role in NEVER_QUANTIZED or gates_a_recurrence(module_of(name)):
+        return False
+    return role is Role.EXPERT or (len(shape) == 2 and name.endswith(".weight"))
 
 
 def kept_words(shares: Mapping[str, float]) -> str | None:

@@ -110,7 +110,8 @@ def role_of(tensor: str, shape: tuple[int, ...]) -> Role:
 
 def _is_stack_of_experts(inside: list[str], shape: tuple[int, ...]) -> bool:
     """Whether a tensor holds the matrices of all experts without a module of that name, as Granite's and Step's."""
-    return len(shape) == 3 and "conv" not in inside[-1] and bool(_MLPS.intersection(inside[:-1]))
+    is_stack = len(shape) == 3 and shape[1] > 1 and "conv" not in inside[-1]
+    return is_stack and bool(_MLPS.intersection(inside[:-1]))
 
 
 def _role_of_matrix(inside: list[str]) -> Role:

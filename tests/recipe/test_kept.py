@@ -12,6 +12,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "model.layers.0.self_attn.q_proj.weight": (20, 10),
     "model.layers.0.mlp.gate.weight": (90, 90),
     "model.layers.0.input_layernorm.weight": (32,),
+    "model.layers.0.linear_attn.in_proj_a.weight": (90, 90),
+    "model.layers.0.self_attn.slope_rate": (90, 90, 1),
 }
 
 

@@ -113,6 +113,7 @@ TENSORS: list[tuple[str, str, tuple[int, ...], Role]] = [
     ("granite-moe", LLAMA + "block_sparse_moe.input_linear.weight", STACK, Role.EXPERT),
     ("granite-moe", LLAMA + "block_sparse_moe.router.layer.weight", MATRIX, Role.ROUTER),
     ("olmo-hybrid", LLAMA + "linear_attn.q_proj.weight", MATRIX, Role.LINEAR),
+    ("rwkv", "rwkv.blocks.0.feed_forward.time_mix_key", (1, 1, 64), Role.OTHER),
     ("lfm2", LLAMA + "conv.in_proj.weight", MATRIX, Role.LINEAR),
     ("mamba2", "backbone.layers.0.mixer.conv1d.weight", (64, 1, 4), Role.FULL_PRECISION),
     ("qwen3-next", LLAMA + "linear_attn.in_proj_qkvz.weight", MATRIX, Role.LINEAR),
