@@ -43,7 +43,7 @@ _SIZES: tuple[tuple[str, int | None], ...] = (
     (r"head_dim(_k|_v)?$|^head_size$|^d_kv$|_d_head$|^d_head$|^attention_head_size$|^kv_channels$", HEAD_SIZE),
     (r"^(chunk_size|mamba_chunk_size|d_state|mamba_d_state|ssm_state_size|state_size|index_topk|time_step_rank)$", 16),
     (r"^(d_conv|mamba_d_conv|conv_kernel|conv_kernel_size|linear_conv_kernel_dim|conv_L_cache|conv1d_width)$", None),
-    (r"^(num_hidden_layers|num_layers|n_layers?|encoder_layers|decoder_layers|depth|num_decoder_layers)$", LAYERS),
+    (r"^(num_hidden_layers|num_layers|n_layers?|encoder_layers|decoder_layers|depth|num_blocks)$", LAYERS),
     (r"layers$|^depth$|_depth$", LAYERS),
     (r"^(image_size|img_size|input_size|crop_size|vision_image_size)$", 32),
     (r"^(patch_size|vision_patch_size)$", 8),

@@ -137,15 +137,22 @@ def _flags(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
 
 
 def token_embedding(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str | None:
-    """The table that token ids are looked up in, of several tables the one beside the decoder's layers whose width is
-    the hidden size and which has the most rows, one of positions last, or None without any."""
+    """The table that token ids are looked up in, or None without any.
+
+    Of several tables it is the one with a row for each token, beside the decoder's layers, as wide as the hidden state,
+    and with the most rows. A table of positions is the last choice.
+    """
     prefix = decoder_prefix(shapes)
     width = text_config(config).get("hidden_size")
     tables = _outside(shapes, Role.EMBEDDING, prefix)
     root = (prefix or "").removesuffix("layers").removesuffix("h").removesuffix("blocks")
 
-    def rank(name: str) -> tuple[bool, bool, bool, int]:
-        return "position" not in name, shapes[name][1] == width, name.startswith(root), shapes[name][0]
+    tokens = text_config(config).get("vocab_size")
+
+    def rank(name: str) -> tuple[bool, bool, bool, bool, int]:
+        rows, columns = shapes[name]
+        has_all = isinstance(tokens, int) and rows >= tokens
+        return "position" not in name, has_all, columns == width, name.startswith(root), rows
 
     return max(tables, key=rank, default=None)
 

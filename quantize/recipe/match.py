@@ -198,10 +198,17 @@ def _nothing_found(patterns: list[str], source: _Source, recipe: Recipe) -> Inpu
     return InputError(
         f"recipe {recipe.name}: {verb.format(quoted)} no matrix of {model}, whose text matrices are {names or 'none'}",
         where=f"recipe {recipe.name}",
-        hint="to quantize the head, use the key `head`"
-        if any(OWN_NAME in pattern for pattern in patterns)
-        else "correct the pattern",
+        hint=_way_out(patterns),
     )
+
+
+def _way_out(patterns: list[str]) -> str:
+    """The hint for patterns that match nothing."""
+    if any(OWN_NAME in pattern for pattern in patterns):
+        return "to quantize the head, use the key `head`"
+    if all(pattern in SELECTORS for pattern in patterns):
+        return "choose a recipe that quantizes other matrices, or another model"
+    return "correct the pattern"
 
 
 def _check_matrices(stored: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:

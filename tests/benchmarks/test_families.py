@@ -12,7 +12,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # One class of each kind: plain, transposed, renamed shared experts, stacked and transposed experts beside a tower,
-# Mamba and attention in one list, layers that hand on more than a hidden state, a list below the decoder.
+# Mamba and attention in one list, layers that hand on more than a hidden state, a list below the decoder,
+# a composite model that requires an image for its own forward.
 SAMPLE = {
     "LlamaForCausalLM": "whole",
     "GPT2LMHeadModel": "refused",
@@ -21,6 +22,7 @@ SAMPLE = {
     "NemotronHForCausalLM": "partly",
     "GlmMoeDsaForCausalLM": "partly",
     "OPTForCausalLM": "whole",
+    "Kosmos2ForConditionalGeneration": "whole",
     "BertLMHeadModel": "whole",
 }
 

@@ -168,7 +168,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is() -> None:
         "model.layers.N.mlp.down_proj, model.layers.N.mlp.gate_proj, model.layers.N.mlp.up_proj, "
         "model.layers.N.self_attn.k_proj and 3 more: correct the pattern."
     )
-    assert "whose text matrices are none: correct the pattern." in refused(
+    assert "whose text matrices are none: choose a recipe that quantizes other matrices, or another model." in refused(
         own(("mlp", "nvfp4")), {"model.norm.weight": (32,)}
     )
     assert "matches no matrix" in refused(own(("attention", "nvfp4")), {"model.layers.0.mlp.up_proj.weight": (32, 32)})

@@ -169,23 +169,37 @@ class Head:
                 module.bias = nn.Parameter(part, requires_grad=False)
             first_id = next(iter(self._skeleton.loaded_ids), 0)  # some models embed them here too
             ids = torch.full((1, len(finished)), first_id, dtype=torch.int64, device=finished.device)
-            with computing_on(finished.device):
-                output: Any = full(input_ids=ids)
-            logits: Tensor = output.logits[0]
-        except (NvquantError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # each model's code raises what it likes
-            reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(" .:")
-            raise InputError(
-                f"{type(full).__name__} computes no logits of a text alone ({type(error).__name__}: {reason})",
-                hint="its numbers cannot be measured",
-            ) from error
+            logits = self._forward(ids)
         finally:
             setattr(self._owner, self._base, base)
             module.weight, module.bias = weight, bias
         if logits.shape != (len(finished), len(rows)):
             raise InputError(f"{type(full).__name__} computes logits in a way that nvquant does not support.")
         return logits.float()
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        """The logits of the model's own forward, or where it requires an image too, of the text model in it.
+
+        Raises:
+            InputError: neither runs on token ids alone.
+        """
+        full: Any = self._skeleton.full
+        refusals = []
+        for model in dict.fromkeys([full, self._owner]):
+            try:
+                with computing_on(ids.device):
+                    logits: Tensor = model(input_ids=ids).logits[0]
+                return logits
+            except (NvquantError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # each model's code raises what it likes
+                refusals.append(error)
+        first = refusals[0]
+        reason = (str(first).strip() or "no reason given").splitlines()[0].rstrip(" .:")
+        raise InputError(
+            f"{type(full).__name__} computes no logits of a text alone ({type(first).__name__}: {reason})",
+            hint="its numbers cannot be measured",
+        ) from first
 
 
 class _Gives(nn.Module):
