@@ -20,7 +20,7 @@ model, and nothing about a server, which may not know the class.
 SECTIONS = {
     "whole": ("Converts completely", "Every matrix of the decoder that may be quantized is in NVFP4."),
     "partly": ("Converts, with some matrices in BF16", "The share is that of the decoder's matrices, in bytes."),
-    "refused": ("Refused", "nvquant refuses these classes in one sentence, before it writes anything."),
+    "refused": ("Refused", "nvquant refuses these classes in one sentence, in the stage that the table names."),
     "failed": ("A check fails", "The conversion ends, and `verify` reports a fault."),
     "traceback": ("Faults of nvquant", "These classes end in an error that nvquant does not expect."),
     "ended": ("Did not end", "The process ran into the time limit or was ended by a signal."),
@@ -53,7 +53,8 @@ def _body(outcome: str, rows: Sequence[Row]) -> list[str]:
         return [", ".join(f"`{row['name']}`" for row in rows)]
     if outcome == "partly":
         return ["| Class | In BF16 |", "|---|---|", *(f"| `{row['name']}` | {_shares(row)} |" for row in rows)]
-    return ["| Class | Reason |", "|---|---|", *(f"| `{row['name']}` | {_cell(row['reason'])} |" for row in rows)]
+    lines = [f"| `{row['name']}` | {row['stage']} | {_cell(row['reason'])} |" for row in rows]
+    return ["| Class | Stage | Reason |", "|---|---|---|", *lines]
 
 
 def _shares(row: Row) -> str:
