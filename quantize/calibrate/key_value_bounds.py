@@ -21,7 +21,7 @@ from .norm_bounds import MAGNITUDES, ROOM, rms_norm_bound, rounded_up
 from .record import LayerCall, record_batches
 from .skeleton import Skeleton, build_skeleton, load_outer
 from .taps import KeyValueTap
-from .walk import run_layer
+from .walk import EndOfForward, run_layer
 
 TOKENS = 5  # of the probe
 TOLERANCE = 1e-4  # of a vector's length, relative
@@ -104,7 +104,7 @@ class _Random(nn.Module):
         return torch.randn((*tokens, self.out_features), generator=self._generator) * lengths
 
 
-class _Attended(Exception):
+class _Attended(EndOfForward):
     """Signals that keys and values have passed."""
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from ..stream.hidden import HiddenStates
-from .record import LayerCall
+from .record import LayerCall, Table, handed_in, with_handed
 from .skeleton import Skeleton
 from .statistics.base import Observer
 from .taps import Handle
@@ -26,17 +27,32 @@ class Lane:
         skeleton: of the model that records and computes.
         hidden: the hidden states, in the order of the batches.
         calls: each batch's calls, one for each layer. Stores of shared keys and values in them are the lane's own.
+        outputs: what layers returned after the hidden state, by batch and layer, while a later layer takes it.
     """
 
     name: str
     skeleton: Skeleton
     hidden: HiddenStates
     calls: list[list[LayerCall]]
+    outputs: dict[int, dict[int, Sequence[Any]]] = field(default_factory=dict)
+
+    def call(self, at: int, layer: int) -> LayerCall:
+        """The call of a layer for a batch, with the outputs of earlier layers that it takes."""
+        return with_handed(self.calls[at][layer], self.outputs.get(at, {}))
+
+    def keep_outputs(self, at: int, layer: int, more: Sequence[Any]) -> None:
+        """Keep what a layer returned after the hidden state, and drop what no later layer takes."""
+        taken = {handed.layer for call in self.calls[at][layer + 1 :] for handed in handed_in(call)}
+        kept = {**self.outputs.get(at, {}), layer: more}
+        self.outputs[at] = {number: value for number, value in kept.items() if number in taken}
 
     def empty_stores(self, at: int, layer: int) -> None:
         """Drop the keys and values that a layer shared in a batch, which no later layer reads."""
-        for value in self.calls[at][layer].kwargs.values():
-            if isinstance(value, MutableMapping):
+        call = self.calls[at][layer]
+        for value in (*call.args, *call.kwargs.values()):
+            if isinstance(value, Table):
+                value.reset()
+            elif isinstance(value, MutableMapping):
                 value.clear()
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from ..checkpoint.source import Checkpoint
 from ..errors import InputError
 from ..weights.base import Weights
+from .model_class import on_meta
 from .norm_bounds import rms_norm_bound
 from .record import output_after_layers
-from .skeleton import Skeleton, build_skeleton, load_outer, on_meta
+from .skeleton import Skeleton, build_skeleton, load_outer
 
 _PROBE_TOKENS = 4
 

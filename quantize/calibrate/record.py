@@ -8,7 +8,7 @@ no part of any model's loop.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,27 @@ class RecordedBatch:
     calls: list[LayerCall]
 
 
+class Table(dict[Any, Any]):
+    """A mapping that is not empty when a layer gets it, such as rotary tables by kind. A store of shared keys and
+    values is empty then.
+
+    Attributes:
+        kept: its keys at that time.
+    """
+
+    def __init__(self, content: Mapping[Any, Any]) -> None:
+        super().__init__(content)
+        self.kept = frozenset(content)
+
+    def __copy__(self) -> Table:
+        return Table(self)
+
+    def reset(self) -> None:
+        """Drop the entries that layers have added."""
+        for key in self.keys() - self.kept:
+            del self[key]
+
+
 class TensorPool:
     """One copy of equal tensors: masks and rotary tables are the same for all sequences of a length."""
 
@@ -64,6 +85,8 @@ class TensorPool:
             return met[id(value)]
         if type(value) in (tuple, list):
             return type(value)(self._share(item, met) for item in value)
+        if type(value) is dict and value:
+            return Table({key: self._share(item, met) for key, item in value.items()})
         return value
 
     def _equal_one(self, value: Tensor) -> Tensor:
@@ -77,9 +100,18 @@ class TensorPool:
         return value
 
 
-class _Handed:
-    """A placeholder for further outputs of a layer: usually attention weights that are not used, in some models a state
-    that the next layer takes."""
+@dataclass(frozen=True)
+class Handed:
+    """A placeholder for a further output of a layer: usually attention weights that nothing uses, in some models a
+    state that a later layer takes. A walk puts the output itself in its place.
+
+    Attributes:
+        layer: the number of the layer that returns it.
+        at: its place among the layer's outputs after the hidden state.
+    """
+
+    layer: int
+    at: int
 
 
 class _Recorder(nn.Module):
@@ -97,7 +129,8 @@ class _Recorder(nn.Module):
             hidden = kwargs.pop("hidden_states")
         hidden = self._log.note(hidden, LayerCall(args, kwargs))
         form = self._log.form
-        return (hidden, *(_Handed() for _ in range(form - 1))) if form else hidden
+        number = len(self._log.calls) - 1
+        return (hidden, *(Handed(number, at) for at in range(form - 1))) if form else hidden
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -113,7 +146,6 @@ class _Log:
         form: the number of values in a layer's output, 0 for the hidden state itself.
         given: replaces the input of the first layer.
         output: of the model.
-        hands_more: a layer received an output of the one before it besides the hidden state.
     """
 
     def __init__(self, form: int, given: Tensor | None) -> None:
@@ -121,7 +153,7 @@ class _Log:
         self.hidden: Tensor | None = None
         self.output: Any = None
         self.calls: list[LayerCall] = []
-        self.is_chain, self.hands_more = True, False
+        self.is_chain = True
         self.error: Exception | None = None
 
     def note(self, hidden: Tensor, call: LayerCall) -> Tensor:
@@ -129,7 +161,6 @@ class _Log:
         if self.hidden is None:
             self.hidden = hidden = hidden if self.given is None else self.given
         self.is_chain = self.is_chain and _are_same(hidden, self.hidden)
-        self.hands_more |= any(_holds_handed(value) for value in (*call.args, *call.kwargs.values()))
         self.calls.append(call)
         return hidden
 
@@ -148,10 +179,30 @@ def _are_same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _holds_handed(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return any(map(_holds_handed, value))
-    return isinstance(value, _Handed)
+def handed_in(value: Any) -> Iterator[Handed]:
+    """The placeholders in an argument."""
+    if isinstance(value, LayerCall):
+        yield from handed_in([*value.args, *value.kwargs.values()])
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from handed_in(part)
+    elif isinstance(value, Handed):
+        yield value
+
+
+def with_handed(call: LayerCall, outputs: Mapping[int, Sequence[Any]]) -> LayerCall:
+    """A call with the outputs of earlier layers in the place of placeholders.
+
+    Args:
+        outputs: what each layer returned after the hidden state, by its number.
+    """
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, Handed):
+            return outputs[value.layer][value.at]
+        return type(value)(map(fill, value)) if type(value) in (tuple, list) else value
+
+    return LayerCall(fill(call.args), {key: fill(value) for key, value in call.kwargs.items()})
 
 
 def record_batches(skeleton: Skeleton, batches: Sequence[Tensor]) -> Iterator[RecordedBatch]:
@@ -228,6 +279,8 @@ def are_alike(calls: Sequence[LayerCall], others: Sequence[LayerCall]) -> bool:
             return one is other
         if type(one) in (tuple, list):
             return len(one) == len(other) and all(map(alike, one, other))
+        if isinstance(one, Table):
+            return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
         if isinstance(one, MutableMapping):
             return not one and not other
         return isinstance(one, _CONSTANTS) and bool(one == other)
@@ -255,7 +308,7 @@ def own_stores(calls: Sequence[LayerCall]) -> list[LayerCall]:
     return [LayerCall(renew(call.args), {key: renew(value) for key, value in call.kwargs.items()}) for call in calls]
 
 
-_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, Handed)
 
 
 def finish_batch(skeleton: Skeleton, batch: Tensor, hidden: Tensor) -> Tensor:
@@ -304,13 +357,6 @@ def _run_chain(skeleton: Skeleton, batch: Tensor, form: int = 0, given: Tensor |
             break
         log = _run(skeleton, batch, other, given)
     name = type(skeleton.decoder).__name__
-    if log.hands_more:
-        raise InputError(
-            f"{name} passes more than a hidden state from one decoder layer to the next, which the layer-by-layer "
-            "walk does not support",
-            where=name,
-            hint="use a weight-only recipe",
-        )
     if not log.is_chain or log.hidden is None or len(log.calls) != len(skeleton.layers):
         raise InputError(
             f"{name} computes between its decoder layers, which the layer-by-layer walk does not support",

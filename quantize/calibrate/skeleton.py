@@ -1,8 +1,6 @@
 """The source model without its weights: built on the meta device from its config, filled one decoder layer at a time.
 
-Names: a tensor's name in the checkpoint and in the model's state dict differ at most in what precedes the decoder
-(`model.language_model.`, `model.`, nothing); inside the decoder they are equal, or transformers describes how the
-stored ones become the model's (see `stored_form`). Other models are refused.
+A tensor's name in the checkpoint and in the model's state dict may differ: see `model_names`.
 """
 
 from __future__ import annotations
@@ -12,22 +10,21 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.json_text import quoted
-from ..errors import EnvironmentLack, InputError
+from ..errors import InputError
+from ..recipe.decoder import layer_index
 from ..weights.base import Weights
-from .quiet import quiet_transformers
+from .model_class import on_meta
+from .model_names import find_decoder, find_layers, modules_inside, tied_origin
 from .stored_form import Joined, joined_parameters, joined_shape
+from .taps import STORED_MODULES
 
 log = logging.getLogger("nvquant.calibrate")
 
-ATTENTION = "sdpa"
-MOST_REASON = 300  # characters of an error of transformers that a message repeats
 _POSITIONS = re.compile(r"(^|\.)wpe$|position|(^|_)pos_")  # tables that are small, and not asked for token ids
 
 
@@ -41,8 +38,12 @@ class Skeleton:
         decoder: the text decoder.
         layers: its decoder layers.
         root: the prefix of the decoder's own names in the checkpoint, with a final dot, or empty.
-        layer_prefix: the prefix of a layer's number in the checkpoint. Its last part is the decoder's name for them.
-        joined: layers' parameters that the checkpoint stores in another form, by layer and name inside it.
+        layer_prefix: the prefix of a layer's number in the checkpoint.
+        layers_path, decoder_path: names of the layers' list and of the decoder in the complete model.
+        origins: where the checkpoint stores a parameter, by its name in the model, as transformers describes it.
+        joined: parameters that the checkpoint stores in another form, by the name that they would have there.
+        renamed: names in the checkpoint, where they differ from the model's by more than a prefix, likewise.
+        loaded_ids: one of the token ids whose embeddings are loaded, once `load_outer` has been called.
     """
 
     source: Weights
@@ -54,17 +55,41 @@ class Skeleton:
     layer_prefix: str
     device: torch.device
     dtype: torch.dtype
-    joined: dict[int, dict[str, Joined]] = field(default_factory=dict, repr=False)
+    layers_path: str = "layers"
+    decoder_path: str = ""
+    origins: Mapping[str, Joined] = field(default_factory=dict, repr=False)
+    joined: dict[str, Joined] = field(default_factory=dict, repr=False)
+    renamed: dict[str, str] = field(default_factory=dict, repr=False)
+    loaded_ids: list[int] = field(default_factory=list, repr=False)
     _lookups: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list, repr=False)
 
     def layer_tensors(self, layer: int) -> dict[str, str]:
         """Names inside a layer to names in the checkpoint, for every parameter and buffer that it stores unchanged."""
-        joined = self.joined.get(layer, {})
-        return {
-            name: f"{self.layer_prefix}.{layer}.{name}"
-            for name in self.layers[layer].state_dict()
-            if name not in joined
-        }
+        names = {name: f"{self.layer_prefix}.{layer}.{name}" for name in self.layers[layer].state_dict()}
+        return {name: self.stored_name(usual) for name, usual in names.items() if usual not in self.joined}
+
+    def layer_joined(self, layer: int) -> dict[str, Joined]:
+        """The other parameters of a layer, by name inside it."""
+        begin = f"{self.layer_prefix}.{layer}."
+        return {name.removeprefix(begin): one for name, one in self.joined.items() if name.startswith(begin)}
+
+    def stored_name(self, usual: str) -> str:
+        """The name in the checkpoint of a tensor that has, but for what precedes the decoder, this name in the
+        model."""
+        return self.renamed.get(usual, usual)
+
+    def claimed(self) -> frozenset[str]:
+        """Names in the checkpoint of all tensors that the model reads."""
+        state = set(self.full.state_dict())
+        decoder = {name for name in _parameters(self) if name not in self.joined}
+        joined = [name for one in self.joined.values() for name in one.stored]
+        read = [name for parameter, origin in self.origins.items() if parameter in state for name in origin.stored]
+        return frozenset({*map(self.stored_name, decoder), *joined, *read})
+
+    @property
+    def layers_inside(self) -> str:
+        """The path of the layers' list in the decoder."""
+        return self.layers_path.removeprefix(f"{self.decoder_path}.") if self.decoder_path else self.layers_path
 
 
 def build_skeleton(source: Weights, prefix: str, device: torch.device, dtype: torch.dtype) -> Skeleton:
@@ -85,25 +110,34 @@ def build_skeleton(source: Weights, prefix: str, device: torch.device, dtype: to
 def _assemble(source: Weights, prefix: str, device: torch.device, dtype: torch.dtype) -> Skeleton:
     full = on_meta(source, dtype)
     full.eval().requires_grad_(False)
-    decoder = full.get_decoder()
-    container = prefix.rpartition(".")[2]
-    layers = getattr(decoder, container, None)
-    if not isinstance(layers, nn.ModuleList):
+    origins = joined_parameters(full, source.infos())
+    path = find_layers(full, origins, prefix)
+    if path is None:
         raise InputError(
-            f"{type(decoder).__name__} has no list of decoder layers",
+            f"{type(full).__name__} has no list of decoder layers that {prefix}.N of the checkpoint would fill",
             where=source.where,
             hint="use a weight-only recipe",
         )
-    root = prefix.removesuffix(container)
+    decoder_path = find_decoder(full, path)
+    decoder = full.get_submodule(decoder_path)
+    inside = path.removeprefix(f"{decoder_path}.") if decoder_path else path
+    root = prefix.removesuffix(inside) if f".{prefix}".endswith(f".{inside}") else ""
     # Some classes name a base model that they do not have; their base model is then the whole.
     model = decoder if full.base_model is full else full.base_model
-    return Skeleton(source, full, model, decoder, layers, root, prefix, device, dtype)
+    layers = full.get_submodule(path)
+    skeleton = Skeleton(source, full, model, decoder, layers, root, prefix, device, dtype, path, decoder_path, origins)
+    _find_origins(skeleton)
+    return skeleton
 
 
 def wanted_shapes(source: Weights, prefix: str) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that the model's decoder has, by its name in the checkpoint. Arguments and errors are
-    those of `build_skeleton`, which refuses a checkpoint that lacks one."""
-    return _wanted(_assemble(source, prefix, torch.device("cpu"), torch.float32))
+    those of `build_skeleton`, which refuses a checkpoint that lacks one. A tensor that is made of others is not among
+    them."""
+    skeleton = _assemble(source, prefix, torch.device("cpu"), torch.float32)
+    return {
+        skeleton.stored_name(name): shape for name, shape in _wanted(skeleton).items() if name not in skeleton.joined
+    }
 
 
 def load_outer(skeleton: Skeleton, token_ids: Tensor) -> None:
@@ -120,20 +154,45 @@ def load_outer(skeleton: Skeleton, token_ids: Tensor) -> None:
     for lookup in skeleton._lookups:
         lookup.remove()
     skeleton._lookups.clear()
+    skeleton.loaded_ids[:] = [int(token_ids.min())]
     by_token: type[nn.Embedding] = type(decoder.get_input_embeddings())
+    if not issubclass(by_token, nn.Embedding):
+        raise InputError(
+            f"{type(decoder).__name__} looks tokens up in {by_token.__name__}, which the layer-by-layer walk does not "
+            "support",
+            where=skeleton.source.where,
+            hint="use a weight-only recipe",
+        )
     modules = dict(_outer_modules(skeleton))
+    main, largest = decoder.get_input_embeddings(), int(token_ids.max())
     embeddings = {
         name: module
         for name, module in modules.items()
-        if isinstance(module, by_token) and type(module) is by_token and not _POSITIONS.search(name)
+        if isinstance(module, by_token)
+        and type(module) is by_token
+        and not _POSITIONS.search(name)
+        # A table with fewer rows is looked up by other numbers, such as segments.
+        and (module is main or len(module.weight) > largest)
     }
     for name, embedding in embeddings.items():
-        _load_embedding_rows(skeleton, f"{skeleton.root}{name}.weight", embedding, token_ids)
+        _load_embedding_rows(skeleton, skeleton.stored_name(f"{skeleton.root}{name}.weight"), embedding, token_ids)
     for name in _outer_state(skeleton):
         if name.rpartition(".")[0] not in embeddings:
-            _set(skeleton, skeleton.decoder, name, skeleton.source.read(skeleton.root + name))
+            _set(skeleton, skeleton.decoder, name, _read(skeleton, name))
     for module in modules.values():
         _move_tables(module, skeleton.device)
+
+
+def _read(skeleton: Skeleton, name: str) -> Tensor:
+    """A tensor of the decoder outside of its layers, by its name in the decoder."""
+    usual = skeleton.root + name
+    joined = skeleton.joined.get(usual)
+    if joined is None:
+        return skeleton.source.read(skeleton.stored_name(usual))
+    parameter = f"{skeleton.decoder_path}.{name}" if skeleton.decoder_path else name
+    value = joined.make({part: skeleton.source.read(part) for part in joined.stored}, parameter, skeleton.full)
+    assert value is not None  # as with the shapes, when the skeleton was built
+    return value
 
 
 @contextlib.contextmanager
@@ -149,12 +208,12 @@ def loaded_layer(
     from accelerate.utils import set_module_tensor_to_device
 
     module = skeleton.layers[layer] if module is None else module
-    names, joined = skeleton.layer_tensors(layer), skeleton.joined.get(layer, {})
+    names, joined = skeleton.layer_tensors(layer), skeleton.layer_joined(layer)
     try:
         for name, stored in names.items():
             _set(skeleton, module, name, tensors[stored])
         for name, parts in joined.items():
-            value = parts.make(tensors, name, skeleton.full)
+            value = parts.make(tensors, f"{skeleton.layers_path}.{layer}.{name}", skeleton.full)
             assert value is not None  # as with the shapes, when the skeleton was built
             _set(skeleton, module, name, value)
         for part in module.modules():
@@ -198,106 +257,6 @@ def computing_on(device: torch.device) -> Iterator[None]:
             model_class.device = own
 
 
-def import_model_code(source: Weights) -> None:
-    """Import the modules that `build_skeleton` needs, which takes seconds.
-
-    Raises:
-        EnvironmentLack: the installed transformers does not know the architecture.
-    """
-    import accelerate  # noqa: F401
-
-    _model_class(source)
-
-
-def _made_with(source: Weights) -> tuple[str, str]:
-    """The architecture and the version of transformers that config.json names, as messages can repeat them."""
-    named, wrote = source.config.get("architectures"), source.config.get("transformers_version")
-    first = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "none"
-    is_version = isinstance(wrote, str) and re.fullmatch(r"[\w.+-]{1,40}", wrote) is not None
-    return (first if re.fullmatch(r"\w{1,100}", first) else quoted(first)), (
-        str(wrote) if is_version else "another one"
-    )
-
-
-def embedding_rows(source: Weights) -> int | None:
-    """Rows of the token embedding that the model's class builds from config.json, possibly more than `vocab_size`, or
-    None where transformers cannot build it."""
-    try:
-        return len(on_meta(source, torch.float32).get_input_embeddings().weight)
-    except (EnvironmentLack, AttributeError, NotImplementedError):
-        return None
-
-
-def on_meta(source: Weights, dtype: torch.dtype) -> Any:
-    """The model of the class that config.json names, without weights.
-
-    Raises:
-        EnvironmentLack: the installed transformers does not know the class, or cannot build it from the config.
-    """
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
-    with quiet_transformers(), init_empty_weights(include_buffers=False), no_init_weights():
-        return _build(source, dtype)
-
-
-def _model_class(source: Weights) -> Any:
-    """The class that config.json names."""
-    import transformers
-
-    architecture, wrote = _made_with(source)
-    model_class: Any = getattr(transformers, architecture, None)
-    is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
-    if not is_model:
-        here = f"{source.where}: transformers {transformers.__version__} does not know the architecture {architecture}"
-        if source.config.get("auto_map"):
-            raise EnvironmentLack(
-                f"{here}, and nvquant does not run the code that auto_map names",
-                hint="convert with a weight-only recipe, and verify with --stage structure or --stage serve",
-            )
-        raise EnvironmentLack(
-            f"{here} (the model was made with {wrote})",
-            hint="install a transformers that does, or use a weight-only recipe",
-        )
-    return model_class
-
-
-def _build(source: Weights, dtype: torch.dtype) -> Any:
-    """The model of the class that config.json names, from its config alone."""
-    import transformers
-
-    model_class = _model_class(source)
-    refusals: list[Exception] = []
-    # What a part refuses is refused for the whole model: then each part chooses for itself, and last none has a choice.
-    for attention in (ATTENTION, None, "eager"):
-        try:
-            config = transformers.AutoConfig.from_pretrained(  # anew: a config keeps the attention that was refused
-                Path(source.folder), local_files_only=True, trust_remote_code=False
-            )
-            config._attn_implementation = None
-            return model_class._from_config(config, dtype=dtype, attn_implementation=attention)
-        except Exception as error:  # each model's code raises what it likes on a config that it does not understand
-            refusals.append(error)
-            if not _is_about_attention(error):
-                break
-    last = refusals[-1]
-    reason = (str(last)[:MOST_REASON].strip() or "no reason given").splitlines()[0].rstrip(" .:")
-    _, wrote = _made_with(source)
-    raise EnvironmentLack(
-        f"transformers {transformers.__version__} cannot build {model_class.__name__} from config.json, made with "
-        f"{wrote} ({type(last).__name__}: {reason})",
-        where=source.where,
-        hint="install the transformers that wrote it, or use a weight-only recipe",
-    ) from last
-
-
-def _is_about_attention(error: Exception) -> bool:
-    """Whether a model's class refuses a way of computing attention, in the words of transformers 5.15 to 5.23."""
-    return isinstance(error, ValueError | ImportError | NotImplementedError) and bool(
-        re.search(r"attention implementation|attn_implementation|scaled_dot_product_attention|sdpa", str(error))
-    )
-
-
 def _outer_modules(skeleton: Skeleton) -> Iterator[tuple[str, nn.Module]]:
     for name, module in skeleton.decoder.named_modules():
         if _is_outer(skeleton, name):
@@ -309,7 +268,7 @@ def _outer_state(skeleton: Skeleton) -> list[str]:
 
 
 def _is_outer(skeleton: Skeleton, name: str) -> bool:
-    return name.partition(".")[0] != skeleton.layer_prefix.rpartition(".")[2]
+    return not f"{name}.".startswith(f"{skeleton.layers_inside}.")
 
 
 def _wanted(skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
@@ -322,13 +281,18 @@ def _wanted(skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
 
 def _check_tensors(skeleton: Skeleton) -> None:
     source = skeleton.source
-    infos, wanted = source.infos(), _wanted(skeleton)
-    missing = [name for name in wanted if name not in infos]
-    if missing:
-        _find_joined(skeleton, missing)
-        made = {f"{skeleton.layer_prefix}.{layer}.{name}" for layer, found in skeleton.joined.items() for name in found}
-        wanted = {name: value for name, value in wanted.items() if name not in made}
-        missing = [name for name in missing if name not in made]
+    infos = source.infos()
+    wanted = {name: shape for name, shape in _wanted(skeleton).items() if name not in skeleton.joined}
+    missing = [name for name in wanted if skeleton.stored_name(name) not in infos]
+    for name in wanted:
+        layer, owner = (layer_index(one, skeleton.layer_prefix) for one in (name, skeleton.stored_name(name)))
+        if layer is not None and layer != owner and name not in missing:
+            raise InputError(
+                f"layer {layer} shares {skeleton.stored_name(name)} with another layer, which the layer-by-layer walk "
+                "does not support",
+                where=source.where,
+                hint="use a weight-only recipe",
+            )
     if missing:
         raise InputError(
             f"{source.where} lacks {missing[0]} ({len(missing)} of {len(wanted)} tensors that "
@@ -337,29 +301,49 @@ def _check_tensors(skeleton: Skeleton) -> None:
             hint="download the checkpoint again, or use a weight-only recipe if it is complete",
         )
     for name, shape in wanted.items():
-        if infos[name].shape != shape:
+        stored = infos[skeleton.stored_name(name)]
+        if stored.shape != shape:
             raise InputError(
-                f"{name} has shape {list(infos[name].shape)}, but config.json describes {list(shape)}",
+                f"{stored.name} has shape {list(stored.shape)}, but config.json describes {list(shape)}",
                 where=source.where,
                 hint="use the config and weights of one model",
             )
 
 
-def _find_joined(skeleton: Skeleton, missing: list[str]) -> None:
-    """Note how the stored tensors make the layers' parameters that are not stored unchanged."""
-    source, prefix = skeleton.source, skeleton.layer_prefix
-    path = next(name for name, module in skeleton.full.named_modules() if module is skeleton.layers)
-    shapes = {name: info.shape for name, info in source.infos().items() if name.startswith(f"{prefix}.")}
-    stored = list(shapes)
-    joined = joined_parameters(skeleton.full, stored)
-    for name in missing:
-        layer, _, inside = name.removeprefix(f"{prefix}.").partition(".")
-        found = joined.get(f"{path}.{layer}.{inside}") if name.startswith(f"{prefix}.") else None
-        if found is None or not layer.isdecimal() or int(layer) >= len(skeleton.layers):
+def _find_origins(skeleton: Skeleton) -> None:
+    """Note the decoder's tensors that are stored under another name or in another form, and tell each layer which
+    stored module has become which of its own."""
+    shapes = {name: info.shape for name, info in skeleton.source.infos().items()}
+    for usual, (parameter, shape) in _parameters(skeleton).items():
+        origin = skeleton.origins.get(parameter)
+        if origin is None and usual not in shapes:
+            origin = tied_origin(parameter, skeleton.full, skeleton.origins, shapes)
+        if origin is None or (origin.converter is None and usual in shapes):
             continue
-        wanted = list(skeleton.layers[int(layer)].state_dict()[inside].shape)
-        if joined_shape(found, shapes, inside, skeleton.full) == wanted:
-            skeleton.joined.setdefault(int(layer), {})[inside] = found
+        if origin.converter is None:
+            skeleton.renamed[usual] = origin.stored[0]
+        elif joined_shape(origin, shapes, parameter, skeleton.full) == list(shape):
+            skeleton.joined[usual] = origin
+    for number, layer in enumerate(skeleton.layers):
+        path = f"{skeleton.layers_path}.{number}."
+        inside = {f"{path}{name}" for name in layer.state_dict()}
+        own = {name: one for name, one in skeleton.origins.items() if name in inside}
+        begin = f"{skeleton.layer_prefix}.{number}."
+        named = {name.removeprefix(begin): made for name, made in modules_inside(own, path).items()}
+        setattr(layer, STORED_MODULES, named)
+
+
+def _parameters(skeleton: Skeleton) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name in the complete model, and shape, of every tensor of the decoder, by its usual name in the checkpoint."""
+    begin = f"{skeleton.decoder_path}." if skeleton.decoder_path else ""
+    inside = skeleton.layers_inside
+    found = {}
+    for name, shape in _wanted(skeleton).items():
+        if name.startswith(f"{skeleton.layer_prefix}."):
+            found[name] = f"{begin}{inside}{name[len(skeleton.layer_prefix) :]}", shape
+        else:
+            found[name] = f"{begin}{name.removeprefix(skeleton.root)}", shape
+    return found
 
 
 def _load_embedding_rows(skeleton: Skeleton, name: str, embedding: nn.Embedding, token_ids: Tensor) -> None:

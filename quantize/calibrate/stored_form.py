@@ -8,7 +8,7 @@ Source: transformers 5.17, conversion_mapping.py (`get_model_conversion_mapping`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +83,15 @@ def joined_parameters(model: Any, names: Iterable[str]) -> dict[str, Joined]:
     for parameter, by_pattern in parts.items():
         converter = owners.get(next(iter(by_pattern)))
         order = list(by_pattern) if converter is None else converter.source_patterns
-        found[parameter] = Joined({at: tuple(by_pattern[at]) for at in order if at in by_pattern}, converter)
+        made = Joined({at: tuple(by_pattern[at]) for at in order if at in by_pattern}, converter)
+        for name in [parameter] if converter is None else _targets(parameter, converter.target_patterns):
+            found[name] = made
     return found
+
+
+def _targets(parameter: str, patterns: Sequence[str]) -> list[str]:
+    """All parameters that a conversion makes, of which `parameter` has the first pattern in its name."""
+    return [parameter, *(parameter.replace(patterns[0], other, 1) for other in patterns[1:])]
 
 
 def joined_shape(joined: Joined, shapes: Mapping[str, tuple[int, ...]], parameter: str, model: Any) -> list[int] | None:

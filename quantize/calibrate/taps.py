@@ -21,6 +21,10 @@ Passed = Callable[[str], None]
 """Called with a site once every module there was reached in a forward. It may raise, to end the forward."""
 
 
+STORED_MODULES = "nvquant_stored_modules"
+"""The attribute of a layer with its modules' names by those of the checkpoint inside the layer, where they differ."""
+
+
 def ignore(_site: str) -> None:
     """A `Passed` that does nothing."""
 
@@ -58,7 +62,7 @@ class LinearTap:
     """Hands over the inputs of linears. The linears of a site share an input, which is handed over once.
 
     Args:
-        sites: names of the linears inside the layer, by site. At least one each.
+        sites: names of the linears inside the layer, as the checkpoint has them, by site. At least one each.
     """
 
     def __init__(self, sites: Mapping[str, Sequence[str]]) -> None:
@@ -78,14 +82,21 @@ class LinearTap:
         """See `Tap.on`."""
         hooks = []
         for site, linears in self._sites.items():
-            passing = _Passing(site, linears, handle, passed)
-            for linear in linears:
-                hooks.append(layer.get_submodule(linear).register_forward_pre_hook(passing.hook(linear)))
+            modules = {name: None for linear in linears for name in _names_in(layer, linear)}
+            passing = _Passing(site, list(modules), handle, passed)
+            for name in modules:
+                hooks.append(layer.get_submodule(name).register_forward_pre_hook(passing.hook(name)))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _names_in(layer: nn.Module, stored: str) -> Sequence[str]:
+    """The layer's modules that compute with a stored one."""
+    known: Mapping[str, Sequence[str]] = getattr(layer, STORED_MODULES, {})
+    return known.get(stored, (stored,))
 
 
 @dataclass(eq=False)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.config_values import config_int
-from ..errors import CheckFailed, InputError
+from ..errors import CheckFailed, InputError, NvquantError
 from ..recipe.roles import text_config
 from ..stream.hidden import HiddenBudget, HiddenStates
 from .lanes import Lane, LayerPass, Observing
-from .record import LayerCall, RecordedBatch, own_stores, record_batches
+from .record import LayerCall, RecordedBatch, handed_in, own_stores, record_batches
 from .skeleton import Skeleton, load_outer, loaded_layer
 from .statistics.base import Observer
 from .taps import Tap, Taps, ignore
@@ -54,7 +54,17 @@ class Walk:
         self._span, self._before_batch, self._keeps_last = span, before_batch, keeps_last
         self._lanes: list[Lane] = []
         self._has_begun = False
-        self.shares_state = bool(text_config(skeleton.source.config).get("num_kv_shared_layers"))
+        self._shares_stores = bool(text_config(skeleton.source.config).get("num_kv_shared_layers"))
+
+    @property
+    def hands_outputs_on(self) -> bool:
+        """Whether a layer takes more of an earlier one's output than the hidden state."""
+        return any(True for lane in self._lanes[:1] for call in (lane.calls or [[]])[0] for _ in handed_in(call))
+
+    @property
+    def shares_state(self) -> bool:
+        """Whether layers pass more to later layers than the hidden state."""
+        return self._shares_stores or self.hands_outputs_on
 
     def lane(self, name: str, budget: HiddenBudget) -> Lane:
         """Open a lane. The first one records how the model calls its layers, and the others copy the recording.
@@ -90,7 +100,8 @@ class Walk:
         Raises:
             InputError: not even one batch fits the device's memory.
         """
-        lane = Lane(name, self.skeleton, HiddenStates(self.skeleton.device, budget), [])
+        outputs = {at: dict(more) for at, more in of.outputs.items()}
+        lane = Lane(name, self.skeleton, HiddenStates(self.skeleton.device, budget), [], outputs)
         self._lanes.append(lane)
         self._fill(lane, partial(_copied, of))
         return lane
@@ -173,7 +184,7 @@ class Walk:
         observing.commit()
         for run, hidden in zip(runs, outputs, strict=True):
             run.end(at, hidden)
-            if not self.shares_state:
+            if not self._shares_stores:
                 run.lane.empty_stores(at, run.layer)
 
     def _within_memory(self, at: int, runs: Sequence[_Run], observing: Observing) -> list[Tensor | None]:
@@ -207,15 +218,38 @@ class Walk:
         )
 
 
+class EndOfForward(Exception):
+    """Raised by a hook to end a layer's forward."""
+
+
 def run_layer(module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
-    """Call a layer as the model would, and return the hidden state."""
-    output: Any = module(hidden, *call.args, **call.kwargs)
-    result = output[0] if isinstance(output, tuple | list) else output
+    """Call a layer as the model would, and return the hidden state. See `run_whole_layer`."""
+    return run_whole_layer(module, hidden, call)[0]
+
+
+def run_whole_layer(module: nn.Module, hidden: Tensor, call: LayerCall) -> tuple[Tensor, tuple[Any, ...]]:
+    """Call a layer as the model would, and return the hidden state and its other outputs.
+
+    Raises:
+        CheckFailed: it does not return a hidden state.
+        InputError: the layer's code raises an error.
+    """
+    name = type(module).__name__
+    try:
+        output: Any = module(hidden, *call.args, **call.kwargs)
+    except (NvquantError, EndOfForward, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each model's code raises what it likes
+        reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(" .:")
+        raise InputError(
+            f"{name} does not run by itself ({type(error).__name__}: {reason})",
+            where=name,
+            hint="use a weight-only recipe",
+        ) from error
+    result, *more = output if isinstance(output, tuple | list) else (output,)
     if not isinstance(result, Tensor) or result.shape != hidden.shape:
-        raise CheckFailed(
-            f"{type(module).__name__} returned something that is not a hidden state", hint="use a weight-only recipe"
-        )
-    return result
+        raise CheckFailed(f"{name} returned something that is not a hidden state", hint="use a weight-only recipe")
+    return result, tuple(more)
 
 
 def make_batches(samples: Sequence[Tensor], batch_size: int) -> list[Tensor]:
@@ -253,6 +287,7 @@ class _Run:
         self._needs_output = self._goes_on or (is_read and one.watch is not None)
         self._handle = observing.handle(one.lane.name, one.rounds)
         self._sites = observing.sites(one.lane.name)
+        self._more: tuple[Any, ...] = ()
 
     def __call__(self, at: int) -> Tensor | None:
         """The layer's output, or None where the forward ended early."""
@@ -264,15 +299,19 @@ class _Run:
                 raise _SeenAll
 
         with suppress(_SeenAll), self._tap.on(self._module, self._handle, ignore if self._needs_output else end):
-            return run_layer(self._module, self.lane.hidden.fetch(at), self.lane.calls[at][self.layer])
+            call = self.lane.call(at, self.layer)
+            hidden, self._more = run_whole_layer(self._module, self.lane.hidden.fetch(at), call)
+            return hidden
         return None
 
     def end(self, at: int, hidden: Tensor | None) -> None:
         """Replace the batch's hidden state by the layer's output, if it is needed."""
         if hidden is not None and self._watch is not None:
-            self._watch(at, self.lane.hidden.fetch(at), hidden, self.lane.calls[at][self.layer])
+            self._watch(at, self.lane.hidden.fetch(at), hidden, self.lane.call(at, self.layer))
         if hidden is not None and self._goes_on:
             self.lane.hidden.store(at, hidden)
+            if self._more:
+                self.lane.keep_outputs(at, self.layer, self._more)
 
 
 def _copied(lane: Lane, begin: int) -> Iterator[RecordedBatch]:
@@ -281,5 +320,5 @@ def _copied(lane: Lane, begin: int) -> Iterator[RecordedBatch]:
         yield RecordedBatch(lane.hidden.fetch(at).clone(), own_stores(lane.calls[at]))
 
 
-class _SeenAll(Exception):
+class _SeenAll(EndOfForward):
     """Signals that the rest of a layer's forward is not needed."""

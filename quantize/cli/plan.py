@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +26,9 @@ from ..plan.machines import Disk
 from ..plan.plan import Plan, compute_plan
 from ..plan.serving import Serving
 from ..plan.serving import as_json as serving_document
+from ..recipe.kept import kept_words
 from ..recipe.load import load_recipe, shipped_recipes
+from ..recipe.roles import describe
 from ..weights.decoding import form_notes
 from .machine_options import machine_options, print_conversion, read_machine
 from .options import (
@@ -100,7 +104,7 @@ def command(
     plan = compute_plan(source, recipe, LAYOUTS[format_name], name, as_quantizer(quantizer, recipe))
     from ..convert.checks import check_conversion
 
-    check_conversion(plan)
+    unclaimed = check_conversion(plan)
     if source.hub is not None:
         out.say(named(plan))
     size = calibration_size(plan, samples, sequence_length)
@@ -110,8 +114,8 @@ def command(
     memory = forecast_memory(plan, *sizes, gpu=gpu if machine is None else machine.gpu is not None)
     conversion = None if machine is None else forecast_conversion(plan, machine, *sizes, usd_per_hour=price)
     out.report(
-        lambda: _document(plan, size, memory, conversion, serving),
-        lambda: _print(plan, size, memory, conversion, serving, price, out),
+        lambda: {**_document(plan, size, memory, conversion, serving), "unclaimed": unclaimed},
+        lambda: _print(plan, size, memory, conversion, serving, price, out, unclaimed),
     )
 
 
@@ -150,6 +154,7 @@ def _print(
     serving: Serving | None,
     price: float | None,
     out: Output,
+    unclaimed: Sequence[str],
 ) -> None:
     out.tell(f"{plan.model}, recipe {plan.recipe.name}, {plan.layout.name} layout\n")
     rows = [[g.name, g.scheme, str(g.tensors), gigabytes(g.bytes_in), gigabytes(g.bytes_out)] for g in census(plan)]
@@ -165,6 +170,7 @@ def _print(
         f"\n{len(plan.matrices)} matrices quantized, {plan.tensor_bytes:,} bytes of tensors in "
         f"{len(plan.shards)} files."
     )
+    _say_unquantized(plan, unclaimed, out)
     for cost in (head_cost(plan), fp8_attention(plan)):
         if cost is not None:
             out.tell(cost.words)
@@ -186,6 +192,17 @@ def _print(
     packages = _missing_packages(plan)
     if packages:
         out.tell(f"Calibration on text requires {' and '.join(packages)}: run `pip install {' '.join(packages)}`.")
+
+
+def _say_unquantized(plan: Plan, unclaimed: Sequence[str], out: Output) -> None:
+    """Print which matrices of the decoder stay as they are, and which tensors the model does not read."""
+    kept = kept_words(plan.kept_shares)
+    if kept is not None:
+        out.tell(kept)
+    if unclaimed:
+        kinds = list(dict.fromkeys(re.sub(r"\d+", "N", name) for name in unclaimed))
+        number = "1 tensor" if len(unclaimed) == 1 else f"{len(unclaimed)} tensors"
+        out.tell(f"Copied byte for byte, because the model does not read them: {number}, {describe(kinds)}.")
 
 
 def _missing_packages(plan: Plan) -> tuple[str, ...]:

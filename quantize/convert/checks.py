@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from ..plan.plan import Plan
+from ..recipe.roles import Role
 from .config import check_patterns
 
 
-def check_conversion(plan: Plan) -> None:
+def check_conversion(plan: Plan) -> list[str]:
     """Refuse a plan that `convert` would refuse before its first layer.
 
+    Returns:
+        names of source tensors that the model does not read, and that are copied. Without calibration, they are the
+        draft layers by name.
     Raises:
         CheckFailed: vLLM's rules would treat a layer in another way than the plan.
         EnvironmentLack: the recipe calibrates, but the installed transformers does not support the architecture.
@@ -27,6 +31,8 @@ def check_conversion(plan: Plan) -> None:
     if plan.needs_calibration:
         import torch
 
-        from ..calibrate.skeleton import build_skeleton
+        from .unclaimed import unclaimed_tensors
+        from .walking import source_skeleton
 
-        build_skeleton(plan.source, plan.prefix, torch.device("cpu"), torch.bfloat16)
+        return unclaimed_tensors(plan, source_skeleton(plan, torch.device("cpu"), torch.bfloat16))
+    return [name for name, role in plan.selection.roles.items() if role is Role.DRAFT]

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ..calibrate.model_class import ATTENTION, import_model_code
 from ..calibrate.samples import CalibrationSet
-from ..calibrate.skeleton import ATTENTION, import_model_code
 from ..checkpoint.sidefiles import flat_side_files
 from ..checkpoint.source import INDEX_NAME, open_checkpoint, read_json
 from ..checkpoint.writer import write_json

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibrate.model_class import ATTENTION
 from ..calibrate.quiet import quiet_transformers
 from ..calibrate.samples import CalibrationSet
-from ..calibrate.skeleton import ATTENTION
 from ..checkpoint.config_values import config_int
 from ..checkpoint.hub.shards import DownloadedShards
 from ..checkpoint.source import Checkpoint, open_checkpoint, torch_dtype

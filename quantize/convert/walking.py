@@ -31,6 +31,7 @@ from .budget import hidden_budget
 from .kept import BesideKept, Filling, KeptInputs, bytes_of, may_keep, room_beside
 from .matrices import groups_of_layer
 from .options import ConvertOptions
+from .unclaimed import refuse_unclaimed
 from .watch import Watch
 
 SOURCE, QUANTIZED = "source", "quantized"
@@ -186,7 +187,7 @@ class CalibrationWalk:
 
     def _has_room(self, groups: Sequence[FusedGroup]) -> bool:
         outputs = sum(self._source.hidden.sizes())
-        return bool(groups) and may_keep(self._sizes(groups), outputs, self._room())
+        return bool(groups) and not self._walk.hands_outputs_on and may_keep(self._sizes(groups), outputs, self._room())
 
     def _room(self) -> HiddenBudget:
         return room_beside([lane for lane in (self._source, self._quantized) if lane is not None])
@@ -338,7 +339,7 @@ def source_skeleton(plan: Plan, device: torch.device, dtype: torch.dtype) -> Ske
     Args:
         dtype: of the computation.
     Raises:
-        InputError, EnvironmentLack: see `build_skeleton`, or the config describes other layers.
+        InputError, EnvironmentLack: see `build_skeleton` and `refuse_unclaimed`, or the config describes other layers.
     """
     skeleton = build_skeleton(plan.source, plan.prefix, device, dtype)
     if len(skeleton.layers) != len(plan.layers):
@@ -347,4 +348,5 @@ def source_skeleton(plan: Plan, device: torch.device, dtype: torch.dtype) -> Ske
             where=plan.model,
             hint="download the model again",
         )
+    refuse_unclaimed(plan, skeleton)
     return skeleton

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..calibrate.model_class import import_model_code
 from ..calibrate.samples import CalibrationSet, load_calibration
-from ..calibrate.skeleton import import_model_code
 from ..checkpoint.digest import file_sha256
 from ..checkpoint.sidefiles import flat_side_files
 from ..checkpoint.source import Checkpoint, read_json

@@ -142,7 +142,7 @@ class Student:
         assert isinstance(manifest, Manifest)
         is_bound = any(group.record.input_bound is not None for group in manifest.groups.values())
         for inside, module in one_weight_modules(skeleton.decoder):
-            name = f"{skeleton.root}{inside}.weight"
+            name = skeleton.stored_name(f"{skeleton.root}{inside}.weight")
             weight: Any = module.weight
             if name not in subject.roles or subject.infos[name].shape != tuple(weight.shape):
                 continue

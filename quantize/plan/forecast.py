@@ -215,6 +215,7 @@ def as_json(plan: Plan, memory: Memory) -> dict[str, Any]:
         "tensor_bytes": plan.tensor_bytes,
         "quantized": len(plan.matrices),
         "groups": [asdict(group) for group in census(plan)],
+        "kept_shares": plan.kept_shares,
         "memory": asdict(memory),
         "fits": [asdict(fit) for fit in fits(plan)],
     }

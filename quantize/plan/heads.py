@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.source import COPY_CHUNK_BYTES, Checkpoint, torch_dtype
 from ..errors import InputError
-from ..recipe.heads import is_tied, stored_head, token_embedding
+from ..recipe.heads import class_ties_head, is_tied, stored_head, token_embedding
 from ..weights.base import Weights
 from ..weights.decoding import with_shards_below
 
@@ -42,7 +42,7 @@ def refuse_other_head(source: Checkpoint, model: str) -> None:
         InputError: the head differs.
     """
     pair = tied_pair(source)
-    if pair is None or _are_equal(source, *pair):
+    if pair is None or _are_equal(source, *pair) or class_ties_head(source.config) is False:
         return
     head, embedding = pair
     raise InputError(

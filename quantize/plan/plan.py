@@ -17,6 +17,7 @@ from ..format.schemes import Part
 from ..recipe.decoder import decoder_prefix, layer_index
 from ..recipe.groups import FusedGroup
 from ..recipe.heads import untied
+from ..recipe.kept import kept_shares
 from ..recipe.kv_cache import Attention, Half, attention_modules, scale_names
 from ..recipe.match import Selection, select
 from ..recipe.matrices import Matrix, matrix_entries
@@ -166,6 +167,13 @@ class Plan:
         """config.json of the output without `quantization_config`: the source's, but for the tie of a quantized
         head."""
         return untied(self.source.config) if self.head is not None else self.source.config
+
+    @cached_property
+    def kept_shares(self) -> dict[str, float]:
+        """The share of the decoder's matrices that stays as in the source, by role (see `recipe.kept`)."""
+        shapes = {name: info.shape for name, info in self.source.infos().items()}
+        done = {matrix.tensor for matrix in self.matrices.values()} | self.selection.unused
+        return kept_shares(shapes, self.selection.roles, done, self.prefix)
 
     def source_bytes(self, matrix: Matrix) -> int:
         """Bytes of a matrix in the source."""

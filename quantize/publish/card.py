@@ -15,8 +15,10 @@ from .. import __version__
 from ..checkpoint.sidefiles import side_files
 from ..quoting import code, fenced, one_line, shell
 from ..quoting import markdown as escaped
+from ..recipe.kept import kept_words
 from ..report.document import at, rows
 from ..report.markdown import table
+from ..report.measured import known_shares
 from ..report.page import page_of
 from ..report.parts import Page, Stage
 from ..report.words import size
@@ -126,7 +128,9 @@ def _making(facts: CardFacts) -> dict[str, Any]:
     groups = group_names(facts.document)
     listed = {"In 4 bits": groups["NVFP4"], "In 8 bits": groups["FP8"], "As in the source": groups[""]}
     return {
-        "quantized_sentence": " ".join(f"{where}: {_listed(names)}." for where, names in listed.items() if names),
+        "quantized_sentence": " ".join(
+            [*(f"{where}: {_listed(names)}." for where, names in listed.items() if names), *_kept(facts)]
+        ),
         "cast_sentence": cast_sentence(provenance),
         "has_fp8": bool(groups["FP8"]),
         "cache_sentence": _cache_sentence(facts),
@@ -140,6 +144,12 @@ def _making(facts: CardFacts) -> dict[str, Any]:
         "calibration_licence": calibration_licence(provenance) if provenance.is_calibrated else "",
         "command": convert_command(provenance),
     }
+
+
+def _kept(facts: CardFacts) -> list[str]:
+    """A sentence about matrices of the decoder that stay as in the source, if there are any."""
+    words = kept_words(known_shares(at(facts.document, "checkpoint") or {}))
+    return [] if words is None else [words]
 
 
 def _checking(facts: CardFacts) -> dict[str, Any]:

@@ -29,18 +29,21 @@ class Pattern:
         layers: numbers of the layers, or None for all.
         path: the names between the layer's number and the module's last part, such as `self_attn`. It may be empty.
         leaves: last parts, or None for the complete block.
+        is_at_top: whether nothing precedes the container in the checkpoint.
     """
 
     container: str
     layers: tuple[int, ...] | None
     path: str
     leaves: tuple[str, ...] | None
+    is_at_top: bool = False
 
     def regex(self) -> str:
         """The form of compressed-tensors. It matches from the start of the name, so it begins with `.*`. It ends with
         `$` unless it is a block."""
         number = r"\d+" if self.layers is None else f"({'|'.join(map(str, self.layers))})"
-        start = rf"re:.*\.{self.container}\.{number}\."
+        before = r"(.*\.)?" if self.is_at_top else r".*\."
+        start = rf"re:{before}{self.container}\.{number}\."
         block = re.escape(self.path) + r"\." if self.path else ""
         return start + block + (".*" if self.leaves is None else _alternatives(self.leaves) + "$")
 
@@ -51,7 +54,8 @@ class Pattern:
         whole = [self.path, f"{self.path}.*"] if self.path else ["*"]
         ends = whole if self.leaves is None else self.leaves
         block = f"{self.path}." if self.path and self.leaves is not None else ""
-        return [f"*.{self.container}.{number}.{block}{end}" for number in numbers for end in ends]
+        before = "*" if self.is_at_top else "*."
+        return [f"{before}{self.container}.{number}.{block}{end}" for number in numbers for end in ends]
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ def coverage_of(
     ignore = _patterns(unquantized, everything, prefix, fusions, whole_blocks=True)
     drafts = _draft_layers(shapes, selection.roles, config, prefix)
     if drafts:
-        ignore += (Pattern(prefix.rpartition(".")[2], drafts, "", None),)
+        container = prefix.rpartition(".")[2]
+        ignore += (Pattern(container, drafts, "", None, is_at_top=prefix == container),)
     return Coverage(targets, ignore, _outer_parts(shapes, selection, prefix))
 
 
@@ -165,13 +170,16 @@ def _patterns(
     for (path, numbers), leaves in rows.items():
         below = {place for place in present if f"{place[0]}.".startswith(f"{path}.")}
         whole = whole_blocks and bool(path) and all(wanted.get(place) == present[place] for place in below)
-        patterns.append(Pattern(container, numbers, path, None if whole else _with_fused(path, leaves, fused)))
+        shown = None if whole else _with_fused(path, leaves, fused)
+        patterns.append(Pattern(container, numbers, path, shown, is_at_top=prefix == container))
     return tuple(patterns)
 
 
 def _all_experts(tensor: str) -> str:
-    """One name for all the experts of a layer, whether they are stored one by one or together."""
-    return tensor.partition(".experts.")[0] + ".experts.all"
+    """One name for all the experts of a layer, whether they are stored one by one or together. Servers call the layer
+    of a stack without such a name (`block_sparse_moe.input_linear`) `experts` too."""
+    parent, has_name, _ = tensor.partition(".experts.")
+    return (parent if has_name else module_of(tensor).rpartition(".")[0]) + ".experts.all"
 
 
 def _places(modules: Iterable[str], prefix: str) -> Iterator[tuple[tuple[str, str, int], str]]:

@@ -8,15 +8,15 @@ from typing import Any
 
 from ..checkpoint.config_values import TEXT_PARTS
 
-LAYER = re.compile(r"^(?P<prefix>(?:.+\.)?(?:layers|h|blocks))\.(?P<index>\d+)\.(?P<rest>.+)$")
-TOWER = re.compile(r"vision|visual|audio|image|speech|video|^vit$")
+LAYER = re.compile(r"^(?P<prefix>(?:.+\.)?(?:layers|h|blocks|(?<=encoder\.)layer))\.(?P<index>\d+)\.(?P<rest>.+)$")
+TOWER = re.compile(r"vision|visual|audio|image|speech|video|^vit$|^vq")
 PROJECTOR = re.compile(r"^embed_(vision|audio)$|projector|^connector$|^aligner$|^merger$")
 # Layers that predict further tokens: vLLM's *_mtp.py files read `mtp.`, `model.mtp.`, `model.mtp_layers.` and
 # `model.mtp_block.`; other drafters lie under names of their own.
 DRAFT = re.compile(r"^mtp(_|$)|^(nextn|eagle\d*|medusa|draft)(_|$)")
 _TEXT = frozenset({"language_model", "text_model", "llm", "decoder"})
 _NO_TEXT = frozenset({"encoder", "tower"})
-_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_blocks")
 # Parts of a draft layer that no other layer has, as DeepSeek V3 and GLM store them.
 _DRAFT_PARTS = re.compile(r"^(eh_proj|enorm|hnorm|shared_head|mtp_block|transformer)\.")
 
@@ -38,6 +38,12 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return None
+
+
+def has_layer_count(config: Mapping[str, Any], number: int) -> bool:
+    """Whether any key of config.json counts so many layers. Classes with two attentions a layer (LongCat) count both,
+    and the layers in another key."""
+    return any(part.get(key) == number for part in (text_config(config), config) for key in _COUNTS)
 
 
 def decoder_prefix(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None = None) -> str | None:

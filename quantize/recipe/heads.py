@@ -95,6 +95,19 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     return tie_of(config) is True
 
 
+def class_ties_head(config: Mapping[str, Any]) -> bool | None:
+    """Whether the model's class ties any weights where the flag asks for it, or None for a class that transformers does
+    not know. Some classes ignore the flag. The import of the class takes seconds."""
+    import transformers
+
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, (list, tuple)) and named else None
+    model_class: Any = getattr(transformers, first, None) if isinstance(first, str) and first.isidentifier() else None
+    if model_class is None or not hasattr(model_class, "_tied_weights_keys"):
+        return None
+    return bool(model_class._tied_weights_keys)
+
+
 def _tie_of_class(config: Mapping[str, Any]) -> bool | None:
     """The tie by the model's config class from the flags alone, or None for a class that transformers does not know."""
     kind = config.get("model_type")
@@ -124,15 +137,22 @@ def _flags(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
 
 
 def token_embedding(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str | None:
-    """The table that token ids are looked up in, of several tables the one beside the decoder's layers whose width is
-    the hidden size and which has the most rows, or None without any."""
+    """The table that token ids are looked up in, or None without any.
+
+    Of several tables it is the one with a row for each token, beside the decoder's layers, as wide as the hidden state,
+    and with the most rows. A table of positions is the last choice.
+    """
     prefix = decoder_prefix(shapes)
     width = text_config(config).get("hidden_size")
     tables = _outside(shapes, Role.EMBEDDING, prefix)
     root = (prefix or "").removesuffix("layers").removesuffix("h").removesuffix("blocks")
 
-    def rank(name: str) -> tuple[bool, bool, int]:
-        return shapes[name][1] == width, name.startswith(root), shapes[name][0]
+    tokens = text_config(config).get("vocab_size")
+
+    def rank(name: str) -> tuple[bool, bool, bool, bool, int]:
+        rows, columns = shapes[name]
+        has_all = isinstance(tokens, int) and rows >= tokens
+        return "position" not in name, has_all, columns == width, name.startswith(root), rows
 
     return max(tables, key=rank, default=None)
 

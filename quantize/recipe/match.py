@@ -14,11 +14,11 @@ from .decoder import decoder_prefix, unexpected_layer
 from .groups import FusedGroup, Fusions
 from .heads import OWN_NAME, HeadSource, head_source
 from .patterns import matches
-from .roles import QUANTIZABLE, Role, describe, module_of, roles_of, unused_tensors
+from .roles import QUANTIZABLE, Role, describe, gates_a_recurrence, module_of, roles_of, unused_tensors
 from .schema import SELECTORS, Recipe, SchemeName
 
 SOURCE_DTYPES = ("BF16", "F16", "F32")
-_SELECTED_ROLE = {"mlp": Role.MLP, "attention": Role.ATTENTION}
+_SELECTED_ROLE = {"mlp": Role.MLP, "attention": Role.ATTENTION, "linear": Role.LINEAR}
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,12 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
     unused = unused_tensors(config, tensors)
     roles.update(dict.fromkeys(unused, Role.OTHER))
     _check_experts(recipe, roles, model)
+    fusions = fusions_of(shapes, config)
+    source = _Source(tensors, roles, unused, fusions, model)
     schemes: dict[str, SchemeName] = {}
     for entry in recipe.quantize:
         for pattern in entry.modules:
-            for module in _matches(pattern, tensors, roles, unused, recipe, model):
+            for module in _matches(pattern, source, recipe):
                 if module in schemes:
                     raise InputError(
                         f"'{pattern}' matches {module}, which an earlier entry already quantizes",
@@ -71,6 +73,8 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
                         hint="change one of the two patterns",
                     )
                 schemes[module] = entry.scheme
+    if not schemes and recipe.head_scheme is None:
+        raise _nothing_found([pattern for entry in recipe.quantize for pattern in entry.modules], source, recipe)
     ordered = {
         module_of(name): schemes[module_of(name)]
         for name in tensors
@@ -82,7 +86,6 @@ def select(recipe: Recipe, tensors: Mapping[str, TensorInfo], model: str, config
         ordered[head.module], stored[head.module] = recipe.head_scheme, head.tensor
         roles[f"{head.module}.weight"] = Role.HEAD
     _check_matrices(stored, tensors)
-    fusions = fusions_of(shapes, config)
     groups = fusions.groups(ordered)
     _check_groups(recipe, groups, ordered, roles, fusions)
     return Selection(ordered, groups, roles, unused, head)
@@ -114,44 +117,61 @@ def _check_layers(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, An
         )
 
 
-def _matches(
-    pattern: str,
-    tensors: Mapping[str, TensorInfo],
-    roles: Mapping[str, Role],
-    unused: frozenset[str],
-    recipe: Recipe,
-    model: str,
-) -> list[str]:
-    modules = {module_of(name): name for name in tensors if name.endswith(".weight") or roles[name] is Role.EXPERT}
+@dataclass(frozen=True)
+class _Source:
+    """The tensors that patterns are matched with. See `select` and `Selection`."""
+
+    tensors: Mapping[str, TensorInfo]
+    roles: Mapping[str, Role]
+    unused: frozenset[str]
+    fusions: Fusions
+    model: str
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """The tensor of each module that owns a weight or is an expert."""
+        return {
+            module_of(name): name
+            for name in self.tensors
+            if name.endswith(".weight") or self.roles[name] is Role.EXPERT
+        }
+
+    def selected(self, selector: str) -> list[str]:
+        """Modules of a selector's role."""
+        role = _SELECTED_ROLE[selector]
+        found = [module for module, name in self.modules.items() if self.roles[name] is role]
+        return self._without_gates(found) if role is Role.LINEAR else found
+
+    def _without_gates(self, modules: list[str]) -> list[str]:
+        """Those that gate no recurrence, are not fused with such a gate, and divide into blocks."""
+        left_out = {module for module in modules if gates_a_recurrence(module) or not self._divides(module)}
+        fused = {self.fusions.name(module) for module in left_out}
+        return [module for module in modules if self.fusions.name(module) not in fused]
+
+    def _divides(self, module: str) -> bool:
+        return self.tensors[f"{module}.weight"].shape[1] % BLOCK == 0
+
+
+def _matches(pattern: str, source: _Source, recipe: Recipe) -> list[str]:
+    """The modules of a pattern. A selector may have none, because not every model has every role."""
+    modules = source.modules
     if pattern in SELECTORS:
-        found = [module for module, name in modules.items() if roles[name] is _SELECTED_ROLE[pattern]]
+        found = source.selected(pattern)
     elif pattern.startswith("re:"):
         expression = pattern.removeprefix("re:")
         found = [
-            module for module, name in modules.items() if len(tensors[name].shape) > 1 and matches(expression, module)
+            module
+            for module, name in modules.items()
+            if len(source.tensors[name].shape) > 1 and matches(expression, module)
         ]
     else:
         found = [module for module in modules if module == pattern]
-    found = [module for module in found if modules[module] not in unused]
-    if not found:
-        hint = describe(
-            sorted({re.sub(r"\d+", "N", module) for module, name in modules.items() if roles[name] in QUANTIZABLE}), 4
-        )
-        if Role.TRANSPOSED in roles.values():
-            raise InputError(
-                f"{model} stores its matrices transposed, as GPT-2 does, which vLLM cannot serve in NVFP4",
-                where=model,
-                hint="choose a model of another architecture",
-            )
-        raise InputError(
-            f"recipe {recipe.name}: pattern '{pattern}' matches no matrix of {model}, whose text matrices are "
-            f"{hint or 'none'}",
-            where=f"recipe {recipe.name}",
-            hint="to quantize the head, use the key `head`" if OWN_NAME in pattern else "correct the pattern",
-        )
-    protected = [module for module in found if roles[modules[module]] not in QUANTIZABLE]
+    found = [module for module in found if modules[module] not in source.unused]
+    if not found and pattern not in SELECTORS:
+        raise _nothing_found([pattern], source, recipe)
+    protected = [module for module in found if source.roles[modules[module]] not in QUANTIZABLE]
     if protected:
-        what = roles[modules[protected[0]]].value
+        what = source.roles[modules[protected[0]]].value
         head = ", or quantize the head with the key `head`" if what == Role.HEAD.value else ""
         raise InputError(
             f"recipe {recipe.name}: pattern '{pattern}' matches {describe(protected)} ({what}), which vLLM "
@@ -160,6 +180,35 @@ def _matches(
             hint=f"limit the pattern to the text decoder's layers, or use the selectors mlp and attention{head}",
         )
     return found
+
+
+def _nothing_found(patterns: list[str], source: _Source, recipe: Recipe) -> InputError:
+    """The error of patterns that match nothing, with the reason that lies in the model if there is one."""
+    model, roles = source.model, source.roles
+    if Role.TRANSPOSED in roles.values():
+        return InputError(
+            f"{model} stores its matrices transposed, as GPT-2 does, which vLLM cannot serve in NVFP4",
+            where=model,
+            hint="choose a model of another architecture",
+        )
+    text = [module for module, name in source.modules.items() if roles[name] in QUANTIZABLE]
+    names = describe(sorted({re.sub(r"\d+", "N", module) for module in text}), 4)
+    quoted = " and ".join(f"'{pattern}'" for pattern in patterns)
+    verb = "pattern {} matches" if len(patterns) == 1 else "patterns {} match"
+    return InputError(
+        f"recipe {recipe.name}: {verb.format(quoted)} no matrix of {model}, whose text matrices are {names or 'none'}",
+        where=f"recipe {recipe.name}",
+        hint=_way_out(patterns),
+    )
+
+
+def _way_out(patterns: list[str]) -> str:
+    """The hint for patterns that match nothing."""
+    if any(OWN_NAME in pattern for pattern in patterns):
+        return "to quantize the head, use the key `head`"
+    if all(pattern in SELECTORS for pattern in patterns):
+        return "choose a recipe that quantizes other matrices, or another model"
+    return "correct the pattern"
 
 
 def _check_matrices(stored: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:

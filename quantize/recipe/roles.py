@@ -24,6 +24,7 @@ class Role(Enum):
     MLP = "text MLP"
     ATTENTION = "text attention"
     LINEAR = "other text linear"
+    CROSS_ATTENTION = "cross-attention"
     EXPERT = "experts"
     ROUTER = "router"
     PER_LAYER_INPUT = "per-layer input"
@@ -54,8 +55,25 @@ _FULL_PRECISION_OF = {"indexer": frozenset({"wk", "weights_proj"}), "compressor"
 # GPT-2's Conv1D stores [inputs, outputs]; vLLM transposes it while it loads, which packed codes do not survive.
 _CONV1D = frozenset({"c_attn", "c_proj", "c_fc"})
 _CONV1D_MODELS = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
+# Projections of a few rows that gate or decay a recurrent state, and coefficients that mix streams: no selector takes
+# them. A rounded decay compounds over all tokens. Model Optimizer 0.47 and llm-compressor 0.14 leave them in BF16 too.
+_GATES = frozenset(
+    {"in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "f_a_proj", "f_b_proj", "igate_preact", "fgate_preact",
+     "correction_coefs", "prediction_coefs", "modality_router"}
+)  # fmt: skip
+_ATTENTIONS = frozenset({"self_attn", "self_attention", "attention", "attn", "multi_head_attention"})
+# Reads an encoder or an image, which text alone does not reach.
+_CROSS_ATTENTIONS = frozenset({"encoder_attn", "cross_attn", "crossattention"})
+_MLPS = frozenset(
+    {"mlp", "mlps", "mlp_block", "feed_forward", "ffn", "shared_expert", "shared_experts", "shared_mlp",
+     "block_sparse_moe", "moe"}
+)  # fmt: skip
+# Last parts that name a matrix's part whatever its parent is called (`mixer`, `temporal_block`, the layer itself).
+_ATTENTION_LEAVES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"})
+_MLP_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2"})
+_RECURRENT = frozenset({"linear_attn", "mamba", "conv", "mlstm_layer"})  # parents whose q_proj is no attention's
 _HEADS = frozenset({"lm_head", "embed_out", "score"})
-_OUTER_HEADS = frozenset({"output", "output_layer"})  # inside of a layer these are linears
+_OUTER_HEADS = frozenset({"output", "output_layer", "head", "decoder"})  # inside of a layer these are linears
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERTS_USED = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
@@ -79,19 +97,43 @@ def role_of(tensor: str, shape: tuple[int, ...]) -> Role:
         return Role.PER_LAYER_INPUT
     if "router" in inside or inside[-1] in ("gate", "shared_expert_gate"):
         return Role.ROUTER
-    if "experts" in inside:
+    if "experts" in inside or _is_stack_of_experts(inside, shape):
         return Role.EXPERT
-    if len(shape) != 2 or not tensor.endswith(".weight"):
+    if not tensor.endswith(".weight"):
         return Role.OTHER
-    if "gate" in inside:
+    if "gate" in inside and len(shape) == 2:
         return Role.ROUTER
-    if _is_built_in_full_precision(inside):
+    if _is_built_in_full_precision(inside) and len(shape) > 1:
         return Role.FULL_PRECISION
-    if any(part in ("self_attn", "self_attention", "attention", "attn") for part in inside[:-1]):
+    return _role_of_matrix(inside) if len(shape) == 2 else Role.OTHER
+
+
+def _is_stack_of_experts(inside: list[str], shape: tuple[int, ...]) -> bool:
+    """Whether a tensor holds the matrices of all experts without a module of that name, as Granite's and Step's."""
+    is_stack = len(shape) == 3 and shape[1] > 1 and "conv" not in inside[-1]
+    return is_stack and bool(_MLPS.intersection(inside[:-1]))
+
+
+def _role_of_matrix(inside: list[str]) -> Role:
+    """The role of a matrix that servers may build quantized, by the parts of its name inside a layer."""
+    parents, leaf = inside[:-1], inside[-1]
+    if _CROSS_ATTENTIONS.intersection(parents):
+        return Role.CROSS_ATTENTION
+    if _ATTENTIONS.intersection(parents):
         return Role.ATTENTION
-    if any(part in ("mlp", "feed_forward", "ffn", "shared_expert", "shared_experts") for part in inside[:-1]):
+    if _MLPS.intersection(parents):
         return Role.MLP
-    return Role.LINEAR
+    if _RECURRENT.intersection(parents):
+        return Role.LINEAR
+    if leaf in _ATTENTION_LEAVES:
+        return Role.ATTENTION
+    return Role.MLP if leaf in _MLP_LEAVES else Role.LINEAR
+
+
+def gates_a_recurrence(module: str) -> bool:
+    """Whether a module gates or decays a recurrent state, or mixes streams, by its name. Only a pattern that names it
+    quantizes it."""
+    return module.rpartition(".")[2] in _GATES
 
 
 def is_table(module: str) -> bool:

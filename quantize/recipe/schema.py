@@ -12,7 +12,7 @@ from ..checkpoint.json_text import quoted
 from .patterns import PatternError, compiled
 
 SchemeName = Literal["nvfp4", "nvfp4-a16", "fp8"]
-SELECTORS = ("mlp", "attention")
+SELECTORS = ("mlp", "attention", "linear")
 FoldName = Literal["auto", "off"]
 HeadName = Literal["bf16", "fp8", "nvfp4"]
 QuantizerName = Literal["rtn", "mse", "gptq"]
@@ -30,8 +30,9 @@ class QuantizeEntry(_Strict):
     """Some matrices and their scheme.
 
     Attributes:
-        modules: `mlp` or `attention` (the text decoder's, by role), a module's exact name, or `re:` and a regular
-            expression that is matched from the start of the module's name.
+        modules: `mlp`, `attention` or `linear` (the text decoder's, by role; `linear` is linear attention, Mamba and
+            every other linear), a module's exact name, or `re:` and a regular expression that is matched from the start
+            of the module's name.
         scheme: `nvfp4` (W4A4), `nvfp4-a16` (weight-only) or `fp8` (W8A8).
     """
 
@@ -41,7 +42,7 @@ class QuantizeEntry(_Strict):
     @field_validator("modules", mode="before")
     @classmethod
     def _roles_in_any_case(cls, modules: object) -> object:
-        """`MLP` and `Attention` name the roles too, because no module has such a name."""
+        """`MLP`, `Attention` and `Linear` name the roles too, because no module has such a name."""
         if not isinstance(modules, (list, tuple)):
             return modules
         return [name.lower() if isinstance(name, str) and name.lower() in SELECTORS else name for name in modules]

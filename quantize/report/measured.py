@@ -9,6 +9,7 @@ from typing import Any
 
 from ..format.schemes import ARITHMETIC_WORDS
 from ..quoting import one_line
+from ..recipe.kept import kept_words
 from ..verify.numerics.document import (
     Agreement,
     Divergence,
@@ -213,6 +214,13 @@ def inputs_of(numerics: Numerics | None) -> Table | None:
     return Table(caption if len(shown) < len(inputs) else "All inputs, worst first", columns, tuple(lines))
 
 
+def known_shares(checkpoint: Mapping[str, Any]) -> dict[str, float]:
+    """The shares of the decoder's matrices that stay as in the source, by role, fit for a line."""
+    shares = checkpoint.get("kept_shares")
+    found = shares.items() if isinstance(shares, Mapping) else ()
+    return {one_line(role): known for role, share in found if (known := as_float(share)) is not None}
+
+
 def sizes_of(checkpoint: Mapping[str, Any]) -> Sizes | None:
     """The bytes by group, before and after. Small groups beyond the colours are one."""
     groups = [group for group in rows(checkpoint.get("groups")) if as_float(value_at(group, "bytes")) is not None]
@@ -233,6 +241,8 @@ def sizes_of(checkpoint: Mapping[str, Any]) -> Sizes | None:
     words = (
         f"Reduced from {size(before)} to {size(after)}." if as_float(before) is not None else f"{size(after)} in total."
     )
+    kept = kept_words(known_shares(checkpoint))
+    words += "" if kept is None else f" {kept}"
     return Sizes(words, (*bars, Bar("after", _segments(by_size, "bytes", colours))), table)
 
 

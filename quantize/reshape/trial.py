@@ -55,7 +55,7 @@ class LayerTrial:
         self._skeleton = replace(lane.skeleton, dtype=torch.float32)
         self._layer, self._tensors = layer, tensors
         self._module = copy.deepcopy(lane.skeleton.layers[layer])
-        self._call = own_stores([lane.calls[0][layer]])[0]
+        self._call = own_stores([lane.call(0, layer)])[0]
         self.hidden = lane.hidden.fetch(0).float()
 
     def head_sizes(self, prefix: str) -> dict[str, int]:

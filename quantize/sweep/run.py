@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..calibrate.model_class import import_model_code
 from ..calibrate.samples import CalibrationSet
-from ..calibrate.skeleton import import_model_code
 from ..calibrate.walk import make_batches
 from ..checkpoint.places import refuse_link
 from ..checkpoint.writer import write_json

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from ..calibrate.ids import config_value
-from ..calibrate.skeleton import embedding_rows
+from ..calibrate.model_class import embedding_rows, model_ties_head
 from ..checkpoint.custom_code import missing_code
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import torch_dtype
 from ..format.native import amax_on_cpu, has_native
+from ..recipe.decoder import has_layer_count
 from ..recipe.heads import KEY, tie_of, token_embedding
 from ..recipe.roles import Role, decoder_prefix, layer_index, role_of, text_config
 from .report import Finding, counted, not_read
@@ -30,7 +31,7 @@ def check_architecture(subject: Subject) -> Finding:
     faults = [*_wrong_layers(subject, {layer for layer in layers if layer is not None}), *_wrong_vocabulary(subject)]
     names = [*subject.roles, *(f"{module}.weight" for module in subject.matrices)]
     has_head = any(role_of(name, (1, 1)) is Role.HEAD for name in names)
-    if not has_head and tie_of(subject.config) is False:
+    if not has_head and tie_of(subject.config) is False and not model_ties_head(subject.checkpoint):
         faults.append("tie_word_embeddings is false, but no head is stored: servers would leave it uninitialized")
     if subject.head is not None and _may_be_tied(subject.config):
         faults.append(
@@ -50,7 +51,7 @@ def _may_be_tied(config: Mapping[str, Any]) -> bool:
 
 def _wrong_layers(subject: Subject, layers: set[int]) -> Iterator[str]:
     count = config_value(subject.config, "num_hidden_layers")
-    if not isinstance(count, int) or not layers:
+    if not isinstance(count, int) or not layers or has_layer_count(subject.config, len(layers)):
         return
     missing = sorted(set(range(count)) - layers)
     if missing:

@@ -9,6 +9,8 @@ from typing import Any
 from ..checkpoint.digest import file_sha256
 from ..checkpoint.headers import TensorInfo
 from ..checkpoint.source import Checkpoint
+from ..recipe.decoder import decoder_prefix
+from ..recipe.kept import kept_shares
 from ..recipe.roles import Role
 from ..stream.manifest import MANIFEST_NAME, Manifest
 from ..weights.decoding import decoded_form, stored_bytes
@@ -48,6 +50,12 @@ def describe_checkpoint(subject: Subject, source: Checkpoint | None) -> dict[str
         "source": None if source is None else source.name,
         "source_form": None if source is None else decoded_form(source),
         "source_bytes": None if source is None else sum(stored_bytes(source, name) for name in before),
+        "kept_shares": kept_shares(
+            subject.shapes,
+            subject.model_roles,
+            {f"{module}.weight" for module in subject.matrices} | subject.unused,
+            decoder_prefix(subject.shapes, subject.config),
+        ),
         "groups": sorted(groups.values(), key=lambda group: -group["bytes"]),
         **checkpoint_identity(subject.folder),
     }

@@ -14,6 +14,7 @@ from ..format.marlin import RULE_READ_FROM, count_flushed_blocks
 from ..format.schemes import INPUT_PARTS, Part
 from ..plan.heads import HOW_READERS_TAKE_IT, equal_tensors, tied_pair
 from ..recipe.decoder import LAYER
+from ..recipe.heads import class_ties_head
 from ..recipe.roles import QUANTIZABLE, Role, module_of
 from ..stream.manifest import Manifest
 from .recorded import recorded_fp8_scale, recorded_scalars
@@ -163,6 +164,11 @@ def check_fused_groups(subject: Subject) -> Finding:
     return Finding(counted(len(fused), "fused group"), faults)
 
 
+def _may_tie(subject: Subject) -> bool:
+    """Whether the model's class ties weights at all, or is unknown."""
+    return class_ties_head(subject.config) is not False
+
+
 def check_protected(subject: Subject) -> Finding:
     """No tower, projector, router or embedding is quantized, a head only if the recipe requires it, and no tied model
     stores a head of its own."""
@@ -178,7 +184,8 @@ def check_protected(subject: Subject) -> Finding:
     ]
     kept = sum(role not in allowed and len(subject.infos[name].shape) > 1 for name, role in subject.roles.items())
     pair = tied_pair(subject.checkpoint)
-    if pair is not None and pair[0] in subject.roles and not equal_tensors(subject.checkpoint, *pair):
+    is_stored = pair is not None and pair[0] in subject.roles
+    if pair is not None and is_stored and not equal_tensors(subject.checkpoint, *pair) and _may_tie(subject):
         faults.append(f"{pair[0]} differs from {pair[1]}, although the config ties them: {HOW_READERS_TAKE_IT}")
     return Finding(f"{_matrices(len(subject.matrices))} quantized; {counted(kept, 'protected tensor')}", faults)
 

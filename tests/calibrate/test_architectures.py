@@ -61,8 +61,50 @@ def bamba() -> Any:
     )
 
 
+def glm_moe_dsa() -> Any:
+    """Layers that take the choice of tokens that an earlier layer returns beside its hidden state."""
+    return transformers.GlmMoeDsaConfig(
+        **{**SMALL, "num_key_value_heads": 4, "num_hidden_layers": 4},
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        kv_lora_rank=32,
+        q_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        index_topk=4,
+        index_head_dim=16,
+        index_n_heads=4,
+        mlp_layer_types=["dense", "dense", "sparse", "sparse"],
+        indexer_types=["full", "shared", "full", "shared"],
+    )
+
+
+def deepseek_v4() -> Any:
+    """Rotary tables in a dictionary by kind of attention, several streams of hidden states."""
+    return transformers.DeepseekV4Config(
+        **{**SMALL, "num_key_value_heads": 1},
+        head_dim=16,
+        q_lora_rank=32,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["heavily_compressed_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        mlp_layer_types=["hash_moe", "moe", "moe"],
+        sliding_window=16,
+        o_groups=2,
+        o_lora_rank=32,
+        index_n_heads=4,
+        index_head_dim=16,
+        index_topk=16,
+        qk_rope_head_dim=2,
+    )
+
+
 # What is special: no sdpa (Bloom, GPT-J, MPT, XGLM), layers called `h` or `blocks`, positions beside the tokens' table
-# (GPT-2, OPT), a head's class that calls a part of its base model (OPT).
+# (GPT-2, OPT), a head's class that calls a part of its base model (OPT), a list of layers below the
+# decoder (Bert), a state from layer to layer (RWKV, GLM), weights between the decoder and the head (Bert).
 WALKED: dict[str, Callable[[], Any]] = {
     "BloomForCausalLM": lambda: transformers.BloomConfig(**IDS, hidden_size=64, n_layer=3, n_head=4),
     "GPTJForCausalLM": lambda: transformers.GPTJConfig(**OLD, rotary_dim=8),
@@ -78,6 +120,12 @@ WALKED: dict[str, Callable[[], Any]] = {
         **IDS, d_model=64, ffn_dim=128, num_layers=3, attention_heads=4, max_position_embeddings=256
     ),
     "BambaForCausalLM": bamba,
+    "DeepseekV4ForCausalLM": deepseek_v4,
+    "GlmMoeDsaForCausalLM": glm_moe_dsa,
+    "RwkvForCausalLM": lambda: transformers.RwkvConfig(**IDS, hidden_size=64, num_hidden_layers=3, context_length=64),
+    "BertLMHeadModel": lambda: transformers.BertConfig(
+        **IDS, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, is_decoder=True
+    ),
     "Gemma3nForCausalLM": gemma3n,
     "Idefics3ForConditionalGeneration": idefics3,
 }
@@ -114,16 +162,6 @@ def test_the_walk_and_the_head_give_the_models_own_logits(name: str, tmp_path: P
     head = Head(skeleton)
     parts = torch.cat([head.logits(found, first, rows.float()) for first, rows in head.parts()], dim=-1)
     torch.testing.assert_close(parts, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
-
-
-def test_a_state_that_layers_hand_on_is_refused_by_the_models_name(tmp_path: Path) -> None:
-    config = transformers.RwkvConfig(**IDS, hidden_size=64, num_hidden_layers=3, context_length=64)
-    write("RwkvForCausalLM", config, tmp_path / "model")
-    (ids,) = random_samples((20,))
-    with pytest.raises(
-        InputError, match=r"^RwkvModel passes more than a hidden state from one decoder layer to the next"
-    ):
-        OneLane(skeleton_of(tmp_path / "model"), [ids[None]], IN_MEMORY)
 
 
 def test_a_model_that_needs_weights_beyond_its_decoder_is_refused(

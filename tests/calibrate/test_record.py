@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from nvquant.calibrate.record import LayerCall, RecordedBatch, TensorPool, record_batches
+from nvquant.calibrate.lanes import Lane
+from nvquant.calibrate.record import Handed, LayerCall, RecordedBatch, TensorPool, record_batches
 from nvquant.calibrate.skeleton import Skeleton, load_outer
 from nvquant.checkpoint.source import Checkpoint
 from nvquant.errors import InputError
+from nvquant.stream.hidden import HiddenBudget, HiddenStates
 from support.conversions import TinyModels, random_samples, skeleton_of
 from support.tiny_models import WRITERS
 from torch import Tensor, nn
@@ -298,7 +300,7 @@ def tells_layers_what_cannot_be_compared(layers: nn.ModuleList, hidden: Tensor) 
 
 
 def fills_a_store_first(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
-    store = {"begun": True}
+    store = {"begun": float(hidden.detach().sum())}
     for layer in layers:
         hidden = layer(hidden, store)
     return hidden
@@ -326,6 +328,49 @@ def test_where_batches_differ_in_more_than_their_embedding_each_is_recorded_whol
         wanted: list[Tensor] = []
         loop(nn.ModuleList([Noting(wanted)] * 3), skeleton.decoder.get_input_embeddings()(batch))
         assert torch.equal(found.hidden, wanted[0])
+
+
+def hands_a_table(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
+    table = {"kind": torch.ones(2)}
+    for layer in layers:
+        hidden = layer(hidden, table)
+    return hidden
+
+
+def test_a_table_is_no_store_keeps_its_entries_and_loses_what_layers_add() -> None:
+    skeleton = skeleton_with(hands_a_table)
+    runs = whole_runs(skeleton)
+    batches = [torch.tensor([[at, at + 1]]) for at in range(5)]
+    recorded = list(record_batches(skeleton, batches))
+    assert len(runs) == 2, "equal tables do not require the whole model"
+    hidden = HiddenStates(CPU, HiddenBudget(0, 1 << 20, Path("no file is made")))
+    lane = Lane("source", skeleton, hidden, [batch.calls for batch in recorded])
+    table = lane.call(0, 0).args[0]
+    table["added"] = 1
+    assert "added" not in lane.call(1, 0).args[0], "each batch has a table of its own"
+    lane.empty_stores(0, 0)
+    assert list(lane.call(0, 0).args[0]) == ["kind"]
+
+
+def takes_what_the_first_layer_returns(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
+    hidden, first = layers[0](hidden)
+    for layer in list(layers)[1:]:
+        hidden, _ = layer(hidden, state=first)
+    return hidden
+
+
+def test_an_output_of_an_earlier_layer_is_kept_until_the_last_layer_that_takes_it() -> None:
+    skeleton = skeleton_with(takes_what_the_first_layer_returns)
+    (recorded,) = record_batches(skeleton, [torch.tensor([[1, 2]])])
+    assert [list(call.kwargs.values()) for call in recorded.calls] == [[], [Handed(0, 0)], [Handed(0, 0)]]
+    hidden = HiddenStates(CPU, HiddenBudget(0, 1 << 20, Path("no file is made")))
+    lane = Lane("source", skeleton, hidden, [recorded.calls])
+    lane.keep_outputs(0, 0, ("first",))
+    lane.keep_outputs(0, 1, ("second",))
+    assert lane.call(0, 2).kwargs == {"state": "first"}
+    assert lane.outputs == {0: {0: ("first",)}}
+    lane.keep_outputs(0, 2, ("third",))
+    assert lane.outputs == {0: {}}
 
 
 def test_layers_that_return_tuples_need_the_whole_model_for_two_batches_only() -> None:

@@ -19,6 +19,7 @@ from support.conversions import (
     skeleton_of,
     tensors_in,
 )
+from support.raw_safetensors import read_raw, write_raw
 from support.tiny_models import WRITERS, tiny_gemma4, tiny_gemma4_e2b, tiny_llama
 from torch import nn
 
@@ -165,13 +166,23 @@ def test_a_config_of_another_model_is_refused(tmp_path: Path, changes: dict[str,
         skeleton_of(edit_config(tiny_llama(tmp_path), **changes))
 
 
-def test_a_model_without_a_list_of_layers_is_refused(tmp_path: Path) -> None:
+def test_layers_that_lead_to_no_list_of_the_model_are_refused(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "model", shards=1)
+    header, content = read_raw(folder / "model.safetensors")
+    renamed = {name.replace("model.layers.", "model.h."): entry for name, entry in header.items()}
+    write_raw(folder / "model.safetensors", renamed, content)
+    with pytest.raises(InputError, match=r"LlamaForCausalLM has no list of decoder layers that model\.h\.N of"):
+        skeleton_of(folder)
+
+
+def test_the_list_of_layers_is_found_below_the_decoder(tmp_path: Path) -> None:
     config = transformers.CpmAntConfig(
         vocab_size=512, hidden_size=64, num_attention_heads=4, dim_head=16, dim_ff=128, num_hidden_layers=2
     )
     transformers.CpmAntForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="CpmAntModel has no list of decoder layers"):
-        skeleton_of(tmp_path)
+    skeleton = skeleton_of(tmp_path)
+    assert (skeleton.layers_path, skeleton.decoder_path) == ("cpmant.encoder.layers", "cpmant")
+    assert type(skeleton.layers[1]).__name__ == "CpmAntTransformerBlock"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from nvquant.convert.checks import check_conversion
 from nvquant.convert.config import output_configs
 from nvquant.convert.options import ConvertOptions
 from nvquant.convert.pipeline import convert
@@ -129,3 +130,56 @@ def test_a_config_that_omits_draft_layers_fails_verify(tmp_path: Path) -> None:
     report = verify_structure(tmp_path / "out", source)
     faults = {check.name: check.finding.faults for check in report.checks if not check.passed}
     assert any("mtp.layers.0.mlp.gate_up_proj is not quantized" in fault for fault in faults["config"])
+
+
+# Other tensors that the model's class does not read
+
+FOREIGN = {
+    "mtp.layers.0.mlp.experts.gate_up_proj": torch.full((2, 64, 64), 0.5, dtype=torch.bfloat16),
+    "model.ngram_embeddings.0.weight": torch.full((100, 64), 0.5, dtype=torch.bfloat16),
+    "model.ngram_proj.weight": torch.full((64, 64), 0.25, dtype=torch.bfloat16),
+    "medusa_head.0.weight": torch.full((512, 64), 0.125, dtype=torch.bfloat16),
+}
+BUILT = ["model.ngram_proj", "medusa_head.0", "mtp.layers.0.mlp.experts", "mtp.fc"]
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
+def test_tensors_that_the_class_does_not_read_are_copied_listed_and_left_unquantized(
+    layout: str, tmp_path: Path
+) -> None:
+    source, more = qwen(tmp_path / "source")
+    more |= FOREIGN
+    add_tensors(source, more)
+    plan = planned(source, "nvfp4-full", layout)
+    assert set(check_conversion(plan)) == set(more)
+    plan = planned(source, "nvfp4-a16", layout)
+    convert(plan, ConvertOptions(tmp_path / "out", "rtn"), None)
+    stored = tensors_in(tmp_path / "out")
+    assert {tensor: raw(stored[tensor]) for tensor in more} == {tensor: raw(value) for tensor, value in more.items()}
+    config: dict[str, Any] = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    verdict = modelopt_verdict if layout == "modelopt" else compressed_tensors_verdict
+    assert {layer: verdict(layer, config) for layer in BUILT} == dict.fromkeys(BUILT, UNQUANTIZED)
+    assert [check for check in verify_structure(tmp_path / "out", source).checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("name", ["model.ngram_proj.weight", "mtp.layers.0.mlp.experts.gate_up_proj"])
+def test_a_tensor_that_was_neither_converted_nor_copied_fails_verify(name: str, tmp_path: Path) -> None:
+    source, _ = qwen(tmp_path / "source")
+    plan = planned(source, "nvfp4-a16")
+    convert(plan, ConvertOptions(tmp_path / "out", "rtn"), None)
+    add_tensors(source, {name: FOREIGN[name]})
+    faults = {
+        check.name: check.finding.faults
+        for check in verify_structure(tmp_path / "out", source).checks
+        if not check.passed
+    }
+    assert faults["names"] == [f"{name} is missing"]
+
+
+def test_a_matrix_in_a_layer_that_the_class_does_not_read_is_not_quantized(tmp_path: Path) -> None:
+    source = tiny_llama(tmp_path / "source", **ONE_SHARD)
+    add_tensors(source, {"model.layers.1.adapter.down_proj.weight": torch.ones(64, 64, dtype=torch.bfloat16)})
+    with pytest.raises(
+        InputError, match=r"stores model\.layers\.1\.adapter\.down_proj\.weight, which LlamaForCausalLM does not read"
+    ):
+        check_conversion(planned(source, "nvfp4-full"))

@@ -129,7 +129,7 @@ def test_with_equal_attention_input_scales_differ_by_our_headroom_alone(
     tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """llm-compressor calibrates with eager attention, whatever the model was loaded with; nvquant with sdpa."""
-    monkeypatch.setattr("nvquant.calibrate.skeleton.ATTENTION", "eager")
+    monkeypatch.setattr("nvquant.calibrate.model_class.ATTENTION", "eager")
     ours = converted(tiny("qwen2"), tmp_path / "ours")
     second_opinion(tiny("qwen2"), tmp_path / "theirs")
     found = differences(ours, tmp_path / "theirs")

@@ -151,9 +151,9 @@ def test_recorded_calls_can_be_repeated(tiny: TinyModels, name: str) -> None:
 
 
 def test_a_store_for_each_layer_would_show(tiny: TinyModels) -> None:
-    with pytest.raises(KeyError, match="sliding_attention"):
+    with pytest.raises(InputError, match=r"does not run by itself \(KeyError: .sliding_attention"):
         decoder_outputs(tiny("gemma4_e2b"), one(24), lambda: {"shared_kv_states": UserDict()})
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match=r"does not run by itself \(TypeError"):
         decoder_outputs(tiny("gemma4"), one(24), lambda: {"shared_kv_states": None})
 
 

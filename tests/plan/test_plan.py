@@ -216,7 +216,7 @@ def test_a_scheme_that_a_layout_cannot_express_is_refused() -> None:
 
 
 def test_a_model_without_decoder_layers_is_refused() -> None:
-    assert "whose text matrices are none: correct the pattern" in refused(
+    assert "whose text matrices are none: choose a recipe that quantizes other matrices, or another model" in refused(
         pretend({"lm_head.weight": ("BF16", (32, 32))})
     )
 

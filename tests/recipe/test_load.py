@@ -28,9 +28,9 @@ def test_four_recipes_ship_and_do_what_they_are_called() -> None:
     assert all(recipe.name == name and recipe.description for name, recipe in found.items())
     assert {name: [(e.modules, e.scheme) for e in recipe.quantize] for name, recipe in found.items()} == {
         "nvfp4": [(("mlp",), "nvfp4")],
-        "nvfp4-a16": [(("attention", "mlp"), "nvfp4-a16")],
-        "nvfp4-fp8": [(("mlp",), "nvfp4"), (("attention",), "fp8")],
-        "nvfp4-full": [(("attention", "mlp"), "nvfp4")],
+        "nvfp4-a16": [(("attention", "mlp", "linear"), "nvfp4-a16")],
+        "nvfp4-fp8": [(("mlp",), "nvfp4"), (("attention", "linear"), "fp8")],
+        "nvfp4-full": [(("attention", "mlp", "linear"), "nvfp4")],
     }
     assert all(recipe.experts == "refuse" and recipe.quantizer == "mse" for recipe in found.values())
 

@@ -168,7 +168,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is() -> None:
         "model.layers.N.mlp.down_proj, model.layers.N.mlp.gate_proj, model.layers.N.mlp.up_proj, "
         "model.layers.N.self_attn.k_proj and 3 more: correct the pattern."
     )
-    assert "whose text matrices are none: correct the pattern." in refused(
+    assert "whose text matrices are none: choose a recipe that quantizes other matrices, or another model." in refused(
         own(("mlp", "nvfp4")), {"model.norm.weight": (32,)}
     )
     assert "matches no matrix" in refused(own(("attention", "nvfp4")), {"model.layers.0.mlp.up_proj.weight": (32, 32)})
@@ -290,6 +290,44 @@ def test_other_dtypes_than_those_of_a_source_are_refused(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_sources_may_be_bf16_f16_or_f32(dtype: str) -> None:
     assert len(select(own(("mlp", "nvfp4")), infos(plain(), dtype), "m", {}).schemes) == 6
+
+
+def test_a_selector_without_matrices_leaves_the_others() -> None:
+    shapes = {"model.layers.0.mlp.up_proj.weight": (32, 32), "model.layers.0.mlp.gate_proj.weight": (32, 32)}
+    found = select(own((["attention", "mlp", "linear"], "nvfp4")), infos(shapes), "m", {})
+    assert set(found.schemes) == {"model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"}
+
+
+def test_a_recipe_whose_selectors_all_find_nothing_is_refused() -> None:
+    shapes = {"model.layers.0.input_layernorm.weight": (32,)}
+    assert refused(own((["attention", "mlp"], "nvfp4")), shapes).startswith(
+        "recipe mine: patterns 'attention' and 'mlp' match no matrix of model, whose text matrices are none"
+    )
+
+
+def test_the_selector_linear_takes_projections_of_linear_attention_and_leaves_gates_with_all_they_are_fused_with() -> (
+    None
+):
+    delta = {
+        f"model.layers.0.linear_attn.{leaf}.weight": (32, 32)
+        for leaf in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
+    }
+    odd = {"model.layers.0.laurel.linear_right.weight": (32, 8)}
+    found = select(own(("linear", "nvfp4")), infos(delta | odd), "m", {})
+    assert [(group.name.rpartition(".")[2], len(group.members)) for group in found.groups] == [
+        ("in_proj_qkvz", 2),
+        ("out_proj", 1),
+    ]
+    kimi = {
+        f"model.layers.0.linear_attn.{leaf}.weight": (32, 32)
+        for leaf in ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "o_proj")
+    }
+    assert set(select(own(("linear", "nvfp4")), infos(kimi), "m", {}).schemes) == {"model.layers.0.linear_attn.o_proj"}
+
+
+def test_a_gate_of_a_recurrence_is_quantized_where_a_pattern_names_it() -> None:
+    shapes = {f"model.layers.0.linear_attn.{leaf}.weight": (32, 32) for leaf in ("in_proj_a", "in_proj_b")}
+    assert len(select(own(("re:.*in_proj_[ab]$", "nvfp4")), infos(shapes), "m", {}).schemes) == 2
 
 
 def test_a_selector_takes_only_matrices() -> None:

@@ -172,4 +172,5 @@ def skeleton_of(folder: Path, dtype: torch.dtype = torch.float32) -> Skeleton:
 
 def layer_weights(skeleton: Skeleton, layer: int) -> dict[str, Tensor]:
     """What a walk reads of a layer."""
-    return {name: skeleton.source.read(name) for name in skeleton.layer_tensors(layer).values()}
+    joined = [name for one in skeleton.layer_joined(layer).values() for name in one.stored]
+    return {name: skeleton.source.read(name) for name in (*skeleton.layer_tensors(layer).values(), *joined)}

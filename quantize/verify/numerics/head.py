@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...calibrate.model_names import tied_origin
 from ...calibrate.skeleton import Skeleton, computing_on
-from ...errors import InputError
+from ...errors import InputError, NvquantError
 from ...plan.heads import equal_tensors
 from ...recipe.heads import stored_head
 
@@ -38,6 +39,7 @@ class Head:
         name = next(name for name, module in full.named_modules() if module is head)
         self._name = self._stored_name(name)
         self._bias = self._stored_bias(name) if head.bias is not None else None
+        self._fill_beside(name)
         self.rows, self.cols = skeleton.source.infos()[self._name].shape
 
     def _find_base(self, owner: nn.Module) -> tuple[nn.Module, str]:
@@ -70,11 +72,39 @@ class Head:
             )
         return stored
 
+    def _fill_beside(self, head: str) -> None:
+        """Load the weights between the base model and the head, such as those of a transform of the hidden state. A
+        model in its own right is no such part."""
+        from accelerate.utils import set_module_tensor_to_device
+        from transformers import PreTrainedModel
+
+        skeleton = self._skeleton
+        full: Any = skeleton.full
+        paths = {id(module): name for name, module in full.named_modules()}
+        others = {name for name, module in full.named_modules() if name and isinstance(module, PreTrainedModel)}
+        skipped = (*others, paths[id(getattr(self._owner, self._base))], head)
+        for name, value in full.state_dict().items():
+            stored = None if any(name.startswith(f"{path}.") for path in skipped) else self._stored(name)
+            if stored is not None and value.is_meta:
+                read = skeleton.source.read(stored)
+                set_module_tensor_to_device(full, name, skeleton.device, value=read, dtype=torch.float32)
+
+    def _stored(self, parameter: str) -> str | None:
+        """The name in the checkpoint of a parameter of the model that is stored unchanged, or None."""
+        skeleton = self._skeleton
+        infos = skeleton.source.infos()
+        if parameter in infos:
+            return parameter
+        origin = skeleton.origins.get(parameter) or tied_origin(parameter, skeleton.full, skeleton.origins, infos)
+        return None if origin is None or origin.converter is not None else origin.stored[0]
+
     def _own_name(self, head: str) -> str | None:
         """The stored weight of the head: of the model's own name, or else of the same shape under another."""
-        source = self._skeleton.source
+        source, origin = self._skeleton.source, self._skeleton.origins.get(f"{head}.weight")
         if f"{head}.weight" in source.infos():
             return f"{head}.weight"
+        if origin is not None and origin.converter is None and origin.stored[0] in source.infos():
+            return origin.stored[0]
         name = stored_head({name: info.shape for name, info in source.infos().items()})
         return name if name is not None and source.infos()[name].shape == self._module.weight.shape else None
 
@@ -88,7 +118,7 @@ class Head:
         decoder: Any = skeleton.decoder
         embedding = decoder.get_input_embeddings()
         inside = next(inside for inside, module in skeleton.decoder.named_modules() if module is embedding)
-        name = f"{skeleton.root}{inside}.weight"
+        name = skeleton.stored_name(f"{skeleton.root}{inside}.weight")
         if name not in skeleton.source.infos():
             raise InputError(
                 f"{skeleton.source.where} stores no {name}",
@@ -99,8 +129,8 @@ class Head:
 
     def _stored_bias(self, head: str) -> Tensor | None:
         source = self._skeleton.source
-        names = (f"{head}.bias", f"{self._name.removesuffix('.weight')}.bias")
-        return next((source.read(name).float() for name in names if name in source.infos()), None)
+        names = (self._stored(f"{head}.bias"), f"{self._name.removesuffix('.weight')}.bias")
+        return next((source.read(name).float() for name in names if name is not None and name in source.infos()), None)
 
     def ranges(self) -> Iterator[range]:
         """The numbers of the head's rows, a part at a time."""
@@ -137,16 +167,39 @@ class Head:
             if self._bias is not None:
                 part = self._bias[first : first + len(rows)].to(rows.device)
                 module.bias = nn.Parameter(part, requires_grad=False)
-            ids = torch.zeros((1, len(finished)), dtype=torch.int64, device=finished.device)
-            with computing_on(finished.device):
-                output: Any = full(input_ids=ids)
+            first_id = next(iter(self._skeleton.loaded_ids), 0)  # some models embed them here too
+            ids = torch.full((1, len(finished)), first_id, dtype=torch.int64, device=finished.device)
+            logits = self._forward(ids)
         finally:
             setattr(self._owner, self._base, base)
             module.weight, module.bias = weight, bias
-        logits: Tensor = output.logits[0]
         if logits.shape != (len(finished), len(rows)):
             raise InputError(f"{type(full).__name__} computes logits in a way that nvquant does not support.")
         return logits.float()
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        """The logits of the model's own forward, or where it requires an image too, of the text model in it.
+
+        Raises:
+            InputError: neither runs on token ids alone.
+        """
+        full: Any = self._skeleton.full
+        refusals = []
+        for model in dict.fromkeys([full, self._owner]):
+            try:
+                with computing_on(ids.device):
+                    logits: Tensor = model(input_ids=ids).logits[0]
+                return logits
+            except (NvquantError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # each model's code raises what it likes
+                refusals.append(error)
+        first = refusals[0]
+        reason = (str(first).strip() or "no reason given").splitlines()[0].rstrip(" .:")
+        raise InputError(
+            f"{type(full).__name__} computes no logits of a text alone ({type(first).__name__}: {reason})",
+            hint="its numbers cannot be measured",
+        ) from first
 
 
 class _Gives(nn.Module):
