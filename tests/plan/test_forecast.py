@@ -205,7 +205,7 @@ def test_the_json_document_has_exactly_these_keys(tiny: Tiny) -> None:
     document = as_json(plan, forecast_memory(plan, 4, 64, 1, gpu=False))
     assert list(document) == [
         *("model", "commit", "source_form", "casts", "recipe", "format", "tensors", "tensor_bytes", "quantized"),
-        *("groups", "memory", "fits"),
+        *("groups", "kept_shares", "memory", "fits"),
     ]
     assert [document[key] for key in ("model", "recipe", "format", "tensors", "tensor_bytes", "quantized")] == [
         *("model", "nvfp4", "modelopt", 116 + 3 * 18, 523_164, 18)
