@@ -9,14 +9,15 @@ from torch import Tensor
 from ..plan.plan import Plan
 from ..recipe.groups import FusedGroup
 from ..recipe.roles import Role
-from ..reshape.folding import FoldedLayer, KnownPlaces, fold_layer, kind_of_layer
+from ..reshape.folding import FoldedLayer, fold_layer
 from ..reshape.records import folding_record, folds_of, reshaping_of
 from ..reshape.reshaping import UNCHANGED, Reshaping
 from ..stream.manifest import FoldingRecord, LayerRecord
 from ..stream.memory import telling_of_full_gpu
 from ..stream.reading import LoadedLayer
 from ..stream.trace import Trace
-from .matrices import groups_of_layer, naming_damage
+from .known_folds import KnownFolds
+from .matrices import naming_damage
 from .ranks import Ranks
 from .walking import CalibrationWalk
 
@@ -31,16 +32,7 @@ class Folding:
 
     def __init__(self, plan: Plan, ranks: Ranks, trace: Trace, done: Iterable[LayerRecord] = ()) -> None:
         self._plan, self._ranks, self._trace = plan, ranks, trace
-        self._places: dict[int, KnownPlaces] = {}
-        infos = plan.source.infos()
-        self._kinds = {
-            layer: kind_of_layer(
-                _prefix(plan, layer),
-                {name: infos[name].shape for name in names},
-                groups_of_layer(plan.groups, plan.prefix, layer),
-            )
-            for layer, names in plan.tensors_by_layer().items()
-        }
+        self._known = KnownFolds(plan)
         for one in done:
             if one.layer is not None and one.folding is not None:
                 self._remember(one.layer, one.folding)
@@ -66,23 +58,14 @@ class Folding:
         ):
             if ranks.rank == chooser:
                 trial, fixed = walk.trial(loaded.layer, loaded.tensors), self._fixed(groups)
-                prefix, known = f"{walk.prefix}.{loaded.layer}.", self._known(loaded.layer)
+                prefix, known = f"{walk.prefix}.{loaded.layer}.", self._known.find(loaded.layer)
                 folded = fold_layer(trial, loaded.tensors, groups, plan.matrices, prefix, mean_squares, fixed, known)
         record = ranks.exchange(None if folded is None else folding_record(folded))[chooser]
         self._remember(loaded.layer, record)
         return _folded(plan, record, loaded.tensors)
 
-    def _known(self, layer: int) -> KnownPlaces | None:
-        """The places of the nearest layer before this one that is of its kind and has a fold."""
-        for other in sorted((one for one in self._places if one < layer), reverse=True):
-            if self._kinds[other] == self._kinds[layer]:
-                return self._places[other].moved(_prefix(self._plan, layer))
-        return None
-
     def _remember(self, layer: int, record: FoldingRecord) -> None:
-        if record.folds:
-            places = tuple(fold.place for fold in folds_of(record, _members(self._plan)))
-            self._places[layer] = KnownPlaces(_prefix(self._plan, layer), places, record.unfolded)
+        self._known.note(layer, folds_of(record, _members(self._plan)), record.unfolded)
 
     def _fixed(self, groups: Sequence[FusedGroup]) -> frozenset[str]:
         """Names of the matrices whose outputs keep their scale: those that an FP8 KV cache stores under scales of the
@@ -110,7 +93,3 @@ def _folded(plan: Plan, record: FoldingRecord, tensors: Mapping[str, Tensor]) ->
 
 def _members(plan: Plan) -> dict[str, tuple[str, ...]]:
     return {group.name: group.members for group in plan.groups}
-
-
-def _prefix(plan: Plan, layer: int) -> str:
-    return f"{plan.prefix}.{layer}."

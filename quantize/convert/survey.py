@@ -28,7 +28,7 @@ from ..checkpoint.writer import write_json
 from ..format.constants import BLOCK
 from ..plan.plan import Plan
 from ..recipe.roles import text_config
-from ..reshape.folding import KnownPlaces, fold_layer, kind_of_layer
+from ..reshape.folding import fold_layer
 from ..reshape.residual import TOLERANCE, dealt, layer_axes, outer_axes, share_of_energy
 from ..stream.hidden import HiddenBudget
 from ..stream.manifest import ResidualRecord, held_to
@@ -36,6 +36,7 @@ from ..stream.reading import LayerReader, LoadedLayer
 from ..stream.trace import Trace
 from ..weights.decoding import shards_below
 from .journal import Journal
+from .known_folds import KnownFolds
 from .matrices import groups_of_layer, naming_damage
 from .options import ConvertOptions
 from .walking import SOURCE, CalibrationWalk, begin_reading, columns_of_groups, source_skeleton
@@ -107,7 +108,7 @@ class Survey:
         self._device = torch.device(options.device)
         self._batches = make_batches(calibration.samples[:SEQUENCES], 1)
         self._budget = HiddenBudget(0, HOST_BYTES, folder)
-        self._known: dict[frozenset[tuple[str, tuple[int, ...]]], KnownPlaces] = {}  # by `kind_of_layer`
+        self._known = KnownFolds(plan)
         self._size = config_int(text_config(plan.source.config), "hidden_size")
 
     def record(self) -> ResidualRecord:
@@ -174,12 +175,9 @@ class Survey:
         axes = layer_axes(trial, loaded.tensors, self._size)
         if axes.reason:
             raise _NoOrder(f"{prefix.rstrip('.')}: {axes.reason}")
-        kind = kind_of_layer(prefix, {name: tensor.shape for name, tensor in loaded.tensors.items()}, groups)
-        known = self._known[kind].moved(prefix) if kind in self._known else None
+        known = self._known.find(loaded.layer)
         folded = fold_layer(trial, loaded.tensors, groups, plan.matrices, prefix, squares, known=known)
-        if folded.reshaping.folds:
-            places = tuple(fold.place for fold in folded.reshaping.folds)
-            self._known[kind] = KnownPlaces(prefix, places, folded.reasons)
+        self._known.note(loaded.layer, folded.reshaping.folds, folded.reasons)
         reshaping = folded.reshaping
         readers = [group for group in groups if axes.axes.get(plan.matrices[group.members[0]].tensor) == 1]
         shown = [_after(squares[group.name], reshaping.input_factor(group.name)) for group in readers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -63,19 +63,6 @@ class KnownPlaces:
             for place in self.places
         ]
         return KnownPlaces(prefix, tuple(places), {name(group): reason for group, reason in self.reasons.items()})
-
-
-def kind_of_layer(
-    prefix: str, shapes: Mapping[str, Sequence[int]], groups: Iterable[FusedGroup]
-) -> frozenset[tuple[str, tuple[int, ...]]]:
-    """Equal for layers that may have folds at the same places: those of the same tensors and fused groups.
-
-    Args:
-        prefix: precedes the names of the layer's modules, with a final dot.
-        shapes: of its tensors, by name.
-    """
-    tensors = {(name.removeprefix(prefix), tuple(shape)) for name, shape in shapes.items()}
-    return frozenset(tensors | {(group.name.removeprefix(prefix), ()) for group in groups})
 
 
 def fold_layer(

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import 
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
 
-BLOCK_COLUMNS = 16
+from .kernels import BLOCK_COLUMNS
 
 
 class CpuNvFp4WeightOnlyExperts(modular.FusedMoEExpertsModular):
